@@ -1,0 +1,1 @@
+//! firn-guest-agent

@@ -1,0 +1,92 @@
+//! What to build: plain data without behaviour.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// One machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineSpec {
+    /// Names the machine's threads and its log lines.
+    pub name: String,
+    /// Number of vCPUs, 1 to [`MAX_CORES`].
+    pub cores: u8,
+    /// Guest memory in MiB, at least [`MIN_MEMORY_MIB`].
+    pub memory_mib: u64,
+    /// A Linux bzImage or an ELF vmlinux.
+    pub kernel: PathBuf,
+    /// cpio archives, handed to the kernel as one initrd in this order.
+    #[serde(default)]
+    pub initrd: Vec<PathBuf>,
+    /// The kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Ports of the virtio console; port 0 is `/dev/hvc0` in the guest.
+    #[serde(default)]
+    pub console_ports: Vec<ConsolePortSpec>,
+    /// Network cards, in the order the guest finds them.
+    #[serde(default)]
+    pub nets: Vec<NetSpec>,
+    /// Directories of the host that the guest can mount.
+    #[serde(default)]
+    pub shares: Vec<ShareSpec>,
+    /// An entropy source.
+    #[serde(default = "yes")]
+    pub rng: bool,
+}
+
+/// Most vCPUs a machine can have.
+pub const MAX_CORES: u8 = 32;
+/// Least memory a machine can have, in MiB: a distribution kernel unpacks itself in less.
+pub const MIN_MEMORY_MIB: u64 = 64;
+
+const fn yes() -> bool {
+    true
+}
+
+/// One port of the virtio console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsolePortSpec {
+    /// With a name the guest sees `/dev/virtio-ports/NAME`; without, a console `/dev/hvcN`.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+/// One network card.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// The card's address.
+    pub mac: [u8; 6],
+}
+
+/// One shared directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareSpec {
+    /// The name the guest mounts it by, 1 to 36 bytes (virtio 1.2, 5.11.4).
+    pub tag: String,
+    /// The directory on the host.
+    pub source: PathBuf,
+    /// Refuse every change.
+    #[serde(default)]
+    pub read_only: bool,
+    /// How long the guest may trust what it has read.
+    #[serde(default)]
+    pub cache: CachePolicy,
+}
+
+/// How long the guest may trust what it has read of a share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CachePolicy {
+    /// Ask the host each time: for directories that others write.
+    #[default]
+    Never,
+    /// Trust metadata for a second, data while a file is open.
+    Auto,
+    /// Trust everything for ever: for directories that nobody changes, such as the Nix store.
+    Always,
+}

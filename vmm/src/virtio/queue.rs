@@ -1,0 +1,174 @@
+//! The one place where virtqueues are walked (virtio 1.2, 2.7).
+
+use std::num::Wrapping;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+
+use super::Interrupt;
+use crate::memory::{Memory, MemoryMap};
+
+/// A chain of buffers that the guest made available.
+pub type Chain = DescriptorChain<Memory>;
+/// Reads the device-readable part of a [`Chain`].
+pub type ChainReader<'a> = virtio_queue::Reader<'a, BitmapMmapRegion>;
+/// Writes the device-writable part of a [`Chain`].
+pub type ChainWriter<'a> = virtio_queue::Writer<'a, BitmapMmapRegion>;
+
+/// What the guest did wrong with a queue.
+#[derive(Debug, Error)]
+pub enum QueueError {
+    /// The driver needs the queue but has not enabled it.
+    #[error("the queue is not enabled")]
+    NotReady,
+    /// The rings lie outside memory, are misaligned or have a bad size.
+    #[error("the rings lie outside memory or are misaligned")]
+    BadRings,
+    /// More buffers announced than the ring has places, or a head outside the table.
+    #[error("the available ring is inconsistent")]
+    BadAvailable,
+    /// A ring or buffer could not be accessed.
+    #[error("ring access")]
+    Access(#[source] virtio_queue::Error),
+}
+
+impl From<virtio_queue::Error> for QueueError {
+    fn from(error: virtio_queue::Error) -> QueueError {
+        QueueError::Access(error)
+    }
+}
+
+/// How far a queue has come; with the transport's registers this is all its state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// The next entry of the available ring to look at.
+    pub next_avail: u16,
+    /// The next entry of the used ring to fill.
+    pub next_used: u16,
+}
+
+/// What became of a chain that was handed out by [`VirtQueue::serve`].
+pub enum Served {
+    /// Finished; so many bytes were written into it.
+    Done(u32),
+    /// The device keeps it and calls [`VirtQueue::complete`] later.
+    Deferred,
+    /// Not now: it goes back to the head of the queue and serving ends.
+    Stop,
+}
+
+/// A queue that the driver has enabled.
+pub struct VirtQueue {
+    index: u16,
+    queue: Queue,
+    memory: Memory,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl VirtQueue {
+    /// Takes a queue that the transport has set up.
+    ///
+    /// # Errors
+    /// The driver placed the rings where they cannot be.
+    pub fn new(
+        index: u16,
+        queue: Queue,
+        memory: Memory,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Result<VirtQueue, QueueError> {
+        if !queue.is_valid::<MemoryMap>(&memory) {
+            return Err(QueueError::BadRings);
+        }
+        Ok(VirtQueue { index, queue, memory, interrupt })
+    }
+
+    /// The guest memory that the queue's chains lie in.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// How far the queue has come.
+    pub fn position(&self) -> Position {
+        Position { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
+    /// Hands every available chain to `serve`, in order, then interrupts the guest if it asked
+    /// for it.
+    ///
+    /// # Errors
+    /// The rings are broken; chains before the break were served.
+    pub fn serve(&mut self, mut serve: impl FnMut(Chain) -> Served) -> Result<(), QueueError> {
+        while let Some(chain) = self.pop()? {
+            let head = chain.head_index();
+            match serve(chain) {
+                Served::Done(written) => self.add_used(head, written)?,
+                Served::Deferred => {}
+                Served::Stop => {
+                    self.undo_pop();
+                    break;
+                }
+            }
+        }
+        self.signal()
+    }
+
+    /// Takes the next available chain. When there is none, the guest will ring for the next one.
+    ///
+    /// # Errors
+    /// The rings are broken.
+    pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        loop {
+            let available = self.queue.avail_idx::<MemoryMap>(&self.memory, Ordering::Acquire)?;
+            let waiting = (available - Wrapping(self.queue.next_avail())).0;
+            // The library would log and report an empty queue, for which we would wait for ever.
+            if waiting > self.queue.size() {
+                return Err(QueueError::BadAvailable);
+            }
+            if waiting > 0 {
+                let chain = self.queue.pop_descriptor_chain(Arc::clone(&self.memory));
+                return chain.map(Some).ok_or(QueueError::BadAvailable);
+            }
+            if !self.queue.enable_notification::<MemoryMap>(&self.memory)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Puts the chain that [`VirtQueue::pop`] gave last back to the head of the queue.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives a chain back with `written` bytes in it. The guest is told by the next
+    /// [`VirtQueue::signal`].
+    ///
+    /// # Errors
+    /// The rings are broken.
+    pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        Ok(self.queue.add_used::<MemoryMap>(&self.memory, head, written)?)
+    }
+
+    /// Interrupts the guest if it wants to hear of the chains given back since the last time.
+    ///
+    /// # Errors
+    /// The rings are broken.
+    pub fn signal(&mut self) -> Result<(), QueueError> {
+        if self.queue.needs_notification::<MemoryMap>(&self.memory)? {
+            self.interrupt.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Gives back one chain that was [`Served::Deferred`].
+    ///
+    /// # Errors
+    /// The rings are broken.
+    pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.add_used(head, written)?;
+        self.signal()
+    }
+}
