@@ -1,1 +1,6 @@
-//! firn
+//! firn: drives virtual machines from a test script.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod carrier;
+pub mod kit;

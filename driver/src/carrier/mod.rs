@@ -1,0 +1,1 @@
+//! The carrier: an emulated outer machine with a KVM that works.

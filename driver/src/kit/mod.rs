@@ -1,0 +1,1 @@
+//! Guest kits: kernel, initrd and userland made from Debian packages.

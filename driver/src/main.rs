@@ -1,0 +1,4 @@
+//! The command `firn`.
+#![forbid(unsafe_code)]
+
+fn main() {}
