@@ -15,6 +15,8 @@
 //! A device gets memory, queues and an interrupt handle and knows neither KVM nor registers.
 
 pub mod queue;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -92,7 +94,10 @@ impl SavedState {
     /// Another version, or damaged bytes.
     pub fn decode<'a, T: Deserialize<'a>>(&'a self, version: u16) -> Result<T, RestoreError> {
         if self.version != version {
-            return Err(RestoreError::Version { found: self.version, expected: version });
+            return Err(RestoreError::Version {
+                found: self.version,
+                expected: version,
+            });
         }
         Ok(postcard::from_bytes(&self.data)?)
     }
@@ -128,7 +133,10 @@ impl Activation {
         self.queues
             .get_mut(index)
             .and_then(Option::take)
-            .ok_or(DeviceError::Queue { index, source: QueueError::NotReady })
+            .ok_or(DeviceError::Queue {
+                index,
+                source: QueueError::NotReady,
+            })
     }
 }
 

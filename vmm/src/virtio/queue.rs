@@ -2,12 +2,13 @@
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::Interrupt;
 use crate::memory::{Memory, MemoryMap};
@@ -67,7 +68,12 @@ pub struct VirtQueue {
     queue: Queue,
     memory: Memory,
     interrupt: Arc<dyn Interrupt>,
+    /// Chains were given back since the last [`VirtQueue::signal`].
+    unannounced: bool,
 }
+
+/// The driver's wish in the available ring's flags not to be interrupted (virtio 1.2, 2.7.6).
+const NO_INTERRUPT: u16 = 1;
 
 impl VirtQueue {
     /// Takes a queue that the transport has set up.
@@ -83,7 +89,13 @@ impl VirtQueue {
         if !queue.is_valid::<MemoryMap>(&memory) {
             return Err(QueueError::BadRings);
         }
-        Ok(VirtQueue { index, queue, memory, interrupt })
+        Ok(VirtQueue {
+            index,
+            queue,
+            memory,
+            interrupt,
+            unannounced: false,
+        })
     }
 
     /// The guest memory that the queue's chains lie in.
@@ -93,7 +105,10 @@ impl VirtQueue {
 
     /// How far the queue has come.
     pub fn position(&self) -> Position {
-        Position { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
+        Position {
+            next_avail: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        }
     }
 
     /// Hands every available chain to `serve`, in order, then interrupts the guest if it asked
@@ -122,7 +137,9 @@ impl VirtQueue {
     /// The rings are broken.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
         loop {
-            let available = self.queue.avail_idx::<MemoryMap>(&self.memory, Ordering::Acquire)?;
+            let available = self
+                .queue
+                .avail_idx::<MemoryMap>(&self.memory, Ordering::Acquire)?;
             let waiting = (available - Wrapping(self.queue.next_avail())).0;
             // The library would log and report an empty queue, for which we would wait for ever.
             if waiting > self.queue.size() {
@@ -149,7 +166,10 @@ impl VirtQueue {
     /// # Errors
     /// The rings are broken.
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        Ok(self.queue.add_used::<MemoryMap>(&self.memory, head, written)?)
+        self.unannounced = true;
+        Ok(self
+            .queue
+            .add_used::<MemoryMap>(&self.memory, head, written)?)
     }
 
     /// Interrupts the guest if it wants to hear of the chains given back since the last time.
@@ -157,7 +177,7 @@ impl VirtQueue {
     /// # Errors
     /// The rings are broken.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if self.queue.needs_notification::<MemoryMap>(&self.memory)? {
+        if std::mem::take(&mut self.unannounced) && self.wants_interrupt()? {
             self.interrupt.queue(self.index);
         }
         Ok(())
@@ -171,4 +191,21 @@ impl VirtQueue {
         self.add_used(head, written)?;
         self.signal()
     }
+
+    fn wants_interrupt(&mut self) -> Result<bool, QueueError> {
+        // The library knows the event index only.
+        if !self.queue.event_idx_enabled() {
+            fence(Ordering::SeqCst);
+            let flags = GuestAddress(self.queue.avail_ring());
+            let flags: u16 = self
+                .memory
+                .load(flags, Ordering::Relaxed)
+                .map_err(|error| QueueError::Access(virtio_queue::Error::GuestMemory(error)))?;
+            return Ok(u16::from_le(flags) & NO_INTERRUPT == 0);
+        }
+        Ok(self.queue.needs_notification::<MemoryMap>(&self.memory)?)
+    }
 }
+
+#[cfg(test)]
+mod tests;
