@@ -3,4 +3,6 @@
 
 pub mod agent;
 pub mod carrier;
+pub mod config;
 pub mod kit;
+pub mod log;

@@ -1,0 +1,362 @@
+//! Reads a test from a TOML file.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use firn_vmm::spec::{MAX_CORES, MIN_MEMORY_MIB};
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::report::{ConfigError, Report};
+use super::{
+    DEFAULT_MEMORY_MIB, HOST_TAG, MAX_NAME, MAX_NUMBER, MAX_TAG, NodeConfig, SHARED_TAG, Script,
+    ShareConfig, TestConfig, variable_name,
+};
+
+/// Most memory a machine may ask for, in MiB: 1 TiB, to catch a number meant as bytes or KiB.
+const MAX_MEMORY_MIB: u64 = 1 << 20;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTest {
+    name: Option<Spanned<String>>,
+    test_script: Option<Spanned<String>>,
+    test_script_file: Option<Spanned<PathBuf>>,
+    global_timeout: Option<Spanned<f64>>,
+    #[serde(default)]
+    nodes: BTreeMap<Spanned<String>, RawNode>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawNode {
+    kernel: Option<Spanned<PathBuf>>,
+    initrd: Option<Spanned<PathBuf>>,
+    cmdline: Option<String>,
+    memory_size: Option<Spanned<u64>>,
+    cores: Option<Spanned<u64>>,
+    vlans: Option<Vec<Spanned<i64>>>,
+    #[serde(default)]
+    shared_directories: BTreeMap<Spanned<String>, RawShare>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawShare {
+    source: Spanned<PathBuf>,
+    target: Spanned<PathBuf>,
+    #[serde(default)]
+    read_only: bool,
+}
+
+impl TestConfig {
+    /// Reads a test from a TOML file. Relative paths in it start at the file's directory.
+    ///
+    /// # Errors
+    /// If the file, or a file or directory it names, cannot be read, or if it makes no sense.
+    pub fn from_toml_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = read(path)?;
+        Self::from_toml(&text, path)
+    }
+
+    /// Reads a test from the text of a TOML file at `path`.
+    ///
+    /// # Errors
+    /// As [`Self::from_toml_file`].
+    pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let raw: RawTest = toml::from_str(text)
+            .map_err(|e| Report::new(path, text, e.span().unwrap_or(0..0), e.message()))?;
+        Reader { path, text }.test(raw)
+    }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// The file being read, for messages and for relative paths.
+struct Reader<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Reader<'_> {
+    fn bad(&self, span: Range<usize>, message: impl Into<String>) -> Report {
+        Report::new(self.path, self.text, span, message)
+    }
+
+    fn test(&self, raw: RawTest) -> Result<TestConfig, ConfigError> {
+        let script = self.script(raw.test_script, raw.test_script_file)?;
+        let global_timeout = raw.global_timeout.map(|t| self.timeout(&t)).transpose()?;
+        if raw.nodes.is_empty() {
+            return Err(self
+                .bad(0..0, "a test needs a machine")
+                .help("add a table `[nodes.machine]`; it may be empty")
+                .into());
+        }
+        let mut nodes: Vec<NodeConfig> = Vec::with_capacity(raw.nodes.len());
+        // Sorted by name: a BTreeMap.
+        for (at, (name, node)) in (1u32..).zip(raw.nodes) {
+            let number = u8::try_from(at).ok().filter(|n| *n <= MAX_NUMBER);
+            let Some(number) = number else {
+                let message = format!("a test can have {MAX_NUMBER} machines, this is one more");
+                return Err(self.bad(name.span(), message).into());
+            };
+            self.name(&name, &nodes)?;
+            nodes.push(self.node(name.into_inner(), number, node)?);
+        }
+        let name = match raw.name {
+            Some(name) => name.into_inner(),
+            None => self
+                .path
+                .file_stem()
+                .map_or_else(String::new, |stem| stem.to_string_lossy().into_owned()),
+        };
+        Ok(TestConfig {
+            name,
+            script,
+            global_timeout,
+            nodes,
+        })
+    }
+
+    fn script(
+        &self,
+        inline: Option<Spanned<String>>,
+        file: Option<Spanned<PathBuf>>,
+    ) -> Result<Script, ConfigError> {
+        match (inline, file) {
+            (Some(inline), None) => Ok(Script {
+                line: self.first_line(inline.span()),
+                file: self.path.to_owned(),
+                text: inline.into_inner(),
+            }),
+            (None, Some(file)) => {
+                let span = file.span();
+                let file = self.file("test_script_file", "script", file)?;
+                let text = fs::read_to_string(&file)
+                    .map_err(|e| self.bad(span, format!("`test_script_file` cannot be read: {}: {e}", file.display())))?;
+                Ok(Script { text, file, line: 1 })
+            }
+            (Some(_), Some(file)) => Err(self
+                .bad(file.span(), "`test_script` and `test_script_file` are both given")
+                .help("keep one of them")
+                .into()),
+            (None, None) => Err(self
+                .bad(0..0, "missing key `test_script`")
+                .help("give the script as `test_script = '''…'''`, or its path as `test_script_file = \"…\"`")
+                .into()),
+        }
+    }
+
+    /// The line on which a string's text begins. TOML drops a line end right behind the quotes.
+    fn first_line(&self, span: Range<usize>) -> usize {
+        let before = self.text.get(..span.start).unwrap_or_default();
+        let literal = self.text.get(span).unwrap_or_default();
+        let body = ["'''", "\"\"\""]
+            .iter()
+            .find_map(|quotes| literal.strip_prefix(quotes));
+        let skipped = body.is_some_and(|body| body.starts_with('\n') || body.starts_with("\r\n"));
+        before.matches('\n').count() + 1 + usize::from(skipped)
+    }
+
+    fn timeout(&self, seconds: &Spanned<f64>) -> Result<Duration, Report> {
+        Some(*seconds.get_ref())
+            .filter(|s| *s > 0.0)
+            .and_then(|s| Duration::try_from_secs_f64(s).ok())
+            .ok_or_else(|| {
+                self.bad(
+                    seconds.span(),
+                    format!("`global_timeout` is {}", seconds.get_ref()),
+                )
+                .help("allowed: a number of seconds above 0")
+            })
+    }
+
+    fn name(&self, name: &Spanned<String>, others: &[NodeConfig]) -> Result<(), Report> {
+        let text = name.get_ref();
+        let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if text.is_empty()
+            || text.len() > MAX_NAME
+            || !text.chars().all(fits)
+            || text.starts_with('-')
+        {
+            return Err(self.bad(name.span(), format!("`{text}` cannot be a machine's name")).help(format!(
+                "allowed: 1 to {MAX_NAME} of A-Z a-z 0-9 `-` `_`, not beginning with `-`: it becomes the host name"
+            )));
+        }
+        let variable = variable_name(text);
+        match others.iter().find(|other| other.variable() == variable) {
+            None => Ok(()),
+            Some(other) => {
+                let message = format!(
+                    "machines `{}` and `{text}` would both be `{variable}` in the script",
+                    other.name
+                );
+                Err(self.bad(name.span(), message))
+            }
+        }
+    }
+
+    fn node(&self, name: String, number: u8, raw: RawNode) -> Result<NodeConfig, Report> {
+        let memory_mib = match raw.memory_size {
+            Some(size) => {
+                self.within("memory_size", &size, MIN_MEMORY_MIB..=MAX_MEMORY_MIB, "MiB")?
+            }
+            None => DEFAULT_MEMORY_MIB,
+        };
+        let cores = match raw.cores {
+            Some(cores) => self.within("cores", &cores, 1..=u64::from(MAX_CORES), "processors")?,
+            None => 1,
+        };
+        Ok(NodeConfig {
+            name,
+            number,
+            kernel: raw
+                .kernel
+                .map(|p| self.file("kernel", "kernel image", p))
+                .transpose()?,
+            initrd: raw
+                .initrd
+                .map(|p| self.file("initrd", "cpio archive", p))
+                .transpose()?,
+            cmdline: raw.cmdline,
+            memory_mib,
+            // `within` has checked the range.
+            cores: u8::try_from(cores).unwrap_or(MAX_CORES),
+            vlans: match raw.vlans {
+                Some(vlans) => self.vlans(vlans)?,
+                None => vec![1],
+            },
+            shares: self.shares(raw.shared_directories)?,
+        })
+    }
+
+    fn within(
+        &self,
+        key: &str,
+        value: &Spanned<u64>,
+        range: std::ops::RangeInclusive<u64>,
+        unit: &str,
+    ) -> Result<u64, Report> {
+        let number = *value.get_ref();
+        if range.contains(&number) {
+            return Ok(number);
+        }
+        let (low, high) = range.into_inner();
+        Err(self
+            .bad(value.span(), format!("`{key}` is {number}"))
+            .help(format!("allowed: {low} to {high} {unit}")))
+    }
+
+    fn vlans(&self, raw: Vec<Spanned<i64>>) -> Result<Vec<u8>, Report> {
+        let mut vlans = Vec::with_capacity(raw.len());
+        for vlan in raw {
+            let number = *vlan.get_ref();
+            let fits = u8::try_from(number)
+                .ok()
+                .filter(|n| (1..=MAX_NUMBER).contains(n));
+            let Some(fits) = fits else {
+                return Err(self
+                    .bad(vlan.span(), format!("`vlans` has {number}"))
+                    .help(format!(
+                        "allowed: 1 to {MAX_NUMBER}: it is a byte of the machines' addresses"
+                    )));
+            };
+            if vlans.contains(&fits) {
+                return Err(self.bad(vlan.span(), format!("`vlans` has {number} twice")));
+            }
+            vlans.push(fits);
+        }
+        Ok(vlans)
+    }
+
+    fn shares(&self, raw: BTreeMap<Spanned<String>, RawShare>) -> Result<Vec<ShareConfig>, Report> {
+        raw.into_iter()
+            .map(|(tag, share)| self.share(tag, share))
+            .collect()
+    }
+
+    fn share(&self, tag: Spanned<String>, raw: RawShare) -> Result<ShareConfig, Report> {
+        let span = tag.span();
+        let tag = tag.into_inner();
+        let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if tag.is_empty() || tag.len() > MAX_TAG || !tag.chars().all(fits) {
+            return Err(self
+                .bad(span, format!("`{tag}` cannot be a share's tag"))
+                .help(format!(
+                    "allowed: 1 to {MAX_TAG} of A-Z a-z 0-9 `.` `_` `-`"
+                )));
+        }
+        if tag == SHARED_TAG || tag == HOST_TAG {
+            return Err(self.bad(span, format!("every machine has a share `{tag}` already")));
+        }
+        let (at, source) = (raw.source.span(), self.resolve(raw.source.get_ref()));
+        let source = source.canonicalize().map_err(|e| {
+            self.bad(
+                at.clone(),
+                format!(
+                    "the source of share `{tag}` cannot be used: {}: {e}",
+                    source.display()
+                ),
+            )
+        })?;
+        if !source.is_dir() {
+            return Err(self.bad(
+                at,
+                format!(
+                    "the source of share `{tag}` is no directory: {}",
+                    source.display()
+                ),
+            ));
+        }
+        let target = raw.target.get_ref();
+        let clean =
+            target.is_absolute() && !target.components().any(|part| part.as_os_str() == "..");
+        let blank = |c: char| c.is_whitespace() || c.is_control();
+        if !clean || target.to_string_lossy().contains(blank) {
+            return Err(self
+                .bad(
+                    raw.target.span(),
+                    format!("the target of share `{tag}` is {}", target.display()),
+                )
+                .help("allowed: an absolute path in the guest, without `..` and blanks"));
+        }
+        Ok(ShareConfig {
+            tag,
+            source,
+            target: raw.target.into_inner(),
+            read_only: raw.read_only,
+        })
+    }
+
+    /// The path of a file that exists.
+    fn file(&self, key: &str, what: &str, path: Spanned<PathBuf>) -> Result<PathBuf, Report> {
+        let span = path.span();
+        let path = self.resolve(&path.into_inner());
+        match fs::metadata(&path) {
+            Ok(meta) if meta.is_dir() => Err(self
+                .bad(span, format!("`{key}` is a directory: {}", path.display()))
+                .help(format!("allowed: the path of a {what}"))),
+            Ok(_) => Ok(path),
+            Err(e) => Err(self
+                .bad(
+                    span,
+                    format!("`{key}` cannot be used: {}: {e}", path.display()),
+                )
+                .help(format!("allowed: the path of a {what}"))),
+        }
+    }
+
+    fn resolve(&self, path: &Path) -> PathBuf {
+        let base = self.path.parent().unwrap_or(Path::new(""));
+        let joined = base.join(path);
+        std::path::absolute(&joined).unwrap_or(joined)
+    }
+}

@@ -1,0 +1,215 @@
+use std::fs;
+use std::path::Path;
+
+use super::*;
+
+fn read(text: &str) -> Result<TestConfig, ConfigError> {
+    TestConfig::from_toml(text, Path::new("/nowhere/ping.toml"))
+}
+
+/// The message for a file that must be refused.
+#[track_caller]
+fn refused(text: &str) -> String {
+    read(text).expect_err("the file makes no sense").to_string()
+}
+
+/// A test with one machine, whose table has these lines.
+fn node(lines: &str) -> String {
+    format!("test_script = ''\n[nodes.machine1]\n{lines}\n")
+}
+
+#[test]
+fn a_short_file_is_filled_up() {
+    let test = read("test_script = '''\nmachine.succeed(\"true\")\n'''\n[nodes.machine]\n")
+        .expect("valid");
+    assert_eq!(test.name, "ping");
+    assert_eq!(test.script.text, "machine.succeed(\"true\")\n");
+    assert_eq!(test.script.line, 2);
+    assert_eq!(test.global_timeout, None);
+    assert_eq!(
+        test.nodes,
+        [NodeConfig {
+            name: "machine".into(),
+            number: 1,
+            kernel: None,
+            initrd: None,
+            cmdline: None,
+            memory_mib: 512,
+            cores: 1,
+            vlans: vec![1],
+            shares: vec![],
+        }]
+    );
+}
+
+#[test]
+fn everything_can_be_said() {
+    let dir = tempfile::tempdir().expect("a temp dir");
+    fs::write(dir.path().join("vmlinux"), "k").expect("written");
+    fs::write(dir.path().join("script.py"), "x = 1\n").expect("written");
+    fs::create_dir(dir.path().join("data")).expect("made");
+    let text = "
+name = 'all'
+test_script_file = 'script.py'
+global_timeout = 90
+[nodes.b]
+kernel = 'vmlinux'
+cmdline = 'quiet'
+memory_size = 256
+cores = 4
+vlans = [1, 200]
+[nodes.b.shared_directories.data]
+source = 'data'
+target = '/mnt/data'
+read_only = true
+[nodes.a]
+vlans = []
+";
+    let test = TestConfig::from_toml(text, &dir.path().join("t.toml")).expect("valid");
+    assert_eq!(test.name, "all");
+    assert_eq!(test.script.text, "x = 1\n");
+    assert_eq!(test.script.file, dir.path().join("script.py"));
+    assert_eq!(test.global_timeout, Some(Duration::from_secs(90)));
+    assert_eq!(test.vlans(), [1, 200]);
+    let names: Vec<_> = test
+        .nodes
+        .iter()
+        .map(|n| (n.name.as_str(), n.number))
+        .collect();
+    assert_eq!(names, [("a", 1), ("b", 2)]);
+    let b = &test.nodes[1];
+    assert_eq!(b.kernel, Some(dir.path().join("vmlinux")));
+    assert_eq!((b.memory_mib, b.cores), (256, 4));
+    assert_eq!(
+        b.shares[0].source,
+        dir.path().join("data").canonicalize().expect("exists")
+    );
+    assert!(b.shares[0].read_only);
+    assert_eq!(b.mac(200), [0x52, 0x54, 0, 0x12, 200, 2]);
+    assert_eq!(b.ipv4(200).to_string(), "192.168.200.2");
+    assert_eq!(b.ipv6(200).to_string(), "2001:db8:200::2");
+}
+
+#[test]
+fn ipv6_repeats_the_decimal_digits() {
+    let mut node = read(&node("")).expect("valid").nodes.remove(0);
+    node.number = 254;
+    assert_eq!(node.ipv6(19).to_string(), "2001:db8:19::254");
+}
+
+#[test]
+fn unknown_key() {
+    let message = refused(&node("memroy_size = 3"));
+    assert!(message.contains("/nowhere/ping.toml:3:1"), "{message}");
+    assert!(
+        message.contains("unknown field `memroy_size`, expected one of `kernel`"),
+        "{message}"
+    );
+    assert!(message.contains("memroy_size = 3"), "{message}");
+}
+
+#[test]
+fn wrong_type() {
+    let message = refused(&node("cores = \"two\""));
+    assert!(message.contains("/nowhere/ping.toml:3:9"), "{message}");
+    assert!(
+        message.contains("invalid type: string \"two\""),
+        "{message}"
+    );
+    assert!(message.contains("cores = \"two\""), "{message}");
+}
+
+#[test]
+fn two_nodes_of_one_name() {
+    let message = refused("test_script = ''\n[nodes.a]\n[nodes.a]\n");
+    assert!(message.contains("/nowhere/ping.toml:3:"), "{message}");
+    assert!(message.contains("duplicate key"), "{message}");
+}
+
+#[test]
+fn two_nodes_of_one_variable() {
+    let message = refused("test_script = ''\n[nodes.a-b]\n[nodes.a_b]\n");
+    assert!(
+        message.contains("`a-b` and `a_b` would both be `a_b`"),
+        "{message}"
+    );
+    assert!(message.contains("ping.toml:3:8"), "{message}");
+}
+
+#[test]
+fn memory_and_cores_have_ranges() {
+    let message = refused(&node("memory_size = 0"));
+    assert!(message.contains("`memory_size` is 0"), "{message}");
+    assert!(message.contains("allowed: 64 to 1048576 MiB"), "{message}");
+    assert!(message.contains("ping.toml:3:15"), "{message}");
+    let message = refused(&node("cores = 33"));
+    assert!(message.contains("allowed: 1 to 32 processors"), "{message}");
+    assert!(refused(&node("memory_size = -5")).contains("-5"));
+}
+
+#[test]
+fn vlans_have_a_range_and_no_doubles() {
+    assert!(refused(&node("vlans = [0]")).contains("allowed: 1 to 254"));
+    assert!(refused(&node("vlans = [1, 255]")).contains("`vlans` has 255"));
+    assert!(refused(&node("vlans = [7, 7]")).contains("`vlans` has 7 twice"));
+}
+
+#[test]
+fn files_must_exist() {
+    let message = refused(&node("kernel = \"no/vmlinuz\""));
+    assert!(
+        message.contains("`kernel` cannot be used: /nowhere/no/vmlinuz: No such file"),
+        "{message}"
+    );
+    assert!(message.contains("ping.toml:3:10"), "{message}");
+    assert!(refused(&node("initrd = \"/\"")).contains("`initrd` is a directory"));
+    let share = "[nodes.machine1.shared_directories.data]\nsource = \"/no/such\"\ntarget = \"/x\"";
+    let message = refused(&node(share));
+    assert!(
+        message.contains("source of share `data` cannot be used: /no/such: No such file"),
+        "{message}"
+    );
+    assert!(message.contains("ping.toml:4:10"), "{message}");
+}
+
+#[test]
+fn shares_are_checked() {
+    let share = |tag: &str, target: &str| {
+        node(&format!(
+            "[nodes.machine1.shared_directories.\"{tag}\"]\nsource = \"/\"\ntarget = \"{target}\""
+        ))
+    };
+    assert!(read(&share("ok", "/mnt/a")).is_ok());
+    assert!(refused(&share("shared", "/x")).contains("has a share `shared` already"));
+    assert!(refused(&share("a b", "/x")).contains("cannot be a share's tag"));
+    assert!(refused(&share("a", "x")).contains("allowed: an absolute path"));
+    assert!(refused(&share("a", "/x/../y")).contains("allowed: an absolute path"));
+    assert!(refused(&share("a", "/x y")).contains("allowed: an absolute path"));
+}
+
+#[test]
+fn a_test_needs_a_script_and_a_machine() {
+    assert!(refused("[nodes.a]\n").contains("missing key `test_script`"));
+    assert!(refused("test_script = ''\n").contains("a test needs a machine"));
+    assert!(
+        refused("test_script = ''\ntest_script_file = 'x'\n[nodes.a]\n").contains("both given")
+    );
+    assert!(refused("test_script = ''\nglobal_timeout = 0\n[nodes.a]\n").contains("above 0"));
+    assert!(refused("test_script = ''\nglobal_timeout = 1e300\n[nodes.a]\n").contains("above 0"));
+}
+
+#[test]
+fn names_become_host_names() {
+    for bad in ["", "a b", "-a", "ä", "a.b", "a/../b"] {
+        let message = refused(&format!("test_script = ''\n[nodes.\"{bad}\"]\n"));
+        assert!(message.contains("cannot be a machine's name"), "{message}");
+    }
+    assert_eq!(variable_name("1a-b.c"), "_a_b_c");
+}
+
+#[test]
+fn no_file() {
+    let error =
+        TestConfig::from_toml_file(Path::new("/no/such.toml")).expect_err("it does not exist");
+    assert_eq!(error.to_string(), "cannot read /no/such.toml");
+}
