@@ -1,0 +1,276 @@
+//! What stands between a hostile guest and the passthrough file system.
+//!
+//! `virtiofsd` hands the names in requests to `unlinkat`, `renameat2`, `mkdirat` and their kin as
+//! they are and relies on a chroot, which firn's one process does not have: a guest that writes
+//! its own FUSE requests could name `../../etc/passwd`. Linux sends one path component at a time,
+//! so everything else is refused here. With that, and with
+//! `O_NOFOLLOW` inside `virtiofsd`, a guest reaches nothing but what lies below the share.
+//! Symbolic links are text for the guest to resolve; the host follows none.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use virtiofsd::filesystem::{
+    Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SerializableFileSystem, SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+};
+use virtiofsd::fuse::{Attr, SetattrIn};
+
+/// A file system that takes plain names only.
+pub(super) struct Confined<F> {
+    inner: F,
+    /// Set while the guest has a session, between INIT and DESTROY.
+    mounted: Arc<AtomicBool>,
+}
+
+impl<F> Confined<F> {
+    pub(super) fn new(inner: F, mounted: Arc<AtomicBool>) -> Confined<F> {
+        Confined { inner, mounted }
+    }
+}
+
+fn errno(code: i32) -> io::Error {
+    io::Error::from_raw_os_error(code)
+}
+
+/// Lets one path component through.
+fn plain(name: &CStr) -> io::Result<&CStr> {
+    match name.to_bytes() {
+        b"" | b"." | b".." => Err(errno(libc::EINVAL)),
+        bytes if bytes.contains(&b'/') => Err(errno(libc::EINVAL)),
+        _ => Ok(name),
+    }
+}
+
+/// A guest has no use for a device node in a share, and as root it could make the host's disks
+/// readable to others. The character device 0:0 is no device but an overlayfs whiteout.
+fn harmless_node(mode: u32, rdev: u32) -> io::Result<()> {
+    match mode & libc::S_IFMT {
+        0 | libc::S_IFREG | libc::S_IFIFO | libc::S_IFSOCK => Ok(()),
+        libc::S_IFCHR if rdev == 0 => Ok(()),
+        _ => Err(errno(libc::EPERM)),
+    }
+}
+
+/// Without the caller's supplementary groups: `setgroups` needs a capability that firn may lack,
+/// and the guest's kernel has checked the permissions already (`default_permissions`).
+fn without_groups(mut extensions: Extensions) -> Extensions {
+    extensions.sup_gids.clear();
+    extensions
+}
+
+/// Methods that take no name and go straight on.
+macro_rules! forward {
+    ($(fn $name:ident(&self $(, $arg:ident: $type:ty)*) $(-> $result:ty)?;)*) => {$(
+        fn $name(&self $(, $arg: $type)*) $(-> $result)? {
+            self.inner.$name($($arg),*)
+        }
+    )*};
+}
+
+impl<F: FileSystem> FileSystem for Confined<F> {
+    type Inode = F::Inode;
+    type Handle = F::Handle;
+    type DirIter = F::DirIter;
+
+    forward! {
+        fn forget(&self, ctx: Context, inode: F::Inode, count: u64);
+        fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>);
+        fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>)
+            -> io::Result<(Attr, Duration)>;
+        fn setattr(&self, ctx: Context, inode: F::Inode, attr: SetattrIn,
+            handle: Option<F::Handle>, valid: SetattrValid) -> io::Result<(Attr, Duration)>;
+        fn readlink(&self, ctx: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
+        fn open(&self, ctx: Context, inode: F::Inode, kill_priv: bool, flags: u32)
+            -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn flush(&self, ctx: Context, inode: F::Inode, handle: F::Handle, lock_owner: u64)
+            -> io::Result<()>;
+        fn fsync(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle)
+            -> io::Result<()>;
+        fn fallocate(&self, ctx: Context, inode: F::Inode, handle: F::Handle, mode: u32,
+            offset: u64, length: u64) -> io::Result<()>;
+        fn release(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle,
+            flush: bool, flock_release: bool, lock_owner: Option<u64>) -> io::Result<()>;
+        fn statfs(&self, ctx: Context, inode: F::Inode) -> io::Result<libc::statvfs64>;
+        fn setxattr(&self, ctx: Context, inode: F::Inode, name: &CStr, value: &[u8], flags: u32,
+            extra: SetxattrFlags) -> io::Result<()>;
+        fn getxattr(&self, ctx: Context, inode: F::Inode, name: &CStr, size: u32)
+            -> io::Result<GetxattrReply>;
+        fn listxattr(&self, ctx: Context, inode: F::Inode, size: u32)
+            -> io::Result<ListxattrReply>;
+        fn removexattr(&self, ctx: Context, inode: F::Inode, name: &CStr) -> io::Result<()>;
+        fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32)
+            -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn readdir(&self, ctx: Context, inode: F::Inode, handle: F::Handle, size: u32,
+            offset: u64) -> io::Result<F::DirIter>;
+        fn fsyncdir(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle)
+            -> io::Result<()>;
+        fn releasedir(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle)
+            -> io::Result<()>;
+        fn access(&self, ctx: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
+        fn lseek(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64,
+            whence: u32) -> io::Result<u64>;
+        fn copyfilerange(&self, ctx: Context, inode_in: F::Inode, handle_in: F::Handle,
+            offset_in: u64, inode_out: F::Inode, handle_out: F::Handle, offset_out: u64,
+            len: u64, flags: u64) -> io::Result<usize>;
+        fn syncfs(&self, ctx: Context, inode: F::Inode) -> io::Result<()>;
+    }
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        // A guest before Linux 5.10 ignores the mark on submounts; virtiofsd would write a line
+        // to stderr for each of its INITs. And supplementary groups never reach virtiofsd, so it
+        // must act as if the guest could not tell them.
+        let capable = (capable | FsOptions::SUBMOUNTS) - FsOptions::CREATE_SUPP_GROUP;
+        let wanted = self.inner.init(capable)?;
+        self.mounted.store(true, Ordering::Release);
+        Ok(wanted)
+    }
+
+    fn destroy(&self) {
+        self.mounted.store(false, Ordering::Release);
+        self.inner.destroy();
+    }
+
+    fn lookup(&self, ctx: Context, parent: F::Inode, name: &CStr) -> io::Result<Entry> {
+        self.inner.lookup(ctx, parent, plain(name)?)
+    }
+
+    fn symlink(
+        &self,
+        ctx: Context,
+        target: &CStr,
+        parent: F::Inode,
+        name: &CStr,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        let extensions = without_groups(extensions);
+        self.inner.symlink(ctx, target, parent, plain(name)?, extensions)
+    }
+
+    fn mknod(
+        &self,
+        ctx: Context,
+        parent: F::Inode,
+        name: &CStr,
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        harmless_node(mode, rdev)?;
+        let extensions = without_groups(extensions);
+        self.inner.mknod(ctx, parent, plain(name)?, mode, rdev, umask, extensions)
+    }
+
+    fn mkdir(
+        &self,
+        ctx: Context,
+        parent: F::Inode,
+        name: &CStr,
+        mode: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        let extensions = without_groups(extensions);
+        self.inner.mkdir(ctx, parent, plain(name)?, mode, umask, extensions)
+    }
+
+    fn unlink(&self, ctx: Context, parent: F::Inode, name: &CStr) -> io::Result<()> {
+        self.inner.unlink(ctx, parent, plain(name)?)
+    }
+
+    fn rmdir(&self, ctx: Context, parent: F::Inode, name: &CStr) -> io::Result<()> {
+        self.inner.rmdir(ctx, parent, plain(name)?)
+    }
+
+    fn rename(
+        &self,
+        ctx: Context,
+        from: F::Inode,
+        old: &CStr,
+        to: F::Inode,
+        new: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        self.inner.rename(ctx, from, plain(old)?, to, plain(new)?, flags)
+    }
+
+    fn link(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        parent: F::Inode,
+        name: &CStr,
+    ) -> io::Result<Entry> {
+        self.inner.link(ctx, inode, parent, plain(name)?)
+    }
+
+    fn create(
+        &self,
+        ctx: Context,
+        parent: F::Inode,
+        name: &CStr,
+        mode: u32,
+        kill_priv: bool,
+        flags: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> {
+        // virtiofsd drops O_DIRECT from OPEN but not from CREATE; guest buffers are not aligned
+        // as the host's file system may want them.
+        let flags = flags & !libc::O_DIRECT.cast_unsigned();
+        let extensions = without_groups(extensions);
+        let name = plain(name)?;
+        self.inner.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
+    }
+
+    fn read<W: ZeroCopyWriter>(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        w: W,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        flags: u32,
+    ) -> io::Result<usize> {
+        self.inner.read(ctx, inode, handle, w, size, offset, lock_owner, flags)
+    }
+
+    fn write<R: ZeroCopyReader>(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        r: R,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        delayed: bool,
+        kill_priv: bool,
+        flags: u32,
+    ) -> io::Result<usize> {
+        self.inner.write(ctx, inode, handle, r, size, offset, lock_owner, delayed, kill_priv, flags)
+    }
+}
+
+impl<F: SerializableFileSystem> SerializableFileSystem for Confined<F> {
+    fn prepare_serialization(&self, cancel: Arc<AtomicBool>) {
+        self.inner.prepare_serialization(cancel);
+    }
+
+    fn serialize(&self, pipe: File) -> io::Result<()> {
+        self.inner.serialize(pipe)
+    }
+
+    fn deserialize_and_apply(&self, pipe: File) -> io::Result<()> {
+        self.inner.deserialize_and_apply(pipe)?;
+        self.mounted.store(true, Ordering::Release);
+        Ok(())
+    }
+}

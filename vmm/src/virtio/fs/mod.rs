@@ -1,0 +1,268 @@
+//! Shared directories: a virtio-fs device (virtio 1.2, 5.11) and the FUSE server behind it.
+//!
+//! ```text
+//! queues --> Pool --> worker threads --> server: virtiofsd's Server
+//!   ^                      |               Confined: plain names only
+//!   +---- used chains -----+                 PassthroughFs on the directory
+//! ```
+//!
+//! **Owners.** As root, firn passes ids through: a file that uid 1000 of the guest creates belongs
+//! to uid 1000 of the host. Otherwise the host lets firn create files for its own user only, so all
+//! of the guest's users act as that user. In a share that can be written the guest sees that user
+//! as uid 1000 and its group as gid 100, whatever they are on the host: then root in the guest (by
+//! its privilege) and uid 1000 (as the owner) can both create, read, write and chmod, and `chown`
+//! succeeds without effect. Other users of the guest have what the mode gives to others. In a
+//! read-only share the guest sees root as the owner, as it must for a Nix store. In both, ids of
+//! other users of the host stay as they are.
+//!
+//! **One request queue.** Linux before 6.11 uses no more than one, and the queue's lock is held
+//! only while a chain is taken or given back.
+
+mod confined;
+mod pool;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use thiserror::Error;
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::Position;
+use super::{
+    Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
+};
+use crate::spec::ShareSpec;
+use pool::Pool;
+use server::{Fuse, Session};
+
+/// Longest tag in bytes, and its room in the configuration space (virtio 1.2, 5.11.4).
+pub const TAG_LEN: usize = 36;
+/// Queue for urgent requests, in Linux only FORGET (virtio 1.2, 5.11.2).
+const URGENT: u16 = 128;
+/// Request queue. Linux caps a request at the queue's size in pages; this allows 1 MiB.
+const REQUESTS: u16 = 1024;
+/// Layout version of [`SavedState`].
+const STATE_VERSION: u16 = 1;
+
+/// Why a share could not be set up.
+#[derive(Debug, Error)]
+pub enum FsError {
+    /// The tag is empty, too long, or holds a zero byte.
+    #[error("share {tag:?} of {}: a tag has 1 to {TAG_LEN} bytes, none of them zero", path.display())]
+    Tag {
+        /// The share.
+        tag: String,
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// The directory does not exist, is no directory or cannot be read.
+    #[error("share {tag:?}: cannot read directory {}", path.display())]
+    Source {
+        /// The share.
+        tag: String,
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The host refused the server something it needs.
+    #[error("share {tag:?}: cannot serve {}", path.display())]
+    Server {
+        /// The share.
+        tag: String,
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A share without queues.
+pub struct Fs {
+    // Before `root`, on which it rests.
+    server: Arc<dyn Fuse>,
+    root: File,
+    spec: ShareSpec,
+    alarm: Arc<EventFd>,
+    config: [u8; TAG_LEN + 4],
+}
+
+impl Fs {
+    /// Opens the directory and makes its server. Threads are started when the guest mounts it.
+    ///
+    /// The first share of a process raises its limit of open files to the hard limit.
+    ///
+    /// # Errors
+    /// A bad tag, a directory that cannot be read, or a host that lacks `/proc` or
+    /// `unshare(CLONE_FS)`.
+    pub fn new(spec: &ShareSpec) -> Result<Fs, FsError> {
+        let tag = spec.tag.as_bytes();
+        if tag.is_empty() || tag.len() > TAG_LEN || tag.contains(&0) {
+            return Err(FsError::Tag { tag: spec.tag.clone(), path: spec.source.clone() });
+        }
+        let root = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+            .open(&spec.source)
+            .map_err(|source| FsError::Source {
+                tag: spec.tag.clone(),
+                path: spec.source.clone(),
+                source,
+            })?;
+        let refused =
+            |source| FsError::Server { tag: spec.tag.clone(), path: spec.source.clone(), source };
+        let server = server::start(spec, &root).map_err(refused)?;
+        let alarm = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(refused)?;
+        let mut config = [0; TAG_LEN + 4];
+        config[..tag.len()].copy_from_slice(tag);
+        let request_queues = 1_u32;
+        config[TAG_LEN..].copy_from_slice(&request_queues.to_le_bytes());
+        Ok(Fs { server, root, spec: spec.clone(), alarm: Arc::new(alarm), config })
+    }
+
+    /// Ends the guest's session. The server is made anew, for a panic may have left the old one
+    /// in any state.
+    fn renew(&mut self) {
+        let ended = catch_unwind(AssertUnwindSafe(|| self.server.end_session()));
+        match server::start(&self.spec, &self.root) {
+            Ok(server) => self.server = server,
+            Err(error) if ended.is_ok() => {
+                tracing::debug!(share = self.spec.tag, %error, "the old server stays");
+            }
+            Err(error) => tracing::error!(share = self.spec.tag, %error, "the share is lost"),
+        }
+    }
+}
+
+impl DeviceConfig for Fs {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn name(&self) -> String {
+        format!("fs {}", self.spec.tag)
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![URGENT, REQUESTS]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        let rest = self.config.get(offset..).unwrap_or_default();
+        let have = rest.len().min(data.len());
+        data[..have].copy_from_slice(&rest[..have]);
+        data[have..].fill(0);
+    }
+
+    fn host_fds(&self) -> Vec<RawFd> {
+        vec![self.alarm.as_raw_fd()]
+    }
+
+    fn save(&self) -> SavedState {
+        SavedState::encode(STATE_VERSION, &self.server.save())
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
+        let session: Session = state.decode(STATE_VERSION)?;
+        self.server.restore(&session).map_err(|error| {
+            tracing::error!(share = self.spec.tag, %error, "the state of a share is of no use");
+            RestoreError::Decode(postcard::Error::SerdeDeCustom)
+        })
+    }
+
+    fn activate(
+        self: Box<Self>,
+        activation: Activation,
+    ) -> Result<Box<dyn ActiveDevice>, (Box<dyn VirtioDevice>, DeviceError)> {
+        let pool = Pool::new(
+            self.name(),
+            Arc::clone(&self.server),
+            Arc::clone(&self.alarm),
+            activation.queues,
+        );
+        Ok(Box::new(ActiveFs { pool, fs: *self }))
+    }
+}
+
+/// A share with queues.
+struct ActiveFs {
+    // First, so that the workers have ended before what they use goes.
+    pool: Pool,
+    fs: Fs,
+}
+
+impl DeviceConfig for ActiveFs {
+    fn device_type(&self) -> u32 {
+        self.fs.device_type()
+    }
+
+    fn name(&self) -> String {
+        self.fs.name()
+    }
+
+    fn features(&self) -> u64 {
+        self.fs.features()
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.fs.queue_sizes()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.fs.read_config(offset, data);
+    }
+
+    fn host_fds(&self) -> Vec<RawFd> {
+        self.fs.host_fds()
+    }
+
+    fn save(&self) -> SavedState {
+        self.fs.save()
+    }
+}
+
+impl ActiveDevice for ActiveFs {
+    fn notify(&mut self, _index: usize) -> Result<(), DeviceError> {
+        self.pool.run()
+    }
+
+    fn host_event(&mut self) -> Result<(), DeviceError> {
+        // Empty when this is not the alarm but the start or a resume.
+        drop(self.fs.alarm.read());
+        self.pool.run()
+    }
+
+    fn pause(&mut self) {
+        self.pool.drain();
+    }
+
+    fn queue_positions(&self) -> Vec<Option<Position>> {
+        self.pool.positions()
+    }
+
+    fn reset(self: Box<Self>) -> Box<dyn VirtioDevice> {
+        let ActiveFs { pool, mut fs } = *self;
+        pool.drain();
+        drop(pool);
+        fs.renew();
+        Box::new(fs)
+    }
+}
