@@ -14,9 +14,15 @@
 //!
 //! A device gets memory, queues and an interrupt handle and knows neither KVM nor registers.
 
+pub mod fs;
+mod config_space;
+pub mod console;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
+mod turn;
+pub mod transport;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

@@ -7,14 +7,16 @@ use std::sync::atomic::{Ordering, fence};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use virtio_queue::{DescriptorChain, DescriptorChainRwIter, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, VolatileSlice};
 
-use super::Interrupt;
+use super::{DeviceError, Interrupt};
 use crate::memory::{Memory, MemoryMap};
 
 /// A chain of buffers that the guest made available.
 pub type Chain = DescriptorChain<Memory>;
+/// One buffer of a chain.
+pub type GuestSlice<'a> = VolatileSlice<'a, BitmapMmapRegion>;
 /// Reads the device-readable part of a [`Chain`].
 pub type ChainReader<'a> = virtio_queue::Reader<'a, BitmapMmapRegion>;
 /// Writes the device-writable part of a [`Chain`].
@@ -43,6 +45,16 @@ impl From<virtio_queue::Error> for QueueError {
     }
 }
 
+impl QueueError {
+    /// Says in which of a device's queues it happened.
+    pub fn in_queue(self, index: usize) -> DeviceError {
+        DeviceError::Queue {
+            index,
+            source: self,
+        }
+    }
+}
+
 /// How far a queue has come; with the transport's registers this is all its state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
@@ -50,6 +62,39 @@ pub struct Position {
     pub next_avail: u16,
     /// The next entry of the used ring to fill.
     pub next_used: u16,
+}
+
+/// The device-readable buffers of a chain, without empty ones. It ends with an error at the first
+/// buffer outside guest memory.
+pub fn readable(
+    chain: Chain,
+    memory: &MemoryMap,
+) -> impl Iterator<Item = Result<GuestSlice<'_>, QueueError>> {
+    slices(chain.readable(), memory)
+}
+
+/// The device-writable buffers of a chain, as [`readable`] gives the others.
+pub fn writable(
+    chain: Chain,
+    memory: &MemoryMap,
+) -> impl Iterator<Item = Result<GuestSlice<'_>, QueueError>> {
+    slices(chain.writable(), memory)
+}
+
+fn slices(
+    descriptors: DescriptorChainRwIter<Memory>,
+    memory: &MemoryMap,
+) -> impl Iterator<Item = Result<GuestSlice<'_>, QueueError>> {
+    let mut failed = false;
+    descriptors
+        .filter(|descriptor| descriptor.len() > 0)
+        .map(|descriptor| {
+            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+            memory
+                .get_slice(descriptor.addr(), len)
+                .map_err(|error| QueueError::Access(virtio_queue::Error::GuestMemory(error)))
+        })
+        .take_while(move |slice| !std::mem::replace(&mut failed, slice.is_err()))
 }
 
 /// What became of a chain that was handed out by [`VirtQueue::serve`].
@@ -101,6 +146,11 @@ impl VirtQueue {
     /// The guest memory that the queue's chains lie in.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// The queue's number in its device.
+    pub fn index(&self) -> usize {
+        usize::from(self.index)
     }
 
     /// How far the queue has come.
