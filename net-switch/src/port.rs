@@ -121,7 +121,7 @@ pub trait NetPort: Send + Sync {
     /// Sends a frame into the network.
     fn send(&self, frame: &Frame<'_>) -> Delivery;
     /// From now on frames for this port go to `receiver`. Takes the place of an earlier one, as
-    /// after [`Self::detach`].
+    /// after [`Self::detach`]. Ask [`Self::link_up`] afterwards: only changes are told.
     fn attach(&self, receiver: Arc<dyn Receiver>);
     /// From now on frames for this port are dropped. On return no call to the receiver is running,
     /// so the caller must hold no lock that the receiver takes.

@@ -11,7 +11,7 @@ use crate::lock;
 use crate::offload::sanitize;
 use crate::port::{Delivery, Frame, NetPort, Receiver};
 use crate::slot::Slot;
-use crate::table::{AGEING, Mac, MacTable, PortId, is_group};
+use crate::table::{AGEING, Mac, MacTable, PortId};
 
 type Clock = Box<dyn Fn() -> Duration + Send + Sync>;
 
@@ -101,8 +101,8 @@ impl Switch {
             return Route::Nowhere;
         }
         let moved = fabric.macs.learn(source, from.id, now).is_some();
-        let known = if is_group(destination) { None } else { fabric.macs.find(destination, now) };
-        let route = match known {
+        // Groups are never learned, so they are flooded as well.
+        let route = match fabric.macs.find(destination, now) {
             Some(id) if id == from.id => Route::Nowhere,
             Some(id) => match fabric.ports.binary_search_by_key(&id, |port| port.id) {
                 Ok(index) => Route::To(Arc::clone(&fabric.ports[index])),

@@ -20,7 +20,7 @@ pub(crate) type Mac = [u8; 6];
 pub(crate) type PortId = u64;
 
 /// A multicast or broadcast address (the group bit, IEEE 802-2014, 8.2).
-pub(crate) fn is_group(mac: Mac) -> bool {
+fn is_group(mac: Mac) -> bool {
     mac[0] & 1 != 0
 }
 
@@ -48,7 +48,8 @@ impl MacTable {
         Self { ageing, entries: HashMap::new(), by_age: BTreeMap::new() }
     }
 
-    /// Notes that `mac` sent a frame through `port`. Says which other port it moved from.
+    /// Notes that `mac` sent a frame through `port`, unless it is a group, which no station is.
+    /// Says which other port it moved from.
     pub(crate) fn learn(&mut self, mac: Mac, port: PortId, now: Duration) -> Option<PortId> {
         if is_group(mac) {
             return None;

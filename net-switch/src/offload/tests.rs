@@ -454,6 +454,15 @@ fn what_cannot_be_segmented_is_refused() {
     assert_eq!(with(&v6, 20, 43), routing);
     assert_eq!(with(&v6, 54 + 1, 0xff), Malformed("csum_start or csum_offset"));
 
+    // One byte short, by the IP header and by the TCP header.
+    for (packet, reason) in [(&base, "IPv4 version or lengths"), (&v6, "IPv6 version or length")] {
+        let mut frame = packet.build();
+        frame.data.pop();
+        assert_eq!(plain(frame, NONE), Err(Malformed(reason)));
+    }
+    let tiny = Packet { payload: vec![0; 3], padding: 9, ..Packet::default() };
+    assert_eq!(with(&tiny, 34 + 12, 0x90), Malformed("transport header's length"));
+
     let mut jumbo = v6.build();
     put16(&mut jumbo.data, 18, 0);
     assert_eq!(plain(jumbo, NONE), Err(Unsupported("a jumbogram")));

@@ -303,15 +303,45 @@ fn a_slow_card_delays_nobody_else_and_detach_waits_for_it() {
             done.send(slow.inside.load(Ordering::SeqCst)).unwrap();
         });
         // New frames are turned away once the receiver is out, without waiting.
-        while lock(&switch.inner.fabric).ports[1].slot.call(|_| ()).is_some() {
+        while p2.port.slot.call(|_| ()).is_some() {
             thread::yield_now();
         }
-        assert_eq!(send(&p3, mac(2), mac(3)), Delivery::Dropped);
-        assert!(detached.try_recv().is_err());
+        let meanwhile = send(&p3, mac(2), mac(3));
+        let early = detached.try_recv().is_ok();
         let_go.send(()).unwrap();
+        assert_eq!((meanwhile, early), (Delivery::Dropped, false));
         assert_eq!(detached.recv().unwrap(), 0);
     });
     assert_eq!(Arc::strong_count(&slow), 1);
+}
+
+#[test]
+fn a_new_card_waits_for_the_old_one() {
+    let switch = Switch::new("vlan1");
+    let (p1, _c1) = plug(&switch, "1");
+    let p2 = switch.add_port("2");
+    let (slow, entered, let_go) = Slow::new();
+    p2.attach(slow.clone());
+    thread::scope(|scope| {
+        scope.spawn(|| send(&p1, mac(2), mac(1)));
+        entered.recv().unwrap();
+        let (done, attached) = channel();
+        let (p2, slow) = (&p2, &slow);
+        scope.spawn(move || {
+            p2.attach(Arc::new(Card::default()));
+            done.send(slow.inside.load(Ordering::SeqCst)).unwrap();
+        });
+        // The old one is out at once, the new one not yet in.
+        let mut early = false;
+        while p2.port.slot.call(|_| ()).is_some() && !early {
+            early = attached.try_recv().is_ok();
+            thread::yield_now();
+        }
+        let_go.send(()).unwrap();
+        assert!(!early);
+        assert_eq!(attached.recv().unwrap(), 0);
+    });
+    assert_eq!(send(&p1, mac(2), mac(1)), Delivery::Taken);
 }
 
 #[test]
