@@ -154,10 +154,7 @@ impl Decoder {
     pub fn find_greeting(&mut self) -> Option<Greeting> {
         loop {
             let bytes = &self.bytes[self.start..];
-            let Some(at) = bytes
-                .windows(MAGIC.len())
-                .position(|window| window == MAGIC)
-            else {
+            let Some(at) = bytes.windows(MAGIC.len()).position(|window| window == MAGIC) else {
                 // The last bytes may be the magic's beginning.
                 self.start += bytes.len().saturating_sub(MAGIC.len() - 1);
                 return None;
@@ -191,9 +188,8 @@ impl Decoder {
             self.start += GREETING_LEN;
             return Ok(Some(Item::Greeting(greeting)));
         }
-        let length = usize::try_from(announced)
-            .ok()
-            .filter(|length| (1..=MAX_PAYLOAD).contains(length));
+        let length =
+            usize::try_from(announced).ok().filter(|length| (1..=MAX_PAYLOAD).contains(length));
         let length = length.ok_or(ProtocolError::Length { length: announced })?;
         let Some(payload) = rest.get(..length) else {
             return Ok(None);
@@ -201,9 +197,7 @@ impl Decoder {
         let (frame, surplus) = postcard::take_from_bytes::<Frame<M>>(payload)
             .map_err(|source| ProtocolError::Undecodable { length, source })?;
         if !surplus.is_empty() {
-            return Err(ProtocolError::Surplus {
-                surplus: surplus.len(),
-            });
+            return Err(ProtocolError::Surplus { surplus: surplus.len() });
         }
         self.start += LENGTH + length;
         Ok(Some(Item::Frame(frame)))

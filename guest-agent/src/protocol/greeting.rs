@@ -5,9 +5,8 @@ pub const GREETING_LEN: usize = 24;
 
 /// Random bytes, so that they do not turn up by chance. Read as a frame's length, the first four are far above the
 /// allowed maximum, so no valid frame starts like a greeting.
-pub(super) const MAGIC: [u8; 12] = [
-    0xf1, 0x72, 0x6e, 0xa6, 0x0d, 0x9c, 0x3b, 0xe4, 0x81, 0x55, 0x0a, 0xd7,
-];
+pub(super) const MAGIC: [u8; 12] =
+    [0xf1, 0x72, 0x6e, 0xa6, 0x0d, 0x9c, 0x3b, 0xe4, 0x81, 0x55, 0x0a, 0xd7];
 
 /// Which greeting it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,11 +34,7 @@ impl Greeting {
     /// A greeting of this program's version.
     #[must_use]
     pub const fn new(kind: GreetingKind, nonce: u64) -> Self {
-        Self {
-            kind,
-            version: super::VERSION,
-            nonce,
-        }
+        Self { kind, version: super::VERSION, nonce }
     }
 
     /// The bytes on the wire: magic (12), version (2), kind (1), zero (1), nonce (8).

@@ -126,7 +126,7 @@ impl ExecRequest {
 pub enum Exit {
     /// By itself, with this status (0 to 255).
     Code(u8),
-    /// By this signal.
+    /// By this signal; 0 stands for any of the real-time signals.
     Signal(i32),
     /// Its time was over, and the agent ended it.
     TimedOut,
@@ -310,7 +310,7 @@ pub enum ToAgent {
     /// For any request: end it; the answer is `Done` or `Failed`. A command that has not exited is killed with its
     /// process group. A file that was being written stays as it is.
     Cancel,
-    /// For `Exec`: let it run on, read its output and throw it away. No more messages but `Done`.
+    /// For `Exec`: let it run on without a timeout and throw its output away. The answer is `Done`, at once.
     Detach,
     /// For `Exec` with stdin and `WriteFile`: the next bytes, at most [`super::MAX_CHUNK`].
     Data(#[serde(with = "serde_bytes")] Vec<u8>),
@@ -385,7 +385,5 @@ impl ToHost {
 }
 
 fn cost(length: usize) -> u32 {
-    u32::try_from(length)
-        .unwrap_or(u32::MAX)
-        .saturating_add(MESSAGE_COST)
+    u32::try_from(length).unwrap_or(u32::MAX).saturating_add(MESSAGE_COST)
 }

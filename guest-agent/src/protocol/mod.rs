@@ -25,7 +25,7 @@
 //!
 //! # Requests
 //! The host numbers its requests from 1 upwards and never uses a number twice in a session; number 0 is the session
-//! itself. Each request is ended by exactly one [`ToHost::Done`] or [`ToHost::Failed`], also after
+//! itself, and a [`ToHost::Failed`] of number 0 says why the agent ends the session. Each request is ended by exactly one [`ToHost::Done`] or [`ToHost::Failed`], also after
 //! [`ToAgent::Cancel`].
 //!
 //! # Flow control
@@ -34,12 +34,14 @@
 //! memory and making other requests wait.
 
 mod codec;
+mod flow;
 mod greeting;
 mod message;
 #[cfg(test)]
 mod tests;
 
 pub use codec::{Decoder, Item, ProtocolError, encode};
+pub use flow::{ReceiveWindow, SendWindow};
 pub use greeting::{GREETING_LEN, Greeting, GreetingKind};
 pub use message::{
     BytePath, Entry, ExecRequest, Exit, Failure, FileInfo, FileKind, Program, Ready, StderrMode,
@@ -76,6 +78,9 @@ pub const MAX_REQUESTS: usize = 256;
 
 /// Zero bytes that bring an agent out of any frame: more than the longest one, and a length of 0 after it.
 pub const RESYNC_PADDING: usize = MAX_PAYLOAD + 8;
+
+/// The least that is worth a message: a sender whose window is open less than this waits for credit.
+pub const MIN_CHUNK: usize = 4096;
 
 /// The number of a request; 0 is the session itself.
 pub type RequestId = u32;

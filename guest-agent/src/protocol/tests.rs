@@ -11,19 +11,11 @@ fn path() -> impl Strategy<Value = BytePath> {
 }
 
 fn to_agent() -> impl Strategy<Value = ToAgent> {
-    let exec = (
-        vec(".*", 0..4),
-        vec((".*", ".*"), 0..3),
-        proptest::option::of(path()),
-        any::<bool>(),
-    );
+    let exec =
+        (vec(".*", 0..4), vec((".*", ".*"), 0..3), proptest::option::of(path()), any::<bool>());
     let exec = (exec, proptest::option::of(any::<u64>())).prop_map(
         |((argv, env, cwd, stdin), timeout_ms)| {
-            let stderr = if stdin {
-                StderrMode::ToStdout
-            } else {
-                StderrMode::Console
-            };
+            let stderr = if stdin { StderrMode::ToStdout } else { StderrMode::Console };
             ToAgent::Exec(ExecRequest {
                 program: Program::Argv(argv),
                 env,
@@ -50,30 +42,16 @@ fn to_host() -> impl Strategy<Value = ToHost> {
     fn info() -> impl Strategy<Value = FileInfo> {
         (any::<u32>(), any::<u64>(), proptest::option::of(path())).prop_map(
             |(mode, size, target)| {
-                let kind = if target.is_some() {
-                    FileKind::Symlink
-                } else {
-                    FileKind::File
-                };
-                FileInfo {
-                    kind,
-                    mode,
-                    size,
-                    target,
-                }
+                let kind = if target.is_some() { FileKind::Symlink } else { FileKind::File };
+                FileInfo { kind, mode, size, target }
             },
         )
     }
     prop_oneof![
-        vec(any::<u8>(), 0..2000).prop_map(|bytes| ToHost::Output {
-            stream: Stream::Stderr,
-            bytes
-        }),
-        vec(
-            (path(), info()).prop_map(|(name, info)| Entry { name, info }),
-            0..5
-        )
-        .prop_map(ToHost::Entries),
+        vec(any::<u8>(), 0..2000)
+            .prop_map(|bytes| ToHost::Output { stream: Stream::Stderr, bytes }),
+        vec((path(), info()).prop_map(|(name, info)| Entry { name, info }), 0..5)
+            .prop_map(ToHost::Entries),
         info().prop_map(ToHost::Info),
         any::<i32>().prop_map(|signal| ToHost::Exited(Exit::Signal(signal))),
         (".*", proptest::option::of(any::<i32>()))
@@ -204,26 +182,15 @@ proptest! {
 }
 
 fn first_error(bytes: &[u8]) -> ProtocolError {
-    decode::<ToAgent>(bytes, &[bytes.len()])
-        .1
-        .expect("an error")
+    decode::<ToAgent>(bytes, &[bytes.len()]).1.expect("an error")
 }
 
 #[test]
 fn lengths_outside_the_limits_are_refused_before_the_payload() {
-    assert_eq!(
-        first_error(&[0, 0, 0, 0]),
-        ProtocolError::Length { length: 0 }
-    );
+    assert_eq!(first_error(&[0, 0, 0, 0]), ProtocolError::Length { length: 0 });
     let above = u32::try_from(MAX_PAYLOAD).unwrap() + 1;
-    assert_eq!(
-        first_error(&above.to_le_bytes()),
-        ProtocolError::Length { length: above }
-    );
-    assert_eq!(
-        first_error(&[0xff; 4]),
-        ProtocolError::Length { length: u32::MAX }
-    );
+    assert_eq!(first_error(&above.to_le_bytes()), ProtocolError::Length { length: above });
+    assert_eq!(first_error(&[0xff; 4]), ProtocolError::Length { length: u32::MAX });
 }
 
 #[test]
@@ -233,14 +200,7 @@ fn unknown_kinds_and_surplus_are_refused() {
         ProtocolError::Undecodable { length: 2, .. }
     ));
     let mut bytes = Vec::new();
-    encode(
-        &Frame {
-            id: 1,
-            message: ToAgent::Eof,
-        },
-        &mut bytes,
-    )
-    .unwrap();
+    encode(&Frame { id: 1, message: ToAgent::Eof }, &mut bytes).unwrap();
     bytes[0] += 3;
     bytes.extend([9, 9, 9]);
     assert_eq!(first_error(&bytes), ProtocolError::Surplus { surplus: 3 });
@@ -250,20 +210,10 @@ fn unknown_kinds_and_surplus_are_refused() {
 fn lengths_inside_a_payload_are_checked_against_it() {
     // Data that claims 4 GiB: kind of Data, then a varint length, then nothing.
     let mut bytes = Vec::new();
-    encode(
-        &Frame {
-            id: 1,
-            message: ToAgent::Data(vec![]),
-        },
-        &mut bytes,
-    )
-    .unwrap();
+    encode(&Frame { id: 1, message: ToAgent::Data(vec![]) }, &mut bytes).unwrap();
     let kind = bytes[5];
     let lie = [7, 0, 0, 0, 1, kind, 0xff, 0xff, 0xff, 0xff, 0x0f];
-    assert!(matches!(
-        first_error(&lie),
-        ProtocolError::Undecodable { .. }
-    ));
+    assert!(matches!(first_error(&lie), ProtocolError::Undecodable { .. }));
 }
 
 #[test]
@@ -281,14 +231,7 @@ fn too_long_a_message_is_refused_and_leaves_no_trace() {
 fn a_full_chunk_fits_and_encodes_without_blow_up() {
     let mut out = Vec::new();
     let bytes = vec![0xff; MAX_CHUNK];
-    encode(
-        &Frame {
-            id: u32::MAX,
-            message: ToHost::Data(bytes),
-        },
-        &mut out,
-    )
-    .unwrap();
+    encode(&Frame { id: u32::MAX, message: ToHost::Data(bytes) }, &mut out).unwrap();
     assert!(out.len() <= MAX_CHUNK + 16, "{}", out.len());
 }
 
@@ -296,23 +239,12 @@ fn a_full_chunk_fits_and_encodes_without_blow_up() {
 fn decoder_memory_is_bounded_when_drained() {
     let mut decoder = Decoder::new();
     let mut frame = Vec::new();
-    encode(
-        &Frame {
-            id: 1,
-            message: ToAgent::Data(vec![5; 50_000]),
-        },
-        &mut frame,
-    )
-    .unwrap();
+    encode(&Frame { id: 1, message: ToAgent::Data(vec![5; 50_000]) }, &mut frame).unwrap();
     let stream = frame.repeat(200);
     for piece in stream.chunks(65_537) {
         decoder.push(piece);
         while decoder.next_item::<ToAgent>().unwrap().is_some() {}
-        assert!(
-            decoder.buffered() <= MAX_PAYLOAD * 2 + 70_000,
-            "{}",
-            decoder.buffered()
-        );
+        assert!(decoder.buffered() <= MAX_PAYLOAD * 2 + 70_000, "{}", decoder.buffered());
     }
 }
 
@@ -321,10 +253,7 @@ fn versions_are_told_apart_by_fixed_bytes() {
     let mut bytes = Greeting::new(GreetingKind::Welcome, 5).to_bytes();
     bytes[12] = 200;
     let greeting = Greeting::from_bytes(&bytes).unwrap();
-    assert_eq!(
-        (greeting.version, greeting.nonce, greeting.kind),
-        (200, 5, GreetingKind::Welcome)
-    );
+    assert_eq!((greeting.version, greeting.nonce, greeting.kind), (200, 5, GreetingKind::Welcome));
     bytes[14] = 9;
     assert_eq!(Greeting::from_bytes(&bytes), None);
 }
