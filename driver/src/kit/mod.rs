@@ -1,1 +1,428 @@
 //! Guest kits: kernel, initrd and userland made from Debian packages.
+//!
+//! A kit is a directory in the user's cache with a `kernel` (bzImage), the same kernel as `vmlinux` (ELF), an `initrd`
+//! and a [`Manifest`]. It is made in two steps. The *base* holds what comes from Debian and is fetched once; it changes
+//! when this program asks for other packages or modules, or on [`update`]. The kit proper adds the guest agent and
+//! firn's scripts, so a new agent costs a few milliseconds and no network.
+//!
+//! ```text
+//! $XDG_CACHE_HOME/firn/
+//!   lock                 held while anything below is changed
+//!   apt/                 apt's package lists
+//!   staging/             what is being built; leftovers of killed builds are removed by the next one
+//!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json
+//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json
+//! ```
+//!
+//! Everything here blocks; async callers use `spawn_blocking`.
+
+mod agent;
+mod apt;
+mod archive;
+mod base;
+mod cache;
+mod modules;
+mod overlay;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+pub use agent::{AgentError, find_agent};
+pub use apt::AptError;
+pub use modules::ModuleError;
+pub use overlay::{Host, Interface, MachineConfig, Mount, OverlayError, machine_overlay};
+
+use archive::Archive;
+use base::Base;
+use cache::Cache;
+
+/// Raised whenever a kit's layout changes, so that older ones are not taken for it.
+const FORMAT: u32 = 1;
+
+/// The kernel arguments that fit the micro kit's kernel and initrd under firn's monitor.
+///
+/// `cryptomgr.notests` skips self-tests of ciphers (0.88 giga-instructions with Debian's kernel), `tsc=reliable` and
+/// `no_timer_check` skip the checking of clocks that KVM provides, the `i8042` ones skip the probing of a keyboard
+/// controller's ports.
+const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
+                             i8042.noaux i8042.nomux i8042.dumbkbd";
+
+/// As [`MICRO_CMDLINE`], for QEMU's software emulation. Nobody is protected from anybody in the carrier, and what
+/// mitigations do is slow to emulate.
+const CARRIER_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
+                               i8042.noaux i8042.nomux i8042.nopnp mitigations=off";
+
+/// The kits there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KitName {
+    /// Debian's cloud kernel, busybox and the agent: what machines boot unless their test says otherwise.
+    Micro,
+    /// What the carrier boots: a kernel with 9p and KVM.
+    Carrier,
+}
+
+impl KitName {
+    /// The name people type.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        self.recipe().name
+    }
+
+    const fn recipe(self) -> &'static Recipe {
+        match self {
+            Self::Micro => &MICRO,
+            Self::Carrier => &CARRIER,
+        }
+    }
+}
+
+impl FromStr for KitName {
+    type Err = KitError;
+
+    fn from_str(name: &str) -> Result<Self, KitError> {
+        [Self::Micro, Self::Carrier]
+            .into_iter()
+            .find(|kit| kit.as_str() == name)
+            .ok_or_else(|| KitError::Unknown(name.to_owned()))
+    }
+}
+
+/// What a kit is made of.
+struct Recipe {
+    name: &'static str,
+    /// The metapackage that depends on the newest kernel image.
+    kernel: &'static str,
+    /// Modules to load, in this order but for their dependencies, which come first.
+    modules: &'static [&'static str],
+    /// The script the agent runs as `/etc/firn/boot`.
+    boot: &'static str,
+    cmdline: &'static str,
+}
+
+const MICRO: Recipe = Recipe {
+    name: "micro",
+    kernel: "linux-image-cloud-amd64",
+    modules: &[
+        "virtio_mmio",
+        "virtio_console",
+        "virtio_net",
+        "virtiofs",
+        "virtio_rng",
+        "button",
+        "pvpanic_mmio",
+    ],
+    boot: include_str!("scripts/micro.sh"),
+    cmdline: MICRO_CMDLINE,
+};
+
+const CARRIER: Recipe = Recipe {
+    name: "carrier",
+    // The cloud flavour has no 9p.
+    kernel: "linux-image-amd64",
+    modules: &[
+        "virtio_pci",
+        "9pnet_virtio",
+        "9p",
+        "kvm_amd",
+        "virtio_console",
+        "virtio_rng",
+        "overlay",
+        "tun",
+    ],
+    boot: include_str!("scripts/carrier.sh"),
+    cmdline: CARRIER_CMDLINE,
+};
+
+/// A kit in the cache, complete.
+#[derive(Clone, Debug)]
+pub struct Kit {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// What it was made from.
+    pub manifest: Manifest,
+}
+
+impl Kit {
+    /// The kernel as Debian packs it, a bzImage.
+    #[must_use]
+    pub fn kernel(&self) -> PathBuf {
+        self.dir.join("kernel")
+    }
+
+    /// The same kernel unpacked, an ELF file: it boots faster.
+    #[must_use]
+    pub fn vmlinux(&self) -> PathBuf {
+        self.dir.join("vmlinux")
+    }
+
+    /// The initrd, an uncompressed cpio archive. A machine's [`machine_overlay`] goes behind it.
+    #[must_use]
+    pub fn initrd(&self) -> PathBuf {
+        self.dir.join("initrd")
+    }
+}
+
+/// What a kit was made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The kit's name.
+    pub kit: String,
+    /// The kernel's release, as `uname -r` prints it.
+    pub kernel_release: String,
+    /// Debian packages and their versions.
+    pub packages: BTreeMap<String, String>,
+    /// The kernel modules, in load order.
+    pub modules: Vec<String>,
+    /// SHA-256 of the agent, in hexadecimal.
+    pub agent: String,
+    /// The kernel arguments that fit the kit.
+    pub cmdline: String,
+}
+
+/// Why there is no kit.
+#[derive(Debug, Error)]
+pub enum KitError {
+    /// No kit has this name.
+    #[error("there is no kit `{0}`; kits are: micro, carrier")]
+    Unknown(String),
+    /// Neither `XDG_CACHE_HOME` nor `HOME` says where the cache is.
+    #[error("no place for the cache: set XDG_CACHE_HOME or HOME to an absolute path")]
+    NoCache,
+    /// The static agent was not found or does not fit.
+    #[error("the guest agent")]
+    Agent(#[from] AgentError),
+    /// Packages could not be fetched.
+    #[error("cannot fetch Debian packages")]
+    Apt(#[from] AptError),
+    /// The kernel package lacks a module, or one is damaged.
+    #[error("kernel modules")]
+    Modules(#[from] ModuleError),
+    /// The kernel image could not be unpacked.
+    #[error("cannot unpack the kernel {path}")]
+    Kernel {
+        /// The bzImage.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: firn_vmm::boot::unpack::UnpackError,
+    },
+    /// A package lacks a file that every version of it should have.
+    #[error("Debian package {package} has no {file}")]
+    Missing {
+        /// The package.
+        package: String,
+        /// The file.
+        file: String,
+    },
+    /// The busybox program would not list its applets.
+    #[error("busybox --list failed: {0}")]
+    Busybox(String),
+    /// A file operation failed.
+    #[error("{action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// How it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl KitError {
+    fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+/// Tells a person how a build proceeds, a line at a time.
+pub type Progress<'a> = &'a (dyn Fn(&str) + 'a);
+
+/// The kit `name`, built if it is not there. Needs the network only the first time. Calls `progress` only if there is
+/// something to do.
+///
+/// # Errors
+/// When the agent is missing, packages cannot be fetched or the cache cannot be written.
+pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
+    make(name, &Cache::of_user()?, &find_agent()?, false, progress)
+}
+
+/// As [`build`], but asks Debian for newer packages first.
+///
+/// # Errors
+/// As [`build`].
+pub fn update(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
+    make(name, &Cache::of_user()?, &find_agent()?, true, progress)
+}
+
+/// The kit `name` if it is in the cache and up to date; `None` if [`build`] would have work to do.
+///
+/// # Errors
+/// When the agent is missing or the cache cannot be read.
+pub fn lookup(name: KitName) -> Result<Option<Kit>, KitError> {
+    let agent = find_agent()?;
+    let agent = fs::read(&agent).map_err(KitError::io("read", &agent))?;
+    existing(name.recipe(), &Cache::of_user()?, &agent)
+}
+
+fn existing(recipe: &Recipe, cache: &Cache, agent: &[u8]) -> Result<Option<Kit>, KitError> {
+    let Some(base) = Base::open(recipe, cache)? else {
+        return Ok(None);
+    };
+    let dir = cache.kit_dir(recipe.name, &kit_key(recipe, &base, agent));
+    open(dir)
+}
+
+fn make(
+    name: KitName,
+    cache: &Cache,
+    agent: &Path,
+    update: bool,
+    progress: Progress<'_>,
+) -> Result<Kit, KitError> {
+    let recipe = name.recipe();
+    let agent = fs::read(agent).map_err(KitError::io("read", agent))?;
+    if !update && let Some(kit) = existing(recipe, cache, &agent)? {
+        return Ok(kit);
+    }
+    let lock = cache.lock(|| progress("another firn is building a kit, waiting for it"))?;
+    // Another builder may have made it meanwhile.
+    if !update && let Some(kit) = existing(recipe, cache, &agent)? {
+        return Ok(kit);
+    }
+    let base = match Base::open(recipe, cache)? {
+        Some(base) if !update => base,
+        _ => Base::fetch(recipe, cache, &lock, progress)?,
+    };
+    let key = kit_key(recipe, &base, &agent);
+    let dir = cache.kit_dir(recipe.name, &key);
+    if let Some(kit) = open(dir.clone())? {
+        return Ok(kit);
+    }
+    progress(&format!(
+        "kit {}: writing the initrd for Linux {}",
+        recipe.name, base.info.kernel_release
+    ));
+    let staging = lock.staging()?;
+    let staged = staging.path();
+    for file in ["kernel", "vmlinux"] {
+        let from = base.dir.join(file);
+        let to = staged.join(file);
+        fs::hard_link(&from, &to)
+            .or_else(|_| fs::copy(&from, &to).map(drop))
+            .map_err(KitError::io("write", to))?;
+    }
+    let initrd = staged.join("initrd");
+    fs::write(&initrd, initrd_bytes(recipe, &base, &agent)?)
+        .map_err(KitError::io("write", initrd))?;
+    let manifest = Manifest {
+        kit: recipe.name.to_owned(),
+        kernel_release: base.info.kernel_release.clone(),
+        packages: base.info.packages.clone(),
+        modules: base.info.modules.clone(),
+        agent: hex(&Sha256::digest(&agent)),
+        cmdline: recipe.cmdline.to_owned(),
+    };
+    cache::write_json(&staged.join("manifest.json"), &manifest)?;
+    lock.publish(staging, &dir)?;
+    lock.prune_kits(recipe.name, &dir)?;
+    progress(&format!("kit {}: ready in {}", recipe.name, dir.display()));
+    Ok(Kit { dir, manifest })
+}
+
+/// The kit in `dir`, if it is there. Its manifest's time says when it was last used: see [`cache::Lock::prune_kits`].
+fn open(dir: PathBuf) -> Result<Option<Kit>, KitError> {
+    let path = dir.join("manifest.json");
+    let Some(manifest) = cache::read_json(&path)? else {
+        return Ok(None);
+    };
+    // In the carrier the cache is read-only; a kit that is not marked as used is pruned early, no more.
+    let _ = File::options()
+        .write(true)
+        .open(path)
+        .and_then(|file| file.set_modified(SystemTime::now()));
+    Ok(Some(Kit { dir, manifest }))
+}
+
+/// Names a kit by everything that goes into it.
+fn kit_key(recipe: &Recipe, base: &Base, agent: &[u8]) -> String {
+    let mut hash = Sha256::new();
+    for part in [
+        &FORMAT.to_le_bytes(),
+        base.key.as_bytes(),
+        recipe.boot.as_bytes(),
+        recipe.cmdline.as_bytes(),
+    ] {
+        hash.update(part);
+        hash.update([0]);
+    }
+    for (package, version) in &base.info.packages {
+        hash.update(format!("{package}={version}\n"));
+    }
+    hash.update(agent);
+    hex(&hash.finalize()[..8])
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, KitError> {
+    let mut archive = Archive::new();
+    for dir in [
+        "bin",
+        "dev",
+        "etc",
+        "etc/firn",
+        "lib",
+        "lib/modules",
+        "mnt",
+        "proc",
+        "root",
+        "run",
+        "sys",
+        "var",
+    ] {
+        archive.dir(dir, 0o755);
+    }
+    archive.dir("tmp", 0o1777);
+    archive.symlink("sbin", "bin");
+    archive.symlink("usr", ".");
+    archive.symlink("var/run", "/run");
+    archive.symlink("etc/mtab", "/proc/self/mounts");
+    archive.file("init", 0o755, agent);
+    archive.file("bin/busybox", 0o755, &base.read("busybox")?);
+    for applet in base.info.applets.iter().filter(|applet| *applet != "busybox") {
+        archive.symlink(&format!("bin/{applet}"), "busybox");
+    }
+    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
+    archive.file("etc/group", 0o644, b"root:x:0:\n");
+    archive.file("etc/nsswitch.conf", 0o644, b"hosts: files dns\n");
+    // What a machine without an overlay is told.
+    archive.file("etc/hostname", 0o644, b"firn\n");
+    archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n");
+    archive.file("etc/firn/network", 0o644, b"");
+    archive.file("etc/firn/mounts", 0o644, b"");
+    archive.file("etc/firn/boot", 0o755, recipe.boot.as_bytes());
+    let mut list = String::new();
+    for module in &base.info.modules {
+        let path = format!("lib/modules/{module}.ko");
+        archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
+        list.push_str(&format!("/{path}\n"));
+    }
+    archive.file("etc/firn/modules", 0o644, list.as_bytes());
+    Ok(archive.finish())
+}
+
+#[cfg(test)]
+mod tests;

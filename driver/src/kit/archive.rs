@@ -1,0 +1,52 @@
+//! Writes initrds: cpio archives in the `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
+
+use std::io::Write;
+
+use cpio::newc::{self, ModeFileType};
+
+/// An archive that grows in memory. All files belong to root and date from 1970, so equal contents give equal bytes.
+pub(super) struct Archive {
+    bytes: Vec<u8>,
+    inode: u32,
+}
+
+impl Archive {
+    pub(super) fn new() -> Self {
+        Self { bytes: Vec::new(), inode: 0 }
+    }
+
+    /// Adds a directory; its parent must be there already.
+    pub(super) fn dir(&mut self, path: &str, mode: u32) {
+        self.add(path, ModeFileType::Directory, mode, &[]);
+    }
+
+    /// Adds a regular file.
+    pub(super) fn file(&mut self, path: &str, mode: u32, contents: &[u8]) {
+        self.add(path, ModeFileType::Regular, mode, contents);
+    }
+
+    /// Adds a symbolic link to `target`.
+    pub(super) fn symlink(&mut self, path: &str, target: &str) {
+        self.add(path, ModeFileType::Symlink, 0o777, target.as_bytes());
+    }
+
+    /// The archive's bytes, padded so that another archive may follow.
+    pub(super) fn finish(mut self) -> Vec<u8> {
+        newc::trailer(&mut self.bytes).expect(IN_MEMORY);
+        self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
+        self.bytes
+    }
+
+    fn add(&mut self, path: &str, kind: ModeFileType, mode: u32, contents: &[u8]) {
+        self.inode += 1;
+        let size = u32::try_from(contents.len()).expect("files of an initrd are far below 4 GiB");
+        // Without the leading slash, as all initrds have it: the kernel unpacks relative to the root.
+        let entry =
+            newc::Builder::new(path.trim_start_matches('/')).ino(self.inode).nlink(1).mode(mode);
+        let mut writer = entry.set_mode_file_type(kind).write(&mut self.bytes, size);
+        writer.write_all(contents).expect(IN_MEMORY);
+        writer.finish().expect(IN_MEMORY);
+    }
+}
+
+const IN_MEMORY: &str = "a vector takes every write";

@@ -1,0 +1,162 @@
+//! What of a kit comes from Debian: fetched once, then kept.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::apt::{Apt, Package};
+use super::cache::{self, Cache, Lock};
+use super::modules::ModuleTree;
+use super::{FORMAT, KitError, Progress, Recipe, hex};
+
+const BUSYBOX: &str = "busybox-static";
+
+/// A base in the cache.
+pub(super) struct Base {
+    pub(super) dir: PathBuf,
+    pub(super) key: String,
+    pub(super) info: Info,
+}
+
+/// What a base holds.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Info {
+    pub(super) kernel_release: String,
+    pub(super) packages: BTreeMap<String, String>,
+    /// Names of the modules in load order; `modules/NAME.ko` each.
+    pub(super) modules: Vec<String>,
+    /// The commands that busybox has.
+    pub(super) applets: Vec<String>,
+}
+
+impl Base {
+    /// The base for `recipe`, if it is there. Whether Debian has newer packages is not asked.
+    pub(super) fn open(recipe: &Recipe, cache: &Cache) -> Result<Option<Self>, KitError> {
+        let key = key(recipe);
+        let dir = cache.base_dir(recipe.name, &key);
+        let info = cache::read_json(&dir.join("base.json"))?;
+        Ok(info.map(|info| Self { dir, key, info }))
+    }
+
+    /// Where the base for `recipe` is, or would be.
+    #[cfg(test)]
+    pub(super) fn dir_of(recipe: &Recipe, cache: &Cache) -> PathBuf {
+        cache.base_dir(recipe.name, &key(recipe))
+    }
+
+    /// Fetches the packages and makes the base anew.
+    pub(super) fn fetch(
+        recipe: &Recipe,
+        cache: &Cache,
+        lock: &Lock<'_>,
+        progress: Progress<'_>,
+    ) -> Result<Self, KitError> {
+        let kit = recipe.name;
+        let staging = lock.staging()?;
+        let (debs, files) = (staging.path().join("debs"), staging.path().join("files"));
+        for dir in [&debs, &files] {
+            fs::create_dir(dir).map_err(KitError::io("create", dir))?;
+        }
+        progress(&format!("kit {kit}: fetching Debian's package lists"));
+        let apt = Apt::new(&cache.apt_dir())?;
+        apt.update()?;
+        let kernel = apt.kernel_of(recipe.kernel)?;
+        progress(&format!("kit {kit}: downloading {kernel} and {BUSYBOX}"));
+        let packages = apt.download(&[&kernel, BUSYBOX], &debs)?;
+        progress(&format!("kit {kit}: unpacking"));
+        for package in &packages {
+            package.unpack(&files)?;
+        }
+        let made = lock.staging()?;
+        let info = collect(recipe, &kernel, &packages, &files, made.path())?;
+        let key = key(recipe);
+        let dir = cache.base_dir(kit, &key);
+        lock.publish(made, &dir)?;
+        Ok(Self { dir, key, info })
+    }
+
+    /// Reads one of its files.
+    pub(super) fn read(&self, file: &str) -> Result<Vec<u8>, KitError> {
+        let path = self.dir.join(file);
+        fs::read(&path).map_err(KitError::io("read", path))
+    }
+}
+
+/// Names a base by what this program asks for, so that another firn's base is not taken for it.
+fn key(recipe: &Recipe) -> String {
+    let wanted = format!("{FORMAT} {} {BUSYBOX} {:?}", recipe.kernel, recipe.modules);
+    hex(&Sha256::digest(wanted)[..8])
+}
+
+/// Takes from unpacked packages in `files` what the kit needs, into `base`.
+fn collect(
+    recipe: &Recipe,
+    kernel: &str,
+    packages: &[Package],
+    files: &Path,
+    base: &Path,
+) -> Result<Info, KitError> {
+    let release = kernel.trim_start_matches("linux-image-");
+    let missing = |package: &str, file: &str| KitError::Missing {
+        package: package.to_owned(),
+        file: file.to_owned(),
+    };
+
+    let image = files.join("boot").join(format!("vmlinuz-{release}"));
+    let bytes =
+        fs::read(&image).map_err(|_| missing(kernel, &format!("/boot/vmlinuz-{release}")))?;
+    let vmlinux = firn_vmm::boot::unpack::vmlinux(&bytes)
+        .map_err(|source| KitError::Kernel { path: image.clone(), source })?;
+    write(&base.join("kernel"), &bytes)?;
+    write(&base.join("vmlinux"), &vmlinux)?;
+
+    let modules =
+        ModuleTree::scan(&files.join("lib/modules").join(release))?.load_order(recipe.modules)?;
+    let dir = base.join("modules");
+    fs::create_dir(&dir).map_err(KitError::io("create", &dir))?;
+    for (name, path) in &modules {
+        copy(path, &dir.join(format!("{name}.ko")))?;
+    }
+
+    let busybox = base.join("busybox");
+    let source = files.join("bin/busybox");
+    if !source.exists() {
+        return Err(missing(BUSYBOX, "/bin/busybox"));
+    }
+    copy(&source, &busybox)?;
+    let info = Info {
+        kernel_release: release.to_owned(),
+        packages: packages
+            .iter()
+            .map(|package| (package.name.clone(), package.version.clone()))
+            .collect(),
+        modules: modules.into_iter().map(|(name, _)| name).collect(),
+        applets: applets(&busybox)?,
+    };
+    cache::write_json(&base.join("base.json"), &info)?;
+    Ok(info)
+}
+
+/// The commands in `busybox`, as it lists them.
+fn applets(busybox: &Path) -> Result<Vec<String>, KitError> {
+    let output = Command::new(busybox).arg("--list").stdin(Stdio::null()).output();
+    let output = output.map_err(|error| KitError::Busybox(error.to_string()))?;
+    let applets: Vec<_> =
+        String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect();
+    if !output.status.success() || !applets.iter().any(|applet| applet == "sh") {
+        return Err(KitError::Busybox(output.status.to_string()));
+    }
+    Ok(applets)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), KitError> {
+    fs::write(path, bytes).map_err(KitError::io("write", path))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), KitError> {
+    fs::copy(from, to).map(drop).map_err(KitError::io("copy", from))
+}

@@ -1,0 +1,182 @@
+//! What makes one machine differ from the others that boot the same kit: a second archive behind the initrd.
+
+use std::net::IpAddr;
+
+use thiserror::Error;
+
+use super::archive::Archive;
+
+/// What one machine is told about itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Its name.
+    pub hostname: String,
+    /// The lines of `/etc/hosts`; those of localhost are added.
+    pub hosts: Vec<Host>,
+    /// Its network cards.
+    pub interfaces: Vec<Interface>,
+    /// What it mounts when it boots, in this order.
+    pub mounts: Vec<Mount>,
+}
+
+/// A line of `/etc/hosts`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// The address.
+    pub address: IpAddr,
+    /// What it is called.
+    pub names: Vec<String>,
+}
+
+/// A network card, known by its hardware address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// What it shall be called, such as `eth1`: at most 15 bytes.
+    pub name: String,
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// Its addresses, each with the length of its network's prefix.
+    pub addresses: Vec<(IpAddr, u8)>,
+}
+
+/// A share that is mounted when the machine boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The virtio-fs tag.
+    pub tag: String,
+    /// Where; made if it is not there.
+    pub mount_point: String,
+    /// Options for mount, such as `ro`; may be empty.
+    pub options: String,
+}
+
+/// A value that the guest could not take.
+#[derive(Debug, PartialEq, Eq, Error)]
+#[error("{what} {value:?} {problem}")]
+pub struct OverlayError {
+    what: &'static str,
+    value: String,
+    problem: &'static str,
+}
+
+/// The archive that tells a machine of the micro kit who it is: `/etc/hostname`, `/etc/hosts`, `/etc/firn/network`
+/// (lines `NAME MAC ADDRESS/PREFIX...`) and `/etc/firn/mounts` (lines `TAG MOUNTPOINT OPTIONS`), which the kit's boot
+/// script reads.
+///
+/// # Errors
+/// When a value is empty, too long, or has characters that those files cannot hold.
+pub fn machine_overlay(config: &MachineConfig) -> Result<Vec<u8>, OverlayError> {
+    let mut archive = Archive::new();
+    archive.dir("etc", 0o755);
+    archive.dir("etc/firn", 0o755);
+    // HOST_NAME_MAX
+    let hostname = word("host name", &config.hostname, 64)?;
+    archive.file("etc/hostname", 0o644, format!("{hostname}\n").as_bytes());
+    archive.file("etc/hosts", 0o644, hosts(&config.hosts)?.as_bytes());
+    archive.file("etc/firn/network", 0o644, network(&config.interfaces)?.as_bytes());
+    archive.file("etc/firn/mounts", 0o644, mounts(&config.mounts)?.as_bytes());
+    Ok(archive.finish())
+}
+
+fn hosts(hosts: &[Host]) -> Result<String, OverlayError> {
+    let mut text = "127.0.0.1 localhost\n::1 localhost ip6-localhost\n".to_owned();
+    for host in hosts {
+        let names = host
+            .names
+            .iter()
+            .map(|name| word("host name", name, 253))
+            .collect::<Result<Vec<_>, _>>()?;
+        text.push_str(&format!("{} {}\n", host.address, names.join(" ")));
+    }
+    Ok(text)
+}
+
+fn network(interfaces: &[Interface]) -> Result<String, OverlayError> {
+    let mut text = String::new();
+    // The last first: see the script.
+    for interface in interfaces.iter().rev() {
+        // IFNAMSIZ, less the final zero
+        let name = word("interface name", &interface.name, 15)?;
+        if name.contains('/') {
+            return Err(OverlayError {
+                what: "interface name",
+                value: name.to_owned(),
+                problem: "has a slash",
+            });
+        }
+        let [a, b, c, d, e, f] = interface.mac;
+        let mut addresses = String::new();
+        for (address, prefix) in &interface.addresses {
+            let bits = if address.is_ipv4() { 32 } else { 128 };
+            if *prefix > bits {
+                let value = format!("{address}/{prefix}");
+                return Err(OverlayError {
+                    what: "address",
+                    value,
+                    problem: "has too long a prefix",
+                });
+            }
+            addresses.push_str(&format!(" {address}/{prefix}"));
+        }
+        text.push_str(&format!(
+            "{name} {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}{addresses}\n"
+        ));
+    }
+    Ok(text)
+}
+
+fn mounts(mounts: &[Mount]) -> Result<String, OverlayError> {
+    let mut text = String::new();
+    for mount in mounts {
+        if !mount.mount_point.starts_with('/') {
+            let value = mount.mount_point.clone();
+            return Err(OverlayError {
+                what: "mount point",
+                value,
+                problem: "does not start with a slash",
+            });
+        }
+        let tag = escaped("share tag", &mount.tag)?;
+        let mount_point = escaped("mount point", &mount.mount_point)?;
+        let options = if mount.options.is_empty() {
+            "rw"
+        } else {
+            word("mount options", &mount.options, 4096)?
+        };
+        text.push_str(&format!("{tag} {mount_point} {options}\n"));
+    }
+    Ok(text)
+}
+
+/// `value` if it is one word: not empty, no longer than `max` bytes, without blanks, controls or backslashes.
+fn word<'a>(what: &'static str, value: &'a str, max: usize) -> Result<&'a str, OverlayError> {
+    let problem = if value.is_empty() {
+        "is empty"
+    } else if value.len() > max {
+        "is too long"
+    } else if value.contains(|c: char| c.is_whitespace() || c.is_control() || c == '\\') {
+        "has characters that it must not have"
+    } else {
+        return Ok(value);
+    };
+    Err(OverlayError { what, value: value.to_owned(), problem })
+}
+
+/// `value` as the shell's `read` takes it for one word: blanks and backslashes after a backslash.
+fn escaped(what: &'static str, value: &str) -> Result<String, OverlayError> {
+    if value.is_empty() || value.contains(['\n', '\0']) {
+        let problem = "is empty or has a line break";
+        return Err(OverlayError { what, value: value.to_owned(), problem });
+    }
+    let mut text = String::with_capacity(value.len());
+    for c in value.chars() {
+        if matches!(c, ' ' | '\t' | '\\') {
+            text.push('\\');
+        }
+        text.push(c);
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests;

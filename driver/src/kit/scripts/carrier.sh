@@ -1,0 +1,20 @@
+#!/bin/sh
+# Run by the agent before it serves: makes /mnt a place where the host's programs run.
+
+ip link set lo up
+chmod 666 /dev/kvm /dev/net/tun /dev/fuse 2>/dev/null
+
+# Nobody in the carrier changes the host's root, so what was read once may be kept.
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 root /mnt || exit
+for dir in dev proc sys; do
+  mount -o rbind "/$dir" "/mnt/$dir"
+done
+mount -t tmpfs -o mode=755 tmpfs /mnt/run
+
+# Programs find what the host's /tmp holds; what they write there stays inside. 9p has no sockets, tmpfs has.
+mkdir -p /run/tmp
+mount -t tmpfs -o mode=755 tmpfs /run/tmp
+mkdir -m 1777 /run/tmp/upper /run/tmp/work
+mount -t overlay -o lowerdir=/mnt/tmp,upperdir=/run/tmp/upper,workdir=/run/tmp/work overlay /mnt/tmp ||
+  mount -t tmpfs -o mode=1777 tmpfs /mnt/tmp
+exit 0

@@ -1,0 +1,137 @@
+use std::io::Read;
+use std::sync::Mutex;
+
+use super::modules::tests::module;
+use super::*;
+
+/// Name, mode and contents of every entry in the archive at the start of `bytes`.
+pub(super) fn entries(mut bytes: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
+    let mut entries = Vec::new();
+    loop {
+        let mut reader = cpio::newc::Reader::new(bytes).unwrap();
+        if reader.entry().is_trailer() {
+            return entries;
+        }
+        let (name, mode) = (reader.entry().name().to_owned(), reader.entry().mode());
+        let mut contents = Vec::new();
+        reader.read_to_end(&mut contents).unwrap();
+        entries.push((name, mode, contents));
+        bytes = reader.finish().unwrap();
+    }
+}
+
+/// A cache that has a micro base already, so that nothing is fetched.
+fn cache_with_base(root: &Path) -> Cache {
+    let cache = Cache::at(root.join("firn"));
+    let dir = Base::dir_of(&MICRO, &cache);
+    fs::create_dir_all(dir.join("modules")).unwrap();
+    fs::write(dir.join("kernel"), "kernel").unwrap();
+    fs::write(dir.join("vmlinux"), "vmlinux").unwrap();
+    fs::write(dir.join("busybox"), "busybox").unwrap();
+    fs::write(dir.join("modules/virtio_mmio.ko"), module("")).unwrap();
+    let info = base::Info {
+        kernel_release: "6.1.0-1-cloud-amd64".into(),
+        packages: [("busybox-static".to_owned(), "1:1".to_owned())].into(),
+        modules: vec!["virtio_mmio".into()],
+        applets: vec!["busybox".into(), "sh".into()],
+    };
+    cache::write_json(&dir.join("base.json"), &info).unwrap();
+    cache
+}
+
+fn make_quietly(cache: &Cache, agent: &Path) -> (Kit, usize) {
+    let lines = Mutex::new(0);
+    let kit = make(KitName::Micro, cache, agent, false, &|_| *lines.lock().unwrap() += 1).unwrap();
+    (kit, lines.into_inner().unwrap())
+}
+
+#[test]
+fn a_kit_is_made_once_for_each_agent() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache_with_base(dir.path());
+    let agent = dir.path().join("agent");
+    fs::write(&agent, "agent one").unwrap();
+    let (first, lines) = make_quietly(&cache, &agent);
+    assert!(lines > 0);
+    let (again, lines) = make_quietly(&cache, &agent);
+    assert_eq!((again.dir, lines), (first.dir.clone(), 0));
+    fs::write(&agent, "agent two").unwrap();
+    let (second, _) = make_quietly(&cache, &agent);
+    assert_ne!(second.dir, first.dir);
+    assert_eq!(fs::read_to_string(second.vmlinux()).unwrap(), "vmlinux");
+    assert_eq!(second.manifest.modules, ["virtio_mmio"]);
+}
+
+#[test]
+fn the_initrd_has_what_the_agent_expects() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache_with_base(dir.path());
+    let agent = dir.path().join("agent");
+    fs::write(&agent, "the agent").unwrap();
+    let (kit, _) = make_quietly(&cache, &agent);
+    let initrd = fs::read(kit.initrd()).unwrap();
+    let entries = entries(&initrd);
+    let entry = |path: &str| {
+        let found = entries.iter().find(|(name, ..)| name == path);
+        found
+            .map(|(_, mode, contents)| (*mode, contents.as_slice()))
+            .unwrap_or_else(|| panic!("no {path}"))
+    };
+    assert_eq!(entry("init"), (0o100_755, &b"the agent"[..]));
+    assert_eq!(entry("bin/sh"), (0o120_777, &b"busybox"[..]));
+    assert_eq!(entry("etc/firn/modules").1, b"/lib/modules/virtio_mmio.ko\n");
+    assert_eq!(entry("lib/modules/virtio_mmio.ko").1, module(""));
+    assert_eq!(entry("etc/firn/boot").0, 0o100_755);
+    assert_eq!(entry("tmp").0, 0o041_777);
+    // A directory comes before what is in it, or the kernel cannot unpack it.
+    for (at, (name, ..)) in entries.iter().enumerate() {
+        if let Some((parent, _)) = name.rsplit_once('/') {
+            assert!(
+                entries[..at].iter().any(|(name, ..)| name == parent),
+                "{name} before {parent}"
+            );
+        }
+    }
+}
+
+#[test]
+fn leftovers_of_killed_builds_go_and_old_kits_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache_with_base(dir.path());
+    let leftover = dir.path().join("firn/staging/killed/file");
+    fs::create_dir_all(leftover.parent().unwrap()).unwrap();
+    fs::write(&leftover, "half").unwrap();
+    let agent = dir.path().join("agent");
+    fs::write(&agent, "one").unwrap();
+    let (old, _) = make_quietly(&cache, &agent);
+    assert!(!leftover.exists());
+    let long_ago = SystemTime::now() - std::time::Duration::from_secs(30 * 24 * 3600);
+    let manifest = File::options().write(true).open(old.dir.join("manifest.json")).unwrap();
+    manifest.set_modified(long_ago).unwrap();
+    fs::write(&agent, "two").unwrap();
+    let (new, _) = make_quietly(&cache, &agent);
+    assert!(!old.dir.exists() && new.dir.exists());
+}
+
+#[test]
+fn many_builders_at_once_make_one_kit() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache_with_base(dir.path());
+    let agent = dir.path().join("agent");
+    fs::write(&agent, "agent").unwrap();
+    let kits: Vec<_> = std::thread::scope(|scope| {
+        let builders: Vec<_> =
+            (0..8).map(|_| scope.spawn(|| make_quietly(&cache, &agent).0.dir)).collect();
+        builders.into_iter().map(|builder| builder.join().unwrap()).collect()
+    });
+    assert!(kits.iter().all(|kit| *kit == kits[0] && kit.join("initrd").is_file()));
+    assert_eq!(fs::read_dir(kits[0].parent().unwrap()).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(dir.path().join("firn/staging")).unwrap().count(), 0);
+}
+
+#[test]
+fn names_are_checked() {
+    assert_eq!("micro".parse::<KitName>().unwrap(), KitName::Micro);
+    let error = "mikro".parse::<KitName>().unwrap_err().to_string();
+    assert_eq!(error, "there is no kit `mikro`; kits are: micro, carrier");
+}
