@@ -4,6 +4,14 @@
 //! [`Vm::start`](vm::Vm::start) runs it: one thread a vCPU and one event thread for the devices.
 //! The crate knows nothing of tests, Python or Nix.
 
+pub mod arch;
+pub mod boot;
+pub mod bus;
+pub mod device;
+mod event_loop;
 pub mod memory;
+pub mod probe;
 pub mod spec;
+pub mod vcpu;
 pub mod virtio;
+pub mod vm;

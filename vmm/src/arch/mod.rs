@@ -1,0 +1,3 @@
+//! What differs by processor.
+
+pub mod x86_64;

@@ -1,0 +1,95 @@
+//! The zero page and the command line.
+
+use linux_loader::bootparam::{boot_e820_entry, boot_params};
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::acpi;
+use super::kernel::{Initrd, Kernel};
+use crate::memory::{self, MemoryMap};
+
+/// The zero page.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// The command line.
+const CMDLINE: u64 = 0x2_0000;
+/// Room for it up to the next thing in low memory; the kernel itself takes 2,048 bytes
+/// (`COMMAND_LINE_SIZE` in arch/x86/include/asm/setup.h).
+pub const MAX_CMDLINE: usize = 2047;
+/// `type_of_loader` for a boot loader without a number of its own.
+const LOADER_UNDEFINED: u8 = 0xff;
+/// `loadflags`: the kernel is loaded high.
+const LOADED_HIGH: u8 = 1;
+
+/// E820 types (ACPI 6.5, table 15.2).
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+
+/// The zero page could not be written.
+#[derive(Debug, Error)]
+pub enum ParamsError {
+    /// The command line is too long.
+    #[error("the kernel command line has {0} bytes, the kernel takes {MAX_CMDLINE}")]
+    CmdlineTooLong(usize),
+    /// The command line has a byte that ends it.
+    #[error("the kernel command line contains a NUL byte")]
+    CmdlineNul,
+    /// Guest memory is too small for what the kernel must find.
+    #[error("cannot write boot parameters")]
+    Write(#[from] GuestMemoryError),
+}
+
+/// Writes the command line and the zero page.
+///
+/// # Errors
+/// The command line cannot be passed to a kernel.
+pub fn write(
+    memory: &MemoryMap,
+    kernel: &Kernel,
+    initrd: Initrd,
+    cmdline: &str,
+) -> Result<(), ParamsError> {
+    if cmdline.len() > MAX_CMDLINE {
+        return Err(ParamsError::CmdlineTooLong(cmdline.len()));
+    }
+    if cmdline.contains('\0') {
+        return Err(ParamsError::CmdlineNul);
+    }
+    memory.write_slice(cmdline.as_bytes(), GuestAddress(CMDLINE))?;
+    memory.write_obj(0_u8, GuestAddress(CMDLINE + cmdline.len() as u64))?;
+
+    let mut params = boot_params { hdr: kernel.header, ..Default::default() };
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.loadflags |= LOADED_HIGH;
+    (params.hdr.cmd_line_ptr, params.ext_cmd_line_ptr) = split(CMDLINE);
+    (params.hdr.ramdisk_image, params.ext_ramdisk_image) = split(initrd.start);
+    (params.hdr.ramdisk_size, params.ext_ramdisk_size) = split(initrd.len);
+    params.acpi_rsdp_addr = acpi::RSDP;
+    let map = e820(memory);
+    params.e820_entries = u8::try_from(map.len()).unwrap_or(u8::MAX);
+    for (entry, (addr, size, type_)) in params.e820_table.iter_mut().zip(map) {
+        *entry = boot_e820_entry { addr, size, type_ };
+    }
+    Ok(memory.write_obj(params, GuestAddress(ZERO_PAGE))?)
+}
+
+/// The memory map: (start, length, type).
+fn e820(memory: &MemoryMap) -> Vec<(u64, u64, u32)> {
+    let low_end = memory::low_end(memory);
+    let mut map = vec![
+        (0, memory::LOW_END, E820_RAM),
+        (memory::ACPI_START, memory::HIGH_START - memory::ACPI_START, E820_RESERVED),
+        (memory::HIGH_START, low_end - memory::HIGH_START, E820_RAM),
+    ];
+    let total: u64 =
+        vm_memory::GuestMemory::iter(memory).map(vm_memory::GuestMemoryRegion::len).sum();
+    if total > low_end {
+        map.push((memory::HOLE_END, total - low_end, E820_RAM));
+    }
+    map
+}
+
+/// The low and the high half, as the zero page wants addresses.
+#[expect(clippy::cast_possible_truncation, reason = "each half is what is asked for")]
+const fn split(value: u64) -> (u32, u32) {
+    (value as u32, (value >> 32) as u32)
+}

@@ -1,0 +1,332 @@
+//! virtio-mmio (virtio 1.2, 4.2).
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use kvm_ioctls::{IoEventAddress, VmFd};
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
+    VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
+    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING,
+    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
+    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
+    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
+    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::slot::{OnFailure, QueueConfig, Slot, SlotState};
+use crate::bus::BusDevice;
+use crate::memory::Memory;
+use crate::virtio::{Interrupt, RestoreError, VirtioDevice};
+
+/// "virt" (virtio 1.2, 4.2.2).
+const MAGIC: u32 = 0x7472_6976;
+/// The version of the register layout since virtio 1.0.
+const VERSION: u32 = 2;
+/// Whose device it is; the drivers do not care.
+const VENDOR: u32 = u32::from_le_bytes(*b"firn");
+/// Where the event subscriber counts host descriptors from; queues count from 0.
+const HOST_EVENT: u32 = 0x1_0000;
+
+/// The interrupt status register and the line behind it. Reading and acknowledging take no lock:
+/// every interrupt costs the guest both.
+struct Line {
+    status: AtomicU32,
+    generation: AtomicU32,
+    irqfd: EventFd,
+}
+
+impl Line {
+    fn raise(&self, cause: u32) {
+        self.status.fetch_or(cause, Ordering::SeqCst);
+        // An eventfd's counter overflows only after 2^64 unread interrupts.
+        if let Err(error) = self.irqfd.write(1) {
+            tracing::error!(%error, "cannot raise an interrupt");
+        }
+    }
+}
+
+impl Interrupt for Line {
+    fn queue(&self, _index: u16) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn config(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+}
+
+/// What the driver has selected, beside the slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Selectors {
+    device_features: u32,
+    driver_features: u32,
+    queue: u32,
+}
+
+struct Registers {
+    slot: Slot,
+    selected: Selectors,
+}
+
+/// The state of a device behind virtio-mmio.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MmioState {
+    slot: SlotState,
+    selected: Selectors,
+    interrupt_status: u32,
+    generation: u32,
+}
+
+/// A device behind virtio-mmio registers.
+pub struct MmioTransport {
+    registers: Mutex<Registers>,
+    line: Arc<Line>,
+    /// Rung by KVM for each queue that is not served inline.
+    kicks: Vec<Option<EventFd>>,
+    host_fds: Vec<i32>,
+}
+
+impl MmioTransport {
+    /// Puts `device` behind registers.
+    ///
+    /// # Errors
+    /// The process has no file descriptors left.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Memory,
+        on_failure: OnFailure,
+    ) -> io::Result<MmioTransport> {
+        let line = Arc::new(Line {
+            status: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+            irqfd: EventFd::new(EFD_NONBLOCK)?,
+        });
+        let inline = device.inline_queues();
+        let kicks = (0..device.queue_sizes().len())
+            .map(|index| match inline >> index & 1 {
+                1 => Ok(None),
+                _ => EventFd::new(EFD_NONBLOCK).map(Some),
+            })
+            .collect::<io::Result<_>>()?;
+        let host_fds = device.host_fds();
+        let slot = Slot::new(device, memory, line.clone(), on_failure);
+        let registers = Mutex::new(Registers { slot, selected: Selectors::default() });
+        Ok(MmioTransport { registers, line, kicks, host_fds })
+    }
+
+    /// Connects the interrupt to IOAPIC pin `gsi` and the queues' doorbells at `address`.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn connect(&self, vm: &VmFd, address: u32, gsi: u32) -> Result<(), kvm_ioctls::Error> {
+        vm.register_irqfd(&self.line.irqfd, gsi)?;
+        let doorbell = IoEventAddress::Mmio(u64::from(address + VIRTIO_MMIO_QUEUE_NOTIFY));
+        for (queue, kick) in (0_u32..).zip(&self.kicks) {
+            if let Some(kick) = kick {
+                vm.register_ioevent(kick, &doorbell, queue)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops the device and finishes what is in flight.
+    pub fn pause(&self) {
+        self.registers().slot.pause();
+    }
+
+    /// Goes on after a pause.
+    pub fn resume(&self) {
+        self.registers().slot.resume();
+    }
+
+    /// Back to the state after power-on.
+    pub fn reset(&self) {
+        let mut registers = self.registers();
+        registers.slot.reset();
+        registers.selected = Selectors::default();
+        self.line.status.store(0, Ordering::SeqCst);
+    }
+
+    /// The state of a paused device.
+    pub fn save(&self) -> MmioState {
+        let registers = self.registers();
+        MmioState {
+            slot: registers.slot.save(),
+            selected: registers.selected,
+            interrupt_status: self.line.status.load(Ordering::SeqCst),
+            generation: self.line.generation.load(Ordering::SeqCst),
+        }
+    }
+
+    /// Takes back a saved state; the device stays paused.
+    ///
+    /// # Errors
+    /// The state is damaged or belongs to another device.
+    pub fn restore(&self, state: &MmioState) -> Result<(), RestoreError> {
+        let mut registers = self.registers();
+        registers.slot.restore(&state.slot)?;
+        registers.selected = state.selected;
+        self.line.generation.store(state.generation, Ordering::SeqCst);
+        self.line.status.store(state.interrupt_status, Ordering::SeqCst);
+        drop(registers);
+        // The pulse itself is not saved, and a driver takes a spurious one.
+        self.line.raise(0);
+        Ok(())
+    }
+
+    fn registers(&self) -> MutexGuard<'_, Registers> {
+        // A device that panicked has lost its queues; the registers are plain data.
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        match offset {
+            VIRTIO_MMIO_MAGIC_VALUE => return MAGIC,
+            VIRTIO_MMIO_VERSION => return VERSION,
+            VIRTIO_MMIO_VENDOR_ID => return VENDOR,
+            VIRTIO_MMIO_INTERRUPT_STATUS => return self.line.status.load(Ordering::SeqCst),
+            VIRTIO_MMIO_CONFIG_GENERATION => return self.line.generation.load(Ordering::SeqCst),
+            _ => {}
+        }
+        let registers = self.registers();
+        let selected = registers.selected;
+        let slot = &registers.slot;
+        match offset {
+            VIRTIO_MMIO_DEVICE_ID => slot.config().device_type(),
+            VIRTIO_MMIO_DEVICE_FEATURES => match selected.device_features {
+                0 => low(slot.features()),
+                1 => low(slot.features() >> 32),
+                _ => 0,
+            },
+            VIRTIO_MMIO_QUEUE_NUM_MAX => u32::from(slot.max_size(selected.queue)),
+            VIRTIO_MMIO_QUEUE_READY => u32::from(slot.queue_ready(selected.queue)),
+            VIRTIO_MMIO_STATUS => u32::from(slot.status()),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&self, offset: u32, value: u32) {
+        if offset == VIRTIO_MMIO_INTERRUPT_ACK {
+            self.line.status.fetch_and(!value, Ordering::SeqCst);
+            return;
+        }
+        let mut registers = self.registers();
+        let Registers { slot, selected } = &mut *registers;
+        match offset {
+            VIRTIO_MMIO_QUEUE_NOTIFY => {
+                if let Ok(index) = usize::try_from(value) {
+                    slot.notify(index);
+                }
+            }
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => selected.device_features = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => selected.driver_features = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => {
+                slot.set_driver_features(selected.driver_features, value);
+            }
+            VIRTIO_MMIO_QUEUE_SEL => selected.queue = value,
+            VIRTIO_MMIO_STATUS => {
+                slot.set_status(value.to_le_bytes()[0]);
+                if value == 0 {
+                    self.line.status.store(0, Ordering::SeqCst);
+                }
+            }
+            _ => {
+                if let Some(queue) = slot.queue_config(selected.queue) {
+                    write_queue_register(queue, offset, value);
+                }
+            }
+        }
+    }
+}
+
+fn write_queue_register(queue: &mut QueueConfig, offset: u32, value: u32) {
+    match offset {
+        // A size past 16 bits is as wrong as 0, which activation refuses.
+        VIRTIO_MMIO_QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
+        VIRTIO_MMIO_QUEUE_READY => queue.ready = value & 1 == 1,
+        VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut queue.descriptors, value),
+        VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut queue.descriptors, value),
+        VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut queue.driver, value),
+        VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut queue.driver, value),
+        VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.device, value),
+        VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.device, value),
+        _ => {}
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
+const fn low(value: u64) -> u32 {
+    value as u32
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !u64::from(u32::MAX) | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
+            Some(offset) => self.registers().slot.config().read_config(offset, data),
+            // Registers are read whole (virtio 1.2, 4.2.2.2).
+            None => match <&mut [u8; 4]>::try_from(data) {
+                Ok(data) => *data = self.read_register(low(offset)).to_le_bytes(),
+                Err(_) => tracing::debug!(offset, "partial read of a virtio-mmio register"),
+            },
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
+            Some(offset) => self.registers().slot.write_config(offset, data),
+            None => match <[u8; 4]>::try_from(data) {
+                Ok(data) => self.write_register(low(offset), u32::from_le_bytes(data)),
+                Err(_) => tracing::debug!(offset, "partial write of a virtio-mmio register"),
+            },
+        }
+    }
+}
+
+/// The event thread's side of a device: doorbells and host descriptors.
+pub struct MmioEvents(pub Arc<MmioTransport>);
+
+impl MutEventSubscriber for MmioEvents {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let transport = &self.0;
+        let kicks = (0_u32..).zip(&transport.kicks).filter_map(|(queue, kick)| {
+            Some(Events::with_data(kick.as_ref()?, queue, EventSet::IN))
+        });
+        let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        let host = transport.host_fds.iter().map(|&fd| Events::with_data_raw(fd, HOST_EVENT, both));
+        for events in kicks.chain(host) {
+            if let Err(error) = ops.add(events) {
+                tracing::error!(?error, "cannot watch a device's descriptor");
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        let transport = &self.0;
+        if events.data() == HOST_EVENT {
+            transport.registers().slot.host_event();
+            return;
+        }
+        let queue = usize::try_from(events.data()).unwrap_or(usize::MAX);
+        if let Some(Some(kick)) = transport.kicks.get(queue) {
+            // The count does not matter: one look at the queue serves all rings.
+            let _ = kick.read();
+            transport.registers().slot.notify(queue);
+        }
+    }
+}
