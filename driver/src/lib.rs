@@ -4,5 +4,17 @@
 pub mod agent;
 pub mod carrier;
 pub mod config;
+pub mod driver;
+pub mod error;
 pub mod kit;
 pub mod log;
+pub mod machine;
+pub mod retry;
+pub mod scratch;
+pub mod vlan;
+
+pub use driver::{Driver, DriverOptions};
+pub use error::{End, Error, MachineError, Result};
+pub use machine::{ExecOptions, Machine};
+pub use retry::retry;
+pub use vlan::Vlan;

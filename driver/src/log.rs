@@ -168,7 +168,7 @@ pub(crate) fn colours_wanted(stream: &impl IsTerminal) -> bool {
 
 /// A guest's line without escape sequences and control characters, which could move the cursor, change
 /// the colours or the title of the reader's terminal.
-fn printable(line: &str) -> String {
+pub(crate) fn printable(line: &str) -> String {
     anstream::adapter::strip_str(line)
         .to_string()
         .chars()

@@ -1,0 +1,269 @@
+//! What the guest prints on its serial console.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::error::{Result, Tail};
+use crate::log::{Logger, printable};
+use crate::retry::timed_out;
+
+#[cfg(test)]
+mod tests;
+
+/// Most bytes of a console that are kept; a guest that prints more loses its oldest lines.
+const MAX_KEPT: usize = 32 << 20;
+/// How much more may gather before the oldest bytes are moved out.
+const SLACK: usize = 8 << 20;
+/// A line longer than this is shown in pieces.
+const MAX_LINE: usize = 8 << 10;
+/// Lines of the console that an error quotes.
+const TAIL_LINES: usize = 20;
+/// How long a begun line may gather more bytes before it is searched. Guests print single bytes, and no
+/// event says that a prompt without a line end is complete.
+const GATHER: Duration = Duration::from_millis(20);
+
+/// The console's output since the machine was made, and who has read how far.
+pub(super) struct Console {
+    buffer: Mutex<Buffer>,
+    /// Changes when a line is complete, and when one has begun.
+    grown: watch::Sender<()>,
+}
+
+/// Positions count all bytes ever printed.
+struct Buffer {
+    bytes: Vec<u8>,
+    /// Position of the first kept byte.
+    base: u64,
+    /// From here on belongs to the machine's latest start.
+    start: u64,
+    /// Up to here calls of `wait_for_text` have consumed.
+    consumed: u64,
+    /// Whether waiters know that a line has begun.
+    announced: bool,
+}
+
+impl Console {
+    pub(super) fn new() -> Self {
+        Self {
+            buffer: Mutex::new(Buffer {
+                bytes: Vec::new(),
+                base: 0,
+                start: 0,
+                consumed: 0,
+                announced: false,
+            }),
+            grown: watch::Sender::new(()),
+        }
+    }
+
+    /// From now on the output is that of a new start.
+    pub(super) fn restart(&self) {
+        let mut buffer = self.lock();
+        buffer.start = buffer.end();
+        buffer.consumed = buffer.start;
+    }
+
+    /// Everything since the start, as far as it is kept.
+    pub(super) fn text(&self) -> String {
+        let buffer = self.lock();
+        String::from_utf8_lossy(buffer.since(buffer.start)).into_owned()
+    }
+
+    /// The last lines since the start, without control characters.
+    pub(super) fn tail(&self) -> Tail {
+        let buffer = self.lock();
+        let bytes = buffer.since(buffer.start);
+        // Lines can be long: no more than what a screen of them takes.
+        let bytes = &bytes[bytes.len().saturating_sub(TAIL_LINES * 200)..];
+        let text = String::from_utf8_lossy(bytes);
+        let mut lines: Vec<String> = text.lines().rev().map(printable).filter(|l| !l.trim().is_empty()).take(TAIL_LINES).collect();
+        lines.reverse();
+        Tail(lines)
+    }
+
+    /// Waits until `find` finds something in the output that no earlier call has consumed; it answers where
+    /// in the text the match ends. Consumes the text up to the end of the match's last line.
+    ///
+    /// # Errors
+    /// If the timeout is over, and what `find` answers.
+    pub(super) async fn wait_for_text(
+        &self,
+        mut find: impl FnMut(&str) -> Result<Option<usize>>,
+        timeout: Option<Duration>,
+    ) -> Result<()> {
+        let mut grown = self.grown.subscribe();
+        let deadline = timeout.map(|t| (Instant::now() + t, t));
+        loop {
+            grown.mark_unchanged();
+            let (from, bytes) = self.unconsumed();
+            let text = String::from_utf8_lossy(&bytes);
+            if let Some(end) = find(&text)? {
+                let end = byte_position(&bytes, end);
+                self.consume(from + to_u64(line_end(&bytes, end)));
+                return Ok(());
+            }
+            let partial = !bytes.is_empty() && !bytes.ends_with(b"\n");
+            drop(text);
+            drop(bytes);
+            let change = async {
+                if partial {
+                    sleep(GATHER).await;
+                }
+                // The sender lives in self.
+                let _ = grown.changed().await;
+            };
+            match deadline {
+                None => change.await,
+                Some((at, timeout)) => tokio::select! {
+                    biased;
+                    () = change => {}
+                    () = sleep_until(at) => return Err(timed_out(timeout)),
+                },
+            }
+        }
+    }
+
+    /// Writes the lines to the log as they come, until `finished` changes; then what is left.
+    pub(super) async fn show(&self, machine: &str, log: &Logger, mut finished: watch::Receiver<bool>) {
+        let mut grown = self.grown.subscribe();
+        let mut shown = self.lock().start;
+        loop {
+            grown.mark_unchanged();
+            let last = *finished.borrow_and_update();
+            self.show_lines(machine, log, &mut shown, last);
+            if last {
+                return;
+            }
+            tokio::select! {
+                _ = grown.changed() => {}
+                gone = finished.changed() => if gone.is_err() { return },
+            }
+        }
+    }
+
+    fn show_lines(&self, machine: &str, log: &Logger, shown: &mut u64, partial_too: bool) {
+        loop {
+            // The log may block (a slow terminal), and the guest must not wait for it: copy, then write.
+            let (bytes, lost) = {
+                let buffer = self.lock();
+                let lost = buffer.base.saturating_sub(*shown);
+                let bytes = buffer.since(*shown);
+                (bytes[..bytes.len().min(64 << 10)].to_vec(), lost)
+            };
+            if lost > 0 {
+                log.serial(machine, &format!("[{lost} bytes came too fast to be shown]"));
+                *shown += lost;
+            }
+            let mut rest = bytes.as_slice();
+            while let Some(length) = next_line(rest, partial_too) {
+                let line = String::from_utf8_lossy(&rest[..length]);
+                log.serial(machine, line.trim_end());
+                rest = &rest[length..];
+            }
+            let done = bytes.len() - rest.len();
+            if done == 0 {
+                return;
+            }
+            *shown += to_u64(done);
+        }
+    }
+
+    fn unconsumed(&self) -> (u64, Vec<u8>) {
+        let mut buffer = self.lock();
+        buffer.announced = false;
+        let from = buffer.consumed.max(buffer.base);
+        (from, buffer.since(from).to_vec())
+    }
+
+    fn consume(&self, position: u64) {
+        let mut buffer = self.lock();
+        buffer.consumed = buffer.consumed.max(position);
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        let mut buffer = self.lock();
+        // As upstream's driver does: the line ends are those of a terminal, not of a text.
+        buffer.bytes.extend(bytes.iter().filter(|b| **b != b'\r'));
+        if buffer.bytes.len() > MAX_KEPT + SLACK {
+            let surplus = buffer.bytes.len() - MAX_KEPT;
+            buffer.bytes.drain(..surplus);
+            buffer.base += to_u64(surplus);
+        }
+        let news = bytes.contains(&b'\n') || !buffer.announced;
+        buffer.announced = true;
+        drop(buffer);
+        if news {
+            self.grown.send_replace(());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Buffer {
+    fn end(&self) -> u64 {
+        self.base + to_u64(self.bytes.len())
+    }
+
+    fn since(&self, position: u64) -> &[u8] {
+        let skip = usize::try_from(position.saturating_sub(self.base)).unwrap_or(usize::MAX);
+        self.bytes.get(skip..).unwrap_or_default()
+    }
+}
+
+/// The guest's end of the console.
+pub(super) struct ConsoleWriter(pub(super) Arc<Console>);
+
+impl Write for ConsoleWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.push(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The length of the next line with its end; of a line without end if it is too long, or the last.
+fn next_line(bytes: &[u8], partial_too: bool) -> Option<usize> {
+    let end = bytes.iter().take(MAX_LINE).position(|b| *b == b'\n').map(|at| at + 1);
+    end.or_else(|| (bytes.len() >= MAX_LINE).then_some(MAX_LINE))
+        .or_else(|| (partial_too && !bytes.is_empty()).then_some(bytes.len()))
+}
+
+/// The byte of `bytes` at which byte `end` of their lossy text lies.
+fn byte_position(bytes: &[u8], end: usize) -> usize {
+    let (mut text, mut raw) = (0, 0);
+    for chunk in bytes.utf8_chunks() {
+        let valid = chunk.valid().len();
+        if end <= text + valid {
+            return raw + (end - text);
+        }
+        text += valid;
+        raw += valid + chunk.invalid().len();
+        if !chunk.invalid().is_empty() {
+            text += char::REPLACEMENT_CHARACTER.len_utf8();
+        }
+    }
+    bytes.len()
+}
+
+/// The end of the line in which `position` lies; a position behind a line end belongs to that line.
+fn line_end(bytes: &[u8], position: usize) -> usize {
+    if position > 0 && bytes.get(position - 1) == Some(&b'\n') {
+        return position;
+    }
+    let rest = bytes.get(position..).unwrap_or_default();
+    rest.iter().position(|b| *b == b'\n').map_or(position, |at| position + at + 1)
+}
+
+fn to_u64(length: usize) -> u64 {
+    u64::try_from(length).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,175 @@
+//! Runs commands in the guest.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::Machine;
+use super::session::Command;
+use crate::error::{Error, Result};
+use crate::retry::retry;
+
+/// How long a command may run unless its caller says otherwise, and how long a wait may take.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(900);
+/// How long a command's output may stay open after its end before the log says so.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What goes before each command: root's login environment as far as `/etc/profile` makes it, and no
+/// failure that goes unnoticed.
+const PRELUDE: &str = "if [ -r /etc/profile ]; then . /etc/profile >/dev/null 2>&1; fi; export PAGER=; cd /tmp 2>/dev/null || cd /\nset -euo pipefail; ";
+
+/// How [`Machine::execute`] runs a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExecOptions {
+    /// Whether to answer the command's exit status; otherwise it is -1.
+    pub check_return: bool,
+    /// Whether to wait for the command and its output; otherwise the answer is -2 and no output, at once.
+    pub check_output: bool,
+    /// After this long the command is killed, and its status is 124.
+    pub timeout: Option<Duration>,
+}
+
+impl Default for ExecOptions {
+    fn default() -> Self {
+        Self {
+            check_return: true,
+            check_output: true,
+            timeout: Some(DEFAULT_TIMEOUT),
+        }
+    }
+}
+
+impl ExecOptions {
+    fn with_timeout(timeout: Option<Duration>) -> Self {
+        Self { timeout, ..Self::default() }
+    }
+}
+
+impl Machine {
+    /// Runs a shell command as root. Waits until its standard output is closed, and answers its status and
+    /// what it printed there. Its standard error goes to the guest's console.
+    ///
+    /// # Errors
+    /// If the machine cannot be started, or ends, or loses its agent.
+    pub async fn execute(&self, command: &str, options: ExecOptions) -> Result<(i32, String)> {
+        let session = self.session().await?;
+        let command_line = Command {
+            script: format!("{PRELUDE}{command}"),
+            timeout: options.timeout,
+        };
+        let run = async {
+            if !options.check_output {
+                return Ok(session.spawn(command_line).await.map(|()| (-2, String::new())));
+            }
+            let lingering = || {
+                self.inner.log.warning(format_args!(
+                    "command `{command}` has ended, but something still holds its standard output open; \
+                     waiting for that"
+                ));
+            };
+            Ok(session.run(command_line, LINGER, lingering).await.map(|(status, output)| {
+                let status = if options.check_return { status } else { -1 };
+                (status, String::from_utf8_lossy(&output).into_owned())
+            }))
+        };
+        match self.unless_ended(run).await? {
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(self.session_error(format_args!("cannot run `{command}`"), error).await),
+        }
+    }
+
+    /// Runs commands that must all exit with 0, and answers their outputs joined.
+    ///
+    /// # Errors
+    /// [`Error::Assertion`] if one does not; else as [`Self::execute`].
+    pub async fn succeed(&self, commands: &[&str], timeout: Option<Duration>) -> Result<String> {
+        let mut all = String::new();
+        for command in commands {
+            let _step = self.nested(format_args!("must succeed: {command}"));
+            let (status, output) = self.execute(command, ExecOptions::with_timeout(timeout)).await?;
+            if status != 0 {
+                self.log(format_args!("output: {output}"));
+                return Err(Error::Assertion(format!("command `{command}` failed (exit code {status})")));
+            }
+            all.push_str(&output);
+        }
+        Ok(all)
+    }
+
+    /// Runs commands none of which may exit with 0, and answers their outputs joined.
+    ///
+    /// # Errors
+    /// [`Error::Assertion`] if one does; else as [`Self::execute`].
+    pub async fn fail(&self, commands: &[&str], timeout: Option<Duration>) -> Result<String> {
+        let mut all = String::new();
+        for command in commands {
+            let _step = self.nested(format_args!("must fail: {command}"));
+            let (status, output) = self.execute(command, ExecOptions::with_timeout(timeout)).await?;
+            if status == 0 {
+                return Err(Error::Assertion(format!("command `{command}` unexpectedly succeeded")));
+            }
+            all.push_str(&output);
+        }
+        Ok(all)
+    }
+
+    /// Runs a command each second until it exits with 0, and answers its output then. A try that takes longer
+    /// than `attempt_timeout` is given up.
+    ///
+    /// # Errors
+    /// [`Error::Assertion`] if it does not within `timeout`; else as [`Self::execute`].
+    pub async fn wait_until_succeeds(
+        &self,
+        command: &str,
+        timeout: Duration,
+        attempt_timeout: Option<Duration>,
+    ) -> Result<String> {
+        let _step = self.nested(format_args!("waiting for success: {command}"));
+        self.try_until(command, timeout, attempt_timeout, |status| status == 0).await
+    }
+
+    /// Runs a command each second until it does not exit with 0, and answers its output then. A try that takes
+    /// longer than `attempt_timeout` is given up, and counts as failed.
+    ///
+    /// # Errors
+    /// [`Error::Assertion`] if it always does within `timeout`; else as [`Self::execute`].
+    pub async fn wait_until_fails(
+        &self,
+        command: &str,
+        timeout: Duration,
+        attempt_timeout: Option<Duration>,
+    ) -> Result<String> {
+        let _step = self.nested(format_args!("waiting for failure: {command}"));
+        self.try_until(command, timeout, attempt_timeout, |status| status != 0).await
+    }
+
+    async fn try_until(
+        &self,
+        command: &str,
+        timeout: Duration,
+        attempt_timeout: Option<Duration>,
+        done: impl Fn(i32) -> bool,
+    ) -> Result<String> {
+        let deadline = Instant::now() + timeout;
+        let mut found = String::new();
+        let probe = async |last: bool| {
+            // A try without a limit of its own has what is left of the budget.
+            let left = if last { timeout } else { deadline.saturating_duration_since(Instant::now()) };
+            let limit = attempt_timeout.unwrap_or(left).max(Duration::from_millis(1));
+            let (status, output) = self.execute(command, ExecOptions::with_timeout(Some(limit))).await?;
+            found = output;
+            Ok(done(status))
+        };
+        retry(probe, timeout).await?;
+        Ok(found)
+    }
+
+    /// Sleeps in guest time.
+    ///
+    /// # Errors
+    /// As [`Self::succeed`].
+    pub async fn sleep(&self, time: Duration) -> Result<()> {
+        let command = format!("sleep {}", time.as_secs_f64());
+        self.succeed(&[&command], None).await.map(drop)
+    }
+}

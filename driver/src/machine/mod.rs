@@ -1,0 +1,248 @@
+//! A machine of a test, as its script sees it.
+//!
+//! A file for each family of calls: `power` (start to release), `exec`, `files`, `console`. A call that waits
+//! for the guest is ended at once when the guest ends ([`Machine::unless_ended`]).
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use firn_net_switch::SwitchPort;
+use tokio::sync::{Mutex, watch};
+
+use crate::config::NodeConfig;
+use crate::error::{End, Error, MachineError, Result, Tail};
+use crate::log::{Logger, Step};
+use crate::scratch::make_dir;
+use crate::vlan::Vlan;
+
+mod console;
+mod exec;
+mod files;
+mod monitor;
+mod power;
+mod serial;
+mod session;
+mod setup;
+
+pub use exec::ExecOptions;
+pub(crate) use setup::{Boot, hosts};
+
+use console::Console;
+use monitor::Monitor;
+use session::{Session, SessionError};
+
+/// A machine. Clones are handles to the same one.
+#[derive(Clone)]
+pub struct Machine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    node: NodeConfig,
+    boot: Boot,
+    dirs: Dirs,
+    log: Logger,
+    console: Arc<Console>,
+    /// Where its cards are plugged in, in the order of the node's vlans.
+    ports: Vec<Arc<SwitchPort>>,
+    state: watch::Sender<State>,
+    /// Held while the machine is being started, so that two callers do not both do it.
+    starting: Mutex<()>,
+}
+
+/// The directories of a machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Dirs {
+    /// Its own, for everything that belongs to the run.
+    pub(crate) state: PathBuf,
+    /// All machines' and the host's: `/tmp/shared` in the guest.
+    pub(crate) shared: PathBuf,
+    /// Where files for the user go.
+    pub(crate) out: PathBuf,
+}
+
+impl Dirs {
+    /// The machine's own exchange directory: `/host` in the guest.
+    pub(crate) fn exchange(&self) -> PathBuf {
+        self.state.join("xchg")
+    }
+}
+
+/// What a machine is doing.
+#[derive(Clone)]
+enum State {
+    /// It was not started yet, or its end was taken note of.
+    Off,
+    Running(Run),
+    /// It ended, and no call has taken note of it yet.
+    Ended(Arc<End>),
+}
+
+/// A machine that runs.
+#[derive(Clone)]
+struct Run {
+    monitor: Monitor,
+    /// Asks the supervisor to end the machine.
+    stop: watch::Sender<bool>,
+    /// The way into the guest, once it is there.
+    session: Option<Session>,
+}
+
+impl Machine {
+    pub(crate) fn new(node: NodeConfig, boot: Boot, dirs: Dirs, vlans: &[Vlan], log: &Logger) -> Result<Self> {
+        make_dir(dirs.state.clone())?;
+        make_dir(dirs.exchange())?;
+        let plugged = node.vlans.iter().filter_map(|number| vlans.iter().find(|vlan| vlan.number() == *number));
+        let ports = plugged.map(|vlan| vlan.plug(&node.name)).collect();
+        Ok(Self {
+            inner: Arc::new(Inner {
+                log: log.for_machine(&node.name),
+                node,
+                boot,
+                dirs,
+                console: Arc::new(Console::new()),
+                ports,
+                state: watch::Sender::new(State::Off),
+                starting: Mutex::new(()),
+            }),
+        })
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.inner.node.name
+    }
+
+    /// What it was made from.
+    #[must_use]
+    pub fn config(&self) -> &NodeConfig {
+        &self.inner.node
+    }
+
+    /// The directory of its own state, removed when the run ends.
+    #[must_use]
+    pub fn state_dir(&self) -> &Path {
+        &self.inner.dirs.state
+    }
+
+    /// The directory that all machines and the host share: `/tmp/shared` in the guest.
+    #[must_use]
+    pub fn shared_dir(&self) -> &Path {
+        &self.inner.dirs.shared
+    }
+
+    /// The directory for files that the user shall keep.
+    #[must_use]
+    pub fn out_dir(&self) -> &Path {
+        &self.inner.dirs.out
+    }
+
+    /// Whether it was started, and has not ended.
+    #[must_use]
+    pub fn booted(&self) -> bool {
+        matches!(*self.inner.state.borrow(), State::Running(_))
+    }
+
+    /// Whether commands can be run in it at once.
+    #[must_use]
+    pub fn connected(&self) -> bool {
+        matches!(&*self.inner.state.borrow(), State::Running(run) if run.session.is_some())
+    }
+
+    /// Whether it runs and commands can be run in it.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.connected()
+    }
+
+    /// Writes a message about it to the log.
+    pub fn log(&self, message: impl Display) {
+        self.inner.log.info(message);
+    }
+
+    /// Begins a step in the log.
+    #[must_use = "the step ends when this is dropped"]
+    pub fn nested(&self, message: impl Display) -> Step {
+        self.inner.log.nested(message)
+    }
+
+    /// Its log.
+    #[must_use]
+    pub fn logger(&self) -> &Logger {
+        &self.inner.log
+    }
+
+    /// Runs `wait` to its end, or to that of the guest.
+    ///
+    /// # Errors
+    /// What `wait` answers; [`MachineError::Ended`] if the guest ends, or has ended;
+    /// [`MachineError::NotRunning`] if it was not started.
+    async fn unless_ended<T>(&self, wait: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut state = self.inner.state.subscribe();
+        tokio::select! {
+            biased;
+            answer = wait => answer,
+            error = self.ended(&mut state) => Err(error),
+        }
+    }
+
+    /// Waits until the machine does not run, and says so.
+    async fn ended(&self, state: &mut watch::Receiver<State>) -> Error {
+        // The sender lives in self, so there is always an answer.
+        match state.wait_for(|state| !matches!(state, State::Running(_))).await.as_deref() {
+            Ok(State::Ended(end)) => self.ended_error(end),
+            _ => self.not_running(),
+        }
+    }
+
+    fn ended_error(&self, end: &Arc<End>) -> Error {
+        let error = MachineError::Ended {
+            machine: self.name().to_owned(),
+            end: Arc::clone(end),
+            tail: self.tail(),
+        };
+        error.into()
+    }
+
+    fn not_running(&self) -> Error {
+        MachineError::NotRunning {
+            machine: self.name().to_owned(),
+        }
+        .into()
+    }
+
+    fn tail(&self) -> Tail {
+        self.inner.console.tail()
+    }
+
+    /// The run, if there is one.
+    fn run(&self) -> Result<Run> {
+        match &*self.inner.state.borrow() {
+            State::Running(run) => Ok(run.clone()),
+            State::Ended(end) => Err(self.ended_error(end)),
+            State::Off => Err(self.not_running()),
+        }
+    }
+
+    /// Makes an error of the session one of the machine. If the guest is about to end, that is the better
+    /// reason: it is waited for a moment.
+    async fn session_error(&self, what: impl Display, error: SessionError) -> Error {
+        let machine = self.name().to_owned();
+        if !error.lost {
+            let what = what.to_string();
+            return MachineError::Agent { machine, what, source: error.source }.into();
+        }
+        let mut state = self.inner.state.subscribe();
+        match tokio::time::timeout(power::END_AFTER_LOSS, self.ended(&mut state)).await {
+            Ok(ended) => ended,
+            Err(_) => MachineError::AgentLost {
+                machine,
+                source: error.source,
+                tail: self.tail(),
+            }
+            .into(),
+        }
+    }
+}

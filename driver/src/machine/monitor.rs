@@ -1,0 +1,74 @@
+//! The seam to the monitor: its calls block, so they run on threads made for that.
+
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use firn_net_switch::{NetPort, SwitchPort};
+use firn_vmm::device::serial::InputFull;
+use firn_vmm::spec::MachineSpec;
+use firn_vmm::vm::{Event, HostSide, Vm, VmError};
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+
+use super::console::{Console, ConsoleWriter};
+
+/// A running virtual machine. Clones are handles to the same one; [`Monitor::stop`] ends it.
+#[derive(Clone)]
+pub(super) struct Monitor {
+    vm: Arc<Mutex<Vm>>,
+}
+
+/// What the host side of a machine is made of.
+pub(super) struct Wiring {
+    pub(super) console: Arc<Console>,
+    pub(super) console_ports: Vec<UnixStream>,
+    pub(super) nets: Vec<Arc<SwitchPort>>,
+}
+
+impl Monitor {
+    /// Builds and starts a machine. Its events come out of the receiver.
+    pub(super) async fn launch(spec: MachineSpec, wiring: Wiring) -> Result<(Self, mpsc::UnboundedReceiver<Event>), VmError> {
+        let (events, received) = mpsc::unbounded_channel();
+        let host = HostSide {
+            events: Box::new(move |event| {
+                // Nobody listens any more once the machine is being stopped.
+                let _ = events.send(event);
+            }),
+            serial: Box::new(ConsoleWriter(wiring.console)),
+            console_ports: wiring.console_ports,
+            nets: wiring.nets.into_iter().map(|port| port as Arc<dyn NetPort>).collect(),
+        };
+        let vm = blocking(move || {
+            let mut vm = Vm::new(&spec, host)?;
+            vm.start()?;
+            Ok::<_, VmError>(vm)
+        })
+        .await?;
+        let vm = Arc::new(Mutex::new(vm));
+        Ok((Self { vm }, received))
+    }
+
+    /// Types into the serial console.
+    pub(super) async fn serial_input(&self, bytes: Vec<u8>) -> Result<(), InputFull> {
+        let vm = Arc::clone(&self.vm);
+        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).serial_input(&bytes)).await
+    }
+
+    /// Ends the machine: on return none of its threads is left.
+    pub(super) async fn stop(&self) {
+        let vm = Arc::clone(&self.vm);
+        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).stop()).await;
+    }
+}
+
+/// Runs what blocks; a panic in it goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Blocking work is never cancelled once it runs, only when the runtime ends before it began.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}

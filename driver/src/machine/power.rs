@@ -1,0 +1,325 @@
+//! From the start of a machine to its end.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use firn_vmm::vm::Event;
+use tokio::io::AsyncReadExt;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+use super::monitor::{Monitor, Wiring};
+use super::session::Session;
+use super::{Machine, Run, State};
+use crate::error::{End, MachineError, Result, chain};
+
+/// A guest that ends takes its agent with it, sometimes a moment before its end is seen.
+pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
+/// A kernel that panicked goes on to print why.
+const PRINT_AFTER_PANIC: Duration = Duration::from_millis(300);
+
+/// What the supervisor of a machine holds between its start and its end.
+struct Launched {
+    monitor: Monitor,
+    events: mpsc::UnboundedReceiver<Event>,
+    /// The host's ends of the guest's console ports: hvc0, and the agent's.
+    hvc0: UnixStream,
+    agent: UnixStream,
+}
+
+impl Machine {
+    /// Starts it, if it does not run. Does not wait for the guest to come up. A guest that resets itself ends,
+    /// unless `allow_reboot`.
+    ///
+    /// # Errors
+    /// If the machine cannot be made.
+    pub async fn start(&self, allow_reboot: bool) -> Result<()> {
+        let _starting = self.inner.starting.lock().await;
+        if self.booted() {
+            return Ok(());
+        }
+        self.log("starting vm");
+        self.inner.console.restart();
+        let launched = self.launch().await?;
+        let (stop, stopped) = watch::channel(false);
+        self.inner.state.send_replace(State::Running(Run {
+            monitor: launched.monitor.clone(),
+            stop,
+            session: None,
+        }));
+        tokio::spawn(self.clone().supervise(launched, stopped, allow_reboot));
+        Ok(())
+    }
+
+    /// Writes the guest's dirty data back.
+    ///
+    /// # Errors
+    /// As [`Machine::execute`].
+    pub async fn sync(&self) -> Result<()> {
+        let session = self.session().await?;
+        match self.unless_ended(async { Ok(session.sync().await) }).await? {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.session_error("cannot sync", error).await),
+        }
+    }
+
+    /// Starts it if need be and waits until commands can be run in it.
+    ///
+    /// # Errors
+    /// If it cannot be started, or ends, or has ended by itself and no call has taken note of that yet.
+    pub async fn connect(&self) -> Result<()> {
+        self.session().await.map(drop)
+    }
+
+    pub(super) async fn session(&self) -> Result<Session> {
+        match &*self.inner.state.borrow() {
+            State::Running(Run { session: Some(session), .. }) => return Ok(session.clone()),
+            State::Ended(end) => return Err(self.ended_error(end)),
+            State::Running(_) | State::Off => {}
+        }
+        let _step = self.nested("waiting for the VM to finish booting");
+        self.start(false).await?;
+        let began = Instant::now();
+        let mut state = self.inner.state.subscribe();
+        let wait = async {
+            loop {
+                if let State::Running(Run { session: Some(session), .. }) = &*state.borrow_and_update() {
+                    return Ok(session.clone());
+                }
+                // The sender lives in self.
+                let _ = state.changed().await;
+            }
+        };
+        let session = self.unless_ended(wait).await?;
+        self.log("connected to guest root shell");
+        self.log(format_args!("(connecting took {:.2} seconds)", began.elapsed().as_secs_f64()));
+        Ok(session)
+    }
+
+    /// Powers it off and waits until that is done. Nothing if it is off.
+    ///
+    /// # Errors
+    /// If the guest cannot be asked to, or ends otherwise.
+    pub async fn shutdown(&self) -> Result<()> {
+        if !self.booted() {
+            self.inner.state.send_if_modified(forget_end);
+            return Ok(());
+        }
+        let session = self.session().await?;
+        // A guest that ended before it answered has the end it shall have, or `wait_for_shutdown` says so.
+        let asked = self.unless_ended(async { Ok(session.power_off().await) }).await.unwrap_or(Ok(()));
+        match asked {
+            Err(error) if !error.lost => Err(self.session_error("cannot power off", error).await),
+            _ => self.wait_for_shutdown().await,
+        }
+    }
+
+    /// Waits until it has powered off. Nothing if it is off.
+    ///
+    /// # Errors
+    /// If the guest ends otherwise.
+    pub async fn wait_for_shutdown(&self) -> Result<()> {
+        let _step = self.nested("waiting for the VM to power off");
+        let mut state = self.inner.state.subscribe();
+        let ended = state.wait_for(|state| !matches!(state, State::Running(_))).await;
+        let end = match ended.as_deref() {
+            Ok(State::Ended(end)) => Arc::clone(end),
+            _ => return Ok(()),
+        };
+        drop(ended);
+        self.inner.state.send_if_modified(forget_end);
+        if end.orderly() { Ok(()) } else { Err(self.ended_error(&end)) }
+    }
+
+    /// Ends it at once, as if the power went. Nothing if it is off.
+    pub async fn crash(&self) {
+        if self.booted() {
+            self.log("forced crash");
+        }
+        self.stop().await;
+    }
+
+    /// Ends it and removes its state.
+    ///
+    /// # Errors
+    /// If files cannot be removed.
+    pub async fn release(&self) -> Result<()> {
+        self.stop().await;
+        match tokio::fs::remove_dir_all(self.state_dir()).await {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(MachineError::file("remove", self.state_dir())(e).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Pulls the cable of the first vlan.
+    pub fn block(&self) {
+        self.set_link(false);
+    }
+
+    /// Plugs the cable of the first vlan in again.
+    pub fn unblock(&self) {
+        self.set_link(true);
+    }
+
+    fn set_link(&self, up: bool) {
+        if let Some(port) = self.inner.ports.first() {
+            port.set_link(up);
+        }
+    }
+
+    /// Ends it, without a word, and waits until nothing of it is left.
+    pub(crate) async fn stop(&self) {
+        // One that is just being started is ended once it is.
+        let _starting = self.inner.starting.lock().await;
+        self.request_stop();
+        let mut state = self.inner.state.subscribe();
+        let _ = state.wait_for(|state| !matches!(state, State::Running(_))).await;
+        self.inner.state.send_if_modified(forget_end);
+    }
+
+    /// Asks for its end, without waiting for it.
+    pub(crate) fn request_stop(&self) {
+        if let State::Running(run) = &*self.inner.state.borrow() {
+            run.stop.send_replace(true);
+        }
+    }
+
+    async fn launch(&self) -> Result<Launched> {
+        let start_error = |source: Box<dyn std::error::Error + Send + Sync>| MachineError::Start {
+            machine: self.name().to_owned(),
+            source,
+        };
+        let spec = self.prepare().await?;
+        let (hvc0, hvc0_guest) = UnixStream::pair().map_err(|e| start_error(e.into()))?;
+        let (agent, agent_guest) = UnixStream::pair().map_err(|e| start_error(e.into()))?;
+        let wiring = Wiring {
+            console: Arc::clone(&self.inner.console),
+            console_ports: vec![hvc0_guest, agent_guest],
+            nets: self.inner.ports.clone(),
+        };
+        let (monitor, events) = Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;
+        Ok(Launched { monitor, events, hvc0, agent })
+    }
+
+    /// Sees a machine through to its end; a task of its own.
+    async fn supervise(self, mut launched: Launched, mut stopped: watch::Receiver<bool>, allow_reboot: bool) {
+        let (finish, finished) = watch::channel(false);
+        let shown = tokio::spawn({
+            let (machine, console) = (self.clone(), Arc::clone(&self.inner.console));
+            let log = self.inner.log.clone();
+            async move { console.show(machine.name(), &log, finished).await }
+        });
+        let end = loop {
+            let monitor = launched.monitor.clone();
+            let end = self.attend(launched, &mut stopped).await;
+            self.set_session(None);
+            monitor.stop().await;
+            if end != End::Reset || !allow_reboot {
+                break end;
+            }
+            self.log("rebooting");
+            match self.launch().await {
+                Ok(next) => launched = next,
+                Err(error) => break End::Failed(chain(&error)),
+            }
+            let monitor = launched.monitor.clone();
+            self.inner.state.send_if_modified(|state| match state {
+                State::Running(run) => {
+                    run.monitor = monitor;
+                    true
+                }
+                State::Off | State::Ended(_) => false,
+            });
+        };
+        // The console's last lines come before whatever is said about the end.
+        finish.send_replace(true);
+        let _ = shown.await;
+        if end != End::Stopped {
+            self.log(&end);
+        }
+        self.inner.state.send_replace(State::Ended(Arc::new(end)));
+    }
+
+    /// Serves a machine that runs until it ends, or shall.
+    async fn attend(&self, launched: Launched, stopped: &mut watch::Receiver<bool>) -> End {
+        let Launched { mut events, hvc0, agent, .. } = launched;
+        tokio::select! {
+            biased;
+            _ = stopped.wait_for(|stop| *stop) => End::Stopped,
+            end = self.attend_events(&mut events) => end,
+            never = discard(hvc0) => match never {},
+            never = self.attend_agent(agent) => match never {},
+        }
+    }
+
+    async fn attend_events(&self, events: &mut mpsc::UnboundedReceiver<Event>) -> End {
+        while let Some(event) = events.recv().await {
+            match event {
+                Event::PowerOff => return End::PoweredOff,
+                Event::Reset => return End::Reset,
+                Event::VcpuDied { vcpu, reason } => return End::VcpuDied { vcpu, reason },
+                Event::Panic { message } => {
+                    let reset = async { while !matches!(events.recv().await, None | Some(Event::Reset | Event::PowerOff)) {} };
+                    let _ = timeout(PRINT_AFTER_PANIC, reset).await;
+                    return End::Panicked(message);
+                }
+                Event::DeviceFailed { device, reason } => {
+                    self.inner.log.warning(format_args!("the guest lost {device}: {reason}"));
+                }
+                other => tracing::debug!(machine = self.name(), event = ?other, "event"),
+            }
+        }
+        End::Failed("the monitor went away".into())
+    }
+
+    /// Connects to the agent, and again whenever it went away: as a service it may be restarted.
+    async fn attend_agent(&self, stream: UnixStream) -> std::convert::Infallible {
+        loop {
+            match Session::connect(&stream).await {
+                Ok(session) => {
+                    self.set_session(Some(session.clone()));
+                    let error = session.lost().await;
+                    self.set_session(None);
+                    self.log(format_args!("the agent went away: {}", chain(error.source.as_ref())));
+                }
+                Err(error) => {
+                    self.inner.log.warning(format_args!("the agent cannot be used: {}", chain(error.source.as_ref())));
+                    // Only another start of the guest can help, and that comes with another stream.
+                    return std::future::pending().await;
+                }
+            }
+        }
+    }
+
+    fn set_session(&self, session: Option<Session>) {
+        self.inner.state.send_if_modified(|state| match state {
+            State::Running(run) => {
+                run.session = session;
+                true
+            }
+            State::Off | State::Ended(_) => false,
+        });
+    }
+}
+
+/// Takes note of a machine's end.
+fn forget_end(state: &mut State) -> bool {
+    let ended = matches!(state, State::Ended(_));
+    if ended {
+        *state = State::Off;
+    }
+    ended
+}
+
+/// Reads away what the guest writes to hvc0, which nobody listens to yet, so that it never has to wait.
+async fn discard(port: UnixStream) -> std::convert::Infallible {
+    let port = port.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(port));
+    if let Ok(mut port) = port {
+        let mut bytes = vec![0; 4096];
+        while matches!(port.read(&mut bytes).await, Ok(1..)) {}
+    }
+    std::future::pending().await
+}

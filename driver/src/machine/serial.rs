@@ -1,0 +1,52 @@
+//! Calls about the serial console.
+
+use std::time::Duration;
+
+use regex::Regex;
+
+use super::Machine;
+use crate::error::{MachineError, Result};
+
+impl Machine {
+    /// Everything the guest printed on its serial console since its start.
+    #[must_use]
+    pub fn get_console_log(&self) -> String {
+        self.inner.console.text()
+    }
+
+    /// Types into the guest's serial console.
+    ///
+    /// # Errors
+    /// If the machine does not run.
+    pub async fn send_console(&self, chars: &str) -> Result<()> {
+        let run = self.run()?;
+        let bytes = chars.as_bytes().to_vec();
+        run.monitor.serial_input(bytes).await.map_err(|e| {
+            MachineError::Usage(format!("{}: the serial console takes no input: {e}", self.name())).into()
+        })
+    }
+
+    /// Waits until the regular expression matches the serial console's output that no earlier call has
+    /// consumed. Consumes the output up to the end of the match's line.
+    ///
+    /// # Errors
+    /// If it does not match within `timeout`, or the guest ends.
+    pub async fn wait_for_console_text(&self, regex: &Regex, timeout: Option<Duration>) -> Result<()> {
+        let find = |text: &str| Ok(regex.find(text).map(|found| found.end()));
+        self.wait_for_console(regex.as_str(), find, timeout).await
+    }
+
+    /// The same with any way to search: `find` answers where in the text its match ends. `what` is for the log.
+    ///
+    /// # Errors
+    /// As [`Self::wait_for_console_text`], and what `find` answers.
+    pub async fn wait_for_console(
+        &self,
+        what: &str,
+        find: impl FnMut(&str) -> Result<Option<usize>>,
+        timeout: Option<Duration>,
+    ) -> Result<()> {
+        let _step = self.nested(format_args!("waiting for {what} to appear on console"));
+        self.unless_ended(self.inner.console.wait_for_text(find, timeout)).await
+    }
+}

@@ -1,0 +1,151 @@
+//! From a node of a test to what the monitor is told to build.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use firn_guest_agent::protocol::PORT_NAME;
+use firn_vmm::spec::{CachePolicy, ConsolePortSpec, MachineSpec, NetSpec, ShareSpec};
+use tokio::fs;
+
+use super::Machine;
+use crate::config::{HOST_TAG, NodeConfig, SHARED_TAG, ShareConfig};
+use crate::error::{MachineError, Result};
+use crate::kit::{self, Host, Interface, Kit, MachineConfig, Mount};
+
+/// What a machine boots.
+#[derive(Clone, Debug)]
+pub(crate) struct Boot {
+    kernel: PathBuf,
+    initrd: PathBuf,
+    cmdline: String,
+    /// What the kit's initrd is told about the machine; other initrds would not understand it.
+    overlay: Option<Arc<MachineConfig>>,
+}
+
+impl Boot {
+    /// What `node` boots; `kit` fills in what it does not say.
+    pub(crate) fn new(node: &NodeConfig, kit: Option<&Kit>, hosts: &[Host]) -> Option<Self> {
+        let from_kit = |path: &Option<PathBuf>, of_kit: fn(&Kit) -> PathBuf| path.clone().or_else(|| kit.map(of_kit));
+        let cmdline = node.cmdline.clone().or_else(|| kit.map(|kit| kit.manifest.cmdline.clone()))?;
+        Some(Self {
+            kernel: from_kit(&node.kernel, Kit::vmlinux)?,
+            initrd: from_kit(&node.initrd, Kit::initrd)?,
+            cmdline,
+            overlay: node.initrd.is_none().then(|| Arc::new(overlay(node, hosts))),
+        })
+    }
+
+    /// Whether `node` boots anything of the kit.
+    pub(crate) fn needs_kit(node: &NodeConfig) -> bool {
+        node.kernel.is_none() || node.initrd.is_none() || node.cmdline.is_none()
+    }
+}
+
+/// The lines of all guests' `/etc/hosts`: each node's addresses on its first vlan.
+pub(crate) fn hosts(nodes: &[NodeConfig]) -> Vec<Host> {
+    let lines = |node: &NodeConfig| -> Vec<Host> {
+        let Some(vlan) = node.vlans.first() else { return Vec::new() };
+        let addresses = [IpAddr::V4(node.ipv4(*vlan)), IpAddr::V6(node.ipv6(*vlan))];
+        addresses.map(|address| Host { address, names: vec![node.name.clone()] }).into()
+    };
+    nodes.iter().flat_map(lines).collect()
+}
+
+fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
+    let interface = |(at, vlan): (usize, &u8)| Interface {
+        // eth0 is the user network's, as in NixOS tests.
+        name: format!("eth{}", at + 1),
+        mac: node.mac(*vlan),
+        addresses: vec![(node.ipv4(*vlan).into(), 24), (node.ipv6(*vlan).into(), 64)],
+    };
+    let mount = |tag: &str, mount_point: &str, read_only: bool| Mount {
+        tag: tag.to_owned(),
+        mount_point: mount_point.to_owned(),
+        options: if read_only { "ro" } else { "rw" }.to_owned(),
+    };
+    let own = [mount(SHARED_TAG, "/tmp/shared", false), mount(HOST_TAG, "/host", false)];
+    let asked = node.shares.iter().map(|share| mount(&share.tag, &share.target.to_string_lossy(), share.read_only));
+    MachineConfig {
+        hostname: node.name.clone(),
+        hosts: hosts.to_vec(),
+        interfaces: node.vlans.iter().enumerate().map(interface).collect(),
+        mounts: own.into_iter().chain(asked).collect(),
+    }
+}
+
+impl Machine {
+    /// Writes what the start needs into the state directory, and says what to build.
+    pub(super) async fn prepare(&self) -> Result<MachineSpec> {
+        let (node, boot, dirs) = (&self.inner.node, &self.inner.boot, &self.inner.dirs);
+        // `release` may have removed it.
+        fs::create_dir_all(dirs.exchange()).await.map_err(MachineError::file("make", dirs.exchange()))?;
+        let mut initrd = vec![boot.initrd.clone()];
+        if let Some(overlay) = &boot.overlay {
+            let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
+                machine: node.name.clone(),
+                source: e.into(),
+            })?;
+            let path = dirs.state.join("overlay.cpio");
+            fs::write(&path, bytes).await.map_err(MachineError::file("write", &path))?;
+            initrd.push(path);
+        }
+        let own = [(SHARED_TAG, dirs.shared.clone()), (HOST_TAG, dirs.exchange())];
+        let own = own.map(|(tag, source)| share(tag, source, false));
+        Ok(MachineSpec {
+            name: node.name.clone(),
+            cores: node.cores,
+            memory_mib: node.memory_mib,
+            kernel: boot.kernel.clone(),
+            initrd,
+            cmdline: boot.cmdline.clone(),
+            console_ports: vec![
+                ConsolePortSpec { name: None },
+                ConsolePortSpec { name: Some(PORT_NAME.to_owned()) },
+            ],
+            nets: node.vlans.iter().map(|vlan| NetSpec { mac: node.mac(*vlan) }).collect(),
+            shares: own.into_iter().chain(node.shares.iter().map(asked_share)).collect(),
+            rng: true,
+        })
+    }
+}
+
+fn asked_share(config: &ShareConfig) -> ShareSpec {
+    share(&config.tag, config.source.clone(), config.read_only)
+}
+
+/// Others write to it, the host at least.
+fn share(tag: &str, source: PathBuf, read_only: bool) -> ShareSpec {
+    ShareSpec {
+        tag: tag.to_owned(),
+        source,
+        read_only,
+        cache: CachePolicy::Never,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::TestConfig;
+
+    #[test]
+    fn the_guest_is_told_names_and_addresses() {
+        let text = "test_script = ''\n[nodes.b]\nvlans = [2, 1]\n[nodes.a]\n[nodes.c]\nvlans = []\n\
+                    [nodes.b.shared_directories.etc]\nsource = '/etc'\ntarget = '/mnt'\nread_only = true\n";
+        let nodes = TestConfig::from_toml(text, Path::new("t.toml")).expect("valid").nodes;
+        let hosts = hosts(&nodes);
+        let lines: Vec<_> = hosts.iter().map(|host| format!("{} {}", host.address, host.names.join(" "))).collect();
+        assert_eq!(lines, ["192.168.1.1 a", "2001:db8:1::1 a", "192.168.2.2 b", "2001:db8:2::2 b"]);
+        let told = overlay(&nodes[1], &hosts);
+        assert_eq!(told.hostname, "b");
+        let cards: Vec<_> = told.interfaces.iter().map(|card| (card.name.as_str(), card.mac[4], card.mac[5])).collect();
+        assert_eq!(cards, [("eth1", 2, 2), ("eth2", 1, 2)]);
+        let addresses: Vec<_> = told.interfaces[1].addresses.iter().map(|(ip, bits)| format!("{ip}/{bits}")).collect();
+        assert_eq!(addresses, ["192.168.1.2/24", "2001:db8:1::2/64"]);
+        let mounts: Vec<_> = told.mounts.iter().map(|m| (m.tag.as_str(), m.mount_point.as_str(), m.options.as_str())).collect();
+        assert_eq!(mounts, [("shared", "/tmp/shared", "rw"), ("host", "/host", "rw"), ("etc", "/mnt", "ro")]);
+    }
+}
