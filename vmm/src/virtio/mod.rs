@@ -14,15 +14,16 @@
 //!
 //! A device gets memory, queues and an interrupt handle and knows neither KVM nor registers.
 
-pub mod fs;
 mod config_space;
 pub mod console;
+pub mod fs;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
-mod turn;
 pub mod transport;
+mod turn;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -100,10 +101,7 @@ impl SavedState {
     /// Another version, or damaged bytes.
     pub fn decode<'a, T: Deserialize<'a>>(&'a self, version: u16) -> Result<T, RestoreError> {
         if self.version != version {
-            return Err(RestoreError::Version {
-                found: self.version,
-                expected: version,
-            });
+            return Err(RestoreError::Version { found: self.version, expected: version });
         }
         Ok(postcard::from_bytes(&self.data)?)
     }
@@ -139,10 +137,7 @@ impl Activation {
         self.queues
             .get_mut(index)
             .and_then(Option::take)
-            .ok_or(DeviceError::Queue {
-                index,
-                source: QueueError::NotReady,
-            })
+            .ok_or(DeviceError::Queue { index, source: QueueError::NotReady })
     }
 }
 

@@ -7,7 +7,8 @@ use std::sync::atomic::{Ordering, fence};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use virtio_queue::{DescriptorChain, DescriptorChainRwIter, Queue, QueueOwnedT, QueueT};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, VolatileSlice};
 
 use super::{DeviceError, Interrupt};
@@ -48,10 +49,7 @@ impl From<virtio_queue::Error> for QueueError {
 impl QueueError {
     /// Says in which of a device's queues it happened.
     pub fn in_queue(self, index: usize) -> DeviceError {
-        DeviceError::Queue {
-            index,
-            source: self,
-        }
+        DeviceError::Queue { index, source: self }
     }
 }
 
@@ -64,37 +62,35 @@ pub struct Position {
     pub next_used: u16,
 }
 
-/// The device-readable buffers of a chain, without empty ones. It ends with an error at the first
-/// buffer outside guest memory.
+/// Most descriptors of a chain that are looked at. A driver may use no more than the queue has
+/// places (virtio 1.2, 2.7.5.3.1), and no queue of ours has more.
+const MAX_DESCRIPTORS: usize = 1024;
+
+/// The device-readable buffers of a chain; they come first (virtio 1.2, 2.7.4.2). A buffer outside
+/// guest memory is an error.
 pub fn readable(
-    chain: Chain,
+    chain: impl Iterator<Item = Descriptor>,
     memory: &MemoryMap,
 ) -> impl Iterator<Item = Result<GuestSlice<'_>, QueueError>> {
-    slices(chain.readable(), memory)
+    let descriptors = chain.take(MAX_DESCRIPTORS);
+    descriptors.take_while(|descriptor| !descriptor.is_write_only()).map(|at| slice(at, memory))
 }
 
-/// The device-writable buffers of a chain, as [`readable`] gives the others.
+/// The device-writable buffers of a chain; they come last. A buffer outside guest memory is an
+/// error.
 pub fn writable(
-    chain: Chain,
+    chain: impl Iterator<Item = Descriptor>,
     memory: &MemoryMap,
 ) -> impl Iterator<Item = Result<GuestSlice<'_>, QueueError>> {
-    slices(chain.writable(), memory)
+    let descriptors = chain.take(MAX_DESCRIPTORS);
+    descriptors.filter(|descriptor| descriptor.is_write_only()).map(|at| slice(at, memory))
 }
 
-fn slices(
-    descriptors: DescriptorChainRwIter<Memory>,
-    memory: &MemoryMap,
-) -> impl Iterator<Item = Result<GuestSlice<'_>, QueueError>> {
-    let mut failed = false;
-    descriptors
-        .filter(|descriptor| descriptor.len() > 0)
-        .map(|descriptor| {
-            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
-            memory
-                .get_slice(descriptor.addr(), len)
-                .map_err(|error| QueueError::Access(virtio_queue::Error::GuestMemory(error)))
-        })
-        .take_while(move |slice| !std::mem::replace(&mut failed, slice.is_err()))
+fn slice(descriptor: Descriptor, memory: &MemoryMap) -> Result<GuestSlice<'_>, QueueError> {
+    let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+    memory
+        .get_slice(descriptor.addr(), len)
+        .map_err(|error| QueueError::Access(virtio_queue::Error::GuestMemory(error)))
 }
 
 /// What became of a chain that was handed out by [`VirtQueue::serve`].
@@ -134,13 +130,7 @@ impl VirtQueue {
         if !queue.is_valid::<MemoryMap>(&memory) {
             return Err(QueueError::BadRings);
         }
-        Ok(VirtQueue {
-            index,
-            queue,
-            memory,
-            interrupt,
-            unannounced: false,
-        })
+        Ok(VirtQueue { index, queue, memory, interrupt, unannounced: false })
     }
 
     /// The guest memory that the queue's chains lie in.
@@ -153,12 +143,14 @@ impl VirtQueue {
         usize::from(self.index)
     }
 
+    /// How many chains it has places for, a power of two.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// How far the queue has come.
     pub fn position(&self) -> Position {
-        Position {
-            next_avail: self.queue.next_avail(),
-            next_used: self.queue.next_used(),
-        }
+        Position { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
     }
 
     /// Hands every available chain to `serve`, in order, then interrupts the guest if it asked
@@ -187,9 +179,7 @@ impl VirtQueue {
     /// The rings are broken.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
         loop {
-            let available = self
-                .queue
-                .avail_idx::<MemoryMap>(&self.memory, Ordering::Acquire)?;
+            let available = self.queue.avail_idx::<MemoryMap>(&self.memory, Ordering::Acquire)?;
             let waiting = (available - Wrapping(self.queue.next_avail())).0;
             // The library would log and report an empty queue, for which we would wait for ever.
             if waiting > self.queue.size() {
@@ -205,7 +195,8 @@ impl VirtQueue {
         }
     }
 
-    /// Puts the chain that [`VirtQueue::pop`] gave last back to the head of the queue.
+    /// Puts the chain that [`VirtQueue::pop`] gave last back to the head of the queue; called
+    /// again, the one before it.
     pub fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
     }
@@ -217,9 +208,7 @@ impl VirtQueue {
     /// The rings are broken.
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         self.unannounced = true;
-        Ok(self
-            .queue
-            .add_used::<MemoryMap>(&self.memory, head, written)?)
+        Ok(self.queue.add_used::<MemoryMap>(&self.memory, head, written)?)
     }
 
     /// Interrupts the guest if it wants to hear of the chains given back since the last time.

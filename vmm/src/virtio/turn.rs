@@ -73,7 +73,7 @@ impl Again {
     }
 
     /// Makes the event thread call [`host_event`](super::ActiveDevice::host_event) soon.
-    fn ring(&self) {
+    pub fn ring(&self) {
         // Nobody reads the counter, the edge is the message; the only error is a full counter,
         // after 2^64 - 2 rings.
         let _ = self.0.write(1);

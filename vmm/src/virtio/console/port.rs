@@ -98,6 +98,10 @@ impl Port {
         }
         let (mut received, mut asked) = (0, false);
         for mut buffer in writable(chain, memory).map_while(Result::ok) {
+            if buffer.is_empty() {
+                // Reading nothing would look like the end.
+                continue;
+            }
             asked = true;
             match self.fill(&mut buffer) {
                 Moved::Bytes(count) => {
