@@ -1,1 +1,73 @@
-//! The client of the guest agent.
+//! The client of the guest agent: commands and files of a running machine over one byte stream.
+//!
+//! [`AgentClient::connect`] takes the host's end of the agent's port and waits until the agent is ready. All requests
+//! share the stream; each has its own flow-control window, so one whose caller does not read holds up no other and
+//! keeps at most [`WINDOW`](firn_guest_agent::protocol::WINDOW) bytes. When the stream ends, or the agent sends what
+//! it must not, every waiting call fails at once with the same [`Lost`].
+
+mod client;
+mod exec;
+mod files;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+
+pub use firn_guest_agent::protocol::{
+    BytePath, Entry, ExecRequest, Exit, Failure, FileInfo, FileKind, Program, ProtocolError, Ready,
+    StderrMode, Stream,
+};
+use thiserror::Error;
+
+pub use client::AgentClient;
+pub use exec::{Collected, Exec, ExecEvent, ExecStdin};
+
+/// Why an agent can no longer be used.
+#[derive(Debug, Clone, Error)]
+pub enum Lost {
+    /// The stream has ended: the guest is gone, or has closed the port.
+    #[error("the guest closed the agent's port")]
+    Closed,
+    /// The stream cannot be read or written.
+    #[error("the agent's port failed: {0}")]
+    Io(#[source] Arc<io::Error>),
+    /// The agent sent what is no message, or none that it may send.
+    #[error("the agent sent garbage: {0}")]
+    Garbage(#[from] ProtocolError),
+    /// The agent ended the session, because it did not understand the host, or was started again.
+    #[error("the agent ended the session: {0}")]
+    Ended(String),
+}
+
+/// Why a request to the agent failed.
+#[derive(Debug, Clone, Error)]
+pub enum AgentError {
+    /// The agent is lost, and with it everything that was under way.
+    #[error("the agent is lost: {0}")]
+    Lost(#[from] Lost),
+    /// Agent and host do not speak the same version of the protocol.
+    #[error("the agent speaks protocol version {agent}, this firn speaks {host}")]
+    Version {
+        /// The agent's version.
+        agent: u16,
+        /// This side's version.
+        host: u16,
+    },
+    /// The agent could not do what was asked.
+    #[error("in the guest: {0}")]
+    Refused(Failure),
+    /// The request cannot be sent, for example because a script is too long.
+    #[error("the request cannot be sent: {0}")]
+    Unsendable(#[source] ProtocolError),
+    /// The host's own side of a transfer failed: the source could not be read, or the destination not be written.
+    #[error("on the host: {0}")]
+    Local(#[source] Arc<io::Error>),
+}
+
+impl AgentError {
+    fn local(error: io::Error) -> Self {
+        Self::Local(Arc::new(error))
+    }
+}

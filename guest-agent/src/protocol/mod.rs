@@ -16,8 +16,8 @@
 //! The host skips everything up to the welcome with its own nonce. The agent skips everything up to a hello, and
 //! takes a hello between two frames as the start of a new session, unless its nonce is the current session's: then it
 //! is a repetition and ignored. An agent that an earlier host left in the middle of a frame would take a hello as the
-//! frame's rest; a host that gets no answer therefore sends [`RESYNC_PADDING`] zero bytes, which no frame can
-//! outlast and which are no frame, and then a hello with a new nonce.
+//! frame's rest; a host that may meet one sends [`RESYNC_PADDING`] zero bytes first, which no frame can outlast and
+//! which are no frame.
 //!
 //! # Frames
 //! A `u32` length (1 to [`MAX_PAYLOAD`]) and as many bytes of postcard: a [`Frame`]. What does not decode, or goes on
