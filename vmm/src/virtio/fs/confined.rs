@@ -87,8 +87,6 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         fn readlink(&self, ctx: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
         fn open(&self, ctx: Context, inode: F::Inode, kill_priv: bool, flags: u32)
             -> io::Result<(Option<F::Handle>, OpenOptions)>;
-        fn flush(&self, ctx: Context, inode: F::Inode, handle: F::Handle, lock_owner: u64)
-            -> io::Result<()>;
         fn fsync(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle)
             -> io::Result<()>;
         fn fallocate(&self, ctx: Context, inode: F::Inode, handle: F::Handle, mode: u32,
@@ -133,6 +131,18 @@ impl<F: FileSystem> FileSystem for Confined<F> {
     fn destroy(&self) {
         self.mounted.store(false, Ordering::Release);
         self.inner.destroy();
+    }
+
+    fn flush(
+        &self,
+        _ctx: Context,
+        _inode: F::Inode,
+        _handle: F::Handle,
+        _lock_owner: u64,
+    ) -> io::Result<()> {
+        // Each close() of the guest would wait for it, though nothing is kept back that could be
+        // flushed. After this answer Linux does not ask again.
+        Err(errno(libc::ENOSYS))
     }
 
     fn lookup(&self, ctx: Context, parent: F::Inode, name: &CStr) -> io::Result<Entry> {

@@ -1,7 +1,7 @@
 //! Shared directories: a virtio-fs device (virtio 1.2, 5.11) and the FUSE server behind it.
 //!
 //! ```text
-//! queues --> Pool --> worker threads --> server: virtiofsd's Server
+//! queues --> Pool --> vCPU or worker --> server: virtiofsd's Server
 //!   ^                      |               Confined: plain names only
 //!   +---- used chains -----+                 PassthroughFs on the directory
 //! ```
@@ -174,6 +174,11 @@ impl DeviceConfig for Fs {
         vec![self.alarm.as_raw_fd()]
     }
 
+    fn inline_queues(&self) -> u64 {
+        // See `pool` for the reason.
+        0b11
+    }
+
     fn save(&self) -> SavedState {
         SavedState::encode(STATE_VERSION, &self.server.save())
     }
@@ -232,6 +237,10 @@ impl DeviceConfig for ActiveFs {
 
     fn host_fds(&self) -> Vec<RawFd> {
         self.fs.host_fds()
+    }
+
+    fn inline_queues(&self) -> u64 {
+        self.fs.inline_queues()
     }
 
     fn save(&self) -> SavedState {

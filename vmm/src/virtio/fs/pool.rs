@@ -1,12 +1,16 @@
-//! The threads that serve one share's requests.
+//! Who serves a share's requests, and when.
 //!
-//! A request may block, on a disk or on `fsync`, so none is served on the event thread, which
-//! carries the machine's console and network too. The event thread takes chains off the queues
-//! and wakes a worker for each; a worker that has finished one looks for the next itself, so a
-//! burst costs few wake-ups and a guest that works one request at a time keeps one worker warm.
-//! Requests cannot wait for each other or for another machine: Linux handles FIFOs and file locks
-//! in the guest. Workers are started when there is nobody to take a chain, so a share that is not
-//! mounted has none.
+//! Waking a thread costs ten times what a look-up in the host's cache does, and a guest that boots
+//! from a share does tens of thousands of them, one at a time. So [`is_quick`] requests, which only
+//! look at names and attributes, are served at once by the thread that rang: the guest's own vCPU,
+//! inside the exit, for its driver has nothing else to do than wait. A vCPU may stall on a cold
+//! disk so, but never on data, `fsync` or another machine.
+//!
+//! The rest goes to workers. The ringing thread takes the chains off the queues and wakes a worker
+//! for each; a worker that has finished one looks for the next itself, so a burst costs few
+//! wake-ups. Requests cannot wait for each other: Linux handles FIFOs and file locks in the guest.
+//! Workers are started when there is nobody to take a chain, so a share that is not mounted has
+//! none.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,7 +20,7 @@ use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::server::{Fuse, detach_thread};
+use super::server::{Fuse, detach_thread, is_quick};
 use crate::virtio::DeviceError;
 use crate::virtio::queue::{Chain, Position, QueueError, VirtQueue};
 
@@ -26,6 +30,10 @@ pub(super) const MAX_WORKERS: usize = 4;
 /// Most chains taken off the queues ahead of the workers: what an honest driver can have under
 /// way. One that offers chains it has not got back would fill memory; the rest waits in the ring.
 const MAX_BACKLOG: usize = 2048;
+
+/// Most requests served on the ringing thread before the workers get the rest, so that a guest
+/// that adds requests as fast as they are served cannot keep the thread for ever.
+const QUICK_TURN: usize = 64;
 
 /// A request that has been taken off its queue.
 struct Job {
@@ -102,9 +110,14 @@ impl Pool {
     pub(super) fn run(&mut self) -> Result<(), DeviceError> {
         let mut state = self.shared.lock();
         state.held = false;
-        if !state.failed {
-            self.shared.fill(&mut state);
+        for _ in 0..QUICK_TURN {
+            match self.shared.take(&mut state) {
+                Some(job) if is_quick(&job.chain) => state = self.shared.serve(state, &job),
+                Some(job) => state.backlog.push_back(job),
+                None => break,
+            }
         }
+        self.shared.fill(&mut state);
         if let Some(failure) = state.failure.take() {
             return Err(failure);
         }
@@ -182,19 +195,17 @@ impl State {
         self.failure = failure;
     }
 
-    /// Takes all available chains off the queues, the one for urgent requests first.
-    fn fill(&mut self) -> Result<(), DeviceError> {
+    /// Takes one chain off the queues, from the one for urgent requests first.
+    fn take(&mut self) -> Result<Option<Job>, DeviceError> {
         for (index, queue) in self.queues.iter_mut().enumerate() {
             let Some(queue) = queue else { continue };
-            let broken = |source| DeviceError::Queue { index, source };
-            while self.backlog.len() < MAX_BACKLOG {
-                match queue.pop().map_err(broken)? {
-                    Some(chain) => self.backlog.push_back(Job { queue: index, chain }),
-                    None => break,
-                }
+            let popped = queue.pop();
+            if let Some(chain) = popped.map_err(|source| DeviceError::Queue { index, source })? {
+                let queue = index;
+                return Ok(Some(Job { queue, chain }));
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     fn complete(&mut self, job: &Job, written: u32) -> Result<(), QueueError> {
@@ -210,9 +221,20 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fill(&self, state: &mut State) {
-        if let Err(failure) = state.fill() {
+    fn take(&self, state: &mut State) -> Option<Job> {
+        if state.failed || state.backlog.len() >= MAX_BACKLOG {
+            return None;
+        }
+        state.take().unwrap_or_else(|failure| {
             self.fail(state, failure);
+            None
+        })
+    }
+
+    /// Takes all available chains off the queues.
+    fn fill(&self, state: &mut State) {
+        while let Some(job) = self.take(state) {
+            state.backlog.push_back(job);
         }
     }
 
@@ -232,24 +254,31 @@ impl Shared {
             return;
         }
         let mut state = self.lock();
-        while let Some((mut locked, job)) = self.next_job(state) {
-            locked.in_flight += 1;
-            drop(locked);
-            let served = catch_unwind(AssertUnwindSafe(|| self.server.serve(&job.chain)));
-            state = self.lock();
-            state.in_flight -= 1;
-            if !state.failed {
-                let index = job.queue;
-                let broken = |source| DeviceError::Queue { index, source };
-                let completed = state.complete(&job, *served.as_ref().unwrap_or(&0));
-                let panicked = DeviceError::Request("the file server panicked on a request");
-                if let Err(failure) = completed.map_err(broken) {
-                    self.fail(&mut state, failure);
-                } else if served.is_err() {
-                    self.fail(&mut state, panicked);
-                }
-            }
+        while let Some((locked, job)) = self.next_job(state) {
+            state = self.serve(locked, &job);
         }
+    }
+
+    /// Serves a request with the lock released and gives its chain back.
+    fn serve<'a>(&'a self, mut state: MutexGuard<'a, State>, job: &Job) -> MutexGuard<'a, State> {
+        state.in_flight += 1;
+        drop(state);
+        let served = catch_unwind(AssertUnwindSafe(|| self.server.serve(&job.chain)));
+        state = self.lock();
+        state.in_flight -= 1;
+        if state.failed {
+            return state;
+        }
+        let index = job.queue;
+        match state.complete(job, *served.as_ref().unwrap_or(&0)) {
+            Err(source) => self.fail(&mut state, DeviceError::Queue { index, source }),
+            Ok(()) if served.is_err() => {
+                let failure = DeviceError::Request("the file server panicked on a request");
+                self.fail(&mut state, failure);
+            }
+            Ok(()) => {}
+        }
+        state
     }
 
     /// Waits for a request; `None` is the end of the worker.
@@ -261,7 +290,7 @@ impl Shared {
             if state.stop {
                 return None;
             }
-            if state.backlog.is_empty() && !state.held && !state.failed {
+            if state.backlog.is_empty() && !state.held {
                 self.fill(&mut state);
             }
             if let Some(job) = state.backlog.pop_front() {

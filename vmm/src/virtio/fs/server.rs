@@ -20,6 +20,7 @@ use virtiofsd::passthrough::{
 };
 use virtiofsd::server::Server;
 use virtiofsd::soft_idmap::cmdline::IdMap;
+use vm_memory::{Address, Bytes};
 
 use super::confined::Confined;
 use crate::spec::{CachePolicy, ShareSpec};
@@ -51,7 +52,7 @@ pub(super) enum Session {
 /// The server of one share.
 pub(super) trait Fuse: Send + Sync {
     /// Serves one request and gives the number of bytes written into the chain. May block.
-    /// Must run on a thread that has called [`detach_thread`].
+    /// Must run on a thread that has called [`detach_thread`], unless the request [`is_quick`].
     ///
     /// # Panics
     /// `virtiofsd` may; the server is then not to be used again.
@@ -113,7 +114,7 @@ where
 
 /// Whether firn can create files for any user: it is root, and not only in a namespace of its own
 /// or without capabilities.
-fn can_act_for_others() -> io::Result<bool> {
+pub(super) fn can_act_for_others() -> io::Result<bool> {
     if effective_ids().0 != 0 {
         return Ok(false);
     }
@@ -295,6 +296,32 @@ fn through_pipe_in(bytes: &[u8], read: impl FnOnce(File) -> io::Result<()>) -> i
         read(File::from(OwnedFd::from(reader)))
     })
 }
+
+/// Whether a request can be served on any thread, and at once: it touches neither umask, working
+/// directory nor the thread's user, and needs no more of the disk than an inode. (Forgetting or
+/// closing the last of a deleted file frees its blocks, which takes a while for a huge one.)
+pub(super) fn is_quick(chain: &Chain) -> bool {
+    // Linux puts the whole header into the first buffer; elsewhere it is just not quick.
+    let Some(first) = chain.clone().readable().next() else {
+        return false;
+    };
+    let opcode = first.addr().checked_add(OPCODE_OFFSET);
+    let opcode = opcode.and_then(|at| chain.memory().read_obj::<u32>(at).ok());
+    matches!(
+        opcode.map(Opcode::try_from),
+        Some(Ok(Opcode::Lookup
+            | Opcode::Forget
+            | Opcode::Getattr
+            | Opcode::Readlink
+            | Opcode::Open
+            | Opcode::Release
+            | Opcode::Opendir
+            | Opcode::Releasedir))
+    )
+}
+
+/// Where a request's opcode is (FUSE protocol: `struct fuse_in_header`).
+const OPCODE_OFFSET: u64 = 4;
 
 /// Whether the guest waits for an answer (FUSE protocol: `FUSE_FORGET` and kin have none).
 fn wants_reply(reader: &Reader<'_>) -> bool {

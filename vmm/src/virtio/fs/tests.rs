@@ -103,6 +103,8 @@ fn files_both_ways() {
     let metadata = fs::metadata(directory.path().join("out")).unwrap();
     assert_eq!(metadata.permissions().mode() & 0o7777, 0o666);
     assert_eq!(mount.lookup(ROOT, "missing").err(), Some(libc::ENOENT));
+    let flush = mount.call(Opcode::Flush, entry.nodeid, &[&[0; 24]]);
+    assert_eq!(flush.err(), Some(libc::ENOSYS));
 }
 
 #[test]

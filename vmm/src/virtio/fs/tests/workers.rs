@@ -1,8 +1,10 @@
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, ThreadId};
 
+use virtiofsd::fuse::{InHeader, Opcode};
+use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::pool::Pool;
@@ -11,15 +13,17 @@ use crate::virtio::DeviceError;
 use crate::virtio::queue::Chain;
 use crate::virtio::testing::{DriverQueue, Guest, Part};
 
-/// Tells of each request and answers when told to; `None` makes it panic.
+/// Tells who serves each request, and answers when told to; `None` makes it panic.
 struct Puppet {
-    began: Mutex<Sender<()>>,
+    began: Mutex<Sender<ThreadId>>,
     orders: Mutex<Receiver<Option<u32>>>,
 }
 
 impl Fuse for Puppet {
     fn serve(&self, _chain: &Chain) -> u32 {
-        self.began.lock().unwrap().send(()).unwrap();
+        let began = self.began.lock().unwrap();
+        began.send(thread::current().id()).unwrap();
+        drop(began);
         let order = self.orders.lock().unwrap().recv().unwrap();
         order.expect("ordered to panic")
     }
@@ -36,13 +40,13 @@ struct Stage {
     driver: DriverQueue,
     pool: Pool,
     alarm: Arc<EventFd>,
-    began: Receiver<()>,
+    began: Receiver<ThreadId>,
     orders: Sender<Option<u32>>,
 }
 
 fn stage() -> Stage {
     let guest = Guest::new();
-    let (driver, queue) = guest.queue(0, 16);
+    let (driver, queue) = guest.queue(0, 256);
     let (tell, began) = channel();
     let (orders, listen) = channel();
     let puppet = Puppet { began: Mutex::new(tell), orders: Mutex::new(listen) };
@@ -91,6 +95,49 @@ fn a_panic_costs_the_device_and_gives_the_chain_back() {
     stage.pool.run().unwrap();
     stage.pool.drain();
     assert_eq!(stage.driver.used(), None);
+}
+
+fn getattr() -> InHeader {
+    InHeader { opcode: Opcode::Getattr as u32, ..Default::default() }
+}
+
+#[test]
+fn quick_requests_are_served_by_the_one_who_rings() {
+    let mut stage = stage();
+    stage.driver.add(&[Part::Read(getattr().as_slice())]);
+    stage.orders.send(Some(0)).unwrap();
+    stage.pool.run().unwrap();
+    assert!(stage.driver.used().is_some());
+    assert_eq!(stage.began.recv().unwrap(), thread::current().id());
+
+    stage.driver.add(&[Part::Write(8)]);
+    stage.orders.send(Some(8)).unwrap();
+    stage.pool.run().unwrap();
+    stage.pool.drain();
+    assert_ne!(stage.began.recv().unwrap(), thread::current().id());
+}
+
+#[test]
+fn who_rings_is_let_go_after_a_while() {
+    let mut stage = stage();
+    for _ in 0..100 {
+        stage.driver.add(&[Part::Read(getattr().as_slice())]);
+        stage.orders.send(Some(0)).unwrap();
+    }
+    stage.pool.run().unwrap();
+    stage.pool.drain();
+    assert_eq!(stage.driver.all_used().len(), 100);
+    let me = thread::current().id();
+    assert_eq!(stage.began.try_iter().filter(|&id| id == me).count(), 64);
+}
+
+#[test]
+fn a_panic_on_the_ringing_thread_costs_the_device_too() {
+    let mut stage = stage();
+    stage.driver.add(&[Part::Read(getattr().as_slice())]);
+    stage.orders.send(None).unwrap();
+    assert!(matches!(stage.pool.run(), Err(DeviceError::Request(_))));
+    assert_eq!(stage.driver.used().unwrap().len, 0);
 }
 
 #[test]
