@@ -12,8 +12,9 @@
 //!   For the same reason these queues are served inside the exit that rings them.
 //! * When the host's end is closed, the guest is told (PORT_OPEN 0) and what it sends is dropped.
 //! * When the guest closes a port, the host's end is not told: a socket cannot say it and stay
-//!   open. Protocols over a port begin with a handshake for this, as either side may find bytes
-//!   of an earlier peer.
+//!   open. Input that the guest had not read by then is lost with its reader (Linux discards it),
+//!   later input waits for the next. So a protocol over a port begins with a handshake, in which
+//!   either side may find bytes that were meant for an earlier peer.
 
 mod control;
 mod port;
