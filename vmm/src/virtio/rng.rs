@@ -72,9 +72,7 @@ impl VirtioDevice for Rng {
 impl ActiveDevice for Rng<VirtQueue> {
     fn notify(&mut self, index: usize) -> Result<(), DeviceError> {
         let memory = Arc::clone(self.queues.memory());
-        self.queues
-            .serve(|chain| fill(chain, &memory))
-            .map_err(|error| error.in_queue(index))
+        self.queues.serve(|chain| fill(chain, &memory)).map_err(|error| error.in_queue(index))
     }
     fn pause(&mut self) {}
     fn queue_positions(&self) -> Vec<Option<Position>> {

@@ -76,38 +76,27 @@ impl Guest {
         let memory = MemoryMap::from_ranges(&[(GuestAddress(0), size)]).unwrap();
         // Address 0 stays unused: the queue library takes it for "not set".
         let next = Arc::new(AtomicU64::new(0x1000));
-        Guest {
-            memory: Arc::new(memory),
-            interrupt: Arc::default(),
-            next,
-        }
+        Guest { memory: Arc::new(memory), interrupt: Arc::default(), next }
     }
 
     /// Sets `len` bytes aside, aligned to 16, and gives their address.
     pub fn alloc(&self, len: usize) -> u64 {
         let len = u64::try_from(len).unwrap().next_multiple_of(16);
         let at = self.next.fetch_add(len, Ordering::SeqCst);
-        assert!(
-            at + len <= self.memory.last_addr().0,
-            "the test's guest is out of memory"
-        );
+        assert!(at + len <= self.memory.last_addr().0, "the test's guest is out of memory");
         at
     }
 
     /// Bytes of guest memory.
     pub fn read(&self, address: u64, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
-        self.memory
-            .read_slice(&mut data, GuestAddress(address))
-            .unwrap();
+        self.memory.read_slice(&mut data, GuestAddress(address)).unwrap();
         data
     }
 
     /// Changes guest memory.
     pub fn write(&self, address: u64, data: &[u8]) {
-        self.memory
-            .write_slice(data, GuestAddress(address))
-            .unwrap();
+        self.memory.write_slice(data, GuestAddress(address)).unwrap();
     }
 
     /// Lays out a queue of `size` entries in memory, from the driver's side.
@@ -136,10 +125,8 @@ impl Guest {
 
     /// Enables one queue of each size and gives the driver's sides and the activation.
     pub fn activation(&self, sizes: &[u16], features: u64) -> (Vec<DriverQueue>, Activation) {
-        let drivers: Vec<DriverQueue> = (0..)
-            .zip(sizes)
-            .map(|(index, &size)| self.driver(index, size))
-            .collect();
+        let drivers: Vec<DriverQueue> =
+            (0..).zip(sizes).map(|(index, &size)| self.driver(index, size)).collect();
         let positions = vec![Some(Position::default()); drivers.len()];
         let activation = self.reactivation(&drivers, features, &positions);
         (drivers, activation)
@@ -158,12 +145,7 @@ impl Guest {
             .map(|(driver, position)| position.map(|position| driver.device(features, position)))
             .collect();
         let interrupt = Arc::clone(&self.interrupt) as Arc<dyn Interrupt>;
-        Activation {
-            memory: Arc::clone(&self.memory),
-            queues,
-            features,
-            interrupt,
-        }
+        Activation { memory: Arc::clone(&self.memory), queues, features, interrupt }
     }
 }
 
@@ -216,15 +198,9 @@ impl DriverQueue {
     /// The device's side of the queue. `features` decides on VIRTIO_F_EVENT_IDX (bit 29).
     pub fn device(&self, features: u64, position: Position) -> VirtQueue {
         let mut queue = Queue::new(self.size).unwrap();
-        queue
-            .try_set_desc_table_address(GuestAddress(self.table))
-            .unwrap();
-        queue
-            .try_set_avail_ring_address(GuestAddress(self.avail))
-            .unwrap();
-        queue
-            .try_set_used_ring_address(GuestAddress(self.used))
-            .unwrap();
+        queue.try_set_desc_table_address(GuestAddress(self.table)).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(self.avail)).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(self.used)).unwrap();
         queue.set_next_avail(position.next_avail);
         queue.set_next_used(position.next_used);
         queue.set_event_idx(features & (1 << 29) != 0);
@@ -235,10 +211,7 @@ impl DriverQueue {
 
     /// Makes one chain available and returns its head.
     pub fn add(&mut self, parts: &[Part<'_>]) -> u16 {
-        assert!(
-            !parts.is_empty() && parts.len() <= self.free.len(),
-            "no room in the queue"
-        );
+        assert!(!parts.is_empty() && parts.len() <= self.free.len(), "no room in the queue");
         let descriptors = self.free.split_off(self.free.len() - parts.len());
         let mut pending = Pending::default();
         for (i, part) in parts.iter().enumerate() {
@@ -265,9 +238,7 @@ impl DriverQueue {
     /// The next chain that came back.
     pub fn used(&mut self) -> Option<Used> {
         let memory = &self.guest.memory;
-        let index: u16 = memory
-            .load(GuestAddress(self.used + 2), Ordering::Acquire)
-            .unwrap();
+        let index: u16 = memory.load(GuestAddress(self.used + 2), Ordering::Acquire).unwrap();
         if index == self.next_used {
             return None;
         }
@@ -275,22 +246,12 @@ impl DriverQueue {
         let entry: [u32; 2] = memory.read_obj(GuestAddress(entry)).unwrap();
         let head = u16::try_from(entry[0]).expect("a head is an index");
         let len = entry[1];
-        let pending = self
-            .chains
-            .remove(&head)
-            .expect("the chain was made available once");
+        let pending = self.chains.remove(&head).expect("the chain was made available once");
         self.next_used = self.next_used.wrapping_add(1);
-        let mut data: Vec<u8> = pending
-            .writable
-            .iter()
-            .flat_map(|&(at, len)| self.guest.read(at, len))
-            .collect();
+        let mut data: Vec<u8> =
+            pending.writable.iter().flat_map(|&(at, len)| self.guest.read(at, len)).collect();
         let written = usize::try_from(len).unwrap();
-        assert!(
-            written <= data.len(),
-            "the device claims {len} of {} bytes",
-            data.len()
-        );
+        assert!(written <= data.len(), "the device claims {len} of {} bytes", data.len());
         data.truncate(written);
         self.free.extend(pending.descriptors);
         Some(Used { head, len, data })
@@ -303,10 +264,8 @@ impl DriverQueue {
 
     /// Writes one descriptor as it is, right or wrong.
     pub fn set_descriptor(&self, at: u16, address: u64, len: u32, flags: u16, next: u16) {
-        self.guest.write(
-            self.table + 16 * u64::from(at),
-            &raw_descriptor(address, len, flags, next),
-        );
+        self.guest
+            .write(self.table + 16 * u64::from(at), &raw_descriptor(address, len, flags, next));
     }
 
     /// Puts a head into the available ring, right or wrong.
@@ -320,10 +279,7 @@ impl DriverQueue {
     pub fn set_available(&mut self, index: u16) {
         self.next_avail = index;
         let at = GuestAddress(self.avail + 2);
-        self.guest
-            .memory
-            .store(index.to_le(), at, Ordering::Release)
-            .unwrap();
+        self.guest.memory.store(index.to_le(), at, Ordering::Release).unwrap();
     }
 
     /// Sets the available ring's flags: 1 asks for no interrupts (virtio 1.2, 2.7.6).

@@ -14,13 +14,7 @@ fn echo(chain: Chain, memory: &Memory) -> Served {
     else {
         return Served::Done(0);
     };
-    let mut data = vec![
-        0;
-        reader
-            .available_bytes()
-            .min(writer.available_bytes())
-            .min(1 << 16)
-    ];
+    let mut data = vec![0; reader.available_bytes().min(writer.available_bytes()).min(1 << 16)];
     reader.read_exact(&mut data).unwrap();
     writer.write_all(&data).unwrap();
     Served::Done(u32::try_from(data.len()).unwrap())
@@ -56,11 +50,7 @@ fn a_stopped_chain_is_served_again() {
     queue
         .serve(|chain| {
             seen.push(chain.head_index());
-            if seen.len() == 2 {
-                Served::Stop
-            } else {
-                Served::Done(0)
-            }
+            if seen.len() == 2 { Served::Stop } else { Served::Done(0) }
         })
         .unwrap();
     queue
@@ -98,11 +88,7 @@ fn the_driver_can_ask_for_no_interrupts() {
     assert_eq!(guest.interrupt.take_queue(0), 0);
     driver.set_flags(0);
     serve_echo(&mut queue).unwrap();
-    assert_eq!(
-        guest.interrupt.take_queue(0),
-        0,
-        "nothing new was given back"
-    );
+    assert_eq!(guest.interrupt.take_queue(0), 0, "nothing new was given back");
     driver.add(&[Part::Write(1)]);
     serve_echo(&mut queue).unwrap();
     assert_eq!(guest.interrupt.take_queue(0), 1);
@@ -130,20 +116,10 @@ fn a_queue_goes_on_from_its_position() {
     serve_echo(&mut queue).unwrap();
     driver.add(&[Part::Read(b"b"), Part::Write(1)]);
     let position = queue.position();
-    assert_eq!(
-        position,
-        Position {
-            next_avail: 1,
-            next_used: 1
-        }
-    );
+    assert_eq!(position, Position { next_avail: 1, next_used: 1 });
     drop(queue);
     serve_echo(&mut driver.device(0, position)).unwrap();
-    let data: Vec<_> = driver
-        .all_used()
-        .into_iter()
-        .map(|used| used.data)
-        .collect();
+    let data: Vec<_> = driver.all_used().into_iter().map(|used| used.data).collect();
     assert_eq!(data, [b"a", b"b"]);
 }
 
@@ -195,10 +171,7 @@ fn more_chains_than_places_break_the_queue() {
     let guest = Guest::new();
     let (mut driver, mut queue) = guest.queue(0, 8);
     driver.set_available(9);
-    assert!(matches!(
-        serve_echo(&mut queue),
-        Err(QueueError::BadAvailable)
-    ));
+    assert!(matches!(serve_echo(&mut queue), Err(QueueError::BadAvailable)));
 }
 
 #[test]
@@ -213,18 +186,12 @@ fn a_head_outside_the_table_breaks_the_queue_when_given_back() {
 fn rings_outside_memory_are_refused() {
     let guest = Guest::with_memory(0x8000);
     let interrupt = Arc::clone(&guest.interrupt) as Arc<dyn Interrupt>;
-    for (table, avail, used) in [
-        (0x7ff0, 0x1000, 0x2000),
-        (0x1000, 0x7ffe, 0x2000),
-        (0x1000, 0x2000, u64::MAX - 3),
-    ] {
+    for (table, avail, used) in
+        [(0x7ff0, 0x1000, 0x2000), (0x1000, 0x7ffe, 0x2000), (0x1000, 0x2000, u64::MAX - 3)]
+    {
         let mut queue = Queue::new(8).unwrap();
-        queue
-            .try_set_desc_table_address(GuestAddress(table))
-            .unwrap();
-        queue
-            .try_set_avail_ring_address(GuestAddress(avail))
-            .unwrap();
+        queue.try_set_desc_table_address(GuestAddress(table)).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(avail)).unwrap();
         queue.try_set_used_ring_address(GuestAddress(used)).unwrap();
         queue.set_ready(true);
         let memory = Arc::clone(&guest.memory);

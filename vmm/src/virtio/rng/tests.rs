@@ -19,11 +19,7 @@ fn buffers_come_back_full_of_different_bytes() {
     let used = driver.all_used();
     assert_eq!([used[0].len, used[1].len], [67, 64]);
     assert_ne!(used[0].data[..64], used[1].data);
-    assert_eq!(
-        guest.interrupt.take_queue(REQUESTS),
-        1,
-        "one interrupt for the batch"
-    );
+    assert_eq!(guest.interrupt.take_queue(REQUESTS), 1, "one interrupt for the batch");
 }
 
 #[test]
@@ -84,14 +80,8 @@ fn it_goes_on_after_a_restore_and_works_after_a_reset() {
 
 #[test]
 fn states_of_other_versions_are_refused() {
-    let state = SavedState {
-        version: STATE_VERSION + 1,
-        data: Vec::new(),
-    };
-    assert!(matches!(
-        Rng::new().restore(&state),
-        Err(RestoreError::Version { found: 2, .. })
-    ));
+    let state = SavedState { version: STATE_VERSION + 1, data: Vec::new() };
+    assert!(matches!(Rng::new().restore(&state), Err(RestoreError::Version { found: 2, .. })));
 }
 
 proptest! {
