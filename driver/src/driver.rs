@@ -40,14 +40,19 @@ impl Driver {
     /// If directories cannot be made, or a node leaves out something and there is no kit.
     pub fn new(test: &TestConfig, options: DriverOptions) -> Result<Self> {
         let DriverOptions { kit, out_dir, log } = options;
-        let scratch = Scratch::new().map_err(MachineError::file("make a directory in", std::env::temp_dir()))?;
+        let scratch = Scratch::new()
+            .map_err(MachineError::file("make a directory in", std::env::temp_dir()))?;
         let shared = make_dir(scratch.path().join("shared-xchg"))?;
         let out = std::path::absolute(&out_dir).map_err(MachineError::file("find", out_dir))?;
         let vlans: Vec<Vlan> = test.vlans().into_iter().map(Vlan::new).collect();
         let hosts = hosts(&test.nodes);
         let machine = |node: &NodeConfig| {
             let Some(boot) = Boot::new(node, kit.as_ref(), &hosts) else {
-                return Err(MachineError::Usage(format!("{} boots the kit, and there is none", node.name)).into());
+                return Err(MachineError::Usage(format!(
+                    "{} boots the kit, and there is none",
+                    node.name
+                ))
+                .into());
             };
             let dirs = Dirs {
                 state: scratch.path().join(format!("vm-state-{}", node.name)),
@@ -115,7 +120,8 @@ impl Driver {
     pub async fn start_all(&self) -> Result<()> {
         let _step = self.log.nested("start all VMs");
         let mut starts = JoinSet::new();
-        for machine in self.machines.iter().cloned() {
+        for machine in &self.machines {
+            let machine = machine.clone();
             starts.spawn(async move { machine.start(false).await });
         }
         starts.join_all().await.into_iter().collect()

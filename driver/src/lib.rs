@@ -3,12 +3,15 @@
 
 pub mod agent;
 pub mod carrier;
+pub mod cli;
 pub mod config;
 pub mod driver;
 pub mod error;
 pub mod kit;
 pub mod log;
 pub mod machine;
+#[cfg(feature = "python")]
+mod python;
 pub mod retry;
 pub mod scratch;
 pub mod vlan;

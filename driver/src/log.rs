@@ -47,11 +47,7 @@ impl Logger {
     #[must_use]
     pub fn new(out: Box<dyn Write + Send>, colours: bool) -> Self {
         Self {
-            sink: Arc::new(Sink {
-                out: Mutex::new(out),
-                colours,
-                serial: AtomicBool::new(true),
-            }),
+            sink: Arc::new(Sink { out: Mutex::new(out), colours, serial: AtomicBool::new(true) }),
             machine: None,
         }
     }
@@ -59,10 +55,7 @@ impl Logger {
     /// The same log, with the machine's name before each message.
     #[must_use]
     pub fn for_machine(&self, name: &str) -> Self {
-        Self {
-            sink: Arc::clone(&self.sink),
-            machine: Some(name.into()),
-        }
+        Self { sink: Arc::clone(&self.sink), machine: Some(name.into()) }
     }
 
     /// Writes a message.
@@ -80,8 +73,7 @@ impl Logger {
         let mut out = self.lock();
         for line in text.to_string().lines() {
             let line = format!("!!! {line}");
-            self.sink
-                .write(&mut out, &self.prefix(), Some(ERROR), &line);
+            self.sink.write(&mut out, &self.prefix(), Some(ERROR), &line);
         }
     }
 
@@ -90,11 +82,7 @@ impl Logger {
     pub fn nested(&self, message: impl Display) -> Step {
         let message = message.to_string();
         self.line(Some(STEP), &message);
-        Step {
-            logger: self.clone(),
-            message,
-            began: Instant::now(),
-        }
+        Step { logger: self.clone(), message, began: Instant::now() }
     }
 
     /// Writes a line that a guest printed.
@@ -111,14 +99,11 @@ impl Logger {
     }
 
     fn prefix(&self) -> String {
-        self.machine
-            .as_ref()
-            .map_or_else(String::new, |name| format!("{name}: "))
+        self.machine.as_ref().map_or_else(String::new, |name| format!("{name}: "))
     }
 
     fn line(&self, style: Option<Style>, text: &str) {
-        self.sink
-            .write(&mut self.lock(), &self.prefix(), style, text);
+        self.sink.write(&mut self.lock(), &self.prefix(), style, text);
     }
 
     fn lock(&self) -> MutexGuard<'_, Box<dyn Write + Send>> {
@@ -154,10 +139,7 @@ pub struct Step {
 impl Drop for Step {
     fn drop(&mut self) {
         let seconds = self.began.elapsed().as_secs_f64();
-        self.logger.info(format_args!(
-            "(finished: {}, in {seconds:.2} seconds)",
-            self.message
-        ));
+        self.logger.info(format_args!("(finished: {}, in {seconds:.2} seconds)", self.message));
     }
 }
 

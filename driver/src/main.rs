@@ -1,4 +1,8 @@
 //! The command `firn`.
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    firn::cli::main()
+}

@@ -9,21 +9,24 @@ use crate::error::{Error, Result};
 /// Time between two tries.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Calls `probe` each second until it answers true; after `timeout` a last time, with `true`.
+/// Calls `probe` each second until it answers something; after `timeout` a last time, with `true`.
 ///
 /// For what no event announces: only the probe knows what it looks at.
 ///
 /// # Errors
-/// The probe's error, at once; [`Error::Assertion`] if the last call answers false too.
-pub async fn retry(mut probe: impl AsyncFnMut(bool) -> Result<bool>, timeout: Duration) -> Result<()> {
+/// The probe's error, at once; [`Error::Assertion`] if the last call answers nothing too.
+pub async fn retry<T, F>(mut probe: impl FnMut(bool) -> F, timeout: Duration) -> Result<T>
+where
+    F: Future<Output = Result<Option<T>>>,
+{
     let deadline = Instant::now() + timeout;
     while Instant::now() < deadline {
-        if probe(false).await? {
-            return Ok(());
+        if let Some(answer) = probe(false).await? {
+            return Ok(answer);
         }
         sleep(PAUSE.min(deadline.saturating_duration_since(Instant::now()))).await;
     }
-    if probe(true).await? { Ok(()) } else { Err(timed_out(timeout)) }
+    probe(true).await?.ok_or_else(|| timed_out(timeout))
 }
 
 /// The error of a wait whose time is over.
@@ -34,46 +37,50 @@ pub(crate) fn timed_out(timeout: Duration) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::{Cell, RefCell};
+
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn once_a_second_until_true() {
+    async fn once_a_second_until_there_is_an_answer() {
         let began = Instant::now();
-        let mut calls = 0;
-        let probe = async |last: bool| {
+        let calls = Cell::new(0);
+        let probe = |last: bool| {
             assert!(!last);
-            calls += 1;
-            Ok(calls == 3)
+            calls.set(calls.get() + 1);
+            let answer = (calls.get() == 3).then_some("here");
+            async move { Ok(answer) }
         };
-        retry(probe, Duration::from_secs(10)).await.expect("true in time");
+        assert_eq!(retry(probe, Duration::from_secs(10)).await.expect("an answer in time"), "here");
         assert_eq!(began.elapsed().as_secs(), 2);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_last_try_then_an_error() {
-        let mut seen = Vec::new();
-        let probe = async |last: bool| {
-            seen.push(last);
-            Ok(false)
+        let seen = RefCell::new(Vec::new());
+        let probe = |last| {
+            seen.borrow_mut().push(last);
+            async { Ok(None::<()>) }
         };
-        let error = retry(probe, Duration::from_millis(1500)).await.expect_err("never true");
+        let error = retry(probe, Duration::from_millis(1500)).await.expect_err("never an answer");
         assert_eq!(error.to_string(), "action timed out after 1.5 seconds");
-        assert_eq!(seen, [false, false, true]);
+        assert_eq!(*seen.borrow(), [false, false, true]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_last_try_counts() {
-        retry(async |last: bool| Ok(last), Duration::from_secs(3)).await.expect("the last try succeeds");
+        let probe = |last: bool| async move { Ok(last.then_some(())) };
+        retry(probe, Duration::from_secs(3)).await.expect("the last try succeeds");
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_error_ends_it() {
-        let mut calls = 0;
-        let probe = async |_: bool| {
-            calls += 1;
-            Err(Error::Assertion("no".into()))
+        let calls = Cell::new(0);
+        let probe = |_: bool| {
+            calls.set(calls.get() + 1);
+            async { Err::<Option<()>, _>(Error::Assertion("no".into())) }
         };
         let error = retry(probe, Duration::from_secs(3)).await.expect_err("the probe fails");
-        assert_eq!((error.to_string().as_str(), calls), ("no", 1));
+        assert_eq!((error.to_string().as_str(), calls.get()), ("no", 1));
     }
 }

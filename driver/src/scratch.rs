@@ -49,7 +49,9 @@ impl Scratch {
 fn sweep(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
-        if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) && is_dead(&entry.path()) {
+        if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes())
+            && is_dead(&entry.path())
+        {
             tracing::debug!(path = %entry.path().display(), "removing what a killed run left");
             let _ = fs::remove_dir_all(entry.path());
         }
@@ -59,7 +61,10 @@ fn sweep(parent: &Path) {
 /// Without a lock file yet it is one that is being made.
 fn is_dead(dir: &Path) -> bool {
     match File::open(dir.join(LOCK)) {
-        Ok(lock) => !matches!(lock.try_lock(), Err(TryLockError::WouldBlock | TryLockError::Error(_))) && aged(&lock),
+        Ok(lock) => {
+            !matches!(lock.try_lock(), Err(TryLockError::WouldBlock | TryLockError::Error(_)))
+                && aged(&lock)
+        }
         Err(_) => false,
     }
 }

@@ -13,10 +13,7 @@ pub struct Vlan {
 
 impl Vlan {
     pub(crate) fn new(number: u8) -> Self {
-        Self {
-            number,
-            switch: Switch::new(format!("vlan{number}")),
-        }
+        Self { number, switch: Switch::new(format!("vlan{number}")) }
     }
 
     /// Its number, 1 to [`crate::config::MAX_NUMBER`].

@@ -74,10 +74,7 @@ impl TestConfig {
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {
-    fs::read_to_string(path).map_err(|source| ConfigError::Read {
-        path: path.to_owned(),
-        source,
-    })
+    fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
 }
 
 /// The file being read, for messages and for relative paths.
@@ -118,12 +115,7 @@ impl Reader<'_> {
                 .file_stem()
                 .map_or_else(String::new, |stem| stem.to_string_lossy().into_owned()),
         };
-        Ok(TestConfig {
-            name,
-            script,
-            global_timeout,
-            nodes,
-        })
+        Ok(TestConfig { name, script, global_timeout, nodes })
     }
 
     fn script(
@@ -159,9 +151,7 @@ impl Reader<'_> {
     fn first_line(&self, span: Range<usize>) -> usize {
         let before = self.text.get(..span.start).unwrap_or_default();
         let literal = self.text.get(span).unwrap_or_default();
-        let body = ["'''", "\"\"\""]
-            .iter()
-            .find_map(|quotes| literal.strip_prefix(quotes));
+        let body = ["'''", "\"\"\""].iter().find_map(|quotes| literal.strip_prefix(quotes));
         let skipped = body.is_some_and(|body| body.starts_with('\n') || body.starts_with("\r\n"));
         before.matches('\n').count() + 1 + usize::from(skipped)
     }
@@ -171,11 +161,8 @@ impl Reader<'_> {
             .filter(|s| *s > 0.0)
             .and_then(|s| Duration::try_from_secs_f64(s).ok())
             .ok_or_else(|| {
-                self.bad(
-                    seconds.span(),
-                    format!("`global_timeout` is {}", seconds.get_ref()),
-                )
-                .help("allowed: a number of seconds above 0")
+                self.bad(seconds.span(), format!("`global_timeout` is {}", seconds.get_ref()))
+                    .help("allowed: a number of seconds above 0")
             })
     }
 
@@ -218,14 +205,8 @@ impl Reader<'_> {
         Ok(NodeConfig {
             name,
             number,
-            kernel: raw
-                .kernel
-                .map(|p| self.file("kernel", "kernel image", p))
-                .transpose()?,
-            initrd: raw
-                .initrd
-                .map(|p| self.file("initrd", "cpio archive", p))
-                .transpose()?,
+            kernel: raw.kernel.map(|p| self.file("kernel", "kernel image", p)).transpose()?,
+            initrd: raw.initrd.map(|p| self.file("initrd", "cpio archive", p)).transpose()?,
             cmdline: raw.cmdline,
             memory_mib,
             // `within` has checked the range.
@@ -259,15 +240,11 @@ impl Reader<'_> {
         let mut vlans = Vec::with_capacity(raw.len());
         for vlan in raw {
             let number = *vlan.get_ref();
-            let fits = u8::try_from(number)
-                .ok()
-                .filter(|n| (1..=MAX_NUMBER).contains(n));
+            let fits = u8::try_from(number).ok().filter(|n| (1..=MAX_NUMBER).contains(n));
             let Some(fits) = fits else {
-                return Err(self
-                    .bad(vlan.span(), format!("`vlans` has {number}"))
-                    .help(format!(
-                        "allowed: 1 to {MAX_NUMBER}: it is a byte of the machines' addresses"
-                    )));
+                return Err(self.bad(vlan.span(), format!("`vlans` has {number}")).help(format!(
+                    "allowed: 1 to {MAX_NUMBER}: it is a byte of the machines' addresses"
+                )));
             };
             if vlans.contains(&fits) {
                 return Err(self.bad(vlan.span(), format!("`vlans` has {number} twice")));
@@ -278,9 +255,7 @@ impl Reader<'_> {
     }
 
     fn shares(&self, raw: BTreeMap<Spanned<String>, RawShare>) -> Result<Vec<ShareConfig>, Report> {
-        raw.into_iter()
-            .map(|(tag, share)| self.share(tag, share))
-            .collect()
+        raw.into_iter().map(|(tag, share)| self.share(tag, share)).collect()
     }
 
     fn share(&self, tag: Spanned<String>, raw: RawShare) -> Result<ShareConfig, Report> {
@@ -290,9 +265,7 @@ impl Reader<'_> {
         if tag.is_empty() || tag.len() > MAX_TAG || !tag.chars().all(fits) {
             return Err(self
                 .bad(span, format!("`{tag}` cannot be a share's tag"))
-                .help(format!(
-                    "allowed: 1 to {MAX_TAG} of A-Z a-z 0-9 `.` `_` `-`"
-                )));
+                .help(format!("allowed: 1 to {MAX_TAG} of A-Z a-z 0-9 `.` `_` `-`")));
         }
         if tag == SHARED_TAG || tag == HOST_TAG {
             return Err(self.bad(span, format!("every machine has a share `{tag}` already")));
@@ -301,19 +274,13 @@ impl Reader<'_> {
         let source = source.canonicalize().map_err(|e| {
             self.bad(
                 at.clone(),
-                format!(
-                    "the source of share `{tag}` cannot be used: {}: {e}",
-                    source.display()
-                ),
+                format!("the source of share `{tag}` cannot be used: {}: {e}", source.display()),
             )
         })?;
         if !source.is_dir() {
             return Err(self.bad(
                 at,
-                format!(
-                    "the source of share `{tag}` is no directory: {}",
-                    source.display()
-                ),
+                format!("the source of share `{tag}` is no directory: {}", source.display()),
             ));
         }
         let target = raw.target.get_ref();
@@ -328,12 +295,7 @@ impl Reader<'_> {
                 )
                 .help("allowed: an absolute path in the guest, without `..` and blanks"));
         }
-        Ok(ShareConfig {
-            tag,
-            source,
-            target: raw.target.into_inner(),
-            read_only: raw.read_only,
-        })
+        Ok(ShareConfig { tag, source, target: raw.target.into_inner(), read_only: raw.read_only })
     }
 
     /// The path of a file that exists.
@@ -346,10 +308,7 @@ impl Reader<'_> {
                 .help(format!("allowed: the path of a {what}"))),
             Ok(_) => Ok(path),
             Err(e) => Err(self
-                .bad(
-                    span,
-                    format!("`{key}` cannot be used: {}: {e}", path.display()),
-                )
+                .bad(span, format!("`{key}` cannot be used: {}: {e}", path.display()))
                 .help(format!("allowed: the path of a {what}"))),
         }
     }

@@ -90,11 +90,8 @@ impl TestConfig {
     /// All vlans that machines are on, each once, in order.
     #[must_use]
     pub fn vlans(&self) -> Vec<u8> {
-        let all: std::collections::BTreeSet<u8> = self
-            .nodes
-            .iter()
-            .flat_map(|node| node.vlans.iter().copied())
-            .collect();
+        let all: std::collections::BTreeSet<u8> =
+            self.nodes.iter().flat_map(|node| node.vlans.iter().copied()).collect();
         all.into_iter().collect()
     }
 }
@@ -116,16 +113,7 @@ impl NodeConfig {
     /// numbers are the hexadecimal digits of the groups: node 12 is `::12`.
     #[must_use]
     pub fn ipv6(&self, vlan: u8) -> Ipv6Addr {
-        Ipv6Addr::new(
-            0x2001,
-            0xdb8,
-            decimal_as_hex(vlan),
-            0,
-            0,
-            0,
-            0,
-            decimal_as_hex(self.number),
-        )
+        Ipv6Addr::new(0x2001, 0xdb8, decimal_as_hex(vlan), 0, 0, 0, 0, decimal_as_hex(self.number))
     }
 
     /// The name of the script's variable for this machine: what is no letter, digit or underscore
@@ -138,7 +126,7 @@ impl NodeConfig {
 
 fn decimal_as_hex(number: u8) -> u16 {
     let number = u16::from(number);
-    (number / 100) << 8 | (number / 10 % 10) << 4 | number % 10
+    (number / 100) << 8 | (number / 10 % 10) << 4 | (number % 10)
 }
 
 fn variable_name(name: &str) -> String {

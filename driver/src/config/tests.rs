@@ -71,19 +71,12 @@ vlans = []
     assert_eq!(test.script.file, dir.path().join("script.py"));
     assert_eq!(test.global_timeout, Some(Duration::from_secs(90)));
     assert_eq!(test.vlans(), [1, 200]);
-    let names: Vec<_> = test
-        .nodes
-        .iter()
-        .map(|n| (n.name.as_str(), n.number))
-        .collect();
+    let names: Vec<_> = test.nodes.iter().map(|n| (n.name.as_str(), n.number)).collect();
     assert_eq!(names, [("a", 1), ("b", 2)]);
     let b = &test.nodes[1];
     assert_eq!(b.kernel, Some(dir.path().join("vmlinux")));
     assert_eq!((b.memory_mib, b.cores), (256, 4));
-    assert_eq!(
-        b.shares[0].source,
-        dir.path().join("data").canonicalize().expect("exists")
-    );
+    assert_eq!(b.shares[0].source, dir.path().join("data").canonicalize().expect("exists"));
     assert!(b.shares[0].read_only);
     assert_eq!(b.mac(200), [0x52, 0x54, 0, 0x12, 200, 2]);
     assert_eq!(b.ipv4(200).to_string(), "192.168.200.2");
@@ -101,10 +94,7 @@ fn ipv6_repeats_the_decimal_digits() {
 fn unknown_key() {
     let message = refused(&node("memroy_size = 3"));
     assert!(message.contains("/nowhere/ping.toml:3:1"), "{message}");
-    assert!(
-        message.contains("unknown field `memroy_size`, expected one of `kernel`"),
-        "{message}"
-    );
+    assert!(message.contains("unknown field `memroy_size`, expected one of `kernel`"), "{message}");
     assert!(message.contains("memroy_size = 3"), "{message}");
 }
 
@@ -112,10 +102,7 @@ fn unknown_key() {
 fn wrong_type() {
     let message = refused(&node("cores = \"two\""));
     assert!(message.contains("/nowhere/ping.toml:3:9"), "{message}");
-    assert!(
-        message.contains("invalid type: string \"two\""),
-        "{message}"
-    );
+    assert!(message.contains("invalid type: string \"two\""), "{message}");
     assert!(message.contains("cores = \"two\""), "{message}");
 }
 
@@ -129,10 +116,7 @@ fn two_nodes_of_one_name() {
 #[test]
 fn two_nodes_of_one_variable() {
     let message = refused("test_script = ''\n[nodes.a-b]\n[nodes.a_b]\n");
-    assert!(
-        message.contains("`a-b` and `a_b` would both be `a_b`"),
-        "{message}"
-    );
+    assert!(message.contains("`a-b` and `a_b` would both be `a_b`"), "{message}");
     assert!(message.contains("ping.toml:3:8"), "{message}");
 }
 

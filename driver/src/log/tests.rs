@@ -5,10 +5,7 @@ struct Buffer(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Buffer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0
-            .lock()
-            .expect("no panic while held")
-            .extend_from_slice(bytes);
+        self.0.lock().expect("no panic while held").extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -47,30 +44,16 @@ fn colours_only_when_asked_for() {
     };
     let plain = written(false, act);
     assert!(!plain.contains('\x1b'), "{plain:?}");
-    assert!(
-        plain.contains("m # hello\n!!! bad\n!!! worse\n"),
-        "{plain:?}"
-    );
+    assert!(plain.contains("m # hello\n!!! bad\n!!! worse\n"), "{plain:?}");
     let coloured = written(true, act);
-    assert!(
-        coloured.contains("\x1b[1m\x1b[32mstep\x1b[0m\n"),
-        "{coloured:?}"
-    );
-    assert!(
-        coloured.contains("\x1b[2mm # hello\x1b[0m\n"),
-        "{coloured:?}"
-    );
-    assert!(
-        coloured.contains("\x1b[31m!!! worse\x1b[0m\n"),
-        "{coloured:?}"
-    );
+    assert!(coloured.contains("\x1b[1m\x1b[32mstep\x1b[0m\n"), "{coloured:?}");
+    assert!(coloured.contains("\x1b[2mm # hello\x1b[0m\n"), "{coloured:?}");
+    assert!(coloured.contains("\x1b[31m!!! worse\x1b[0m\n"), "{coloured:?}");
 }
 
 #[test]
 fn a_guest_cannot_drive_the_terminal() {
-    let log = written(true, |log| {
-        log.serial("m", "a\x1b[2Jb\x1b]0;title\x07c\u{8}\u{9b}d\te\r")
-    });
+    let log = written(true, |log| log.serial("m", "a\x1b[2Jb\x1b]0;title\x07c\u{8}\u{9b}d\te\r"));
     assert_eq!(log, "\x1b[2mm # abcd\te\x1b[0m\n");
 }
 

@@ -80,7 +80,13 @@ impl Console {
         // Lines can be long: no more than what a screen of them takes.
         let bytes = &bytes[bytes.len().saturating_sub(TAIL_LINES * 200)..];
         let text = String::from_utf8_lossy(bytes);
-        let mut lines: Vec<String> = text.lines().rev().map(printable).filter(|l| !l.trim().is_empty()).take(TAIL_LINES).collect();
+        let mut lines: Vec<String> = text
+            .lines()
+            .rev()
+            .map(printable)
+            .filter(|l| !l.trim().is_empty())
+            .take(TAIL_LINES)
+            .collect();
         lines.reverse();
         Tail(lines)
     }
@@ -128,7 +134,12 @@ impl Console {
     }
 
     /// Writes the lines to the log as they come, until `finished` changes; then what is left.
-    pub(super) async fn show(&self, machine: &str, log: &Logger, mut finished: watch::Receiver<bool>) {
+    pub(super) async fn show(
+        &self,
+        machine: &str,
+        log: &Logger,
+        mut finished: watch::Receiver<bool>,
+    ) {
         let mut grown = self.grown.subscribe();
         let mut shown = self.lock().start;
         loop {

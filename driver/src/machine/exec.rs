@@ -31,11 +31,7 @@ pub struct ExecOptions {
 
 impl Default for ExecOptions {
     fn default() -> Self {
-        Self {
-            check_return: true,
-            check_output: true,
-            timeout: Some(DEFAULT_TIMEOUT),
-        }
+        Self { check_return: true, check_output: true, timeout: Some(DEFAULT_TIMEOUT) }
     }
 }
 
@@ -53,10 +49,8 @@ impl Machine {
     /// If the machine cannot be started, or ends, or loses its agent.
     pub async fn execute(&self, command: &str, options: ExecOptions) -> Result<(i32, String)> {
         let session = self.session().await?;
-        let command_line = Command {
-            script: format!("{PRELUDE}{command}"),
-            timeout: options.timeout,
-        };
+        let command_line =
+            Command { script: format!("{PRELUDE}{command}"), timeout: options.timeout };
         let run = async {
             if !options.check_output {
                 return Ok(session.spawn(command_line).await.map(|()| (-2, String::new())));
@@ -74,7 +68,7 @@ impl Machine {
         };
         match self.unless_ended(run).await? {
             Ok(answer) => Ok(answer),
-            Err(error) => Err(self.session_error(format_args!("cannot run `{command}`"), error).await),
+            Err(error) => Err(self.session_error(format!("cannot run `{command}`"), error).await),
         }
     }
 
@@ -86,10 +80,13 @@ impl Machine {
         let mut all = String::new();
         for command in commands {
             let _step = self.nested(format_args!("must succeed: {command}"));
-            let (status, output) = self.execute(command, ExecOptions::with_timeout(timeout)).await?;
+            let (status, output) =
+                self.execute(command, ExecOptions::with_timeout(timeout)).await?;
             if status != 0 {
                 self.log(format_args!("output: {output}"));
-                return Err(Error::Assertion(format!("command `{command}` failed (exit code {status})")));
+                return Err(Error::Assertion(format!(
+                    "command `{command}` failed (exit code {status})"
+                )));
             }
             all.push_str(&output);
         }
@@ -104,9 +101,12 @@ impl Machine {
         let mut all = String::new();
         for command in commands {
             let _step = self.nested(format_args!("must fail: {command}"));
-            let (status, output) = self.execute(command, ExecOptions::with_timeout(timeout)).await?;
+            let (status, output) =
+                self.execute(command, ExecOptions::with_timeout(timeout)).await?;
             if status == 0 {
-                return Err(Error::Assertion(format!("command `{command}` unexpectedly succeeded")));
+                return Err(Error::Assertion(format!(
+                    "command `{command}` unexpectedly succeeded"
+                )));
             }
             all.push_str(&output);
         }
@@ -148,20 +148,20 @@ impl Machine {
         command: &str,
         timeout: Duration,
         attempt_timeout: Option<Duration>,
-        done: impl Fn(i32) -> bool,
+        done: impl Fn(i32) -> bool + Sync,
     ) -> Result<String> {
         let deadline = Instant::now() + timeout;
-        let mut found = String::new();
-        let probe = async |last: bool| {
+        let done = &done;
+        let probe = |last: bool| async move {
             // A try without a limit of its own has what is left of the budget.
-            let left = if last { timeout } else { deadline.saturating_duration_since(Instant::now()) };
+            let left =
+                if last { timeout } else { deadline.saturating_duration_since(Instant::now()) };
             let limit = attempt_timeout.unwrap_or(left).max(Duration::from_millis(1));
-            let (status, output) = self.execute(command, ExecOptions::with_timeout(Some(limit))).await?;
-            found = output;
-            Ok(done(status))
+            let (status, output) =
+                self.execute(command, ExecOptions::with_timeout(Some(limit))).await?;
+            Ok(done(status).then_some(output))
         };
-        retry(probe, timeout).await?;
-        Ok(found)
+        retry(probe, timeout).await
     }
 
     /// Sleeps in guest time.

@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
-use firn_guest_agent::protocol::{FileInfo, FileKind};
+use crate::agent::{FileInfo, FileKind};
 use tokio::fs;
 
 use super::Machine;
@@ -54,26 +54,33 @@ impl Machine {
     async fn send_tree(&self, session: &Session, source: PathBuf, target: PathBuf) -> Result<()> {
         let mut jobs = vec![Job { from: source, to: target }];
         while let Some(Job { from, to }) = jobs.pop() {
-            let meta = fs::symlink_metadata(&from).await.map_err(MachineError::file("copy", &from))?;
+            let meta =
+                fs::symlink_metadata(&from).await.map_err(MachineError::file("copy", &from))?;
             let mode = meta.permissions().mode() & 0o7777;
             let done = if meta.is_symlink() {
                 let link = fs::read_link(&from).await.map_err(MachineError::file("read", &from))?;
                 session.symlink(&to, &link).await
             } else if meta.is_dir() {
-                let mut entries = fs::read_dir(&from).await.map_err(MachineError::file("read", &from))?;
-                while let Some(entry) = entries.next_entry().await.map_err(MachineError::file("read", &from))? {
+                let mut entries =
+                    fs::read_dir(&from).await.map_err(MachineError::file("read", &from))?;
+                while let Some(entry) =
+                    entries.next_entry().await.map_err(MachineError::file("read", &from))?
+                {
                     let to = to.join(entry.file_name());
                     jobs.push(Job { from: entry.path(), to });
                 }
                 session.make_directory(&to, mode).await
             } else if meta.is_file() {
-                let mut file = fs::File::open(&from).await.map_err(MachineError::file("read", &from))?;
+                let mut file =
+                    fs::File::open(&from).await.map_err(MachineError::file("read", &from))?;
                 session.write_file(&to, mode, &mut file).await
             } else {
                 return Err(special(&from));
             };
             if let Err(error) = done {
-                return Err(self.session_error(format_args!("cannot write {}", to.display()), error).await);
+                return Err(self
+                    .session_error(format!("cannot write {}", to.display()), error)
+                    .await);
             }
         }
         Ok(())
@@ -96,11 +103,15 @@ impl Machine {
                 }
                 (FileKind::Symlink, Some(link)) => {
                     make_way(&to).await?;
-                    fs::symlink(link.as_path(), &to).await.map_err(MachineError::file("write", &to))?;
+                    fs::symlink(link.as_path(), &to)
+                        .await
+                        .map_err(MachineError::file("write", &to))?;
                 }
                 (FileKind::File, _) => {
                     make_way(&to).await?;
-                    let mut file = fs::File::create_new(&to).await.map_err(MachineError::file("write", &to))?;
+                    let mut file = fs::File::create_new(&to)
+                        .await
+                        .map_err(MachineError::file("write", &to))?;
                     if let Err(error) = session.read_file(&from, &mut file).await {
                         return Err(self.cannot_read(&from, error).await);
                     }
@@ -115,7 +126,12 @@ impl Machine {
         Ok(())
     }
 
-    async fn fetch_entries(&self, session: &Session, from: &Path, to: &Path) -> Result<Vec<(Job, FileInfo)>> {
+    async fn fetch_entries(
+        &self,
+        session: &Session,
+        from: &Path,
+        to: &Path,
+    ) -> Result<Vec<(Job, FileInfo)>> {
         if to.components().count() > MAX_DEPTH {
             return Err(special(from));
         }
@@ -136,17 +152,20 @@ impl Machine {
 
     /// An earlier copy may have brought symbolic links that lead out of the output directory.
     async fn check_inside(&self, dir: &Path) -> Result<()> {
-        let real = |path: PathBuf| async move { fs::canonicalize(&path).await.map_err(MachineError::file("find", path)) };
+        let real = |path: PathBuf| async move {
+            fs::canonicalize(&path).await.map_err(MachineError::file("find", path))
+        };
         let (inner, outer) = (real(dir.to_owned()).await?, real(self.out_dir().to_owned()).await?);
         if inner.starts_with(&outer) {
             return Ok(());
         }
         let (dir, inner) = (dir.display(), inner.display());
-        Err(MachineError::Usage(format!("{dir} is {inner}, outside of the output directory")).into())
+        Err(MachineError::Usage(format!("{dir} is {inner}, outside of the output directory"))
+            .into())
     }
 
     async fn cannot_read(&self, path: &Path, error: SessionError) -> crate::error::Error {
-        self.session_error(format_args!("cannot copy {}", path.display()), error).await
+        self.session_error(format!("cannot copy {}", path.display()), error).await
     }
 }
 
@@ -157,7 +176,9 @@ const MAX_DEPTH: usize = 256;
 /// made: it must not be written through.
 async fn make_way(path: &Path) -> Result<()> {
     match fs::remove_file(path).await {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(MachineError::file("replace", path)(e).into()),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(MachineError::file("replace", path)(e).into())
+        }
         _ => Ok(()),
     }
 }
@@ -170,16 +191,21 @@ async fn make_dir(path: &Path) -> Result<()> {
             make_way(path).await?;
             fs::create_dir(path).await.map_err(|e| MachineError::file("make", path)(e).into())
         }
-        Err(_) => fs::create_dir(path).await.map_err(|e| MachineError::file("make", path)(e).into()),
+        Err(_) => {
+            fs::create_dir(path).await.map_err(|e| MachineError::file("make", path)(e).into())
+        }
     }
 }
 
 /// Without set-user-id and the like: what a guest marks so must not be so on the host.
 async fn set_mode(path: &Path, mode: u32) -> Result<()> {
     let permissions = std::fs::Permissions::from_mode(mode & 0o777 | 0o200);
-    fs::set_permissions(path, permissions).await.map_err(|e| MachineError::file("set the mode of", path)(e).into())
+    fs::set_permissions(path, permissions)
+        .await
+        .map_err(|e| MachineError::file("set the mode of", path)(e).into())
 }
 
 fn special(path: &Path) -> crate::error::Error {
-    MachineError::Usage(format!("cannot copy {}: it is no file, directory or link", path.display())).into()
+    MachineError::Usage(format!("cannot copy {}: it is no file, directory or link", path.display()))
+        .into()
 }

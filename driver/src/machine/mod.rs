@@ -25,7 +25,7 @@ mod serial;
 mod session;
 mod setup;
 
-pub use exec::ExecOptions;
+pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
 pub(crate) use setup::{Boot, hosts};
 
 use console::Console;
@@ -90,10 +90,19 @@ struct Run {
 }
 
 impl Machine {
-    pub(crate) fn new(node: NodeConfig, boot: Boot, dirs: Dirs, vlans: &[Vlan], log: &Logger) -> Result<Self> {
+    pub(crate) fn new(
+        node: NodeConfig,
+        boot: Boot,
+        dirs: Dirs,
+        vlans: &[Vlan],
+        log: &Logger,
+    ) -> Result<Self> {
         make_dir(dirs.state.clone())?;
         make_dir(dirs.exchange())?;
-        let plugged = node.vlans.iter().filter_map(|number| vlans.iter().find(|vlan| vlan.number() == *number));
+        let plugged = node
+            .vlans
+            .iter()
+            .filter_map(|number| vlans.iter().find(|vlan| vlan.number() == *number));
         let ports = plugged.map(|vlan| vlan.plug(&node.name)).collect();
         Ok(Self {
             inner: Arc::new(Inner {
@@ -207,10 +216,7 @@ impl Machine {
     }
 
     fn not_running(&self) -> Error {
-        MachineError::NotRunning {
-            machine: self.name().to_owned(),
-        }
-        .into()
+        MachineError::NotRunning { machine: self.name().to_owned() }.into()
     }
 
     fn tail(&self) -> Tail {
@@ -228,21 +234,17 @@ impl Machine {
 
     /// Makes an error of the session one of the machine. If the guest is about to end, that is the better
     /// reason: it is waited for a moment.
-    async fn session_error(&self, what: impl Display, error: SessionError) -> Error {
+    async fn session_error(&self, what: String, error: SessionError) -> Error {
         let machine = self.name().to_owned();
-        if !error.lost {
-            let what = what.to_string();
-            return MachineError::Agent { machine, what, source: error.source }.into();
+        if !error.lost() {
+            return MachineError::Agent { machine, what, source: error.into() }.into();
         }
         let mut state = self.inner.state.subscribe();
         match tokio::time::timeout(power::END_AFTER_LOSS, self.ended(&mut state)).await {
             Ok(ended) => ended,
-            Err(_) => MachineError::AgentLost {
-                machine,
-                source: error.source,
-                tail: self.tail(),
+            Err(_) => {
+                MachineError::AgentLost { machine, source: error.into(), tail: self.tail() }.into()
             }
-            .into(),
         }
     }
 }

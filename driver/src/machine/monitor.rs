@@ -27,7 +27,10 @@ pub(super) struct Wiring {
 
 impl Monitor {
     /// Builds and starts a machine. Its events come out of the receiver.
-    pub(super) async fn launch(spec: MachineSpec, wiring: Wiring) -> Result<(Self, mpsc::UnboundedReceiver<Event>), VmError> {
+    pub(super) async fn launch(
+        spec: MachineSpec,
+        wiring: Wiring,
+    ) -> Result<(Self, mpsc::UnboundedReceiver<Event>), VmError> {
         let (events, received) = mpsc::unbounded_channel();
         let host = HostSide {
             events: Box::new(move |event| {
@@ -51,7 +54,8 @@ impl Monitor {
     /// Types into the serial console.
     pub(super) async fn serial_input(&self, bytes: Vec<u8>) -> Result<(), InputFull> {
         let vm = Arc::clone(&self.vm);
-        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).serial_input(&bytes)).await
+        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).serial_input(&bytes))
+            .await
     }
 
     /// Ends the machine: on return none of its threads is left.

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::monitor::{Monitor, Wiring};
-use super::session::Session;
+use super::session::{Session, SessionError};
 use super::{Machine, Run, State};
 use crate::error::{End, MachineError, Result, chain};
 
@@ -18,6 +18,9 @@ use crate::error::{End, MachineError, Result, chain};
 pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
 /// A kernel that panicked goes on to print why.
 const PRINT_AFTER_PANIC: Duration = Duration::from_millis(300);
+
+/// Most sessions with the agent of one boot: it may be restarted, but a broken one must not keep the host busy.
+const MAX_SESSIONS: u32 = 16;
 
 /// What the supervisor of a machine holds between its start and its end.
 struct Launched {
@@ -60,7 +63,7 @@ impl Machine {
         let session = self.session().await?;
         match self.unless_ended(async { Ok(session.sync().await) }).await? {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.session_error("cannot sync", error).await),
+            Err(error) => Err(self.session_error("cannot sync".to_owned(), error).await),
         }
     }
 
@@ -84,7 +87,9 @@ impl Machine {
         let mut state = self.inner.state.subscribe();
         let wait = async {
             loop {
-                if let State::Running(Run { session: Some(session), .. }) = &*state.borrow_and_update() {
+                if let State::Running(Run { session: Some(session), .. }) =
+                    &*state.borrow_and_update()
+                {
                     return Ok(session.clone());
                 }
                 // The sender lives in self.
@@ -108,9 +113,12 @@ impl Machine {
         }
         let session = self.session().await?;
         // A guest that ended before it answered has the end it shall have, or `wait_for_shutdown` says so.
-        let asked = self.unless_ended(async { Ok(session.power_off().await) }).await.unwrap_or(Ok(()));
+        let asked =
+            self.unless_ended(async { Ok(session.power_off().await) }).await.unwrap_or(Ok(()));
         match asked {
-            Err(error) if !error.lost => Err(self.session_error("cannot power off", error).await),
+            Err(error) if !error.lost() => {
+                Err(self.session_error("cannot power off".to_owned(), error).await)
+            }
             _ => self.wait_for_shutdown().await,
         }
     }
@@ -200,12 +208,18 @@ impl Machine {
             console_ports: vec![hvc0_guest, agent_guest],
             nets: self.inner.ports.clone(),
         };
-        let (monitor, events) = Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;
+        let (monitor, events) =
+            Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;
         Ok(Launched { monitor, events, hvc0, agent })
     }
 
     /// Sees a machine through to its end; a task of its own.
-    async fn supervise(self, mut launched: Launched, mut stopped: watch::Receiver<bool>, allow_reboot: bool) {
+    async fn supervise(
+        self,
+        mut launched: Launched,
+        mut stopped: watch::Receiver<bool>,
+        allow_reboot: bool,
+    ) {
         let (finish, finished) = watch::channel(false);
         let shown = tokio::spawn({
             let (machine, console) = (self.clone(), Arc::clone(&self.inner.console));
@@ -262,7 +276,12 @@ impl Machine {
                 Event::Reset => return End::Reset,
                 Event::VcpuDied { vcpu, reason } => return End::VcpuDied { vcpu, reason },
                 Event::Panic { message } => {
-                    let reset = async { while !matches!(events.recv().await, None | Some(Event::Reset | Event::PowerOff)) {} };
+                    let reset = async {
+                        while !matches!(
+                            events.recv().await,
+                            None | Some(Event::Reset | Event::PowerOff)
+                        ) {}
+                    };
                     let _ = timeout(PRINT_AFTER_PANIC, reset).await;
                     return End::Panicked(message);
                 }
@@ -275,23 +294,30 @@ impl Machine {
         End::Failed("the monitor went away".into())
     }
 
-    /// Connects to the agent, and again whenever it went away: as a service it may be restarted.
+    /// Connects to the agent, and again when it went away: as a service it may be restarted.
     async fn attend_agent(&self, stream: UnixStream) -> std::convert::Infallible {
-        loop {
-            match Session::connect(&stream).await {
-                Ok(session) => {
-                    self.set_session(Some(session.clone()));
-                    let error = session.lost().await;
-                    self.set_session(None);
-                    self.log(format_args!("the agent went away: {}", chain(error.source.as_ref())));
-                }
-                Err(error) => {
-                    self.inner.log.warning(format_args!("the agent cannot be used: {}", chain(error.source.as_ref())));
-                    // Only another start of the guest can help, and that comes with another stream.
-                    return std::future::pending().await;
-                }
+        for again in 0..MAX_SESSIONS {
+            let error = match Session::connect(&stream, again > 0).await {
+                Ok(session) => self.attend_session(session).await,
+                Err(error) => error,
+            };
+            self.inner.log.warning(format_args!("no agent: {}", chain(&error)));
+            if error.is_final() {
+                break;
             }
         }
+        // Only another start of the guest can help, and that comes with another stream.
+        std::future::pending().await
+    }
+
+    async fn attend_session(&self, session: Session) -> SessionError {
+        for warning in session.warnings() {
+            self.inner.log.warning(warning);
+        }
+        self.set_session(Some(session.clone()));
+        let error = session.lost().await;
+        self.set_session(None);
+        error
     }
 
     fn set_session(&self, session: Option<Session>) {

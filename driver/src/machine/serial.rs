@@ -22,7 +22,8 @@ impl Machine {
         let run = self.run()?;
         let bytes = chars.as_bytes().to_vec();
         run.monitor.serial_input(bytes).await.map_err(|e| {
-            MachineError::Usage(format!("{}: the serial console takes no input: {e}", self.name())).into()
+            MachineError::Usage(format!("{}: the serial console takes no input: {e}", self.name()))
+                .into()
         })
     }
 
@@ -31,7 +32,11 @@ impl Machine {
     ///
     /// # Errors
     /// If it does not match within `timeout`, or the guest ends.
-    pub async fn wait_for_console_text(&self, regex: &Regex, timeout: Option<Duration>) -> Result<()> {
+    pub async fn wait_for_console_text(
+        &self,
+        regex: &Regex,
+        timeout: Option<Duration>,
+    ) -> Result<()> {
         let find = |text: &str| Ok(regex.find(text).map(|found| found.end()));
         self.wait_for_console(regex.as_str(), find, timeout).await
     }

@@ -26,8 +26,11 @@ pub(crate) struct Boot {
 impl Boot {
     /// What `node` boots; `kit` fills in what it does not say.
     pub(crate) fn new(node: &NodeConfig, kit: Option<&Kit>, hosts: &[Host]) -> Option<Self> {
-        let from_kit = |path: &Option<PathBuf>, of_kit: fn(&Kit) -> PathBuf| path.clone().or_else(|| kit.map(of_kit));
-        let cmdline = node.cmdline.clone().or_else(|| kit.map(|kit| kit.manifest.cmdline.clone()))?;
+        let from_kit = |path: &Option<PathBuf>, of_kit: fn(&Kit) -> PathBuf| {
+            path.clone().or_else(|| kit.map(of_kit))
+        };
+        let cmdline =
+            node.cmdline.clone().or_else(|| kit.map(|kit| kit.manifest.cmdline.clone()))?;
         Some(Self {
             kernel: from_kit(&node.kernel, Kit::vmlinux)?,
             initrd: from_kit(&node.initrd, Kit::initrd)?,
@@ -65,7 +68,10 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
         options: if read_only { "ro" } else { "rw" }.to_owned(),
     };
     let own = [mount(SHARED_TAG, "/tmp/shared", false), mount(HOST_TAG, "/host", false)];
-    let asked = node.shares.iter().map(|share| mount(&share.tag, &share.target.to_string_lossy(), share.read_only));
+    let asked = node
+        .shares
+        .iter()
+        .map(|share| mount(&share.tag, &share.target.to_string_lossy(), share.read_only));
     MachineConfig {
         hostname: node.name.clone(),
         hosts: hosts.to_vec(),
@@ -79,7 +85,9 @@ impl Machine {
     pub(super) async fn prepare(&self) -> Result<MachineSpec> {
         let (node, boot, dirs) = (&self.inner.node, &self.inner.boot, &self.inner.dirs);
         // `release` may have removed it.
-        fs::create_dir_all(dirs.exchange()).await.map_err(MachineError::file("make", dirs.exchange()))?;
+        fs::create_dir_all(dirs.exchange())
+            .await
+            .map_err(MachineError::file("make", dirs.exchange()))?;
         let mut initrd = vec![boot.initrd.clone()];
         if let Some(overlay) = &boot.overlay {
             let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
@@ -116,12 +124,7 @@ fn asked_share(config: &ShareConfig) -> ShareSpec {
 
 /// Others write to it, the host at least.
 fn share(tag: &str, source: PathBuf, read_only: bool) -> ShareSpec {
-    ShareSpec {
-        tag: tag.to_owned(),
-        source,
-        read_only,
-        cache: CachePolicy::Never,
-    }
+    ShareSpec { tag: tag.to_owned(), source, read_only, cache: CachePolicy::Never }
 }
 
 #[cfg(test)]
@@ -137,15 +140,28 @@ mod tests {
                     [nodes.b.shared_directories.etc]\nsource = '/etc'\ntarget = '/mnt'\nread_only = true\n";
         let nodes = TestConfig::from_toml(text, Path::new("t.toml")).expect("valid").nodes;
         let hosts = hosts(&nodes);
-        let lines: Vec<_> = hosts.iter().map(|host| format!("{} {}", host.address, host.names.join(" "))).collect();
+        let lines: Vec<_> =
+            hosts.iter().map(|host| format!("{} {}", host.address, host.names.join(" "))).collect();
         assert_eq!(lines, ["192.168.1.1 a", "2001:db8:1::1 a", "192.168.2.2 b", "2001:db8:2::2 b"]);
         let told = overlay(&nodes[1], &hosts);
         assert_eq!(told.hostname, "b");
-        let cards: Vec<_> = told.interfaces.iter().map(|card| (card.name.as_str(), card.mac[4], card.mac[5])).collect();
+        let cards: Vec<_> = told
+            .interfaces
+            .iter()
+            .map(|card| (card.name.as_str(), card.mac[4], card.mac[5]))
+            .collect();
         assert_eq!(cards, [("eth1", 2, 2), ("eth2", 1, 2)]);
-        let addresses: Vec<_> = told.interfaces[1].addresses.iter().map(|(ip, bits)| format!("{ip}/{bits}")).collect();
+        let addresses: Vec<_> =
+            told.interfaces[1].addresses.iter().map(|(ip, bits)| format!("{ip}/{bits}")).collect();
         assert_eq!(addresses, ["192.168.1.2/24", "2001:db8:1::2/64"]);
-        let mounts: Vec<_> = told.mounts.iter().map(|m| (m.tag.as_str(), m.mount_point.as_str(), m.options.as_str())).collect();
-        assert_eq!(mounts, [("shared", "/tmp/shared", "rw"), ("host", "/host", "rw"), ("etc", "/mnt", "ro")]);
+        let mounts: Vec<_> = told
+            .mounts
+            .iter()
+            .map(|m| (m.tag.as_str(), m.mount_point.as_str(), m.options.as_str()))
+            .collect();
+        assert_eq!(
+            mounts,
+            [("shared", "/tmp/shared", "rw"), ("host", "/host", "rw"), ("etc", "/mnt", "ro")]
+        );
     }
 }

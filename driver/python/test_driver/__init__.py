@@ -1,0 +1,1 @@
+"""The names under which test scripts import firn's classes."""

@@ -1,0 +1,80 @@
+//! Decides where machines run.
+
+use clap::ValueEnum;
+use firn_vmm::probe::{self, KvmStatus};
+
+/// Where machines run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// On KVM if it works here, else in the carrier.
+    #[default]
+    Auto,
+    /// On KVM, or not at all.
+    Kvm,
+    /// In the carrier.
+    Carrier,
+}
+
+/// What was decided.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Decision {
+    /// KVM.
+    Kvm,
+    /// The carrier; not because it was asked for if there is a reason.
+    Carrier(Option<String>),
+    /// It was KVM that was asked for.
+    Refused(String),
+}
+
+impl Accel {
+    pub(super) fn decide(self) -> Decision {
+        match self {
+            Self::Carrier => Decision::Carrier(None),
+            Self::Auto | Self::Kvm => self.decide_by(&probe::kvm()),
+        }
+    }
+
+    fn decide_by(self, kvm: &KvmStatus) -> Decision {
+        match self {
+            Self::Carrier => Decision::Carrier(None),
+            _ if kvm.usable() => Decision::Kvm,
+            Self::Auto => Decision::Carrier(Some(kvm.to_string())),
+            Self::Kvm => Decision::Refused(kvm.to_string()),
+        }
+    }
+
+    /// As it is written on a command line.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Kvm => "kvm",
+            Self::Carrier => "carrier",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_takes_what_works() {
+        let slow = KvmStatus::Interpreting { per_second: 1.6e6 };
+        let fast = KvmStatus::Usable { per_second: 3e9 };
+        assert_eq!(Accel::Auto.decide_by(&fast), Decision::Kvm);
+        assert_eq!(Accel::Auto.decide_by(&slow), Decision::Carrier(Some(slow.to_string())));
+        assert_eq!(
+            Accel::Auto.decide_by(&KvmStatus::Absent),
+            Decision::Carrier(Some("/dev/kvm does not exist".into()))
+        );
+        assert_eq!(Accel::Kvm.decide_by(&slow), Decision::Refused(slow.to_string()));
+        assert_eq!(Accel::Carrier.decide_by(&fast), Decision::Carrier(None));
+    }
+
+    #[test]
+    fn names_are_those_of_the_command_line() {
+        for accel in Accel::value_variants() {
+            assert_eq!(Accel::from_str(accel.as_str(), false), Ok(*accel));
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Finds the Python that runs test scripts.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, bail};
+
+/// A Python with firn's package.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Python {
+    pub(super) path: PathBuf,
+    /// Its version, as `3.11.2`.
+    pub(super) version: String,
+}
+
+/// Says the version, and whether the package is there and of this program's version.
+const PROBE: &str = "import sys, platform
+print(platform.python_version())
+try:
+    from firn import __version__
+    print(__version__)
+except ImportError as error:
+    print('!', error)
+";
+
+const HELP: &str =
+    "install it with `maturin develop` (see the README), or name another Python by FIRN_PYTHON";
+
+/// Finds the first Python: `FIRN_PYTHON`, the one beside this program, the one of a `.venv` above it or above
+/// the current directory, the one in `PATH`.
+pub(super) fn find() -> Result<Python> {
+    let Some(path) = candidates().into_iter().find(|path| path.is_file()) else {
+        bail!("there is no python3: install it, or name one by FIRN_PYTHON");
+    };
+    check(&path)
+}
+
+fn candidates() -> Vec<PathBuf> {
+    if let Some(named) = std::env::var_os("FIRN_PYTHON").filter(|value| !value.is_empty()) {
+        return vec![in_path(&named).unwrap_or_else(|| named.into())];
+    }
+    let mut all = Vec::new();
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_owned()));
+    if let Some(dir) = &beside {
+        all.push(dir.join("python3"));
+    }
+    for start in [beside, std::env::current_dir().ok()].into_iter().flatten() {
+        all.extend(start.ancestors().map(|dir| dir.join(".venv/bin/python3")));
+    }
+    all.extend(in_path(&"python3".into()));
+    all
+}
+
+fn in_path(name: &OsString) -> Option<PathBuf> {
+    if name.as_bytes().contains(&b'/') {
+        return None;
+    }
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
+}
+
+fn check(path: &Path) -> Result<Python> {
+    let shown = path.display();
+    let output = Command::new(path).args(["-c", PROBE]).stdin(Stdio::null()).output();
+    let output = match output {
+        Ok(output) if output.status.success() => output,
+        Ok(output) => {
+            bail!("{shown} does not work: {}", String::from_utf8_lossy(&output.stderr).trim())
+        }
+        Err(error) => bail!("{shown} does not work: {error}"),
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    let (version, package) = text.split_once('\n').unwrap_or((&text, "! no answer"));
+    let package = package.trim();
+    if let Some(error) = package.strip_prefix("! ") {
+        bail!("{shown} (Python {version}) has no package firn ({error}): {HELP}");
+    }
+    let own = env!("CARGO_PKG_VERSION");
+    if package != own {
+        bail!("{shown} has the package firn {package}, and this is firn {own}: {HELP}");
+    }
+    Ok(Python { path: path.to_owned(), version: version.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// What `check` says of a Python that prints this.
+    fn checked(output: &str) -> Result<Python> {
+        let dir = tempfile::tempdir().expect("a temp dir");
+        let path = dir.path().join("python3");
+        fs::write(&path, format!("#!/bin/sh\n{output}\n")).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("ours");
+        check(&path)
+    }
+
+    #[test]
+    fn one_with_the_package_will_do() {
+        let python = checked(&format!("echo 3.12.1; echo {}", env!("CARGO_PKG_VERSION")))
+            .expect("all is there");
+        assert_eq!(python.version, "3.12.1");
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let error = checked("echo 3.12.1; echo \"! No module named 'firn'\"")
+            .expect_err("no package")
+            .to_string();
+        assert!(
+            error.contains("(Python 3.12.1) has no package firn (No module named 'firn')"),
+            "{error}"
+        );
+        let error =
+            checked("echo 3.12.1; echo 0.0.0-old").expect_err("another version").to_string();
+        assert!(error.contains("has the package firn 0.0.0-old"), "{error}");
+        let error = checked("echo broken >&2; exit 3").expect_err("it fails").to_string();
+        assert!(error.ends_with("does not work: broken"), "{error}");
+    }
+}

@@ -1,0 +1,20 @@
+//! Errors of the Rust API as exceptions of `firn.errors`.
+
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+
+use crate::error::{Error, chain};
+
+/// The exception for an error.
+pub(super) fn exception(py: Python<'_>, error: &Error) -> PyErr {
+    let name = match error {
+        Error::Assertion(_) => "RequestedAssertionFailed",
+        Error::Machine(_) => "MachineError",
+    };
+    let class =
+        || py.import("firn.errors")?.getattr(name)?.cast_into::<PyType>().map_err(PyErr::from);
+    match class() {
+        Ok(class) => PyErr::from_type(class, chain(error)),
+        Err(error) => error,
+    }
+}

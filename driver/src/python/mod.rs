@@ -1,0 +1,32 @@
+//! The Python extension module `firn._firn`: a thin projection of the Rust API.
+
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "Python hands over what PyO3 made of its arguments"
+)]
+
+use pyo3::prelude::*;
+
+mod driver;
+mod duration;
+mod errors;
+mod log;
+mod machine;
+mod wait;
+
+/// What the package `firn` is made of.
+#[pymodule(name = "_firn")]
+mod module {
+    #[pymodule_export]
+    use super::driver::{PyDriver, PyVlan};
+    #[pymodule_export]
+    use super::log::{PyLogger, PyStep};
+    #[pymodule_export]
+    use super::machine::PyMachine;
+    #[pymodule_export]
+    use super::wait::interrupt_waits_by_signals;
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals, reason = "Python's name for it")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

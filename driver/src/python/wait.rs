@@ -1,0 +1,106 @@
+//! Waits for the Rust API's futures, without the GIL, and ready for signals.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::pin::pin;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use tokio::io::AsyncReadExt;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+
+use super::errors::exception;
+use crate::error::Result;
+
+/// Changes when Python has caught a signal whose handler it has not run yet.
+static SIGNALS: OnceLock<watch::Sender<()>> = OnceLock::new();
+/// Set when the process is about to end: whoever waits shall not go on.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Everything of this process runs here.
+pub(super) fn runtime() -> PyResult<&'static Runtime> {
+    static RUNTIME: OnceLock<io::Result<Runtime>> = OnceLock::new();
+    let runtime = RUNTIME.get_or_init(|| {
+        // The machines have threads of their own; what is left to do is little.
+        Builder::new_multi_thread().worker_threads(2).thread_name("firn").enable_all().build()
+    });
+    runtime.as_ref().map_err(|e| PyOSError::new_err(format!("cannot start threads: {e}")))
+}
+
+/// Waits for `future`. Runs the handlers of signals that come meanwhile; if one raises, the future is dropped.
+pub(super) fn wait<T: Send>(
+    py: Python<'_>,
+    future: impl Future<Output = Result<T>> + Send,
+) -> PyResult<T> {
+    let runtime = runtime()?;
+    let mut future = pin!(future);
+    let mut signals = SIGNALS.get_or_init(watch::Sender::default).subscribe();
+    loop {
+        py.check_signals()?;
+        let done = py.detach(|| {
+            let done = runtime.block_on(async {
+                tokio::select! {
+                    biased;
+                    done = &mut future => Some(done),
+                    _ = signals.changed() => None,
+                }
+            });
+            while ENDING.load(Ordering::Acquire) {
+                std::thread::park();
+            }
+            done
+        });
+        if let Some(done) = done {
+            return done.map_err(|error| exception(py, &error));
+        }
+    }
+}
+
+/// Waits for `future`, which must be quick, whatever signals come.
+pub(super) fn wait_through_signals<T: Send>(
+    py: Python<'_>,
+    future: impl Future<Output = T> + Send,
+) -> PyResult<T> {
+    let runtime = runtime()?;
+    Ok(py.detach(|| runtime.block_on(future)))
+}
+
+/// From now on whoever waits does so until the process ends.
+pub(super) fn hold_waiters() {
+    ENDING.store(true, Ordering::Release);
+}
+
+/// Lets Python's own signal handling interrupt waits. Does nothing outside of the main thread, where Python
+/// runs no handlers.
+#[pyfunction]
+pub(super) fn interrupt_waits_by_signals(py: Python<'_>) -> PyResult<()> {
+    let (ours, pythons) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    pythons.set_nonblocking(true)?;
+    let set = py.import("signal")?.getattr("set_wakeup_fd")?;
+    match set.call1((pythons.as_raw_fd(),)) {
+        Err(error) if error.is_instance_of::<PyValueError>(py) => return Ok(()),
+        other => other?,
+    };
+    // Python writes a byte for each signal as long as the process lives.
+    std::mem::forget(pythons);
+    let signals = SIGNALS.get_or_init(watch::Sender::default);
+    runtime()?.spawn(async move {
+        let mut bytes = [0; 64];
+        let Ok(mut ours) = tokio::net::UnixStream::from_std(ours) else { return };
+        loop {
+            match ours.read(&mut bytes).await {
+                Ok(1..) => {
+                    signals.send_replace(());
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => return,
+            }
+        }
+    });
+    Ok(())
+}
