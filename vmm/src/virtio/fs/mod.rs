@@ -15,8 +15,8 @@
 //! read-only share the guest sees root as the owner, as it must for a Nix store. In both, ids of
 //! other users of the host stay as they are.
 //!
-//! **One request queue.** Linux before 6.11 uses no more than one, and the queue's lock is held
-//! only while a chain is taken or given back.
+//! **One request queue.** Kernels of today's stable distributions use no more than one, and the
+//! queue's lock is held only while a chain is taken or given back.
 
 mod confined;
 mod pool;
