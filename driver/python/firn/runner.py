@@ -1,6 +1,7 @@
 """Runs a test: `python3 -m firn.runner FILE`. The command `firn test` ends here."""
 
 import argparse
+import io
 import signal
 import sys
 from pathlib import Path
@@ -49,6 +50,9 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the answer is the exit status."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    # What the script prints comes at once, in order with the log, also through a pipe.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     interrupt_waits_by_signals()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, terminate)

@@ -105,7 +105,7 @@ class Script:
         return compile(self.text, self.file, "exec")
 
     def _describe(self, error: Exception) -> Iterator[str]:
-        """Show an error with the script's own frames; what lies below is no business of its author."""
+        """Show an error with the script's own frames; its author did not write the others."""
         frames = [
             frame
             for frame in traceback.extract_tb(error.__traceback__)
@@ -116,7 +116,8 @@ class Script:
             yield from "".join(traceback.format_list(frames)).splitlines()
         elif not isinstance(error, SyntaxError):
             yield from "".join(traceback.format_tb(error.__traceback__)).splitlines()
-        yield from "".join(traceback.format_exception_only(error)).splitlines()
+        text = "".join(traceback.format_exception_only(error))
+        yield from text.removeprefix("firn.errors.").splitlines()
 
 
 class _Case(unittest.TestCase):

@@ -1,0 +1,183 @@
+"""The runner as a process: exit statuses, tracebacks, signals, what it leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+NODE = """
+[nodes.machine]
+kernel = "{file}"
+initrd = "{file}"
+cmdline = ""
+"""
+
+
+class Runner(unittest.TestCase):
+    """Each test has a directory of its own, in which runs keep their state."""
+
+    def setUp(self) -> None:
+        """Make the directory."""
+        temp = tempfile.TemporaryDirectory()
+        self.addCleanup(temp.cleanup)
+        self.dir = Path(temp.name)
+        self.state = self.dir / "state"
+        self.state.mkdir()
+        self.file = self.dir / "test.toml"
+
+    def spawn(
+        self, script: str, head: str = "", arguments: tuple[str, ...] = ()
+    ) -> "subprocess.Popen[str]":
+        """Start the runner on a test whose machine cannot boot."""
+        text = f"{head}\ntest_script = '''\n{script}\n'''\n{NODE.format(file=self.file)}"
+        self.file.write_text(text)
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "firn.runner", *arguments, str(self.file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(self.state)},
+        )
+
+    def run_script(self, script: str, head: str = "", *arguments: str) -> tuple[int, str, str]:
+        """Run it to its end."""
+        with self.spawn(script, head, arguments) as process:
+            out, err = process.communicate(timeout=30)
+        self.assertEqual(list(self.state.iterdir()), [], "the run has left something behind")
+        return process.returncode, out, err
+
+    def interrupt(self, number: signal.Signals, script: str) -> tuple[int, float]:
+        """Send a signal once the script has printed; the status, and the seconds it took."""
+        with self.spawn(script) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            began = time.monotonic()
+            process.send_signal(number)
+            process.communicate(timeout=30)
+        return process.returncode, time.monotonic() - began
+
+    def test_success(self) -> None:
+        """A script that ends has succeeded."""
+        status, out, err = self.run_script("with subtest('a'):\n    print(machine.name, vlan1.nr)")
+        self.assertEqual((status, out), (0, "machine 1\n"), err)
+        self.assertRegex(err, r"subtest: a\n\(finished: subtest: a, in 0\.\d\d seconds\)\n")
+        self.assertRegex(err, r"\(finished: run the VM test script, in 0\.\d\d seconds\)\n")
+        self.assertNotIn("\x1b", err)
+
+    def test_names(self) -> None:
+        """The names a script can use."""
+        names = "machines vlans vlan1 driver log os start_all join_all subtest retry t test_script"
+        status, _, err = self.run_script(f"print({', '.join(names.split())}, run_tests)")
+        self.assertEqual(status, 0, err)
+
+    def test_traceback(self) -> None:
+        """Only the script's own frames are shown, with their lines in the file."""
+        script = "def f():\n    t.assertEqual(1, 2, 'so it is')\nf()"
+        status, _, err = self.run_script(script)
+        self.assertEqual(status, 1)
+        expected = (
+            "!!! Traceback (most recent call last):\n"
+            f'!!!   File "{self.file}", line 5, in <module>\n'
+            "!!!     f()\n"
+            f'!!!   File "{self.file}", line 4, in f\n'
+            "!!!     t.assertEqual(1, 2, 'so it is')\n"
+            "!!! RequestedAssertionFailed: 1 != 2 : so it is\n"
+        )
+        self.assertIn(expected, err)
+        self.assertNotIn("unittest", err)
+
+    def test_syntax_error(self) -> None:
+        """A script that is no Python is shown where it is not."""
+        status, _, err = self.run_script("x = 1\nif x\n    pass")
+        self.assertEqual(status, 1)
+        self.assertIn(f'!!!   File "{self.file}", line 4\n', err)
+        self.assertIn("!!! SyntaxError: expected ':'\n", err)
+
+    def test_subtest_error(self) -> None:
+        """A subtest that fails says its name."""
+        status, _, err = self.run_script("with subtest('one'):\n    raise ValueError('no')")
+        self.assertEqual(status, 1)
+        self.assertIn('!!! Test "one" failed with error: "no"\n', err)
+
+    def test_machine_that_cannot_start(self) -> None:
+        """The reason is said, as an error of the machinery."""
+        status, _, err = self.run_script("machine.succeed('true')")
+        self.assertEqual(status, 1)
+        self.assertIn("!!! MachineError: machine cannot start: ", err)
+        self.assertIn("is no kernel", err)
+
+    def test_exceptions_of_upstream(self) -> None:
+        """Scripts import the exceptions from where upstream has them."""
+        script = (
+            "from test_driver.errors import MachineError, RequestedAssertionFailed\n"
+            "try:\n    machine.start()\n"
+            "except MachineError:\n    print('caught')\n"
+            "t.assertTrue(issubclass(RequestedAssertionFailed, AssertionError))"
+        )
+        self.assertEqual(self.run_script(script)[:2], (0, "caught\n"))
+
+    def test_durations(self) -> None:
+        """A bool is no duration."""
+        script = (
+            "import datetime\n"
+            "for bad in (True, 'x', None):\n"
+            "    with t.assertRaises(TypeError):\n"
+            "        machine.wait_until_succeeds('true', timeout=bad)\n"
+            "    with t.assertRaises(TypeError):\n"
+            "        retry(lambda last: True, bad)\n"
+            "with t.assertRaises(ValueError):\n"
+            "    machine.succeed('true', timeout=-1)\n"
+            "retry(lambda last: last, datetime.timedelta(milliseconds=1))"
+        )
+        status, _, err = self.run_script(script)
+        self.assertEqual(status, 0, err)
+
+    def test_machine_that_is_off(self) -> None:
+        """What needs no machine that runs does nothing."""
+        script = (
+            "machine.shutdown()\nmachine.crash()\nmachine.wait_for_shutdown()\njoin_all()\n"
+            "machine.block()\nmachine.unblock()\nmachine.release()\n"
+            "print(machine.booted, machine.is_up(), repr(machine.get_console_log()))"
+        )
+        self.assertEqual(self.run_script(script)[:2], (0, "False False ''\n"))
+
+    def test_global_timeout(self) -> None:
+        """A script that takes too long is ended by SIGTERM, even one that never waits."""
+        for script in ("import time\ntime.sleep(60)", "while True: pass"):
+            status, _, err = self.run_script(script, "global_timeout = 0.5")
+            self.assertEqual(status, -signal.SIGTERM)
+            self.assertIn("!!! Timeout of 0.5 seconds reached, exiting\n", err)
+        status, _, _ = self.run_script("while True: pass", "", "--global-timeout", "0.5")
+        self.assertEqual(status, -signal.SIGTERM)
+
+    def test_signals(self) -> None:
+        """Ctrl-C and SIGTERM end it within two seconds, without a trace."""
+        script = "import time\nprint('here')\ntime.sleep(60)"
+        for number in (signal.SIGINT, signal.SIGTERM):
+            status, seconds = self.interrupt(number, script)
+            self.assertEqual(status, 128 + number)
+            self.assertLess(seconds, 2)
+            self.assertEqual(list(self.state.iterdir()), [])
+
+    def test_killed(self) -> None:
+        """The next run removes what a killed one left."""
+        status, _ = self.interrupt(signal.SIGKILL, "import time\nprint('here')\ntime.sleep(60)")
+        self.assertEqual(status, -signal.SIGKILL)
+        (left,) = self.state.iterdir()
+        # A run that is just beginning is let alone, so the dead one has to be older.
+        os.utime(left / "lock", (0, 0))
+        self.assertEqual(self.run_script("pass")[0], 0)
+
+    def test_bad_file(self) -> None:
+        """What is wrong with the file is said once more than `firn test` does."""
+        status, _, err = self.run_script("pass", "globl_timeout = 3")
+        self.assertEqual(status, 1)
+        self.assertIn("test.toml:1:1", err)
+
+
+if __name__ == "__main__":
+    unittest.main()
