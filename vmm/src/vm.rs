@@ -24,7 +24,7 @@ use crate::memory::{self, Memory};
 use crate::spec::{MAX_CORES, MIN_MEMORY_MIB, MachineSpec};
 use crate::vcpu::{Buses, Group, Vcpu};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
-use crate::virtio::{VirtioDevice, console, fs, rng};
+use crate::virtio::{VirtioDevice, console, fs, net, rng};
 
 /// Pins of the IOAPIC that virtio devices get, one each: the first ones are those of the PC's own
 /// devices, and the IOAPIC ends at pin 23.
@@ -391,8 +391,9 @@ fn build_devices(
     if spec.rng {
         devices.push(Box::new(rng::Rng::new()));
     }
-    for (net, port) in spec.nets.iter().zip(nets) {
-        let _ = (net, port);
+    for (card, port) in spec.nets.iter().zip(nets) {
+        let card = net::Net::new(card, port).map_err(host("cannot make an eventfd"))?;
+        devices.push(Box::new(card));
     }
     for share in &spec.shares {
         devices.push(Box::new(fs::Fs::new(share)?));

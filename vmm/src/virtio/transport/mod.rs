@@ -6,5 +6,7 @@
 
 pub mod mmio;
 mod slot;
+#[cfg(test)]
+mod tests;
 
 pub use slot::{QueueConfig, Slot, SlotState};
