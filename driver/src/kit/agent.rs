@@ -12,7 +12,7 @@ use thiserror::Error;
 const BINARY: &str = "firn-agent";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const VARIABLE: &str = "FIRN_AGENT";
-const BUILD: &str = "RUSTFLAGS='-C target-feature=+crt-static' cargo build --release -p firn-guest-agent \
+const BUILD: &str = "RUSTFLAGS='-C target-feature=+crt-static -C strip=symbols' cargo build --release -p firn-guest-agent \
                      --target x86_64-unknown-linux-gnu";
 
 /// Why there is no guest agent.

@@ -129,7 +129,7 @@ impl Apt {
     }
 
     fn command(&self, program: &'static str) -> Command {
-        let mut command = Command::new(program);
+        let mut command = mortal(program);
         let state = self.state.display();
         for option in [
             format!("Dir::State={state}"),
@@ -169,11 +169,8 @@ impl Apt {
 impl Package {
     /// Unpacks the package's files into `dir`.
     pub(super) fn unpack(&self, dir: &Path) -> Result<(), AptError> {
-        let output = run(
-            Command::new("dpkg-deb").arg("--extract").args([&self.file, dir]),
-            "dpkg-deb",
-            "dpkg",
-        )?;
+        let output =
+            run(mortal("dpkg-deb").arg("--extract").args([&self.file, dir]), "dpkg-deb", "dpkg")?;
         if output.status.success() {
             return Ok(());
         }
@@ -181,15 +178,29 @@ impl Package {
     }
 }
 
+/// A command that ends when this program is killed.
+fn mortal(program: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "TERM", "--", program]);
+    command
+}
+
 fn run(
     command: &mut Command,
     program: &'static str,
     package: &'static str,
 ) -> Result<Output, AptError> {
-    command.output().map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => AptError::NoProgram { program, package },
+    let output = command.output().map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => {
+            AptError::NoProgram { program: "setpriv", package: "util-linux" }
+        }
         _ => AptError::Io { action: format!("run {program}"), source },
-    })
+    })?;
+    // What setpriv answers if it does not find the program.
+    if output.status.code() == Some(127) {
+        return Err(AptError::NoProgram { program, package });
+    }
+    Ok(output)
 }
 
 /// The last lines of what a program complained.
@@ -203,7 +214,9 @@ fn complaint(output: &Output) -> String {
 fn sources(mirror: &str) -> String {
     [("debian", ""), ("debian", "-updates"), ("debian-security", "-security")]
         .map(|(archive, part)| {
-            format!("deb [signed-by={KEYRING}] {mirror}/{archive} {SUITE}{part} main\n")
+            format!(
+                "deb [signed-by={KEYRING} target=Packages] {mirror}/{archive} {SUITE}{part} main\n"
+            )
         })
         .concat()
 }

@@ -9,7 +9,10 @@ mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 root /m
 for dir in dev proc sys; do
   mount -o rbind "/$dir" "/mnt/$dir"
 done
+# NixOS has its programs there.
+system=$(readlink /mnt/run/current-system)
 mount -t tmpfs -o mode=755 tmpfs /mnt/run
+[ -z "$system" ] || ln -s "$system" /mnt/run/current-system
 
 # Programs find what the host's /tmp holds; what they write there stays inside. 9p has no sockets, tmpfs has.
 mkdir -p /run/tmp

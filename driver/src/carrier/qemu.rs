@@ -1,0 +1,317 @@
+//! The QEMU process: its command line, its life and its death.
+
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use firn_guest_agent::protocol::PORT_NAME;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::{oneshot, watch};
+
+use super::CarrierError;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// Runs the words after the first if the process's parent is the first. The kernel kills a process whose parent dies,
+/// but not one whose parent died before it asked for that.
+const IF_PARENT_LIVES: &str = "[ \"$PPID\" = \"$0\" ] && exec \"$@\"";
+
+/// How much of what QEMU and its guest's kernel print is kept, in bytes.
+const TAIL: usize = 16 << 10;
+
+/// What the machine is made of.
+pub(super) struct Machine {
+    pub(super) kernel: PathBuf,
+    pub(super) initrd: PathBuf,
+    pub(super) cmdline: String,
+    pub(super) memory_mib: u64,
+    pub(super) cores: u32,
+    /// Count instructions instead of time; one core.
+    pub(super) exact: bool,
+    /// Directories of the host the guest may write, by their 9p tag.
+    pub(super) writable: Vec<(String, PathBuf)>,
+}
+
+impl Machine {
+    fn arguments(&self) -> Vec<OsString> {
+        let mut args = Arguments::default();
+        // Devices that no guest of this kind looks at cost set-up time, and firmware tables cost boot time.
+        args.add("-M", "q35,smm=off,hpet=off,usb=off,vmport=off,sata=off,smbus=off");
+        args.add("-nodefaults", "").add("-no-user-config", "").add("-no-reboot", "");
+        args.add("-display", "none").add("-cpu", "max");
+        if self.exact {
+            // The clock is the number of instructions, 1 ns each; idle time is skipped.
+            args.add("-accel", "tcg,thread=single")
+                .add("-icount", "shift=0,sleep=off")
+                .add("-smp", "1");
+        } else {
+            args.add("-accel", "tcg,thread=multi").add("-smp", self.cores.to_string());
+        }
+        args.add("-m", format!("{}M", self.memory_mib));
+        args.add("-kernel", &self.kernel)
+            .add("-initrd", &self.initrd)
+            .add("-append", &self.cmdline);
+        // The console goes to the pipe that is QEMU's standard output, the agent's port to the socket that is its
+        // standard input: nothing of either is left in the file system, whatever happens.
+        args.add("-serial", "file:/proc/self/fd/1");
+        args.add("-device", "virtio-serial-pci").add("-chardev", "socket,id=agent,fd=0");
+        args.add("-device", format!("virtserialport,chardev=agent,name={PORT_NAME}"));
+        args.add("-device", "virtio-rng-pci");
+        args.share("root", Path::new("/"), true);
+        for (tag, path) in &self.writable {
+            args.share(tag, path, false);
+        }
+        args.0
+    }
+}
+
+#[derive(Default)]
+struct Arguments(Vec<OsString>);
+
+impl Arguments {
+    fn add(&mut self, option: &str, value: impl AsRef<OsStr>) -> &mut Self {
+        self.0.push(option.into());
+        if !value.as_ref().is_empty() {
+            self.0.push(value.as_ref().to_owned());
+        }
+        self
+    }
+
+    fn share(&mut self, tag: &str, path: &Path, read_only: bool) {
+        let mut backend =
+            format!("local,id={tag},security_model=none,multidevs=remap").into_bytes();
+        if read_only {
+            backend.extend_from_slice(b",readonly=on");
+        }
+        backend.extend_from_slice(b",path=");
+        for &byte in path.as_os_str().as_bytes() {
+            backend.push(byte);
+            if byte == b',' {
+                // QEMU takes two commas for one that does not end the value.
+                backend.push(byte);
+            }
+        }
+        self.add("-fsdev", OsString::from_vec(backend));
+        self.add("-device", format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"));
+    }
+}
+
+/// A running QEMU. Dropping it kills it and waits until it is gone.
+pub(super) struct Qemu {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+    /// How it ended, once it has.
+    ended: watch::Receiver<Option<String>>,
+    output: Arc<Output>,
+}
+
+impl Qemu {
+    /// Starts it. The stream is the agent's port. Needs a tokio runtime.
+    pub(super) fn start(machine: &Machine) -> Result<(Self, UnixStream), CarrierError> {
+        let spawn = |source| CarrierError::Spawn { program: PROGRAM, source };
+        let (port, qemu_port) = StdUnixStream::pair().map_err(spawn)?;
+        port.set_nonblocking(true).map_err(spawn)?;
+        let port = UnixStream::from_std(port).map_err(spawn)?;
+        let command = command(machine.arguments(), qemu_port.into());
+        let (stop, stopped) = oneshot::channel();
+        let (started_tx, started) = std::sync::mpsc::channel();
+        let (ended_tx, ended) = watch::channel(None);
+        let output = Arc::new(Output::default());
+        let kept = output.clone();
+        // A thread of its own, because the kernel kills QEMU when the *thread* that started it ends.
+        let thread = std::thread::Builder::new()
+            .name("carrier".to_owned())
+            .spawn(move || attend(command, &started_tx, stopped, &ended_tx, &kept))
+            .map_err(spawn)?;
+        let this = Self { stop: Some(stop), thread: Some(thread), ended, output };
+        match started.recv() {
+            Ok(Ok(())) => Ok((this, port)),
+            Ok(Err(source)) => Err(CarrierError::missing("setpriv", "util-linux", source)),
+            Err(_) => Err(spawn(io::Error::other("the thread that starts it ended"))),
+        }
+    }
+
+    /// Waits until it has ended by itself: the error that explains it.
+    pub(super) async fn ended(&self) -> CarrierError {
+        let mut ended = self.ended.clone();
+        // A closed channel means that its thread is gone, and QEMU with it.
+        let how = match ended.wait_for(Option::is_some).await {
+            Ok(how) => how.clone().unwrap_or_default(),
+            Err(_) => String::new(),
+        };
+        self.explain(how)
+    }
+
+    /// The last of what its guest's kernel printed.
+    pub(super) fn console(&self) -> String {
+        text(&self.output.console)
+    }
+
+    fn explain(&self, how: String) -> CarrierError {
+        let (stderr, console) = (text(&self.output.stderr), self.console());
+        if stderr.contains(&format!("{PROGRAM}: not found")) {
+            let source = io::Error::from(io::ErrorKind::NotFound);
+            return CarrierError::missing(PROGRAM, "qemu-system-x86", source);
+        }
+        CarrierError::Ended { how, stderr, console }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // It cannot have panicked; if it did, QEMU is dead too.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn command(arguments: Vec<OsString>, port: OwnedFd) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "/bin/sh", "-c", IF_PARENT_LIVES]);
+    command.arg(std::process::id().to_string()).arg(PROGRAM).args(arguments);
+    command.stdin(Stdio::from(port)).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // A terminal sends Ctrl-C to its foreground group; here firn decides what it means.
+    command.process_group(0).kill_on_drop(true);
+    command
+}
+
+/// Starts QEMU, reads what it prints, and stays with it until it has ended or `stopped` says so.
+fn attend(
+    mut command: Command,
+    started: &std::sync::mpsc::Sender<io::Result<()>>,
+    stopped: oneshot::Receiver<()>,
+    ended: &watch::Sender<Option<String>>,
+    output: &Output,
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = started.send(Err(error));
+            return;
+        }
+    };
+    runtime.block_on(async {
+        let child = command.spawn();
+        // The port's other end must close when QEMU ends, so the copy in here goes.
+        drop(command);
+        let mut child = match child {
+            Ok(child) => child,
+            Err(error) => {
+                let _ = started.send(Err(error));
+                return;
+            }
+        };
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let _ = started.send(Ok(()));
+        let (_, _, how) = tokio::join!(
+            keep(stdout, &output.console),
+            keep(stderr, &output.stderr),
+            until_ended(&mut child, stopped)
+        );
+        // The receiver may be gone already.
+        let _ = ended.send(Some(how));
+    });
+}
+
+/// Waits for the end of `child`, and brings it about when `stopped` comes or is dropped.
+async fn until_ended(child: &mut Child, stopped: oneshot::Receiver<()>) -> String {
+    let describe = |status: io::Result<ExitStatus>| match status {
+        Ok(status) => status.to_string(),
+        Err(error) => error.to_string(),
+    };
+    tokio::select! {
+        status = child.wait() => return describe(status),
+        _ = stopped => {}
+    }
+    // It can only fail because it has ended already.
+    let _ = child.start_kill();
+    describe(child.wait().await)
+}
+
+/// The ends of what QEMU prints.
+#[derive(Default)]
+struct Output {
+    stderr: Mutex<VecDeque<u8>>,
+    console: Mutex<VecDeque<u8>>,
+}
+
+fn text(tail: &Mutex<VecDeque<u8>>) -> String {
+    let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+    String::from_utf8_lossy(tail.make_contiguous()).trim().to_owned()
+}
+
+/// Reads `pipe` to its end and keeps the last [`TAIL`] bytes.
+async fn keep(pipe: Option<impl AsyncRead + Unpin>, tail: &Mutex<VecDeque<u8>>) {
+    let Some(mut pipe) = pipe else { return };
+    let mut buffer = [0; 4096];
+    while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
+        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.extend(&buffer[..length]);
+        let surplus = tail.len().saturating_sub(TAIL);
+        tail.drain(..surplus);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(exact: bool) -> Machine {
+        Machine {
+            kernel: "/k".into(),
+            initrd: "/i".into(),
+            cmdline: "quiet".into(),
+            memory_mib: 2048,
+            cores: 3,
+            exact,
+            writable: vec![("w0".into(), "/work/a,b".into())],
+        }
+    }
+
+    fn value_of<'a>(arguments: &'a [OsString], option: &str) -> Vec<&'a str> {
+        let pairs = arguments.windows(2);
+        pairs.filter(|pair| pair[0] == option).map(|pair| pair[1].to_str().unwrap()).collect()
+    }
+
+    #[test]
+    fn shares_the_root_read_only_and_escapes_commas() {
+        let arguments = machine(false).arguments();
+        let shares = value_of(&arguments, "-fsdev");
+        assert_eq!(
+            shares[0],
+            "local,id=root,security_model=none,multidevs=remap,readonly=on,path=/"
+        );
+        assert_eq!(shares[1], "local,id=w0,security_model=none,multidevs=remap,path=/work/a,,b");
+        assert_eq!(value_of(&arguments, "-smp"), ["3"]);
+        assert_eq!(value_of(&arguments, "-m"), ["2048M"]);
+    }
+
+    #[test]
+    fn exact_counts_instructions_on_one_core() {
+        let arguments = machine(true).arguments();
+        assert_eq!(value_of(&arguments, "-icount"), ["shift=0,sleep=off"]);
+        assert_eq!(value_of(&arguments, "-accel"), ["tcg,thread=single"]);
+        assert_eq!(value_of(&arguments, "-smp"), ["1"]);
+    }
+
+    #[tokio::test]
+    async fn an_early_end_is_explained() {
+        let mut machine = machine(false);
+        machine.kernel = "/no/such/kernel".into();
+        machine.writable.clear();
+        let (qemu, _port) = Qemu::start(&machine).unwrap();
+        let error = qemu.ended().await.to_string();
+        assert!(error.contains("exit status: 1") && error.contains("/no/such/kernel"), "{error}");
+    }
+}
