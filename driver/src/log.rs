@@ -37,7 +37,7 @@ struct Sink {
 }
 
 impl Logger {
-    /// A log on stderr, in colours if that is a terminal and `NO_COLOR` is unset or empty.
+    /// A log on stderr, in colours if that is a terminal (see `NO_COLOR` and `CLICOLOR_FORCE`).
     #[must_use]
     pub fn stderr() -> Self {
         Self::new(Box::new(io::stderr()), colours_wanted(&io::stderr()))
@@ -143,9 +143,12 @@ impl Drop for Step {
     }
 }
 
-/// Whether output to `stream` should be coloured.
+/// Whether output to `stream` should be coloured: on a terminal, and where `CLICOLOR_FORCE` says so, but not
+/// against `NO_COLOR`.
 pub(crate) fn colours_wanted(stream: &impl IsTerminal) -> bool {
-    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let forced = set("CLICOLOR_FORCE").is_some_and(|value| value != "0");
+    set("NO_COLOR").is_none() && (forced || stream.is_terminal())
 }
 
 /// A guest's line without escape sequences and control characters, which could move the cursor, change

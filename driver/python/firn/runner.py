@@ -31,13 +31,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="firn.runner", description="Run a test.")
     parser.add_argument("file", type=Path, help="the test, a TOML file")
     parser.add_argument("-o", "--output-dir", type=Path, default=Path(), metavar="DIR")
+    parser.add_argument("--kit-dir", type=Path, default=None, metavar="DIR")
     parser.add_argument("--global-timeout", type=float, default=None, metavar="SECONDS")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the test and leave nothing of it behind."""
-    driver = Driver(options.file, options.output_dir)
+    driver = Driver(options.file, options.output_dir, options.kit_dir)
     try:
         Script(driver, options.global_timeout).run_tests()
     finally:

@@ -42,15 +42,6 @@ impl Accel {
             Self::Kvm => Decision::Refused(kvm.to_string()),
         }
     }
-
-    /// As it is written on a command line.
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Kvm => "kvm",
-            Self::Carrier => "carrier",
-        }
-    }
 }
 
 #[cfg(test)]
@@ -69,12 +60,5 @@ mod tests {
         );
         assert_eq!(Accel::Kvm.decide_by(&slow), Decision::Refused(slow.to_string()));
         assert_eq!(Accel::Carrier.decide_by(&fast), Decision::Carrier(None));
-    }
-
-    #[test]
-    fn names_are_those_of_the_command_line() {
-        for accel in Accel::value_variants() {
-            assert_eq!(Accel::from_str(accel.as_str(), false), Ok(*accel));
-        }
     }
 }

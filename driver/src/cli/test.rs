@@ -1,21 +1,27 @@
 //! `firn test`.
 
+use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 
 use super::accel::{Accel, Decision};
 use super::python;
+use crate::carrier;
 use crate::config::TestConfig;
 use crate::driver::Driver;
-use crate::kit::{self, KitName};
+use crate::kit::{self, Kit, KitName};
+use crate::log::colours_wanted;
 
 /// Run a test
 ///
 /// Boots the machines of the test and runs its script. The log goes to stderr.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Exit status: 0 the script ended; 1 it failed; 2 the file makes no sense; 130 Ctrl-C; 143 SIGTERM,
+and the global timeout, after which everything is ended.")]
 pub struct Args {
     /// The test, a TOML file
     file: PathBuf,
@@ -35,18 +41,19 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let test = TestConfig::from_toml_file(&args.file)?;
     prepare_output(&args.output_dir)?;
     let python = python::find()?;
-    if Driver::needs_kit(&test) {
-        kit::build(KitName::Micro, &|line| eprintln!("{line}"))
-            .context("there is no guest kit, and it cannot be built")?;
-    }
+    let kit = match Driver::needs_kit(&test) {
+        true => Some(build_kit()?),
+        false => None,
+    };
+    let runner = runner(args, &python.path, kit.as_ref());
     match args.accel.decide() {
-        Decision::Kvm => Err(exec_runner(args, &python.path)),
-        Decision::Refused(reason) => bail!("{reason}; `--accel carrier` would do without"),
+        Decision::Kvm => Err(exec(&runner)),
+        Decision::Refused(reason) => bail!("{reason}; `--accel carrier` does without it"),
         Decision::Carrier(reason) => {
             if let Some(reason) = reason {
                 eprintln!("{reason}: using the carrier");
             }
-            in_carrier(args)
+            in_carrier(args, &test, runner)
         }
     }
 }
@@ -58,17 +65,47 @@ fn prepare_output(dir: &Path) -> Result<()> {
     tempfile::tempfile_in(dir).map(drop).with_context(what)
 }
 
-/// Becomes the Python that runs the script. Returns only if that fails.
-fn exec_runner(args: &Args, python: &Path) -> anyhow::Error {
-    let mut command = Command::new(python);
-    command.args(["-P", "-m", "firn.runner"]).arg("--output-dir").arg(&args.output_dir);
-    if let Some(seconds) = args.global_timeout {
-        command.arg("--global-timeout").arg(seconds.to_string());
-    }
-    let error = command.arg("--").arg(&args.file).exec();
-    anyhow::Error::new(error).context(format!("cannot run {}", python.display()))
+fn build_kit() -> Result<Kit> {
+    kit::build(KitName::Micro, &|line| eprintln!("{line}"))
+        .context("there is no guest kit, and it cannot be built")
 }
 
-fn in_carrier(_args: &Args) -> Result<ExitCode> {
-    bail!("the carrier is not there yet")
+/// The command that runs the script.
+fn runner(args: &Args, python: &Path, kit: Option<&Kit>) -> Vec<OsString> {
+    // -P: a file of the current directory must not stand in for a module.
+    let mut argv: Vec<OsString> =
+        vec![python.into(), "-P".into(), "-m".into(), "firn.runner".into()];
+    argv.extend(["--output-dir".into(), args.output_dir.clone().into()]);
+    if let Some(kit) = kit {
+        argv.extend(["--kit-dir".into(), kit.dir.clone().into()]);
+    }
+    if let Some(seconds) = args.global_timeout {
+        argv.extend(["--global-timeout".into(), seconds.to_string().into()]);
+    }
+    argv.extend(["--".into(), args.file.clone().into()]);
+    argv
+}
+
+/// Becomes the command. Returns only if that fails.
+fn exec(argv: &[OsString]) -> Error {
+    let Some((program, arguments)) = argv.split_first() else {
+        return Error::msg("there is no command");
+    };
+    let error = Command::new(program).args(arguments).exec();
+    Error::new(error).context(format!("cannot run {}", program.display()))
+}
+
+/// Runs the command in a carrier that can write what the test writes.
+fn in_carrier(args: &Args, test: &TestConfig, runner: Vec<OsString>) -> Result<ExitCode> {
+    let shares = test.nodes.iter().flat_map(|node| &node.shares);
+    let written = shares.filter(|share| !share.read_only).map(|share| share.source.clone());
+    let writable = std::iter::once(args.output_dir.clone()).chain(written).collect();
+    let options = carrier::Options { writable, ..carrier::Options::default() };
+    // Sockets and state belong on the carrier's own file system, and it has a pipe for stderr.
+    let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into()];
+    if colours_wanted(&std::io::stderr()) {
+        argv.push("CLICOLOR_FORCE=1".into());
+    }
+    argv.extend(runner);
+    Ok(ExitCode::from(carrier::exec(&options, argv)?))
 }

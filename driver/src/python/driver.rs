@@ -15,7 +15,7 @@ use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
 use crate::config::TestConfig;
 use crate::driver::{Driver, DriverOptions};
 use crate::error::{MachineError, chain};
-use crate::kit::{self, KitName};
+use crate::kit::{self, Kit, KitName};
 use crate::log::Logger;
 use crate::vlan::Vlan;
 
@@ -45,13 +45,21 @@ impl PyVlan {
 #[pymethods]
 impl PyDriver {
     #[new]
-    #[pyo3(signature = (test_file, out_dir = PathBuf::from(".")))]
-    fn new(py: Python<'_>, test_file: PathBuf, out_dir: PathBuf) -> PyResult<Self> {
+    #[pyo3(signature = (test_file, out_dir = PathBuf::from("."), kit_dir = None))]
+    fn new(
+        py: Python<'_>,
+        test_file: PathBuf,
+        out_dir: PathBuf,
+        kit_dir: Option<PathBuf>,
+    ) -> PyResult<Self> {
         let test =
             TestConfig::from_toml_file(&test_file).map_err(|e| PyValueError::new_err(chain(&e)))?;
-        let kit = match Driver::needs_kit(&test) {
-            false => None,
-            true => py.detach(|| kit::lookup(KitName::Micro)).map_err(|e| usage(py, chain(&e)))?,
+        let kit = match kit_dir {
+            _ if !Driver::needs_kit(&test) => None,
+            Some(dir) => Some(open_kit(dir).map_err(|e| exception(py, &e.into()))?),
+            None => py
+                .detach(|| kit::lookup(KitName::Micro))
+                .map_err(|e| exception(py, &MachineError::Usage(chain(&e)).into()))?,
         };
         let options = DriverOptions { kit, out_dir, log: Logger::stderr() };
         let driver = Driver::new(&test, options).map_err(|e| exception(py, &e))?;
@@ -118,8 +126,13 @@ impl PyDriver {
     }
 }
 
-fn usage(py: Python<'_>, message: String) -> PyErr {
-    exception(py, &MachineError::Usage(message).into())
+/// The kit in `dir`.
+fn open_kit(dir: PathBuf) -> Result<Kit, MachineError> {
+    let path = dir.join("manifest.json");
+    let json = std::fs::read(&path).map_err(MachineError::file("read", &path))?;
+    let manifest =
+        serde_json::from_slice(&json).map_err(|e| MachineError::file("read", &path)(e.into()))?;
+    Ok(Kit { dir, manifest })
 }
 
 async fn terminate(driver: Arc<Driver>, timeout: Duration) {
