@@ -190,3 +190,6 @@ impl Aml for VirtioMmio {
         .to_aml_bytes(sink);
     }
 }
+
+#[cfg(test)]
+mod tests;

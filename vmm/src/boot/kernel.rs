@@ -240,3 +240,6 @@ pub fn load_initrd(
 fn too_large(what: &'static str, needed: u64, available: u64) -> ImageError {
     ImageError::TooLarge { what, needed: needed.div_ceil(1 << 20), available: available >> 20 }
 }
+
+#[cfg(test)]
+mod tests;

@@ -205,7 +205,7 @@ fn another_transport_goes_on_from_a_saved_state() {
 
     let mut other = Fixture::new();
     other.transport =
-        MmioTransport::new(Box::new(Rng::new()), fixture.guest.memory.clone(), Arc::new(|_, _| ()))
+        MmioTransport::new(Box::new(Rng::new()), fixture.guest.memory, Arc::new(|_, _| ()))
             .unwrap();
     other.transport.restore(&postcard::from_bytes(&state).unwrap()).unwrap();
     assert_eq!(other.read(VIRTIO_MMIO_STATUS), 15);
