@@ -1,7 +1,7 @@
 //! The fixed-size messages that start a session. Their layout never changes between versions.
 
 /// The length of an encoded [`Greeting`].
-pub const GREETING_LEN: usize = 24;
+pub const GREETING_LEN: usize = 25;
 
 /// Random bytes, so that they do not turn up by chance. Read as a frame's length, the first four are far above the
 /// allowed maximum, so no valid frame starts like a greeting.
@@ -37,7 +37,10 @@ impl Greeting {
         Self { kind, version: super::VERSION, nonce }
     }
 
-    /// The bytes on the wire: magic (12), version (2), kind (1), zero (1), nonce (8).
+    /// The bytes on the wire: magic (12), version (2), kind (1), zero (1), nonce (8), zero (1).
+    ///
+    /// The magic has no zero and no byte twice, so a greeting that was cut off and is followed by another one never
+    /// passes for a whole one: its last byte would be one of the other's magic.
     #[must_use]
     pub fn to_bytes(self) -> [u8; GREETING_LEN] {
         let mut bytes = [0; GREETING_LEN];
@@ -48,7 +51,7 @@ impl Greeting {
             GreetingKind::Hello => 2,
             GreetingKind::Welcome => 3,
         };
-        bytes[16..].copy_from_slice(&self.nonce.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.nonce.to_le_bytes());
         bytes
     }
 
@@ -58,8 +61,8 @@ impl Greeting {
         let (magic, rest) = bytes.split_first_chunk::<12>()?;
         let (version, rest) = rest.split_first_chunk::<2>()?;
         let ([kind, zero], rest) = rest.split_first_chunk::<2>()?;
-        let (nonce, _) = rest.split_first_chunk::<8>()?;
-        if *magic != MAGIC || *zero != 0 {
+        let (nonce, end) = rest.split_first_chunk::<8>()?;
+        if *magic != MAGIC || *zero != 0 || end != [0] {
             return None;
         }
         let kind = match kind {

@@ -145,13 +145,14 @@ impl Agent {
                 return Ok(outcome);
             }
             let busy = self.receive() | self.pump();
-            self.wait(busy)?;
             if self.link.is_none() && self.devices.is_none() && self.ending.is_none() {
                 if !self.place.is_machine() {
                     return Ok(Outcome::Disconnected);
                 }
                 self.open()?;
+                continue;
             }
+            self.wait(busy)?;
         }
     }
 

@@ -77,9 +77,10 @@ pub fn set_up() -> Setup {
         }
     }
     // Ctrl-alt-delete shall send SIGINT here, and not reboot on the spot.
-    set_cad_enabled(false)
-        .context(|| "handle ctrl-alt-delete".to_owned())
-        .unwrap_or_else(|failure| warnings.push(failure.message));
+    if crate::power::owns_machine() {
+        let result = set_cad_enabled(false).context(|| "handle ctrl-alt-delete".to_owned());
+        result.unwrap_or_else(|failure| warnings.push(failure.message));
+    }
     load_modules(&mut warnings);
     for warning in &warnings {
         eprintln!("firn-agent: {warning}");

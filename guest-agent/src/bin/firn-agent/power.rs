@@ -36,6 +36,12 @@ pub fn ask_init(outcome: Outcome) -> Result<(), Failure> {
     Command::new(command).spawn().map(drop).context(|| format!("run {command}"))
 }
 
+/// Whether this process 1 is the machine's, and not a container's.
+pub fn owns_machine() -> bool {
+    fs::metadata("/proc/self/ns/pid")
+        .is_ok_and(|namespace| namespace.ino() == INITIAL_PID_NAMESPACE)
+}
+
 /// As process 1: ends all processes, then the system. It returns only if the kernel refuses.
 pub fn end(mode: RebootMode) -> ExitCode {
     end_processes();
