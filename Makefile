@@ -1,0 +1,53 @@
+# make demo    two machines ping each other
+# make test    every test; guests run in the carrier where KVM cannot be used
+# make lint    formatting, clippy, mypy, ruff
+# make bench   instructions from exec to the agent, counted in the carrier
+# make clean   removes what was built here; kits stay in ~/.cache/firn
+
+SHELL := /bin/bash -o pipefail
+TARGET := x86_64-unknown-linux-gnu
+VENV := .venv/bin
+FIRN := $(VENV)/firn
+# Test binaries run through this: directly with KVM, else in one carrier each.
+RUNNER := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(abspath $(FIRN)) carrier exec --if-needed --"
+
+.PHONY: demo test lint bench clean build setup kit
+
+demo: kit
+	$(FIRN) test tests/examples/ping/test.toml
+
+test: kit
+	cargo test --release --workspace --exclude firn-tests
+	$(VENV)/python -m unittest discover -s driver/python/tests
+	cargo test --release -p firn-tests --test host
+	$(RUNNER) cargo test --release -p firn-tests --test guest
+
+lint: setup $(VENV)/python
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p firn --features python -- -D warnings
+	$(VENV)/pip install -q mypy ruff
+	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
+	$(VENV)/ruff check --config driver/pyproject.toml driver/python tests
+	$(VENV)/ruff format --check --config driver/pyproject.toml driver/python tests
+
+kit: build
+	$(FIRN) kit build micro
+
+build: setup $(VENV)/python
+	RUSTFLAGS="-C target-feature=+crt-static" \
+		cargo build --profile agent -p firn-guest-agent --target $(TARGET)
+	cargo build --release -p firn
+	$(VENV)/maturin develop --quiet --release -m driver/Cargo.toml
+	install -C target/$(TARGET)/agent/firn-agent target/release/firn $(VENV)/
+
+setup:
+	@.ci/setup
+
+$(VENV)/python:
+	python3 -m venv .venv
+	$(VENV)/pip install -q 'maturin>=1.9.4,<2'
+
+clean:
+	cargo clean
+	rm -rf .venv driver/python/firn/_firn.*.so
