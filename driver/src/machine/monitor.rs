@@ -1,6 +1,7 @@
 //! The seam to the monitor: its calls block, so they run on threads made for that.
 
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use firn_net_switch::{NetPort, SwitchPort};
@@ -11,6 +12,9 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 use super::console::{Console, ConsoleWriter};
+
+/// Most events of a machine, beside the one that ends it, that are told.
+const MAX_EVENTS: u32 = 1000;
 
 /// A running virtual machine. Clones are handles to the same one; [`Monitor::stop`] ends it.
 #[derive(Clone)]
@@ -32,10 +36,15 @@ impl Monitor {
         wiring: Wiring,
     ) -> Result<(Self, mpsc::UnboundedReceiver<Event>), VmError> {
         let (events, received) = mpsc::unbounded_channel();
+        let count = AtomicU32::new(0);
         let host = HostSide {
             events: Box::new(move |event| {
-                // Nobody listens any more once the machine is being stopped.
-                let _ = events.send(event);
+                let last = matches!(event, Event::PowerOff | Event::Reset | Event::VcpuDied { .. });
+                // A guest could break and reset its devices for ever.
+                if last || count.fetch_add(1, Ordering::Relaxed) < MAX_EVENTS {
+                    // Nobody listens any more once the machine is being stopped.
+                    let _ = events.send(event);
+                }
             }),
             serial: Box::new(ConsoleWriter(wiring.console)),
             console_ports: wiring.console_ports,
