@@ -143,6 +143,11 @@ fn load_module(path: &str, parameters: &str) -> Result<(), Failure> {
     match finit_module(&file, &parameters, ModuleInitFlags::empty()) {
         // Loaded already, or built in.
         Err(Errno::EEXIST) => Ok(()),
+        // The file is open, so it is not the file that is missing.
+        Err(Errno::ENOENT) => Err(failure(format!(
+            "{}: a module that it needs is not loaded yet (the kernel log names the symbol)",
+            what()
+        ))),
         result => result.context(what),
     }
 }
