@@ -98,6 +98,10 @@ fn a_driver_finds_negotiates_and_uses_the_device() {
     fixture.write(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
     assert_eq!(fixture.read(VIRTIO_MMIO_DEVICE_FEATURES), VERSION_1);
 
+    for register in VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH {
+        assert_eq!(fixture.read(register), u32::MAX, "no shared memory");
+    }
+
     let mut queue = fixture.running();
     assert_eq!(fixture.read(VIRTIO_MMIO_STATUS), 15);
     assert_eq!(fixture.read(VIRTIO_MMIO_QUEUE_READY), 1);
