@@ -65,8 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Terminated as error:
+        print(f"error: ended by {error}", file=sys.stderr)
         return 128 + error.number
     return 0
 

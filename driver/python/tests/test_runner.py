@@ -50,15 +50,15 @@ class Runner(unittest.TestCase):
         self.assertEqual(list(self.state.iterdir()), [], "the run has left something behind")
         return process.returncode, out, err
 
-    def interrupt(self, number: signal.Signals, script: str) -> tuple[int, float]:
-        """Send a signal once the script has printed; the status, and the seconds it took."""
+    def interrupt(self, number: signal.Signals, script: str) -> tuple[int, float, str]:
+        """Send a signal once the script has printed; the status, the seconds it took, the log."""
         with self.spawn(script) as process:
             assert process.stdout is not None
             process.stdout.readline()
             began = time.monotonic()
             process.send_signal(number)
-            process.communicate(timeout=30)
-        return process.returncode, time.monotonic() - began
+            _, err = process.communicate(timeout=30)
+        return process.returncode, time.monotonic() - began, err
 
     def test_success(self) -> None:
         """A script that ends has succeeded."""
@@ -158,14 +158,15 @@ class Runner(unittest.TestCase):
         """Ctrl-C and SIGTERM end it within two seconds, without a trace."""
         script = "import time\nprint('here')\ntime.sleep(60)"
         for number in (signal.SIGINT, signal.SIGTERM):
-            status, seconds = self.interrupt(number, script)
+            status, seconds, err = self.interrupt(number, script)
             self.assertEqual(status, 128 + number)
+            self.assertRegex(err, r"\nerror: (interrupted|ended by SIGTERM)\n$")
             self.assertLess(seconds, 2)
             self.assertEqual(list(self.state.iterdir()), [])
 
     def test_killed(self) -> None:
         """The next run removes what a killed one left."""
-        status, _ = self.interrupt(signal.SIGKILL, "import time\nprint('here')\ntime.sleep(60)")
+        status, _, _ = self.interrupt(signal.SIGKILL, "import time\nprint('here')\ntime.sleep(60)")
         self.assertEqual(status, -signal.SIGKILL)
         (left,) = self.state.iterdir()
         # A run that is just beginning is let alone, so the dead one has to be older.
