@@ -1,1 +1,58 @@
-//! firn-tests
+//! What the tests that boot guests have in common.
+
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use firn::config::TestConfig;
+use firn::kit::{self, Kit, KitName};
+use firn::log::Logger;
+use firn::{Driver, DriverOptions};
+
+/// No test here takes as long, even in a carrier on a loaded machine.
+const TIMEOUT: Duration = Duration::from_secs(180);
+
+/// The kit that guests boot. `make` has built it.
+pub fn micro() -> Kit {
+    kit::lookup(KitName::Micro).expect("the kit can be read").expect("run `firn kit build micro`")
+}
+
+/// The top of the repository.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the repository")
+}
+
+/// The installed command: `make build` puts it beside its Python.
+pub fn firn() -> PathBuf {
+    repository().join(".venv/bin/firn")
+}
+
+/// A test's machines, from the `[nodes.…]` part of a test file.
+pub fn config(nodes: &str) -> TestConfig {
+    let text = format!("name = \"guest\"\ntest_script = ''\n{nodes}");
+    TestConfig::from_toml(&text, Path::new("nodes.toml")).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Runs `script` with the machines of `nodes`. Whatever it does, nothing is left of them after.
+pub fn with_machines(nodes: &str, script: impl AsyncFnOnce(&Driver)) {
+    with_config(&config(nodes), script);
+}
+
+/// The same for a test that exists as data.
+pub fn with_config(config: &TestConfig, script: impl AsyncFnOnce(&Driver)) {
+    let out = tempfile::tempdir().expect("a directory for results");
+    let options =
+        DriverOptions { kit: Some(micro()), out_dir: out.path().to_owned(), log: Logger::stderr() };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let driver = Driver::new(config, options).expect("the machines can be made");
+        let outcome = tokio::time::timeout(TIMEOUT, script(&driver)).await;
+        driver.close().await;
+        outcome.expect("the test takes too long");
+    });
+}

@@ -1,0 +1,69 @@
+//! Kernels, processors and memory.
+
+use firn::Driver;
+use firn_tests::{micro, with_machines};
+
+async fn output(driver: &Driver, command: &str) -> String {
+    let machine = &driver.machines()[0];
+    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
+}
+
+#[test]
+fn a_bzimage_and_its_elf_payload_boot_alike() {
+    for kernel in [micro().kernel(), micro().vmlinux()] {
+        let nodes = format!("[nodes.m]\nkernel = {:?}", kernel.to_str().unwrap());
+        with_machines(&nodes, async |driver| {
+            assert!(output(driver, "uname -r").await.ends_with("-cloud-amd64"));
+        });
+    }
+}
+
+#[test]
+fn one_and_four_cores() {
+    for cores in [1, 4] {
+        with_machines(&format!("[nodes.m]\ncores = {cores}"), async |driver| {
+            assert_eq!(output(driver, "nproc").await, cores.to_string());
+            let online = output(driver, "cat /sys/devices/system/cpu/online").await;
+            assert_eq!(online, if cores == 1 { "0" } else { "0-3" });
+        });
+    }
+}
+
+#[test]
+fn memory_below_and_above_the_hole() {
+    for (mib, least, most) in [(256, 180, 256), (6144, 5800, 6144)] {
+        with_machines(&format!("[nodes.m]\nmemory_size = {mib}"), async |driver| {
+            let kib = output(driver, "awk '/^MemTotal/ { print $2 }' /proc/meminfo").await;
+            let total = kib.parse::<u64>().unwrap() / 1024;
+            assert!((least..=most).contains(&total), "{total} of {mib} MiB");
+        });
+    }
+}
+
+#[test]
+fn memory_above_the_hole_keeps_what_is_written_there() {
+    with_machines("[nodes.m]\nmemory_size = 6144", async |driver| {
+        // More than lies below the hole.
+        let command = "mount -o remount,size=5G /tmp; \
+            dd if=/dev/zero bs=1M count=3500 of=/tmp/fill 2>/dev/null; \
+            head -c 20000000 /dev/urandom > /tmp/a; cp /tmp/a /tmp/b; rm /tmp/fill; \
+            cmp /tmp/a /tmp/b && echo same";
+        assert_eq!(output(driver, command).await, "same");
+    });
+}
+
+#[test]
+fn twenty_boots_in_a_row() {
+    with_machines("[nodes.m]", async |driver| {
+        let machine = &driver.machines()[0];
+        for round in 0..20 {
+            machine.succeed(&[&format!("echo {round}")], None).await.unwrap();
+            if round % 2 == 0 {
+                machine.shutdown().await.unwrap();
+            } else {
+                machine.crash().await;
+            }
+            assert!(!machine.booted());
+        }
+    });
+}

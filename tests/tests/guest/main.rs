@@ -1,0 +1,4 @@
+//! Tests that boot guests: through firn's own API, on whatever KVM there is. Where there is none
+//! that works, `make test` runs them in the carrier.
+
+mod boot;
