@@ -15,7 +15,9 @@ use crate::error::chain;
 use crate::log::colours_wanted;
 
 mod accel;
+mod carrier;
 mod doctor;
+mod kit;
 mod python;
 mod test;
 
@@ -66,6 +68,8 @@ enum Command {
     Test(test::Args),
     /// Say what this host can do and what is missing
     Doctor(doctor::Args),
+    Kit(kit::Args),
+    Carrier(carrier::Args),
 }
 
 /// Runs the command line of this process.
@@ -77,6 +81,8 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Test(args) => test::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Kit(args) => kit::run(&args),
+        Command::Carrier(args) => carrier::run(&args),
     };
     done.unwrap_or_else(|error| report(&error))
 }

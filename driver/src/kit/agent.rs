@@ -12,7 +12,7 @@ use thiserror::Error;
 const BINARY: &str = "firn-agent";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const VARIABLE: &str = "FIRN_AGENT";
-const BUILD: &str = "RUSTFLAGS='-C target-feature=+crt-static -C strip=symbols' cargo build --release -p firn-guest-agent \
+const BUILD: &str = "RUSTFLAGS='-C target-feature=+crt-static' cargo build --profile agent -p firn-guest-agent \
                      --target x86_64-unknown-linux-gnu";
 
 /// Why there is no guest agent.
@@ -70,7 +70,7 @@ fn candidates(program: &Path) -> Vec<PathBuf> {
     candidates.push(dir.join(BINARY));
     // target/debug/firn, target/debug/deps/test-0123 or target/TRIPLE/debug/deps/test-0123.
     for target in dir.ancestors().skip(1).take(3) {
-        for profile in ["release", "debug"] {
+        for profile in ["agent", "release", "debug"] {
             candidates.push(target.join(TARGET).join(profile).join(BINARY));
         }
     }
@@ -110,7 +110,7 @@ mod tests {
     fn looks_beside_the_program_and_in_its_target_directory() {
         let found = candidates(Path::new("/w/target/debug/deps/kit-0123"));
         assert_eq!(found[0], Path::new("/w/target/debug/deps/firn-agent"));
-        assert!(found.contains(&"/w/target/x86_64-unknown-linux-gnu/release/firn-agent".into()));
+        assert!(found.contains(&"/w/target/x86_64-unknown-linux-gnu/agent/firn-agent".into()));
         let installed = candidates(Path::new("/usr/bin/firn"));
         assert_eq!(installed[0], Path::new("/usr/bin/firn-agent"));
         assert!(candidates(Path::new("/")).is_empty());

@@ -100,7 +100,7 @@ impl Apt {
 
     /// Brings the package lists up to date.
     pub(super) fn update(&self) -> Result<(), AptError> {
-        self.run("fetching package lists", &mut self.command("apt-get").arg("update")).map(drop)
+        self.run("fetching package lists", self.command("apt-get").arg("update")).map(drop)
     }
 
     /// The kernel image that the metapackage `meta` depends on, such as `linux-image-6.1.0-56-amd64`.

@@ -327,9 +327,9 @@ fn make(
         .map_err(KitError::io("write", initrd))?;
     let manifest = Manifest {
         kit: recipe.name.to_owned(),
-        kernel_release: base.info.kernel_release.clone(),
-        packages: base.info.packages.clone(),
-        modules: base.info.modules.clone(),
+        kernel_release: base.info.kernel_release,
+        packages: base.info.packages,
+        modules: base.info.modules,
         agent: hex(&Sha256::digest(&agent)),
         cmdline: recipe.cmdline.to_owned(),
     };

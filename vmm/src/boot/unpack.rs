@@ -92,19 +92,10 @@ pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>, UnpackError> {
 
     let mut kernel = Vec::new();
     // One byte more than expected, so that a longer stream shows.
-    let limit = u64::try_from(expected)
-        .unwrap_or(u64::MAX)
-        .saturating_add(1);
-    decoder
-        .map_err(damaged)?
-        .take(limit)
-        .read_to_end(&mut kernel)
-        .map_err(damaged)?;
+    let limit = u64::try_from(expected).unwrap_or(u64::MAX).saturating_add(1);
+    decoder.map_err(damaged)?.take(limit).read_to_end(&mut kernel).map_err(damaged)?;
     if kernel.len() != expected {
-        return Err(UnpackError::WrongSize {
-            expected,
-            actual: kernel.len(),
-        });
+        return Err(UnpackError::WrongSize { expected, actual: kernel.len() });
     }
     if !kernel.starts_with(ELF_MAGIC) {
         return Err(UnpackError::NotElf);
@@ -118,16 +109,13 @@ fn payload(image: &[u8]) -> Result<&[u8], UnpackError> {
     if flag != Some([0x55, 0xaa]) || bytes(image, header::MAGIC) != Some(*b"HdrS") {
         return Err(UnpackError::NotBzImage);
     }
-    let version = bytes(image, header::VERSION)
-        .map(u16::from_le_bytes)
-        .ok_or(UnpackError::NotBzImage)?;
+    let version =
+        bytes(image, header::VERSION).map(u16::from_le_bytes).ok_or(UnpackError::NotBzImage)?;
     if version < 0x208 {
         return Err(UnpackError::OldProtocol(version));
     }
     let field = |at| {
-        let value = bytes(image, at)
-            .map(u32::from_le_bytes)
-            .ok_or(UnpackError::NotBzImage)?;
+        let value = bytes(image, at).map(u32::from_le_bytes).ok_or(UnpackError::NotBzImage)?;
         usize::try_from(value).map_err(|_| UnpackError::NotBzImage)
     };
     // Zero means four, for images older than the field (boot.rst, `setup_sects`). The boot sector comes on top.
@@ -140,55 +128,36 @@ fn payload(image: &[u8]) -> Result<&[u8], UnpackError> {
     image
         .get(offset..offset.saturating_add(length))
         .filter(|payload| payload.len() >= 8)
-        .ok_or(UnpackError::Truncated {
-            offset,
-            length,
-            file: image.len(),
-        })
+        .ok_or(UnpackError::Truncated { offset, length, file: image.len() })
 }
 
 /// Size of the unpacked kernel: the payload's last four bytes. gzip ends with it anyway, for every other format the
 /// kernel's build appends it (scripts/Makefile.lib, `size_append`).
 fn unpacked_size(payload: &[u8]) -> Result<usize, UnpackError> {
-    let size = payload
-        .last_chunk()
-        .map_or(0, |&size| u32::from_le_bytes(size));
+    let size = payload.last_chunk().map_or(0, |&size| u32::from_le_bytes(size));
     let size = usize::try_from(size).unwrap_or(usize::MAX);
-    if size > MAX_KERNEL_SIZE {
-        Err(UnpackError::TooLarge(size))
-    } else {
-        Ok(size)
-    }
+    if size > MAX_KERNEL_SIZE { Err(UnpackError::TooLarge(size)) } else { Ok(size) }
 }
 
 /// The payload's compression by its first bytes: its name and a reader of the unpacked bytes.
-#[expect(
-    clippy::type_complexity,
-    reason = "the pair is taken apart at the only call"
-)]
+#[expect(clippy::type_complexity, reason = "the pair is taken apart at the only call")]
 fn decoder(payload: &[u8]) -> Result<(&'static str, io::Result<Box<dyn Read + '_>>), UnpackError> {
     // The appended size is no part of the stream, and LZ4's old format would take it for a block.
     let stream = &payload[..payload.len() - 4];
     let window = u64::from(MAX_WINDOW_KIB) << 10;
     Ok(match payload {
         [0x1f, 0x8b, ..] => ("gzip", Ok(Box::new(flate2::read::GzDecoder::new(payload)))),
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => (
-            "xz",
-            Ok(Box::new(lzma_rust2::XzReader::new_mem_limit(
-                stream,
-                false,
-                MAX_WINDOW_KIB,
-            ))),
-        ),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
+            ("xz", Ok(Box::new(lzma_rust2::XzReader::new_mem_limit(stream, false, MAX_WINDOW_KIB))))
+        }
         [0x5d, 0, 0, ..] => (
             "lzma",
             lzma_rust2::LzmaReader::new_mem_limit(stream, MAX_WINDOW_KIB, None)
                 .map(|r| Box::new(r) as Box<dyn Read>),
         ),
-        [0x02, 0x21, 0x4c, 0x18, ..] => (
-            "lz4",
-            Ok(Box::new(lz4_flex::frame::FrameDecoder::new(stream))),
-        ),
+        [0x02, 0x21, 0x4c, 0x18, ..] => {
+            ("lz4", Ok(Box::new(lz4_flex::frame::FrameDecoder::new(stream))))
+        }
         [0x28, 0xb5, 0x2f, 0xfd, ..] => (
             "zstd",
             ruzstd::decoding::StreamingDecoder::new_with_max_window_size(stream, window)
@@ -196,9 +165,7 @@ fn decoder(payload: &[u8]) -> Result<(&'static str, io::Result<Box<dyn Read + '_
                 .map_err(io::Error::other),
         ),
         _ => {
-            return Err(UnpackError::UnknownCompression(
-                bytes(payload, 0).unwrap_or_default(),
-            ));
+            return Err(UnpackError::UnknownCompression(bytes(payload, 0).unwrap_or_default()));
         }
     })
 }

@@ -90,10 +90,7 @@ fn refuses_what_is_no_bzimage() {
 fn refuses_every_truncation() {
     let whole = image(&with_size(lz4(&kernel()), kernel().len()));
     let payload_end = whole.len() - 24;
-    for length in (0..payload_end)
-        .step_by(payload_end / 97)
-        .chain([payload_end - 1])
-    {
+    for length in (0..payload_end).step_by(payload_end / 97).chain([payload_end - 1]) {
         match vmlinux(&whole[..length]) {
             Err(UnpackError::NotBzImage | UnpackError::Truncated { .. }) => {}
             other => panic!("{length} bytes: {:?}", other.map(|k| k.len())),
@@ -103,20 +100,11 @@ fn refuses_every_truncation() {
 
 #[test]
 fn refuses_a_payload_outside_the_file() {
-    for (offset, length) in [
-        (u32::MAX, u32::MAX),
-        (0, u32::MAX),
-        (u32::MAX, 8),
-        (16, 0),
-        (16, 7),
-    ] {
+    for (offset, length) in [(u32::MAX, u32::MAX), (0, u32::MAX), (u32::MAX, 8), (16, 0), (16, 7)] {
         let mut image = image(&gzip(&kernel()));
         image[header::PAYLOAD_OFFSET..][..4].copy_from_slice(&offset.to_le_bytes());
         image[header::PAYLOAD_LENGTH..][..4].copy_from_slice(&length.to_le_bytes());
-        assert!(
-            matches!(vmlinux(&image), Err(UnpackError::Truncated { .. })),
-            "{offset} {length}"
-        );
+        assert!(matches!(vmlinux(&image), Err(UnpackError::Truncated { .. })), "{offset} {length}");
     }
 }
 
@@ -130,19 +118,13 @@ fn refuses_a_payload_of_another_size() {
         );
     }
     let huge = with_size(xz(&kernel), MAX_KERNEL_SIZE + 1);
-    assert!(matches!(
-        vmlinux(&image(&huge)),
-        Err(UnpackError::TooLarge(_))
-    ));
+    assert!(matches!(vmlinux(&image(&huge)), Err(UnpackError::TooLarge(_))));
 }
 
 #[test]
 fn refuses_what_is_damaged_or_unknown() {
     let text = b"no kernel at all, but long enough\0\0\0\0".to_vec();
-    assert!(matches!(
-        vmlinux(&image(&gzip(&text))),
-        Err(UnpackError::NotElf)
-    ));
+    assert!(matches!(vmlinux(&image(&gzip(&text))), Err(UnpackError::NotElf)));
     assert!(
         matches!(vmlinux(&image(&text)), Err(UnpackError::UnknownCompression(start)) if &start == b"no k")
     );

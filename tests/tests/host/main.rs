@@ -1,0 +1,3 @@
+//! Tests that run on the host itself.
+
+mod carrier;
