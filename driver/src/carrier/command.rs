@@ -76,9 +76,10 @@ impl HostCommand {
     /// What the carrier's agent is asked to run: the command, in the host's root directory and as the host's user.
     pub(super) fn request(&self) -> Result<ExecRequest, CarrierError> {
         let mut argv = vec!["/bin/busybox".to_owned(), "chroot".to_owned(), "/mnt".to_owned()];
-        argv.extend(self.user.switch());
+        // The shell comes first: busybox would take a bare `setpriv` for its own.
         argv.extend(["/bin/sh", "-c", IN_DIRECTORY, "sh"].map(str::to_owned));
         argv.push(text(self.cwd.as_os_str(), "the working directory")?);
+        argv.extend(self.user.switch());
         for argument in &self.argv {
             argv.push(text(argument, "an argument")?);
         }
@@ -174,24 +175,13 @@ mod tests {
         command.user = User { uid: 1000, gid: 100, groups: "100,27".into() };
         let request = command.request().unwrap();
         assert!(request.stdin);
+        let argv_of_user = argv(request).join(" ");
         assert_eq!(
-            argv(request),
-            [
-                "/bin/busybox",
-                "chroot",
-                "/mnt",
-                "setpriv",
-                "--reuid=1000",
-                "--regid=100",
-                "--groups=100,27",
-                "/bin/sh",
-                "-c",
-                IN_DIRECTORY,
-                "sh",
-                "/work",
-                "ls",
-                "-l"
-            ]
+            argv_of_user,
+            format!(
+                "/bin/busybox chroot /mnt /bin/sh -c {IN_DIRECTORY} sh /work \
+                 setpriv --reuid=1000 --regid=100 --groups=100,27 ls -l"
+            )
         );
         command.user = User { uid: 0, gid: 0, groups: String::new() };
         assert!(!argv(command.request().unwrap()).contains(&"setpriv".to_owned()));
