@@ -14,6 +14,7 @@
 //!
 //! A device gets memory, queues and an interrupt handle and knows neither KVM nor registers.
 
+pub mod balloon;
 mod config_space;
 pub mod console;
 pub mod fs;
