@@ -2,3 +2,4 @@
 #![expect(clippy::unwrap_used, reason = "all of this is tests, helpers included")]
 
 mod carrier;
+mod cli;
