@@ -34,6 +34,12 @@ pub struct MachineSpec {
     /// An entropy source.
     #[serde(default = "yes")]
     pub rng: bool,
+    /// A memory balloon: memory that the guest does not use goes back to the host.
+    #[serde(default)]
+    pub balloon: bool,
+    /// Sockets between programs of host and guest.
+    #[serde(default)]
+    pub vsock: Option<VsockSpec>,
 }
 
 /// Most vCPUs a machine can have.
@@ -60,6 +66,20 @@ pub struct ConsolePortSpec {
 pub struct NetSpec {
     /// The card's address.
     pub mac: [u8; 6],
+}
+
+/// Sockets between host and guest (`man 7 vsock`).
+///
+/// Who connects to `socket` and sends `CONNECT port\n` is answered `OK port\n` and then talks to
+/// who listens on that port in the guest. Who connects to a port of the host (CID 2) in the guest
+/// talks to who listens on `socket` with `_port` behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockSpec {
+    /// The guest's address, 3 or higher. Machines that do not talk to each other may have the same.
+    pub cid: u32,
+    /// Where the socket is made.
+    pub socket: PathBuf,
 }
 
 /// One shared directory.

@@ -23,6 +23,7 @@ use crate::event_loop::{EventLoop, EventThread};
 use crate::memory::{self, Memory};
 use crate::spec::{MAX_CORES, MIN_MEMORY_MIB, MachineSpec};
 use crate::vcpu::{Buses, Group, Vcpu};
+use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
 use crate::virtio::{VirtioDevice, console, fs, net, rng};
 
@@ -159,6 +160,7 @@ pub struct Vm {
     group: Arc<Group>,
     serial: Arc<SerialPort>,
     transports: Vec<Arc<MmioTransport>>,
+    balloon: Option<BalloonHandle>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
     // Last, so that they are dropped last: the vCPUs and devices above use them.
     _vm: VmFd,
@@ -185,7 +187,9 @@ impl Vm {
         let mut buses = Buses::default();
         let serial = attach_serial(&vm, &mut buses, host_side.serial, events.clone())?;
         attach_power(&mut buses, group.clone(), events.clone())?;
-        let devices = build_devices(spec, host_side.console_ports, host_side.nets)?;
+        let mut devices = build_devices(spec, host_side.console_ports, host_side.nets)?;
+        let balloon = add_balloon(spec, &mut devices)?;
+        check_count(spec, devices.len())?;
         let attached = attach_devices(&vm, &mut buses, &memory, devices, &events)?;
         acpi::write(&memory, spec.cores, &attached.announced)?;
 
@@ -204,6 +208,7 @@ impl Vm {
             group,
             serial,
             transports: attached.transports,
+            balloon,
             events,
             _vm: vm,
             _memory: memory,
@@ -287,6 +292,11 @@ impl Vm {
         for transport in &self.transports {
             transport.reset();
         }
+    }
+
+    /// The host's hand on the balloon, if the spec has one.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.balloon.as_ref()
     }
 
     /// Types `bytes` into the serial console.
@@ -398,12 +408,29 @@ fn build_devices(
     for share in &spec.shares {
         devices.push(Box::new(fs::Fs::new(share)?));
     }
-    let (wanted, max) = (devices.len(), VIRTIO_GSIS.count());
+    Ok(devices)
+}
+
+fn add_balloon(
+    spec: &MachineSpec,
+    devices: &mut Vec<Box<dyn VirtioDevice>>,
+) -> Result<Option<BalloonHandle>, VmError> {
+    if !spec.balloon {
+        return Ok(None);
+    }
+    let balloon = Balloon::new().map_err(host("cannot make an eventfd"))?;
+    let handle = balloon.handle();
+    devices.push(Box::new(balloon));
+    Ok(Some(handle))
+}
+
+fn check_count(spec: &MachineSpec, wanted: usize) -> Result<(), VmError> {
+    let max = VIRTIO_GSIS.count();
     if wanted > max {
         let problem = format!("{wanted} virtio devices; virtio-mmio has interrupts for {max}");
         return Err(VmError::Spec { machine: spec.name.clone(), problem });
     }
-    Ok(devices)
+    Ok(())
 }
 
 struct Attached {

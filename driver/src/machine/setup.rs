@@ -114,6 +114,8 @@ impl Machine {
             nets: node.vlans.iter().map(|vlan| NetSpec { mac: node.mac(*vlan) }).collect(),
             shares: own.into_iter().chain(node.shares.iter().map(asked_share)).collect(),
             rng: true,
+            balloon: false,
+            vsock: None,
         })
     }
 }
