@@ -1,6 +1,5 @@
 //! The kernel image and the initrd.
 
-use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
@@ -11,6 +10,8 @@ use linux_loader::loader::{self, KernelLoader};
 use thiserror::Error;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
+use super::archive;
+use super::image::ImageFile;
 use crate::memory::{HIGH_START, MemoryMap, low_end};
 
 /// Where an ELF file says what it is.
@@ -53,8 +54,10 @@ pub enum ImageError {
         detail: &'static str,
     },
     /// It ends too early.
-    #[error("kernel {} is truncated: {found} bytes of at least {expected}", path.display())]
+    #[error("{what} {} is truncated: {found} bytes of at least {expected}", path.display())]
     Truncated {
+        /// "kernel" or "initrd".
+        what: &'static str,
         /// The file.
         path: PathBuf,
         /// Its size in bytes.
@@ -105,10 +108,9 @@ pub struct Kernel {
 /// The file is missing, no kernel, truncated or too large.
 pub fn load_kernel(memory: &MemoryMap, path: &Path) -> Result<Kernel, ImageError> {
     let read_error = |source| ImageError::Read { what: "kernel", path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(read_error)?;
-    let size = file.seek(SeekFrom::End(0)).map_err(read_error)?;
+    let mut file = ImageFile::open(path).map_err(read_error)?;
+    let size = file.size();
     let mut magic = [0; 4];
-    file.rewind().map_err(read_error)?;
     if size < SETUP_HEADER + size_of::<setup_header>() as u64 {
         let detail = "it is too short";
         return Err(ImageError::NotAKernel { path: path.to_owned(), detail });
@@ -122,7 +124,7 @@ pub fn load_kernel(memory: &MemoryMap, path: &Path) -> Result<Kernel, ImageError
     }
 }
 
-fn load_elf(memory: &MemoryMap, path: &Path, file: &mut File) -> Result<Kernel, ImageError> {
+fn load_elf(memory: &MemoryMap, path: &Path, file: &mut ImageFile) -> Result<Kernel, ImageError> {
     let loaded = Elf::load(memory, None, file, Some(GuestAddress(HIGH_START)))
         .map_err(|source| ImageError::Load { path: path.to_owned(), source })?;
     // What a bzImage would have said of itself; the kernel checks no more than the magic.
@@ -141,7 +143,7 @@ fn load_elf(memory: &MemoryMap, path: &Path, file: &mut File) -> Result<Kernel, 
 fn load_bzimage(
     memory: &MemoryMap,
     path: &Path,
-    file: &mut File,
+    file: &mut ImageFile,
     size: u64,
 ) -> Result<Kernel, ImageError> {
     let header = read_setup_header(path, file)?;
@@ -149,7 +151,8 @@ fn load_bzimage(
     // `syssize` counts the protected-mode code in units of 16 bytes.
     let expected = (setup_sectors + 1) * SECTOR + u64::from(header.syssize) * 16;
     if size < expected {
-        return Err(ImageError::Truncated { path: path.to_owned(), found: size, expected });
+        let what = "kernel";
+        return Err(ImageError::Truncated { what, path: path.to_owned(), found: size, expected });
     }
     // It unpacks itself in place, which takes `init_size` bytes from where it runs.
     let start = HIGH_START.max(header.pref_address);
@@ -166,7 +169,7 @@ fn load_bzimage(
     })
 }
 
-fn read_setup_header(path: &Path, file: &mut File) -> Result<setup_header, ImageError> {
+fn read_setup_header(path: &Path, file: &mut ImageFile) -> Result<setup_header, ImageError> {
     let mut header = setup_header::default();
     let not_a_kernel = |detail| ImageError::NotAKernel { path: path.to_owned(), detail };
     file.seek(SeekFrom::Start(SETUP_HEADER))
@@ -196,7 +199,7 @@ pub struct Initrd {
 /// `kernel` can address.
 ///
 /// # Errors
-/// A file is missing, empty, or all of them do not fit above the kernel.
+/// A file is missing, empty or visibly truncated, or all of them do not fit above the kernel.
 pub fn load_initrd(
     memory: &MemoryMap,
     paths: &[PathBuf],
@@ -206,17 +209,14 @@ pub fn load_initrd(
     let mut len = 0_u64;
     for path in paths {
         let read_error = |source| ImageError::Read { what: "initrd", path: path.clone(), source };
-        let file = File::open(path).map_err(read_error)?;
-        let metadata = file.metadata().map_err(read_error)?;
-        if !metadata.is_file() {
-            return Err(read_error(io::Error::other("not a regular file")));
-        }
-        if metadata.len() == 0 {
+        let file = ImageFile::open(path).map_err(read_error)?;
+        if file.size() == 0 {
             return Err(ImageError::EmptyInitrd(path.clone()));
         }
         len = len.next_multiple_of(INITRD_ALIGN);
-        files.push((path, file, len, metadata.len()));
-        len = len.saturating_add(metadata.len());
+        let offset = len;
+        len = len.saturating_add(file.size());
+        files.push((path, file, offset));
     }
     if len == 0 {
         return Ok(Initrd::default());
@@ -227,12 +227,17 @@ pub fn load_initrd(
         return Err(too_large("initrd", len, room));
     }
     let start = top - len.next_multiple_of(PAGE);
-    for (path, mut file, offset, len) in files {
+    for (path, mut file, offset) in files {
         let read_error = |source| ImageError::Read { what: "initrd", path: path.clone(), source };
-        let len = usize::try_from(len).map_err(|_| too_large("initrd", len, room))?;
+        let size = file.size();
+        let count = usize::try_from(size).map_err(|_| too_large("initrd", size, room))?;
         memory
-            .read_exact_volatile_from(GuestAddress(start + offset), &mut file, len)
+            .read_exact_volatile_from(GuestAddress(start + offset), &mut file, count)
             .map_err(|error| read_error(io::Error::other(error)))?;
+        if let Some(expected) = archive::missing_end(memory, start + offset, size) {
+            let (what, path) = ("initrd", path.clone());
+            return Err(ImageError::Truncated { what, path, found: size, expected });
+        }
     }
     Ok(Initrd { start, len })
 }

@@ -2,6 +2,8 @@
 //! tables and the zero page that points at all of them (Documentation/arch/x86/boot.rst).
 
 pub mod acpi;
+mod archive;
+pub mod image;
 pub mod kernel;
 pub mod params;
 pub mod unpack;

@@ -1,4 +1,5 @@
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 
 use tempfile::NamedTempFile;
 use vm_memory::GuestMemory;
@@ -24,7 +25,7 @@ fn bzimage(code: u32, change: impl FnOnce(&mut setup_header)) -> Vec<u8> {
     };
     change(&mut header);
     let mut image = vec![0; 1024 + code as usize];
-    let at = SETUP_HEADER as usize;
+    let at = usize::try_from(SETUP_HEADER).unwrap();
     image[at..at + size_of::<setup_header>()].copy_from_slice(header.as_slice());
     image[1024..].fill(0x90);
     image
@@ -100,9 +101,8 @@ fn initrds_lie_one_after_the_other_at_the_end_of_low_memory() {
 fn an_initrd_that_is_missing_empty_or_too_large_is_named() {
     let memory = memory::allocate(64).unwrap();
     let kernel = load(&bzimage(4096, |_| ()), 64).unwrap();
-    let error = |path: &Path| {
-        load_initrd(&memory, &[path.to_owned()], &kernel).unwrap_err().to_string()
-    };
+    let error =
+        |path: &Path| load_initrd(&memory, &[path.to_owned()], &kernel).unwrap_err().to_string();
     assert_eq!(error(Path::new("/nonexistent")), "cannot read initrd /nonexistent");
     assert_eq!(error(Path::new("/")), "cannot read initrd /");
     let empty = file(b"");
@@ -111,4 +111,21 @@ fn an_initrd_that_is_missing_empty_or_too_large_is_named() {
     large.as_file().set_len(100 << 20).unwrap();
     assert!(error(large.path()).starts_with("initrd of 100 MiB does not fit"));
     assert!(memory.check_address(GuestAddress(0)).is_some());
+}
+
+#[test]
+fn files_that_nobody_may_write_arrive_like_others() {
+    let mut content: Vec<u8> = (0..3 * 4096 + 5_u32).map(|n| n.to_le_bytes()[0]).collect();
+    content[4000..9000].fill(0);
+    let kernel = load(&bzimage(4096, |_| ()), 64).unwrap();
+    for mode in [0o444, 0o644] {
+        let memory = memory::allocate(64).unwrap();
+        let file = file(&content);
+        std::fs::set_permissions(file.path(), PermissionsExt::from_mode(mode)).unwrap();
+        let initrd = load_initrd(&memory, &[file.path().to_owned()], &kernel).unwrap();
+        let mut loaded = vec![0; content.len()];
+        memory.read_slice(&mut loaded, GuestAddress(initrd.start)).unwrap();
+        let differs = loaded.iter().zip(&content).position(|(a, b)| a != b);
+        assert_eq!(differs, None, "mode {mode:o}");
+    }
 }
