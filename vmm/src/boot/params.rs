@@ -15,6 +15,9 @@ const CMDLINE: u64 = 0x2_0000;
 /// Room for it up to the next thing in low memory; the kernel itself takes 2,048 bytes
 /// (`COMMAND_LINE_SIZE` in arch/x86/include/asm/setup.h).
 pub const MAX_CMDLINE: usize = 2047;
+/// What the monitor knows better than a kernel that would probe for it: there is no PCI. It goes
+/// before the spec's own arguments, so that those win.
+const MACHINE_ARGUMENTS: &str = "pci=off";
 /// `type_of_loader` for a boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
 /// `loadflags`: the kernel is loaded high.
@@ -38,7 +41,7 @@ pub enum ParamsError {
     Write(#[from] GuestMemoryError),
 }
 
-/// Writes the command line and the zero page.
+/// Writes the zero page and the command line, `cmdline` behind the machine's own arguments.
 ///
 /// # Errors
 /// The command line cannot be passed to a kernel.
@@ -48,6 +51,7 @@ pub fn write(
     initrd: Initrd,
     cmdline: &str,
 ) -> Result<(), ParamsError> {
+    let cmdline = format!("{MACHINE_ARGUMENTS} {cmdline}");
     if cmdline.len() > MAX_CMDLINE {
         return Err(ParamsError::CmdlineTooLong(cmdline.len()));
     }
@@ -92,4 +96,43 @@ fn e820(memory: &MemoryMap) -> Vec<(u64, u64, u32)> {
 #[expect(clippy::cast_possible_truncation, reason = "each half is what is asked for")]
 const fn split(value: u64) -> (u32, u32) {
     (value as u32, (value >> 32) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    fn kernel() -> Kernel {
+        Kernel { entry: 0, end: memory::HIGH_START, header: Default::default() }
+    }
+
+    #[test]
+    fn the_specs_arguments_come_last_and_so_win() {
+        let memory = memory::allocate(64).unwrap();
+        write(&memory, &kernel(), Initrd::default(), "pci=conf1 quiet").unwrap();
+        let mut text = [0; 24];
+        memory.read_slice(&mut text, GuestAddress(CMDLINE)).unwrap();
+        assert_eq!(&text, b"pci=off pci=conf1 quiet\0");
+    }
+
+    #[test]
+    fn a_command_line_that_a_kernel_would_cut_is_refused() {
+        let memory = memory::allocate(64).unwrap();
+        let long = "x".repeat(MAX_CMDLINE);
+        let error = write(&memory, &kernel(), Initrd::default(), &long).unwrap_err();
+        assert!(matches!(error, ParamsError::CmdlineTooLong(_)));
+        let error = write(&memory, &kernel(), Initrd::default(), "a\0b").unwrap_err();
+        assert!(matches!(error, ParamsError::CmdlineNul));
+    }
+
+    #[test]
+    fn the_memory_map_leaves_the_hole_and_the_bios_area_out() {
+        let memory = memory::allocate(6144).unwrap();
+        let map = e820(&memory);
+        let usable: u64 = map.iter().filter(|part| part.2 == E820_RAM).map(|part| part.1).sum();
+        assert_eq!(usable, (6144 << 20) - (memory::HIGH_START - memory::LOW_END));
+        assert_eq!(map[2].0 + map[2].1, memory::HOLE_START);
+        assert_eq!(map[3].0, memory::HOLE_END);
+    }
 }
