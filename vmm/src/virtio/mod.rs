@@ -23,8 +23,10 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
+mod transfer;
 pub mod transport;
 mod turn;
+pub mod vsock;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

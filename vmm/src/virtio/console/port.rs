@@ -1,14 +1,14 @@
 //! One port: bytes between the guest's two queues and a socket of the host.
 
-use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 
 use serde::{Deserialize, Serialize};
-use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
+use vm_memory::{ReadVolatile, WriteVolatile};
 
 use super::control::Owed;
 use crate::memory::MemoryMap;
 use crate::virtio::queue::{Chain, GuestSlice, Served, readable, writable};
+use crate::virtio::transfer::{Moved, transfer};
 use crate::virtio::turn::Turn;
 
 /// What of a port outlives a snapshot.
@@ -33,16 +33,6 @@ pub(super) struct Port {
     /// Non-blocking.
     socket: UnixStream,
     host_open: bool,
-}
-
-/// What became of one buffer.
-enum Moved {
-    /// So many bytes, of which there may be fewer than there was room for.
-    Bytes(usize),
-    /// The socket has no room, or nothing to read.
-    Later,
-    /// The host's end is closed.
-    Closed,
 }
 
 impl Port {
@@ -139,20 +129,5 @@ impl Port {
     fn close_host(&mut self) {
         self.host_open = false;
         self.state.owed.open = self.state.ready;
-    }
-}
-
-/// Does one transfer and sorts what the socket says to it.
-fn transfer(mut io: impl FnMut() -> Result<usize, VolatileMemoryError>) -> Moved {
-    loop {
-        return match io() {
-            Ok(count) => Moved::Bytes(count),
-            Err(VolatileMemoryError::IOError(error)) => match error.kind() {
-                ErrorKind::Interrupted => continue,
-                ErrorKind::WouldBlock => Moved::Later,
-                _ => Moved::Closed,
-            },
-            Err(_) => Moved::Closed,
-        };
     }
 }

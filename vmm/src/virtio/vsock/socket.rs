@@ -1,0 +1,129 @@
+//! The host's side: a Unix socket that listens, and connections to others.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+
+use super::VsockError;
+
+/// A listening socket, and its file. Dropping it removes the file.
+pub struct Listener {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file, so that nobody else's is removed.
+    identity: (u64, u64),
+}
+
+impl Listener {
+    /// Listens at `path`, for this user only. A socket that nobody listens at any more is replaced.
+    ///
+    /// # Errors
+    /// Something else is there, or no file can be made there.
+    pub fn bind(path: &Path) -> Result<Listener, VsockError> {
+        let failed =
+            |operation| move |source| VsockError::Socket { operation, path: path.into(), source };
+        match fs::symlink_metadata(path) {
+            Ok(found) if found.file_type().is_socket() => remove_stale(path)?,
+            Ok(_) => return Err(VsockError::NoSocket { path: path.into() }),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(failed("look at")(error)),
+        }
+        let listener = UnixListener::bind(path).map_err(failed("listen at"))?;
+        let identity =
+            fs::symlink_metadata(path).map(|file| identity(&file)).map_err(failed("look at"))?;
+        // From here on the file is removed if anything fails.
+        let listener = Listener { listener, path: path.into(), identity };
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+            .map_err(failed("set the mode of"))?;
+        listener.listener.set_nonblocking(true).map_err(failed("set up"))?;
+        Ok(listener)
+    }
+
+    /// The next client that waits; `None` if none does.
+    ///
+    /// # Errors
+    /// The process is out of descriptors or memory.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(true)?;
+                    return Ok(Some(stream));
+                }
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock => return Ok(None),
+                    // A client that has gone again.
+                    ErrorKind::Interrupted | ErrorKind::ConnectionAborted => {}
+                    _ => return Err(error),
+                },
+            }
+        }
+    }
+
+    /// The socket that programs on the host listen at for connections to `port`.
+    pub fn path_of_port(&self, port: u32) -> PathBuf {
+        let mut path = self.path.clone().into_os_string();
+        path.push(format!("_{port}"));
+        path.into()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> i32 {
+        self.listener.as_raw_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let ours =
+            fs::symlink_metadata(&self.path).is_ok_and(|file| identity(&file) == self.identity);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            let path = self.path.display();
+            tracing::warn!(%path, %error, "cannot remove a vsock device's socket");
+        }
+    }
+}
+
+fn identity(file: &fs::Metadata) -> (u64, u64) {
+    (file.dev(), file.ino())
+}
+
+/// Removes the socket at `path` unless somebody listens at it.
+fn remove_stale(path: &Path) -> Result<(), VsockError> {
+    let failed =
+        |operation| move |source| VsockError::Socket { operation, path: path.into(), source };
+    match connect_to(path) {
+        // Who has no room for a connection listens, too.
+        Ok(_) => Err(VsockError::InUse { path: path.into() }),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            Err(VsockError::InUse { path: path.into() })
+        }
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed("remove stale"))
+        }
+        Err(error) => Err(failed("connect to")(error)),
+    }
+}
+
+/// Connects to the Unix socket at `path`, without waiting for who listens there.
+///
+/// # Errors
+/// Nobody listens there, or has no room for more.
+pub fn connect_to(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let end = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    loop {
+        match connect(end.as_raw_fd(), &UnixAddr::new(path)?) {
+            Ok(()) => return Ok(UnixStream::from(end)),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
