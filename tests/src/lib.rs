@@ -56,3 +56,18 @@ pub fn with_config(config: &TestConfig, script: impl AsyncFnOnce(&Driver)) {
         outcome.expect("the test takes too long");
     });
 }
+
+/// Bytes without a pattern, the same each time.
+pub fn noise(length: usize) -> Vec<u8> {
+    // xorshift64 with the shifts of Marsaglia's "Xorshift RNGs"
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}

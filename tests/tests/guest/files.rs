@@ -1,0 +1,123 @@
+//! Files copied between the host and a guest.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+
+use firn::{Driver, Machine};
+use firn_tests::{noise, with_machines};
+
+fn only(driver: &Driver) -> &Machine {
+    &driver.machines()[0]
+}
+
+async fn output(machine: &Machine, command: &str) -> String {
+    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
+}
+
+async fn send(machine: &Machine, source: &Path, target: &str) {
+    machine.copy_from_host(source, Path::new(target)).await.unwrap();
+}
+
+async fn fetch(machine: &Machine, source: &str, target_dir: &str) {
+    machine.copy_from_machine(Path::new(source), Path::new(target_dir)).await.unwrap();
+}
+
+#[test]
+fn two_hundred_mebibytes_and_none_both_ways() {
+    with_machines("[nodes.m]\nmemory_size = 1024", async |driver| {
+        let m = only(driver);
+        let here = tempfile::tempdir().unwrap();
+        for size in [0, 1, 200 << 20] {
+            let (data, path) = (noise(size), here.path().join("data"));
+            fs::write(&path, &data).unwrap();
+            send(m, &path, "/tmp/made/by/copy").await;
+            // What the guest itself sees, by another way than the agent's.
+            output(m, "cp /tmp/made/by/copy /host/seen").await;
+            let seen = m.state_dir().join("xchg/seen");
+            assert!(fs::read(&seen).unwrap() == data, "{size} bytes sent");
+            fs::remove_file(seen).unwrap();
+            fetch(m, "/tmp/made/by/copy", "back").await;
+            let back = fs::read(m.out_dir().join("back/copy")).unwrap();
+            assert!(back == data, "{size} bytes fetched");
+        }
+    });
+}
+
+fn make_file(path: &Path, bytes: &[u8], mode: u32) {
+    fs::write(path, bytes).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn make_dir(path: &Path, mode: u32) {
+    fs::create_dir(path).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().mode() & 0o7777
+}
+
+#[test]
+fn trees_with_modes_and_links_both_ways() {
+    with_machines("[nodes.m]", async |driver| {
+        let m = only(driver);
+        let here = tempfile::tempdir().unwrap();
+        let tree = here.path().join("tree");
+        make_dir(&tree, 0o755);
+        make_dir(&tree.join("private"), 0o700);
+        make_dir(&tree.join("private/empty"), 0o1777);
+        make_file(&tree.join("private/secret"), b"s", 0o600);
+        make_file(&tree.join("program"), b"#!/bin/sh\necho it runs\n", 0o4755);
+        make_file(&tree.join("a \"name\"\nof two lines, \u{e9}"), b"n", 0o644);
+        symlink("private/secret", tree.join("link")).unwrap();
+        symlink("/nowhere/at all", tree.join("dangling")).unwrap();
+
+        send(m, &tree, "/tmp/new/tree").await;
+        let seen = "cd /tmp/new/tree; \
+            stat -c '%a %u' . private private/empty private/secret program a*; \
+            readlink link; readlink dangling; cat link; echo; ./program; find . -mindepth 1 | wc -l";
+        let expected = "755 0\n700 0\n1777 0\n600 0\n4755 0\n644 0\n\
+            private/secret\n/nowhere/at all\ns\nit runs\n8";
+        assert_eq!(output(m, seen).await, expected);
+
+        fetch(m, "/tmp/new/tree", "").await;
+        let back = m.out_dir().join("tree");
+        for path in ["private/secret", "program", "a \"name\"\nof two lines, \u{e9}"] {
+            assert_eq!(fs::read(back.join(path)).unwrap(), fs::read(tree.join(path)).unwrap());
+        }
+        for link in ["link", "dangling"] {
+            assert_eq!(
+                fs::read_link(back.join(link)).unwrap(),
+                fs::read_link(tree.join(link)).unwrap()
+            );
+        }
+        assert_eq!(fs::read_dir(back.join("private/empty")).unwrap().count(), 0);
+        assert_eq!(mode(&back.join("private")), 0o700);
+        assert_eq!(mode(&back.join("private/secret")), 0o600);
+        // A guest cannot leave programs that run as somebody else.
+        assert_eq!(mode(&back.join("program")), 0o755);
+    });
+}
+
+#[test]
+fn what_cannot_be_copied_is_refused() {
+    with_machines("[nodes.m]", async |driver| {
+        let m = only(driver);
+        let here = tempfile::tempdir().unwrap();
+        let missing = here.path().join("missing");
+        let error = m.copy_from_host(&missing, Path::new("/tmp/x")).await.unwrap_err();
+        assert!(error.to_string().contains("missing"), "{error}");
+        m.succeed(&["[ ! -e /tmp/x ]", "mkfifo /tmp/fifo"], None).await.unwrap();
+        for source in ["/tmp/nothing", "/tmp/fifo"] {
+            let refused = m.copy_from_machine(Path::new(source), Path::new("")).await;
+            let error = refused.unwrap_err().to_string();
+            assert!(error.contains(source), "{error}");
+        }
+        for outside in ["..", "/tmp"] {
+            let refused = m.copy_from_machine(Path::new("/etc/hosts"), Path::new(outside)).await;
+            assert!(refused.is_err(), "copied to {outside}");
+        }
+        assert_eq!(output(m, "echo still here").await, "still here");
+    });
+}

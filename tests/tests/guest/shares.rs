@@ -1,0 +1,243 @@
+//! Directories of the host that guests mount.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use firn::{Driver, Machine, kit};
+use firn_tests::{micro, with_machines};
+use tempfile::TempDir;
+
+async fn output(machine: &Machine, command: &str) -> String {
+    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
+}
+
+/// Two guests with the share `exchange` in `/mnt`.
+fn two_guests(exchange: &Path) -> String {
+    let share = format!("{{ source = {exchange:?}, target = \"/mnt\" }}");
+    format!(
+        "[nodes.a.shared_directories]\nexchange = {share}\n\
+         [nodes.b.shared_directories]\nexchange = {share}"
+    )
+}
+
+/// Who writes to a share and reads from it.
+enum Side<'a> {
+    Host(&'a Path),
+    /// A user of a guest.
+    Guest(&'a Machine, &'a str),
+}
+
+impl Side<'_> {
+    async fn write(&self, file: &str, text: &str) {
+        match self {
+            Side::Host(dir) => fs::write(dir.join(file), text).unwrap(),
+            Side::Guest(machine, user) => {
+                let command = format!("su {user} -c 'printf %s \"{text}\" >/mnt/{file}'");
+                output(machine, &command).await;
+            }
+        }
+    }
+
+    /// What it sees in a file; `-` if there is none.
+    async fn read(&self, file: &str) -> String {
+        match self {
+            Side::Host(dir) => fs::read_to_string(dir.join(file)).unwrap_or("-".to_owned()),
+            Side::Guest(machine, user) => {
+                let command = format!("su {user} -c 'cat /mnt/{file} 2>/dev/null || echo -'");
+                output(machine, &command).await
+            }
+        }
+    }
+}
+
+/// Each side reads what another one has written, new files and changed ones, at its first look: that is
+/// sooner than within any time.
+async fn all_sides_read_and_write(driver: &Driver, exchange: &Path) {
+    driver.start_all().await.unwrap();
+    let [a, b] = driver.machines() else { panic!("two machines") };
+    for machine in [a, b] {
+        output(machine, "echo user:x:1000:1000::/tmp:/bin/sh >>/etc/passwd").await;
+    }
+    for user in ["root", "user"] {
+        let sides = [Side::Host(exchange), Side::Guest(a, user), Side::Guest(b, user)];
+        let note = format!("{user}-note");
+        // Made by a guest, so that what the user there makes is what the others change.
+        sides[1].write(&note, "the first of all").await;
+        for (number, writer) in sides.iter().enumerate() {
+            let new = format!("{user}-{number}");
+            for reader in &sides {
+                // A guest that remembered what it sees now would be wrong later.
+                assert_eq!(reader.read(&new).await, "-");
+                assert_ne!(reader.read(&note).await, "-");
+            }
+            let text = format!("{user} writes: {}", "x".repeat(number * 5000 + 1));
+            writer.write(&new, &text).await;
+            writer.write(&note, &text).await;
+            for reader in &sides {
+                assert_eq!(reader.read(&new).await, text);
+                assert_eq!(reader.read(&note).await, text);
+            }
+        }
+        // Each guest removes what the other one has made.
+        for (remover, number) in [(a, 2), (b, 1)] {
+            output(remover, &format!("su {user} -c 'rm /mnt/{user}-{number}'")).await;
+            for reader in &sides {
+                assert_eq!(reader.read(&format!("{user}-{number}")).await, "-");
+            }
+        }
+    }
+}
+
+#[test]
+fn two_guests_and_the_host_write_to_one_share() {
+    let exchange = tempfile::tempdir().unwrap();
+    // As root, firn keeps the guest's users apart.
+    fs::set_permissions(exchange.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+    with_machines(&two_guests(exchange.path()), async |driver| {
+        all_sides_read_and_write(driver, exchange.path()).await;
+    });
+}
+
+/// Who the unprivileged firn runs as.
+const USER: u32 = 1000;
+/// Set for the process in which the next test really runs.
+const INNER: &str = "FIRN_TEST_UNPRIVILEGED";
+
+#[test]
+fn two_guests_and_the_host_write_to_one_share_without_root() {
+    let me = fs::metadata("/proc/self").unwrap().uid();
+    if me == 0 {
+        assert!(std::env::var_os(INNER).is_none(), "still root");
+        return as_user("shares::two_guests_and_the_host_write_to_one_share_without_root");
+    }
+    let exchange = tempfile::tempdir().unwrap();
+    with_machines(&two_guests(exchange.path()), async |driver| {
+        all_sides_read_and_write(driver, exchange.path()).await;
+    });
+    for entry in fs::read_dir(exchange.path()).unwrap() {
+        assert_eq!(entry.unwrap().metadata().unwrap().uid(), me);
+    }
+}
+
+/// Runs the test `name` of this program again, as [`USER`].
+fn as_user(name: &str) {
+    let Some(groups) = groups_for_kvm() else {
+        eprintln!("SKIPPED: on this host none but root may use /dev/kvm");
+        return;
+    };
+    let place = tempfile::tempdir().unwrap();
+    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (program, agent) = (place.path().join("tests"), place.path().join("agent"));
+    // Where they are may be a place for root only.
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    fs::copy(kit::find_agent().unwrap(), &agent).unwrap();
+    let cache = copy_of_kit(&place);
+    let tmp = place.path().join("tmp");
+    fs::create_dir(&tmp).unwrap();
+    chown(&tmp, Some(USER), Some(USER)).unwrap();
+    let run = Command::new("setpriv")
+        .args([&format!("--reuid={USER}"), &format!("--regid={USER}"), &groups])
+        .args(["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"])
+        .arg(&program)
+        .args(["--exact", name, "--nocapture"])
+        .current_dir("/")
+        .env(INNER, "1")
+        .env("FIRN_AGENT", agent)
+        .env("XDG_CACHE_HOME", cache)
+        .env("HOME", &tmp)
+        .env("TMPDIR", &tmp)
+        .output()
+        .expect("setpriv can be run");
+    let said = String::from_utf8_lossy(&run.stdout);
+    eprintln!("{said}{}", String::from_utf8_lossy(&run.stderr));
+    assert!(run.status.success() && said.contains("1 passed"), "{}", run.status);
+    assert_eq!(fs::read_dir(&tmp).unwrap().count(), 0, "something is left");
+}
+
+/// What setpriv must be told for a user of KVM; none if there is no such user but root.
+fn groups_for_kvm() -> Option<String> {
+    let kvm = fs::metadata("/dev/kvm").expect("there is KVM");
+    if kvm.mode() & 0o006 == 0o006 {
+        return Some("--clear-groups".to_owned());
+    }
+    (kvm.mode() & 0o060 == 0o060 && kvm.gid() != 0).then(|| format!("--groups={}", kvm.gid()))
+}
+
+/// The part of the cache that finds and boots the kit, for another user.
+fn copy_of_kit(place: &TempDir) -> PathBuf {
+    let kit = micro().dir;
+    let cache = kit.ancestors().nth(2).expect("CACHE/kits/NAME");
+    let copy = place.path().join("cache");
+    let copy_dir = |dir: &Path, files: &[&str]| {
+        let target = copy.join("firn").join(dir.strip_prefix(cache).unwrap());
+        fs::create_dir_all(&target).unwrap();
+        for file in files {
+            fs::copy(dir.join(file), target.join(file)).unwrap();
+        }
+    };
+    copy_dir(&kit, &["vmlinux", "initrd", "manifest.json"]);
+    for base in fs::read_dir(cache.join("base")).unwrap() {
+        copy_dir(&base.unwrap().path(), &["base.json"]);
+    }
+    copy
+}
+
+#[test]
+fn a_read_only_share_refuses_writes_even_if_the_guest_mounts_it_writable() {
+    let source = tempfile::tempdir().unwrap();
+    fs::write(source.path().join("file"), "of the host").unwrap();
+    fs::set_permissions(source.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let nodes = format!(
+        "[nodes.m.shared_directories.store]\nsource = {:?}\ntarget = '/mnt/store'\nread_only = true",
+        source.path()
+    );
+    with_machines(&nodes, async |driver| {
+        let m = &driver.machines()[0];
+        let changes = [
+            "echo x >/mnt/store/new",
+            "echo x >>/mnt/store/file",
+            "mkdir /mnt/store/dir",
+            "mkfifo /mnt/store/fifo",
+            "ln -s x /mnt/store/link",
+            "ln /mnt/store/file /mnt/store/hard",
+            "rm /mnt/store/file",
+            "mv /mnt/store/file /mnt/store/other",
+            "chmod 600 /mnt/store/file",
+            "touch /mnt/store/file",
+            "truncate -s 3 /mnt/store/file",
+        ];
+        assert_eq!(output(m, "cat /mnt/store/file").await, "of the host");
+        m.fail(&changes, None).await.unwrap();
+        output(m, "mount -o remount,rw /mnt/store; grep -q '/mnt/store virtiofs rw' /proc/mounts")
+            .await;
+        m.fail(&changes, None).await.unwrap();
+        assert_eq!(output(m, "cat /mnt/store/file").await, "of the host");
+    });
+    let file = source.path().join("file");
+    assert_eq!(fs::read(&file).unwrap(), b"of the host");
+    assert_eq!(fs::metadata(&file).unwrap().mode() & 0o777, 0o644);
+    assert_eq!(fs::read_dir(source.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn every_machine_has_the_common_share_and_one_of_its_own() {
+    with_machines("[nodes.a]\n[nodes.b]", async |driver| {
+        driver.start_all().await.unwrap();
+        let [a, b] = driver.machines() else { panic!("two machines") };
+        fs::write(a.shared_dir().join("from-host"), "host").unwrap();
+        for machine in [a, b] {
+            output(machine, "cp /etc/hostname /tmp/shared/from-$(hostname)").await;
+            output(machine, "cp /etc/hostname /host/name").await;
+        }
+        for machine in [a, b] {
+            let all = output(machine, "cd /tmp/shared; cat from-a from-b from-host").await;
+            assert_eq!(all, "a\nb\nhost");
+            let own = fs::read_to_string(machine.state_dir().join("xchg/name")).unwrap();
+            assert_eq!(own.trim(), machine.name());
+            assert_eq!(output(machine, "ls /host").await, "name");
+        }
+        assert_eq!(fs::read_to_string(b.shared_dir().join("from-a")).unwrap(), "a\n");
+    });
+}
