@@ -10,9 +10,8 @@ use firn_guest_agent::protocol::{
     Decoder, Frame, Greeting, GreetingKind, Item, ProtocolError, RESYNC_PADDING, Ready,
     ReceiveWindow, RequestId, ToAgent, ToHost, VERSION, WINDOW, WINDOW_MESSAGES, encode,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -24,6 +23,10 @@ const BUFFER: usize = 64 * 1024;
 
 /// Bytes after which the writer stops gathering frames for one write.
 const BATCH: usize = 64 * 1024;
+
+/// Most bytes before the agent's greeting. What an earlier session left behind is what the port's socket and the
+/// agent's queue hold, a megabyte or two.
+const MAX_STALE: usize = 16 << 20;
 
 /// Messages a request may have waiting beside those that its window counts: `Started`, two `Closed`, `Exited`,
 /// `Info`, and the last.
@@ -96,7 +99,8 @@ impl AgentClient {
     }
 
     async fn establish(stream: UnixStream, padding: usize) -> Result<Self, AgentError> {
-        let (mut reader, mut writer) = stream.into_split();
+        // The stream's own halves would shut it down when they are dropped, for its clones too.
+        let (mut reader, mut writer) = tokio::io::split(stream);
         let mut decoder = Decoder::new();
         shake_hands(&mut reader, &mut writer, &mut decoder, padding).await?;
         let ready = wait_until_ready(&mut reader, &mut decoder).await?;
@@ -303,15 +307,15 @@ fn fresh_nonce() -> u64 {
 }
 
 async fn shake_hands(
-    reader: &mut OwnedReadHalf,
-    writer: &mut OwnedWriteHalf,
+    reader: &mut ReadHalf<UnixStream>,
+    writer: &mut WriteHalf<UnixStream>,
     decoder: &mut Decoder,
     padding: usize,
 ) -> Result<(), AgentError> {
     let hello = Greeting::new(GreetingKind::Hello, fresh_nonce());
     let mut outgoing = vec![0; padding];
     outgoing.extend(hello.to_bytes());
-    let mut sent = 0;
+    let (mut sent, mut received) = (0, 0);
     let mut buffer = vec![0; BUFFER];
     loop {
         // The guest may not read yet, so writing must not keep from reading.
@@ -324,6 +328,10 @@ async fn shake_hands(
         };
         if length == 0 {
             return Err(Lost::Closed.into());
+        }
+        received += length;
+        if received > MAX_STALE {
+            return Err(Lost::from(ProtocolError::NoGreeting { length: received }).into());
         }
         decoder.push(&buffer[..length]);
         while let Some(greeting) = decoder.find_greeting() {
@@ -347,7 +355,7 @@ fn io_error(error: std::io::Error) -> Lost {
 }
 
 async fn wait_until_ready(
-    reader: &mut OwnedReadHalf,
+    reader: &mut ReadHalf<UnixStream>,
     decoder: &mut Decoder,
 ) -> Result<Ready, AgentError> {
     let mut buffer = vec![0; BUFFER];
@@ -373,7 +381,7 @@ async fn wait_until_ready(
     }
 }
 
-async fn read(shared: Arc<Shared>, mut reader: OwnedReadHalf, mut decoder: Decoder) {
+async fn read(shared: Arc<Shared>, mut reader: ReadHalf<UnixStream>, mut decoder: Decoder) {
     let mut buffer = vec![0; BUFFER];
     let why = loop {
         match receive_all(&shared, &mut decoder) {
@@ -401,7 +409,7 @@ fn receive_all(shared: &Shared, decoder: &mut Decoder) -> Result<(), Lost> {
 
 async fn write(
     shared: Arc<Shared>,
-    mut writer: OwnedWriteHalf,
+    mut writer: WriteHalf<UnixStream>,
     mut control: mpsc::UnboundedReceiver<Vec<u8>>,
     mut contents: mpsc::UnboundedReceiver<Vec<u8>>,
 ) {

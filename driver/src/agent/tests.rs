@@ -691,6 +691,23 @@ async fn stale_bytes_and_a_late_agent_do_not_matter() {
 }
 
 #[tokio::test]
+async fn an_agent_that_does_not_greet_is_given_up() {
+    // Announcements are greetings, but not the one that is waited for, and the answers are never read.
+    for bytes in
+        [vec![0xff; 1 << 16], Greeting::new(GreetingKind::Announce, 0).to_bytes().repeat(2000)]
+    {
+        let (host, mut stream) = UnixStream::pair().unwrap();
+        let flood = tokio::spawn(async move { while stream.write_all(&bytes).await.is_ok() {} });
+        let error = within(AgentClient::connect(host)).await.unwrap_err();
+        assert!(
+            error.to_string().starts_with("the agent is lost: the agent sent garbage: 16"),
+            "{error}"
+        );
+        within(flood).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_guest_that_ends_before_it_is_ready_is_noticed() {
     let (host, stream) = UnixStream::pair().unwrap();
     drop(stream);

@@ -85,8 +85,17 @@ struct Run {
     monitor: Monitor,
     /// Asks the supervisor to end the machine.
     stop: watch::Sender<bool>,
-    /// The way into the guest, once it is there.
-    session: Option<Session>,
+    agent: Agent,
+}
+
+/// The way into a guest.
+#[derive(Clone)]
+enum Agent {
+    /// The guest has not come up yet, or its agent is being started again.
+    Awaited,
+    There(Session),
+    /// There will be none any more as long as the guest runs.
+    Lost(Arc<SessionError>),
 }
 
 impl Machine {
@@ -157,7 +166,7 @@ impl Machine {
     /// Whether commands can be run in it at once.
     #[must_use]
     pub fn connected(&self) -> bool {
-        matches!(&*self.inner.state.borrow(), State::Running(run) if run.session.is_some())
+        matches!(&*self.inner.state.borrow(), State::Running(Run { agent: Agent::There(_), .. }))
     }
 
     /// Whether it runs and commands can be run in it.
@@ -232,18 +241,24 @@ impl Machine {
         }
     }
 
-    /// Makes an error of the session one of the machine. If the guest is about to end, that is the better
-    /// reason: it is waited for a moment.
+    /// Makes an error of the session one of the machine.
     async fn session_error(&self, what: String, error: SessionError) -> Error {
-        let machine = self.name().to_owned();
-        if !error.lost() {
-            return MachineError::Agent { machine, what, source: error.into() }.into();
+        if error.lost() {
+            return self.agent_lost(error.into()).await;
         }
+        let machine = self.name().to_owned();
+        MachineError::Agent { machine, what, source: error.into() }.into()
+    }
+
+    /// There is no agent any more. If the guest is about to end, that is the better reason: it is waited for a
+    /// moment.
+    async fn agent_lost(&self, source: Box<dyn std::error::Error + Send + Sync>) -> Error {
         let mut state = self.inner.state.subscribe();
         match tokio::time::timeout(power::END_AFTER_LOSS, self.ended(&mut state)).await {
             Ok(ended) => ended,
             Err(_) => {
-                MachineError::AgentLost { machine, source: error.into(), tail: self.tail() }.into()
+                let machine = self.name().to_owned();
+                MachineError::AgentLost { machine, source, tail: self.tail() }.into()
             }
         }
     }

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::monitor::{Monitor, Wiring};
 use super::session::{Session, SessionError};
-use super::{Machine, Run, State};
+use super::{Agent, Machine, Run, State};
 use crate::error::{End, MachineError, Result, chain};
 
 /// A guest that ends takes its agent with it, sometimes a moment before its end is seen.
@@ -49,7 +49,7 @@ impl Machine {
         self.inner.state.send_replace(State::Running(Run {
             monitor: launched.monitor.clone(),
             stop,
-            session: None,
+            agent: Agent::Awaited,
         }));
         tokio::spawn(self.clone().supervise(launched, stopped, allow_reboot));
         Ok(())
@@ -77,7 +77,7 @@ impl Machine {
 
     pub(super) async fn session(&self) -> Result<Session> {
         match &*self.inner.state.borrow() {
-            State::Running(Run { session: Some(session), .. }) => return Ok(session.clone()),
+            State::Running(Run { agent: Agent::There(session), .. }) => return Ok(session.clone()),
             State::Ended(end) => return Err(self.ended_error(end)),
             State::Running(_) | State::Off => {}
         }
@@ -87,10 +87,14 @@ impl Machine {
         let mut state = self.inner.state.subscribe();
         let wait = async {
             loop {
-                if let State::Running(Run { session: Some(session), .. }) =
-                    &*state.borrow_and_update()
-                {
-                    return Ok(session.clone());
+                let agent = match &*state.borrow_and_update() {
+                    State::Running(run) => run.agent.clone(),
+                    State::Off | State::Ended(_) => Agent::Awaited,
+                };
+                match agent {
+                    Agent::There(session) => return Ok(session),
+                    Agent::Lost(why) => return Err(self.agent_lost(why.into()).await),
+                    Agent::Awaited => {}
                 }
                 // The sender lives in self.
                 let _ = state.changed().await;
@@ -229,7 +233,7 @@ impl Machine {
         let end = loop {
             let monitor = launched.monitor.clone();
             let end = self.attend(launched, &mut stopped).await;
-            self.set_session(None);
+            self.set_agent(Agent::Awaited);
             monitor.stop().await;
             if end != End::Reset || !allow_reboot {
                 break end;
@@ -296,13 +300,14 @@ impl Machine {
 
     /// Connects to the agent, and again when it went away: as a service it may be restarted.
     async fn attend_agent(&self, stream: UnixStream) -> std::convert::Infallible {
-        for again in 0..MAX_SESSIONS {
-            let error = match Session::connect(&stream, again > 0).await {
+        for count in 1.. {
+            let error = match Session::connect(&stream, count > 1).await {
                 Ok(session) => self.attend_session(session).await,
                 Err(error) => error,
             };
             self.inner.log.warning(format_args!("no agent: {}", chain(&error)));
-            if error.is_final() {
+            if error.is_final() || count == MAX_SESSIONS {
+                self.set_agent(Agent::Lost(Arc::new(error)));
                 break;
             }
         }
@@ -314,16 +319,16 @@ impl Machine {
         for warning in session.warnings() {
             self.inner.log.warning(warning);
         }
-        self.set_session(Some(session.clone()));
+        self.set_agent(Agent::There(session.clone()));
         let error = session.lost().await;
-        self.set_session(None);
+        self.set_agent(Agent::Awaited);
         error
     }
 
-    fn set_session(&self, session: Option<Session>) {
+    fn set_agent(&self, agent: Agent) {
         self.inner.state.send_if_modified(|state| match state {
             State::Running(run) => {
-                run.session = session;
+                run.agent = agent;
                 true
             }
             State::Off | State::Ended(_) => false,

@@ -11,8 +11,8 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use crate::agent::{
-    AgentClient, AgentError, Entry, Exec, ExecEvent, ExecRequest, FileInfo, Lost, StderrMode,
-    Stream,
+    AgentClient, AgentError, Entry, Exec, ExecEvent, ExecRequest, FileInfo, Lost, ProtocolError,
+    StderrMode, Stream,
 };
 
 /// A command for the guest's shell, whose standard error goes to the console.
@@ -67,7 +67,11 @@ impl SessionError {
     /// Whether this end of the session cannot be used again.
     pub(super) fn is_final(&self) -> bool {
         use AgentError::{Lost as Gone, Version};
-        matches!(self, Self::Agent(Gone(Lost::Closed | Lost::Io(_)) | Version { .. }))
+        use ProtocolError::NoGreeting;
+        let Self::Agent(Gone(lost)) = self else {
+            return matches!(self, Self::Agent(Version { .. }));
+        };
+        matches!(lost, Lost::Closed | Lost::Io(_) | Lost::Garbage(NoGreeting { .. }))
     }
 }
 
@@ -257,7 +261,7 @@ impl Output {
 #[cfg(test)]
 mod tests {
     use firn_guest_agent::protocol::{
-        Frame, GREETING_LEN, Greeting, GreetingKind, Ready, ToHost, encode,
+        Decoder, Frame, Greeting, GreetingKind, Ready, ToHost, encode,
     };
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -266,9 +270,21 @@ mod tests {
     /// An agent that greets, is ready, and then says nothing any more.
     async fn mute_agent(stream: UnixStream) {
         let mut stream = cloned(&stream).expect("a socket");
-        let mut hello = [0; GREETING_LEN];
-        stream.read_exact(&mut hello).await.expect("the host says hello");
-        let hello = Greeting::from_bytes(&hello).expect("a greeting");
+        greet(&mut stream).await;
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.expect("the host leaves");
+    }
+
+    /// Answers the host's hello.
+    async fn greet(stream: &mut tokio::net::UnixStream) {
+        let mut decoder = Decoder::new();
+        let hello = loop {
+            if let Some(hello) = decoder.find_greeting() {
+                break hello;
+            }
+            let byte = stream.read_u8().await.expect("the host says hello");
+            decoder.push(&[byte]);
+        };
         let welcome = Greeting::new(GreetingKind::Welcome, hello.nonce);
         let ready = ToHost::Ready(Ready {
             agent_version: String::new(),
@@ -282,8 +298,24 @@ mod tests {
         let mut bytes = welcome.to_bytes().to_vec();
         encode(&Frame { id: 0, message: ready }, &mut bytes).expect("it is short");
         stream.write_all(&bytes).await.expect("the host is there");
-        let mut rest = Vec::new();
-        stream.read_to_end(&mut rest).await.expect("the host leaves");
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_is_started_again_is_met_again() {
+        let (host, guest) = UnixStream::pair().expect("sockets");
+        let agent = tokio::spawn(async move {
+            let mut stream = cloned(&guest).expect("a socket");
+            for _ in 0..3 {
+                greet(&mut stream).await;
+                stream.write_all(&[0xff; 100]).await.expect("the host is there");
+            }
+        });
+        for again in [false, true, true] {
+            let session = Session::connect(&host, again).await.expect("the agent greets");
+            let lost = session.lost().await;
+            assert!(lost.lost() && !lost.is_final(), "{lost}");
+        }
+        agent.await.expect("no panic");
     }
 
     #[tokio::test(start_paused = true)]

@@ -41,6 +41,12 @@ pub enum ProtocolError {
         /// What is wrong with it.
         what: &'static str,
     },
+    /// The other side does not greet.
+    #[error("{length} bytes, and no greeting in them")]
+    NoGreeting {
+        /// How many bytes it has sent.
+        length: usize,
+    },
     /// This side was about to send a frame above [`MAX_PAYLOAD`].
     #[error("message of {length} bytes is too long to send, the most is {MAX_PAYLOAD}")]
     TooLong {
