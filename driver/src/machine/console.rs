@@ -20,8 +20,8 @@ const MAX_KEPT: usize = 32 << 20;
 const SLACK: usize = 8 << 20;
 /// A line longer than this is shown in pieces.
 const MAX_LINE: usize = 8 << 10;
-/// Lines of the console that an error quotes.
-const TAIL_LINES: usize = 20;
+/// Lines of the console that an error quotes: a kernel's panic takes about 40.
+const TAIL_LINES: usize = 50;
 /// How long a begun line may gather more bytes before it is searched. Guests print single bytes, and no
 /// event says that a prompt without a line end is complete.
 const GATHER: Duration = Duration::from_millis(20);

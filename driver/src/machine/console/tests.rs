@@ -76,8 +76,8 @@ async fn a_new_start_forgets() {
 fn the_tail_is_short_and_clean() {
     let lines: String = (0..100).map(|n| format!("\x1b[31mline {n}\x1b[0m\n\n")).collect();
     let tail = console(&lines).tail().0;
-    assert_eq!(tail.len(), 20);
-    assert_eq!((tail[0].as_str(), tail[19].as_str()), ("line 80", "line 99"));
+    assert_eq!(tail.len(), TAIL_LINES);
+    assert_eq!((tail[0].as_str(), tail[49].as_str()), ("line 50", "line 99"));
 }
 
 #[test]
