@@ -77,7 +77,14 @@ mod tests {
     use crate::memory;
 
     fn entry(name: &str, content: &[u8]) -> Vec<u8> {
-        let mut bytes = format!("070701{:048x}{:08x}{:032x}{:08x}{:08x}{name}\0", 1, content.len(), 0, name.len() + 1, 0);
+        let mut bytes = format!(
+            "070701{:048x}{:08x}{:032x}{:08x}{:08x}{name}\0",
+            1,
+            content.len(),
+            0,
+            name.len() + 1,
+            0
+        );
         assert_eq!(bytes.len(), HEADER + name.len() + 1);
         while bytes.len() % 4 != 0 {
             bytes.push('\0');
@@ -102,7 +109,9 @@ mod tests {
         assert_eq!(missing(&archive), None);
         assert_eq!(missing(&padded), None);
         assert_eq!(missing(&[padded.as_slice(), &archive].concat()), None);
-        let compressed = [archive.as_slice(), b"\x1f\x8b and so on, more than a header".repeat(9).as_slice()].concat();
+        let compressed =
+            [archive.as_slice(), b"\x1f\x8b and so on, more than a header".repeat(9).as_slice()]
+                .concat();
         assert_eq!(missing(&compressed), None);
         for other in [&b""[..], b"\x1f\x8b\x08", &[0; 200], &[0xff; 200], &b"070701zz".repeat(40)] {
             assert_eq!(missing(other), None, "{other:?}");
