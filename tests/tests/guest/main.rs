@@ -2,3 +2,8 @@
 //! that works, `make test` runs them in the carrier.
 
 mod boot;
+mod command;
+mod files;
+mod network;
+mod shares;
+mod trouble;

@@ -1,0 +1,244 @@
+//! `firn test` as people run it, when something goes wrong: what it says, and what it leaves behind.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant, SystemTime};
+
+use firn_tests::firn;
+use tempfile::TempDir;
+
+/// How long an ended firn may leave anything behind.
+const GRACE: Duration = Duration::from_secs(2);
+/// No guest here takes as long to come up, even on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A `firn test` that runs, in a process group and a `TMPDIR` of its own.
+struct Run {
+    firn: Child,
+    /// What it prints, stdout and stderr together, a line each.
+    lines: Receiver<String>,
+    said: String,
+    places: Places,
+}
+
+/// The directories of a run.
+struct Places {
+    test: TempDir,
+    out: TempDir,
+    tmp: TempDir,
+}
+
+impl Places {
+    fn new(nodes: &str, script: &str) -> Self {
+        let dir = || tempfile::tempdir().unwrap();
+        let this = Self { test: dir(), out: dir(), tmp: dir() };
+        let toml = format!("test_script = '''\n{script}\n'''\n{nodes}\n");
+        fs::write(this.test.path().join("test.toml"), toml).unwrap();
+        this
+    }
+
+    fn start(self, args: &[&str]) -> Run {
+        let mut command = Command::new(firn());
+        command.args(["test", "--accel", "kvm", "-o"]).arg(self.out.path()).args(args);
+        command.arg(self.test.path().join("test.toml"));
+        command.env("TMPDIR", self.tmp.path()).env("NO_COLOR", "1").process_group(0);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut firn = command.spawn().unwrap();
+        let (sender, lines) = mpsc::channel();
+        forward(firn.stdout.take().unwrap(), sender.clone());
+        forward(firn.stderr.take().unwrap(), sender);
+        Run { firn, lines, said: String::new(), places: self }
+    }
+
+    /// What is left in its `TMPDIR`.
+    fn left(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        walk(self.tmp.path(), &mut |path| found.push(path.display().to_string()));
+        found
+    }
+}
+
+/// Passes on what a pipe brings until all its writers are gone.
+fn forward(pipe: impl Read + Send + 'static, lines: mpsc::Sender<String>) {
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).lines() {
+            if line.map(|line| lines.send(line)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn walk(dir: &Path, found: &mut impl FnMut(&Path)) {
+    for entry in fs::read_dir(dir).unwrap().flatten() {
+        found(&entry.path());
+        if entry.file_type().unwrap().is_dir() {
+            walk(&entry.path(), found);
+        }
+    }
+}
+
+impl Run {
+    /// Waits until it prints something.
+    #[track_caller]
+    fn wait_for(&mut self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.said.push_str(&line);
+                    self.said.push('\n');
+                    if line.contains(text) {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    let _ = self.firn.kill();
+                    panic!("no {text:?} ({error}) in:\n{}", self.said);
+                }
+            }
+        }
+    }
+
+    /// Sends a signal to the process group, as a terminal does, or a CI system.
+    fn signal(&self, name: &str) {
+        let group = format!("-{}", self.firn.id());
+        assert!(Command::new("kill").args([name, "--", &group]).status().unwrap().success());
+    }
+
+    /// Waits for its end. Then no process of it may be left, and none that holds its output open.
+    fn finish(mut self) -> (ExitStatus, String, Places) {
+        let status = self.firn.wait().unwrap();
+        let deadline = Instant::now() + GRACE;
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => self.said.extend([line.as_str(), "\n"]),
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => panic!("somebody still holds its output"),
+            }
+        }
+        assert_eq!(processes_of(self.places.tmp.path()), [""; 0], "outlive firn");
+        (status, self.said, self.places)
+    }
+}
+
+/// The command lines of the processes with this `TMPDIR`.
+fn processes_of(tmp: &Path) -> Vec<String> {
+    let mark = format!("TMPDIR={}", tmp.display());
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        // Those that have ended meanwhile cannot be read.
+        let environ = fs::read(entry.path().join("environ")).unwrap_or_default();
+        if environ.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes()) {
+            let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            found.push(String::from_utf8_lossy(&command).replace('\0', " "));
+        }
+    }
+    found
+}
+
+/// Runs a test to its end; nothing may be left of it.
+fn run(nodes: &str, script: &str, args: &[&str]) -> (ExitStatus, String) {
+    let (status, said, places) = Places::new(nodes, script).start(args).finish();
+    assert_eq!(places.left(), [""; 0]);
+    (status, said)
+}
+
+#[test]
+fn a_script_that_raises_is_shown_with_its_own_frames() {
+    let script = "def check():\n    m.succeed(\"exit 3\")\n\ncheck()";
+    let (status, said) = run("[nodes.m]", script, &[]);
+    assert_eq!(status.code(), Some(1), "{said}");
+    for part in [
+        "Traceback (most recent call last):",
+        "test.toml\", line 5, in <module>",
+        "check()",
+        "test.toml\", line 3, in check",
+        "m.succeed(\"exit 3\")",
+        "RequestedAssertionFailed: command `exit 3` failed (exit code 3)",
+    ] {
+        assert!(said.contains(part), "{part:?} is missing in:\n{said}");
+    }
+    let frames = said.lines().filter(|line| line.contains("File \"")).count();
+    assert_eq!(frames, 2, "{said}");
+}
+
+#[test]
+fn a_guest_that_panics_ends_the_script_with_its_last_lines() {
+    let script = "m.succeed(\"echo c >/proc/sysrq-trigger; sleep 100\")";
+    let (status, said) = run("[nodes.m]", script, &[]);
+    assert_eq!(status.code(), Some(1), "{said}");
+    let (_, traceback) = said.split_once("Traceback").unwrap_or_else(|| panic!("{said}"));
+    for part in [&script[..20], "m panicked: ", "last lines of its console:", "Kernel panic"] {
+        assert!(traceback.contains(part), "{part:?} is missing in:\n{said}");
+    }
+}
+
+#[test]
+fn the_global_timeout_ends_everything() {
+    let began = Instant::now();
+    let (status, said) = run("[nodes.m]", "m.succeed(\"sleep 1000\")", &["--global-timeout", "12"]);
+    assert_eq!(status.signal(), Some(15), "{status}: {said}");
+    assert!(said.contains("Timeout of 12 seconds reached, exiting"), "{said}");
+    assert!(began.elapsed() < PATIENCE, "it took {:?}", began.elapsed());
+}
+
+/// A script that says when its command runs.
+const LONG_COMMAND: &str = "m.succeed(\"echo run''ning >/dev/console; sleep 1000\")";
+
+/// Sends a signal when the log says `event`; nothing may be left. Answers how long the end took.
+fn end_by(signal: &str, code: i32, event: &str) -> Duration {
+    let mut run = Places::new("[nodes.m]", LONG_COMMAND).start(&[]);
+    // The first start of a program in the carrier takes a while: not in the measured time.
+    run.signal("-0");
+    run.wait_for(event);
+    let sent = Instant::now();
+    run.signal(signal);
+    let (status, said, places) = run.finish();
+    let took = sent.elapsed();
+    assert_eq!(status.code(), Some(code), "{signal} at {event:?}: {said}");
+    assert_eq!(places.left(), [""; 0]);
+    assert_eq!(fs::read_dir(places.out.path()).unwrap().count(), 0);
+    took
+}
+
+#[test]
+fn signals_end_everything_in_time() {
+    for (signal, code) in [("-INT", 130), ("-TERM", 143)] {
+        for event in ["waiting for the VM to finish booting", "running"] {
+            // On a loaded machine emulation may stand still for a second; not three times.
+            let mut tries = (0..3).map(|_| end_by(signal, code, event));
+            assert!(tries.any(|took| took < GRACE), "{signal} at {event:?} takes too long");
+        }
+    }
+}
+
+#[test]
+fn a_killed_run_leaves_only_files_and_the_next_run_removes_them() {
+    let script = format!("start_all()\nn.connect()\n{LONG_COMMAND}");
+    let mut run = Places::new("[nodes.m]\n[nodes.n]", &script).start(&[]);
+    run.wait_for("running");
+    run.signal("-KILL");
+    let (status, _, places) = run.finish();
+    assert_eq!(status.signal(), Some(9));
+
+    walk(places.tmp.path(), &mut |path| {
+        let socket = path.symlink_metadata().unwrap().file_type().is_socket();
+        assert!(!socket, "{} is left", path.display());
+    });
+    // Directories that are just being made are not touched, so this one has to look its age.
+    let state = fs::read_dir(places.tmp.path()).unwrap().next().expect("it was killed").unwrap();
+    let lock = fs::File::options().write(true).open(state.path().join("lock")).unwrap();
+    lock.set_modified(SystemTime::now() - Duration::from_secs(60)).unwrap();
+    drop(lock);
+    fs::write(places.test.path().join("test.toml"), "test_script = ''\n[nodes.m]\n").unwrap();
+    let (status, said, places) = places.start(&[]).finish();
+    assert!(status.success(), "{said}");
+    assert_eq!(places.left(), [""; 0]);
+}
