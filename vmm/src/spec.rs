@@ -1,5 +1,6 @@
 //! What to build: plain data without behaviour.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,9 @@ pub struct MachineSpec {
     /// Directories of the host that the guest can mount.
     #[serde(default)]
     pub shares: Vec<ShareSpec>,
+    /// Disks; the guest calls them vda, vdb, … in this order.
+    #[serde(default)]
+    pub disks: Vec<DiskSpec>,
     /// An entropy source.
     #[serde(default = "yes")]
     pub rng: bool,
@@ -109,4 +113,57 @@ pub enum CachePolicy {
     Auto,
     /// Trust everything for ever: for directories that nobody changes, such as the Nix store.
     Always,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// The image: a file or a block device.
+    pub path: PathBuf,
+    /// How the image is laid out. It is not guessed from the image: a guest that writes to a raw
+    /// disk could make it look like another format, and name any file of the host in it.
+    #[serde(default)]
+    pub format: DiskFormat,
+    /// Refuse every change.
+    #[serde(default)]
+    pub read_only: bool,
+    /// At most 20 bytes (virtio 1.2, 5.2.6); the guest finds the disk at
+    /// `/dev/disk/by-id/virtio-SERIAL`.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Make the image if it is not there.
+    #[serde(default)]
+    pub create: Option<DiskCreateSpec>,
+}
+
+/// How a disk's image is laid out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFormat {
+    /// As the guest sees it.
+    #[default]
+    Raw,
+    /// QEMU's format, with backing files.
+    Qcow2,
+}
+
+impl fmt::Display for DiskFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DiskFormat::Raw => "raw",
+            DiskFormat::Qcow2 => "qcow2",
+        })
+    }
+}
+
+/// A disk image to make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskCreateSpec {
+    /// Size of the disk in MiB, at least 1. The file takes up only what is written to it.
+    pub size_mib: u64,
+    /// Puts an ext4 file system with this label, at most 16 bytes, on it; needs `mkfs.ext4`.
+    #[serde(default)]
+    pub ext4_label: Option<String>,
 }

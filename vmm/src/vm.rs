@@ -25,7 +25,7 @@ use crate::spec::{MAX_CORES, MIN_MEMORY_MIB, MachineSpec};
 use crate::vcpu::{Buses, Group, Vcpu};
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
-use crate::virtio::{VirtioDevice, console, fs, net, rng, vsock};
+use crate::virtio::{VirtioDevice, blk, console, fs, net, rng, vsock};
 
 /// Pins of the IOAPIC that virtio devices get, one each: the first ones are those of the PC's own
 /// devices, and the IOAPIC ends at pin 23.
@@ -118,6 +118,9 @@ pub enum VmError {
     /// A share cannot be served.
     #[error(transparent)]
     Share(#[from] fs::FsError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] blk::BlkError),
     /// A vsock device cannot be served.
     #[error(transparent)]
     Vsock(#[from] vsock::VsockError),
@@ -410,6 +413,9 @@ fn build_devices(
     }
     for share in &spec.shares {
         devices.push(Box::new(fs::Fs::new(share)?));
+    }
+    for disk in &spec.disks {
+        devices.push(Box::new(blk::Blk::new(disk, spec.cores)?));
     }
     if let Some(spec) = &spec.vsock {
         devices.push(Box::new(vsock::Vsock::new(spec)?));

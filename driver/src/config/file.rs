@@ -2,22 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use firn_vmm::spec::{MAX_CORES, MIN_MEMORY_MIB};
+use firn_vmm::spec::{DiskCreateSpec, DiskFormat, MAX_CORES, MIN_MEMORY_MIB};
 use serde::Deserialize;
 use toml::Spanned;
 
 use super::report::{ConfigError, Report};
 use super::{
-    DEFAULT_MEMORY_MIB, HOST_TAG, MAX_NAME, MAX_NUMBER, MAX_TAG, NodeConfig, SHARED_TAG, Script,
-    ShareConfig, TestConfig, variable_name,
+    DEFAULT_MEMORY_MIB, DiskConfig, DiskImage, HOST_TAG, MAX_LABEL, MAX_NAME, MAX_NUMBER,
+    MAX_SERIAL, MAX_TAG, NodeConfig, SHARED_TAG, Script, ShareConfig, TestConfig, variable_name,
 };
 
 /// Most memory a machine may ask for, in MiB: 1 TiB, to catch a number meant as bytes or KiB.
 const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Largest disk that can be made, in MiB: 64 TiB, for the same reason.
+const MAX_DISK_MIB: u64 = 64 << 20;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +43,10 @@ struct RawNode {
     cores: Option<Spanned<u64>>,
     vlans: Option<Vec<Spanned<i64>>>,
     #[serde(default)]
+    disks: Vec<RawDisk>,
+    #[serde(default)]
+    empty_disks: Vec<Spanned<u64>>,
+    #[serde(default)]
     shared_directories: BTreeMap<Spanned<String>, RawShare>,
 }
 
@@ -50,6 +57,18 @@ struct RawShare {
     target: Spanned<PathBuf>,
     #[serde(default)]
     read_only: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDisk {
+    path: Spanned<PathBuf>,
+    format: Option<DiskFormat>,
+    #[serde(default)]
+    read_only: bool,
+    serial: Option<Spanned<String>>,
+    create_size: Option<Spanned<u64>>,
+    ext4_label: Option<Spanned<String>>,
 }
 
 impl TestConfig {
@@ -215,6 +234,7 @@ impl Reader<'_> {
                 Some(vlans) => self.vlans(vlans)?,
                 None => vec![1],
             },
+            disks: self.disks(raw.disks, raw.empty_disks)?,
             shares: self.shares(raw.shared_directories)?,
         })
     }
@@ -252,6 +272,61 @@ impl Reader<'_> {
             vlans.push(fits);
         }
         Ok(vlans)
+    }
+
+    fn disks(
+        &self,
+        disks: Vec<RawDisk>,
+        empty: Vec<Spanned<u64>>,
+    ) -> Result<Vec<DiskConfig>, Report> {
+        let images = disks.into_iter().map(|disk| self.disk(disk).map(DiskConfig::Image));
+        let empty = empty.into_iter().map(|size| {
+            self.within("empty_disks", &size, 1..=MAX_DISK_MIB, "MiB").map(DiskConfig::Empty)
+        });
+        images.chain(empty).collect()
+    }
+
+    fn disk(&self, raw: RawDisk) -> Result<DiskImage, Report> {
+        let (at, path) = (raw.path.span(), self.resolve(raw.path.get_ref()));
+        if let Some(serial) = &raw.serial {
+            self.short("serial", serial, MAX_SERIAL)?;
+        }
+        if let Some(label) = &raw.ext4_label {
+            self.short("ext4_label", label, MAX_LABEL)?;
+        }
+        let create = match (raw.create_size, raw.ext4_label) {
+            (Some(size), label) => Some(DiskCreateSpec {
+                size_mib: self.within("create_size", &size, 1..=MAX_DISK_MIB, "MiB")?,
+                ext4_label: label.map(Spanned::into_inner),
+            }),
+            (None, Some(label)) => {
+                return Err(self
+                    .bad(label.span(), "`ext4_label` is for a disk that is to be made")
+                    .help("give its size in MiB as `create_size`"));
+            }
+            (None, None) => None,
+        };
+        let format = raw.format.unwrap_or_else(|| {
+            // By the name only: the guest decides what is in the file.
+            let qcow2 = path.extension().is_some_and(|extension| extension == "qcow2");
+            if qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw }
+        });
+        let path = match (&create, fs::metadata(&path)) {
+            (Some(_), Err(error)) if error.kind() == ErrorKind::NotFound => path,
+            _ => self.file("path", "disk image", Spanned::new(at, path))?,
+        };
+        let serial = raw.serial.map(Spanned::into_inner);
+        Ok(DiskImage { path, format, read_only: raw.read_only, serial, create })
+    }
+
+    fn short(&self, key: &str, text: &Spanned<String>, max: usize) -> Result<(), Report> {
+        let fits = |c: char| c.is_ascii_graphic();
+        if text.get_ref().len() <= max && text.get_ref().chars().all(fits) {
+            return Ok(());
+        }
+        Err(self
+            .bad(text.span(), format!("`{key}` is {:?}", text.get_ref()))
+            .help(format!("allowed: at most {max} ASCII characters, no blanks")))
     }
 
     fn shares(&self, raw: BTreeMap<Spanned<String>, RawShare>) -> Result<Vec<ShareConfig>, Report> {

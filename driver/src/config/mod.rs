@@ -4,6 +4,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use firn_vmm::spec::{DiskCreateSpec, DiskFormat};
+
 mod file;
 mod report;
 
@@ -21,6 +23,10 @@ pub const MAX_NUMBER: u8 = 254;
 pub const MAX_NAME: usize = 63;
 /// Longest tag of a share, in bytes (virtio 1.2, 5.11.4).
 pub const MAX_TAG: usize = 36;
+/// Longest serial number of a disk, in bytes (virtio 1.2, 5.2.6).
+pub const MAX_SERIAL: usize = 20;
+/// Longest label of an ext4 file system, in bytes.
+pub const MAX_LABEL: usize = 16;
 /// Tag of the directory that all machines and the host share, at `/tmp/shared` in each guest.
 pub const SHARED_TAG: &str = "shared";
 /// Tag of the machine's own exchange directory, at `/host` in the guest.
@@ -69,6 +75,8 @@ pub struct NodeConfig {
     pub cores: u8,
     /// The vlans it is on; the guest's interface on the first is eth1, on the next eth2.
     pub vlans: Vec<u8>,
+    /// Disks, in the order in which the guest finds them: vda, vdb, …
+    pub disks: Vec<DiskConfig>,
     /// Directories of the host, beside `shared` and `host`.
     pub shares: Vec<ShareConfig>,
 }
@@ -84,6 +92,30 @@ pub struct ShareConfig {
     pub target: PathBuf,
     /// Refuse every change.
     pub read_only: bool,
+}
+
+/// A disk of a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskConfig {
+    /// An image of the host.
+    Image(DiskImage),
+    /// An empty disk of so many MiB, made in the machine's state directory at its first start.
+    Empty(u64),
+}
+
+/// A disk image of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskImage {
+    /// Where it is.
+    pub path: PathBuf,
+    /// How it is laid out.
+    pub format: DiskFormat,
+    /// Refuse every change.
+    pub read_only: bool,
+    /// The serial number that the guest sees.
+    pub serial: Option<String>,
+    /// What to make if there is no such file.
+    pub create: Option<DiskCreateSpec>,
 }
 
 impl TestConfig {

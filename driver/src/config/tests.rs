@@ -37,6 +37,7 @@ fn a_short_file_is_filled_up() {
             memory_mib: 512,
             cores: 1,
             vlans: vec![1],
+            disks: vec![],
             shares: vec![],
         }]
     );

@@ -116,6 +116,10 @@ const MICRO: Recipe = Recipe {
         "virtio_net",
         "virtiofs",
         "virtio_rng",
+        "virtio_blk",
+        // A dependency of ext4 that its module does not name (fs/ext4/super.c, `softdep`).
+        "crc32c_generic",
+        "ext4",
         "button",
         "pvpanic_mmio",
     ],

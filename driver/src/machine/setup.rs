@@ -1,15 +1,18 @@
 //! From a node of a test to what the monitor is told to build.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use firn_guest_agent::protocol::PORT_NAME;
-use firn_vmm::spec::{CachePolicy, ConsolePortSpec, MachineSpec, NetSpec, ShareSpec};
+use firn_vmm::spec::{
+    CachePolicy, ConsolePortSpec, DiskCreateSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec,
+    ShareSpec,
+};
 use tokio::fs;
 
 use super::Machine;
-use crate::config::{HOST_TAG, NodeConfig, SHARED_TAG, ShareConfig};
+use crate::config::{DiskConfig, HOST_TAG, NodeConfig, SHARED_TAG, ShareConfig};
 use crate::error::{MachineError, Result};
 use crate::kit::{self, Host, Interface, Kit, MachineConfig, Mount};
 
@@ -113,10 +116,34 @@ impl Machine {
             ],
             nets: node.vlans.iter().map(|vlan| NetSpec { mac: node.mac(*vlan) }).collect(),
             shares: own.into_iter().chain(node.shares.iter().map(asked_share)).collect(),
+            disks: (0..)
+                .zip(&node.disks)
+                .map(|(at, config)| disk(at, config, &dirs.state))
+                .collect(),
             rng: true,
             balloon: false,
             vsock: None,
         })
+    }
+}
+
+/// The disk at place `at`. Empty disks are made in `state`, where they outlive the machine's restarts.
+fn disk(at: usize, config: &DiskConfig, state: &Path) -> DiskSpec {
+    match config {
+        DiskConfig::Image(image) => DiskSpec {
+            path: image.path.clone(),
+            format: image.format,
+            read_only: image.read_only,
+            serial: image.serial.clone(),
+            create: image.create.clone(),
+        },
+        DiskConfig::Empty(size_mib) => DiskSpec {
+            path: state.join(format!("disk{at}.img")),
+            format: DiskFormat::Raw,
+            read_only: false,
+            serial: None,
+            create: Some(DiskCreateSpec { size_mib: *size_mib, ext4_label: None }),
+        },
     }
 }
 
@@ -131,8 +158,6 @@ fn share(tag: &str, source: PathBuf, read_only: bool) -> ShareSpec {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
     use crate::config::TestConfig;
 

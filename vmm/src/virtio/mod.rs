@@ -15,6 +15,7 @@
 //! A device gets memory, queues and an interrupt handle and knows neither KVM nor registers.
 
 pub mod balloon;
+pub mod blk;
 mod config_space;
 pub mod console;
 pub mod fs;

@@ -1,0 +1,267 @@
+//! Disk images: raw and qcow2, through imago.
+
+use std::fs::{File as HostFile, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+use imago::file::File;
+use imago::format::Format;
+use imago::format::gate::ImplicitOpenGate;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use thiserror::Error;
+
+use super::SECTOR;
+use super::check::{check_data, check_tables};
+use super::create::{CreateError, create};
+use super::lock::{self, Outcome};
+use crate::spec::{DiskFormat, DiskSpec};
+use crate::virtio::queue::GuestSlice;
+
+/// Longest chain of backing files; a longer one is a loop.
+const MAX_BACKING: usize = 16;
+/// Zeroes written at once where the host's file must stay allocated.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+/// How often [`ZEROES`] goes into one call.
+const ZEROES_AT_ONCE: usize = 16;
+
+/// Why a disk's image cannot be used.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// It did not exist and could not be made.
+    #[error("cannot make disk image {}", path.display())]
+    Create {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: CreateError,
+    },
+    /// It cannot be opened or read.
+    #[error("cannot open disk image {}", path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else uses it.
+    #[error(
+        "disk image {} is locked by another process or another disk; one that is written to can \
+         have only one user",
+        path.display()
+    )]
+    Locked {
+        /// The image.
+        path: PathBuf,
+    },
+    /// What is in it is no disk.
+    #[error("disk image {} cannot be used as {format}", path.display())]
+    Content {
+        /// The image.
+        path: PathBuf,
+        /// What it should be.
+        format: DiskFormat,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An open image. Its calls block, and may be made by several threads at once.
+pub(super) struct Image {
+    /// Discarding frees places that others may be reading or writing at, so it is done alone.
+    access: RwLock<FormatAccess<File>>,
+    /// The same open file: imago lets nobody read or write while it syncs, this does.
+    file: HostFile,
+    size: u64,
+    path: PathBuf,
+}
+
+impl Image {
+    /// Opens, locks and checks the image; makes it first if the spec says so and it is not there.
+    pub(super) fn open(spec: &DiskSpec) -> Result<Image, ImageError> {
+        let path = &spec.path;
+        if let Some(wish) = &spec.create {
+            create(path, spec.format, wish)
+                .map_err(|source| ImageError::Create { path: path.clone(), source })?;
+        }
+        let writable = !spec.read_only;
+        let opened = |source| ImageError::Open { path: path.clone(), source };
+        let file = open_locked(path, writable).map_err(opened)?;
+        let Some(file) = file else {
+            return Err(ImageError::Locked { path: path.clone() });
+        };
+        let content =
+            |source| ImageError::Content { path: path.clone(), format: spec.format, source };
+        let options = StorageOpenOptions::new().filename(path).write(writable);
+        let storage = file.try_clone().and_then(|file| File::from_open_file(file, options));
+        let storage = storage.map_err(opened)?;
+        let access = guard(|| match spec.format {
+            DiskFormat::Raw => Raw::open_image(storage, writable).map(FormatAccess::new),
+            DiskFormat::Qcow2 => open_qcow2(storage, &file, writable),
+        })
+        .map_err(content)?;
+        let size = access.size();
+        if size == 0 || size % SECTOR != 0 {
+            let problem = format!("its size of {size} bytes is no multiple of {SECTOR} above 0");
+            return Err(content(io::Error::new(io::ErrorKind::InvalidData, problem)));
+        }
+        Ok(Image { access: RwLock::new(access), file, size, path: path.clone() })
+    }
+
+    /// Size of the disk in bytes, a multiple of [`SECTOR`].
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where the image is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn access(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
+        self.access.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fills the guest's buffers from `offset` on, without a copy where the image has the data as
+    /// it is.
+    pub(super) fn read(&self, buffers: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
+        let (buffers, _mapped) = IoVectorMut::from_volatile_slice(buffers);
+        self.access().readv(buffers, offset)
+    }
+
+    /// Writes the guest's buffers from `offset` on. The guest may change them meanwhile: then it
+    /// is the guest's affair what is written.
+    pub(super) fn write(&self, buffers: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
+        let (buffers, _mapped) = IoVector::from_volatile_slice(buffers);
+        self.access().writev(buffers, offset)
+    }
+
+    /// On return all that was written before the call survives a failure of the host's power.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.write_back()?;
+        self.file.sync_data()
+    }
+
+    /// On return all that was written before the call survives the end of the process.
+    pub(super) fn write_back(&self) -> io::Result<()> {
+        self.access().flush()
+    }
+
+    /// Gives the space of a range back to the host where it can; what is read there is undefined.
+    pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        match access.discard_to_any(offset, len) {
+            // It is advice.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Makes a range read as zeroes. With `unmap` its space may go back to the host.
+    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if unmap {
+            let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+            return access.discard_to_zero(offset, len);
+        }
+        let mut done = 0;
+        while done < len {
+            let at = offset + done;
+            let mut vector = IoVector::with_capacity(ZEROES_AT_ONCE);
+            for _ in 0..ZEROES_AT_ONCE {
+                let left = usize::try_from(len - done).unwrap_or(usize::MAX);
+                let part = &ZEROES[..ZEROES.len().min(left)];
+                if part.is_empty() {
+                    break;
+                }
+                vector.push(part);
+                done += u64::try_from(part.len()).map_err(io::Error::other)?;
+            }
+            self.access().writev(vector, at)?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens and locks `path`; `None` if somebody else has locked it.
+fn open_locked(path: &Path, writable: bool) -> io::Result<Option<HostFile>> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(writable)
+        // A FIFO would wait for its other end.
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(io::Error::other("it is neither a file nor a block device"));
+    }
+    match lock::lock(&file, writable)? {
+        Outcome::Locked => Ok(Some(file)),
+        Outcome::Taken => Ok(None),
+        Outcome::Unsupported => {
+            tracing::warn!(path = %path.display(), "the file system has no locks for disk images");
+            Ok(Some(file))
+        }
+    }
+}
+
+fn open_qcow2(storage: File, file: &HostFile, writable: bool) -> io::Result<FormatAccess<File>> {
+    let cluster = check_tables(file)?;
+    let image = Qcow2::<File>::builder(storage).write(writable).open(Backing { depth: 0 })?;
+    let image = FormatAccess::new(image);
+    check_data(&image, cluster)?;
+    Ok(image)
+}
+
+/// Opens the backing files that images name: read-only, locked as such, and not without end.
+struct Backing {
+    depth: usize,
+}
+
+impl ImplicitOpenGate<File> for Backing {
+    fn open_format<F: FormatDriverBuilder<File>>(
+        &mut self,
+        builder: F,
+    ) -> io::Result<FormatAccess<File>> {
+        let path = builder.get_image_path().unwrap_or_default();
+        let cluster = match F::FORMAT {
+            Format::Raw => None,
+            Format::Qcow2 => Some(check_tables(&HostFile::open(&path)?)?),
+            other => return Err(io::Error::other(format!("a backing file of format {other:?}"))),
+        };
+        if builder.get_writable() {
+            return Err(io::Error::other("a backing file that can be written"));
+        }
+        let image = FormatAccess::new(builder.open(Backing { depth: self.depth + 1 })?);
+        if let Some(cluster) = cluster {
+            check_data(&image, cluster)?;
+        }
+        Ok(image)
+    }
+
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<File> {
+        if self.depth >= MAX_BACKING {
+            return Err(io::Error::other(format!("more than {MAX_BACKING} backing files")));
+        }
+        let path = options.get_filename().unwrap_or(Path::new("")).to_owned();
+        if options.get_writable() {
+            return Err(io::Error::other("external data files are not supported"));
+        }
+        let file = open_locked(&path, false)?
+            .ok_or_else(|| io::Error::other("it is locked by another process or another disk"))?;
+        File::from_open_file(file, options)
+    }
+}
+
+/// imago may panic on metadata that makes no sense.
+pub(super) fn guard<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::InvalidData, "the image is corrupt")))
+}
