@@ -1,5 +1,6 @@
 //! Tests that boot guests: through firn's own API, on whatever KVM there is. Where there is none
 //! that works, `make test` runs them in the carrier.
+#![expect(clippy::unwrap_used, reason = "all of this is tests, helpers included")]
 
 mod boot;
 mod command;
