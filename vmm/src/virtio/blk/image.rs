@@ -109,7 +109,7 @@ impl Image {
         })
         .map_err(content)?;
         let size = access.size();
-        if size == 0 || size % SECTOR != 0 {
+        if size == 0 || !size.is_multiple_of(SECTOR) {
             let problem = format!("its size of {size} bytes is no multiple of {SECTOR} above 0");
             return Err(content(io::Error::new(io::ErrorKind::InvalidData, problem)));
         }

@@ -141,7 +141,7 @@ impl Disk<'_> {
     /// disk and not too many.
     fn range(&self, sector: u64, len: u64) -> Option<(u64, u64)> {
         let offset = sector.checked_mul(SECTOR)?;
-        let fits = len % SECTOR == 0
+        let fits = len.is_multiple_of(SECTOR)
             && len <= MAX_TRANSFER
             && offset.checked_add(len)? <= self.image.size();
         fits.then_some((offset, len))
@@ -152,7 +152,10 @@ impl Disk<'_> {
         let zeroes = request.kind == kind::WRITE_ZEROES;
         let len = total(&request.output);
         let segment = u64::try_from(SEGMENT).unwrap_or(u64::MAX);
-        if self.read_only || len == 0 || len % segment != 0 || len > u64::from(MAX_RANGES) * segment
+        if self.read_only
+            || len == 0
+            || !len.is_multiple_of(segment)
+            || len > u64::from(MAX_RANGES) * segment
         {
             return Status::IoErr;
         }

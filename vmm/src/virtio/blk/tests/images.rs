@@ -48,8 +48,7 @@ fn a_qcow2_image_keeps_what_was_flushed() {
     // A copy taken now is what a killed process leaves.
     let copy = spec.path.with_extension("copy");
     fs::copy(&spec.path, &copy).unwrap();
-    let mut left = spec.clone();
-    left.path = copy;
+    let left = super::spec(&copy, DiskFormat::Qcow2);
     assert_eq!(Rig::new(&left).read(1000, data.len()), data);
     drop(rig);
     assert_eq!(Rig::new(&spec).read(1000, data.len()), data);
@@ -62,9 +61,7 @@ fn without_flush_negotiated_each_write_stays() {
     assert_eq!(rig.write(7, &[9; 512]), OK);
     let copy = spec.path.with_extension("copy");
     fs::copy(&spec.path, &copy).unwrap();
-    let mut left = spec.clone();
-    left.path = copy;
-    assert_eq!(Rig::new(&left).read(7, 512), [9; 512]);
+    assert_eq!(Rig::new(&super::spec(&copy, DiskFormat::Qcow2)).read(7, 512), [9; 512]);
 }
 
 #[test]
@@ -81,8 +78,7 @@ fn pause_and_reset_leave_the_file_complete() {
         }
         let copy = spec.path.with_extension("copy");
         fs::copy(&spec.path, &copy).unwrap();
-        let mut left = spec.clone();
-        left.path = copy;
+        let left = super::spec(&copy, DiskFormat::Qcow2);
         assert_eq!(Rig::new(&left).read(7, 512), [9; 512]);
         drop(inactive);
     }
