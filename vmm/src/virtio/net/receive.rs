@@ -14,10 +14,11 @@ use crate::virtio::Interrupt;
 use crate::virtio::queue::{GuestSlice, Position, QueueError, VirtQueue, writable};
 use crate::virtio::turn::Again;
 
-/// Frames that wait while the guest has no buffers: a ring's worth of short ones.
-const BACKLOG_FRAMES: usize = 256;
-/// The bytes they may have: 64 of the longest frames.
-const BACKLOG_BYTES: usize = 4 << 20;
+/// Frames that wait while the guest has no buffers: [`BACKLOG_BYTES`] of Ethernet's longest.
+const BACKLOG_FRAMES: usize = 5_632;
+/// The bytes they may have: more than the largest window that Linux gives a TCP connection (6 MiB,
+/// `tcp_rmem`), so that a receiver slower than its sender holds it up and loses nothing.
+const BACKLOG_BYTES: usize = 8 << 20;
 /// Most chains that one frame is spread over: enough for the longest in buffers of 512 bytes, when
 /// Linux gives no less than 1,500. It bounds what a hostile receiver costs the sender's thread.
 const MAX_CHAINS: u16 = 128;
