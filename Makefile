@@ -1,7 +1,7 @@
 # make demo    two machines ping each other
 # make test    every test; guests run in the carrier where KVM cannot be used
 # make lint    formatting, clippy, mypy, ruff
-# make bench   instructions from exec to the agent, counted in the carrier
+# make bench   what a boot costs, in instructions, counted in the carrier
 # make clean   removes what was built here; kits stay in ~/.cache/firn
 
 SHELL := /bin/bash -o pipefail
@@ -9,7 +9,8 @@ TARGET := x86_64-unknown-linux-gnu
 VENV := .venv/bin
 FIRN := $(VENV)/firn
 # Test binaries run through this: directly with KVM, else in one carrier each.
-RUNNER := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(abspath $(FIRN)) carrier exec --if-needed --"
+RUN_IN = FIRN_AGENT="$(abspath $(VENV)/firn-agent)" \
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(abspath $(FIRN)) carrier exec $(1) --"
 
 .PHONY: demo test lint bench clean build setup kit
 
@@ -19,8 +20,11 @@ demo: kit
 test: kit
 	cargo test --release --workspace --exclude firn-tests
 	$(VENV)/python -m unittest discover -s driver/python/tests
-	cargo test --release -p firn-tests --test host
-	$(RUNNER) cargo test --release -p firn-tests --test guest
+	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
+	$(call RUN_IN,--if-needed) cargo test --release -p firn-tests --test guest -- --test-threads=1
+
+bench: kit
+	$(call RUN_IN,--exact) cargo bench -p firn-tests --bench boot
 
 lint: setup $(VENV)/python
 	cargo fmt --all --check
@@ -38,7 +42,7 @@ build: setup $(VENV)/python
 	RUSTFLAGS="-C target-feature=+crt-static" \
 		cargo build --profile agent -p firn-guest-agent --target $(TARGET)
 	cargo build --release -p firn
-	$(VENV)/maturin develop --quiet --release -m driver/Cargo.toml
+	VIRTUAL_ENV="$(abspath .venv)" $(VENV)/maturin develop --quiet --release -m driver/Cargo.toml
 	install -C target/$(TARGET)/agent/firn-agent target/release/firn $(VENV)/
 
 setup:

@@ -27,6 +27,7 @@ mod overlay;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::SystemTime;
@@ -45,7 +46,7 @@ use base::Base;
 use cache::Cache;
 
 /// Raised whenever a kit's layout changes, so that older ones are not taken for it.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The kernel arguments that fit the micro kit's kernel and initrd under firn's monitor.
 ///
@@ -329,6 +330,7 @@ fn make(
     let initrd = staged.join("initrd");
     fs::write(&initrd, initrd_bytes(recipe, &base, &agent)?)
         .map_err(KitError::io("write", initrd))?;
+    make_immutable(staged)?;
     let manifest = Manifest {
         kit: recipe.name.to_owned(),
         kernel_release: base.info.kernel_release,
@@ -342,6 +344,16 @@ fn make(
     lock.prune_kits(recipe.name, &dir)?;
     progress(&format!("kit {}: ready in {}", recipe.name, dir.display()));
     Ok(Kit { dir, manifest })
+}
+
+/// Takes away the permission to change what machines boot: the monitor maps only such files.
+fn make_immutable(dir: &Path) -> Result<(), KitError> {
+    for name in ["kernel", "vmlinux", "initrd"] {
+        let path = dir.join(name);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
+            .map_err(KitError::io("write-protect", path))?;
+    }
+    Ok(())
 }
 
 /// The kit in `dir`, if it is there. Its manifest's time says when it was last used: see [`cache::Lock::prune_kits`].
