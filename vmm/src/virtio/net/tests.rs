@@ -247,7 +247,8 @@ fn frames_wait_for_buffers_in_order_and_bounded() {
     let kept = (0..1000)
         .take_while(|_| bench.wire.deliver(Header::default(), &long) == Delivery::Taken)
         .count();
-    assert!((10..=64).contains(&kept), "{kept} of the longest frames");
+    // The largest window that Linux gives a TCP connection waits without loss.
+    assert!((6 << 20..=8 << 20).contains(&(kept * MAX_FRAME)), "{kept} of the longest frames");
     bench.give_buffers(200, 1536);
     let whole = bench.received();
     assert!(whole.len() >= 2 && whole.iter().all(|(_, data)| *data == long));
