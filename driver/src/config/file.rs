@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use firn_vmm::spec::{DiskCreateSpec, DiskFormat, MAX_CORES, MIN_MEMORY_MIB};
+use firn_vmm::spec::{DiskCreateSpec, DiskFormat, MAX_CORES, MIN_MEMORY_MIB, VsockSpec};
+use firn_vmm::virtio::vsock::MIN_CID;
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -48,6 +49,16 @@ struct RawNode {
     empty_disks: Vec<Spanned<u64>>,
     #[serde(default)]
     shared_directories: BTreeMap<Spanned<String>, RawShare>,
+    #[serde(default)]
+    balloon: bool,
+    vsock: Option<RawVsock>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawVsock {
+    cid: Spanned<u64>,
+    socket: PathBuf,
 }
 
 #[derive(Deserialize)]
@@ -236,6 +247,8 @@ impl Reader<'_> {
             },
             disks: self.disks(raw.disks, raw.empty_disks)?,
             shares: self.shares(raw.shared_directories)?,
+            balloon: raw.balloon,
+            vsock: raw.vsock.map(|vsock| self.vsock(&vsock)).transpose()?,
         })
     }
 
@@ -327,6 +340,18 @@ impl Reader<'_> {
         Err(self
             .bad(text.span(), format!("`{key}` is {:?}", text.get_ref()))
             .help(format!("allowed: at most {max} ASCII characters, no blanks")))
+    }
+
+    fn vsock(&self, raw: &RawVsock) -> Result<VsockSpec, Report> {
+        // The highest is VMADDR_CID_ANY (`man 7 vsock`).
+        let (low, high) = (MIN_CID, u32::MAX - 1);
+        let cid = *raw.cid.get_ref();
+        let fits = u32::try_from(cid).ok().filter(|cid| (low..=high).contains(cid));
+        let cid = fits.ok_or_else(|| {
+            self.bad(raw.cid.span(), format!("`cid` is {cid}"))
+                .help(format!("allowed: {low} to {high}"))
+        })?;
+        Ok(VsockSpec { cid, socket: self.resolve(&raw.socket) })
     }
 
     fn shares(&self, raw: BTreeMap<Spanned<String>, RawShare>) -> Result<Vec<ShareConfig>, Report> {

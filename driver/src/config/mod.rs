@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use firn_vmm::spec::{DiskCreateSpec, DiskFormat};
+use firn_vmm::spec::{DiskCreateSpec, DiskFormat, VsockSpec};
 
 mod file;
 mod report;
@@ -79,6 +79,10 @@ pub struct NodeConfig {
     pub disks: Vec<DiskConfig>,
     /// Directories of the host, beside `shared` and `host`.
     pub shares: Vec<ShareConfig>,
+    /// It has a memory balloon: memory that it does not use goes back to the host.
+    pub balloon: bool,
+    /// Sockets between programs of host and guest.
+    pub vsock: Option<VsockSpec>,
 }
 
 /// A directory of the host that a machine mounts.

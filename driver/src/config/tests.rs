@@ -39,8 +39,24 @@ fn a_short_file_is_filled_up() {
             vlans: vec![1],
             disks: vec![],
             shares: vec![],
+            balloon: false,
+            vsock: None,
         }]
     );
+}
+
+#[test]
+fn balloon_and_vsock() {
+    let lines = "balloon = true
+vsock = { cid = 3, socket = 'run/sock' }";
+    let nodes = read(&node(lines)).expect("valid").nodes;
+    assert!(nodes[0].balloon);
+    let socket = "/nowhere/run/sock".into();
+    assert_eq!(nodes[0].vsock, Some(VsockSpec { cid: 3, socket }));
+    for cid in [0_u64, 2, 4_294_967_295, 1 << 40] {
+        let text = refused(&node(&format!("vsock = {{ cid = {cid}, socket = '/s' }}")));
+        assert!(text.contains(&format!("`cid` is {cid}")), "{text}");
+    }
 }
 
 #[test]

@@ -29,6 +29,8 @@ pub(super) struct Info {
     pub(super) packages: BTreeMap<String, String>,
     /// Names of the modules in load order; `modules/NAME.ko` each.
     pub(super) modules: Vec<String>,
+    /// More of them, that are not loaded at every boot.
+    pub(super) on_demand: Vec<String>,
     /// The commands that busybox has.
     pub(super) applets: Vec<String>,
 }
@@ -88,7 +90,8 @@ impl Base {
 
 /// Names a base by what this program asks for, so that another firn's base is not taken for it.
 fn key(recipe: &Recipe) -> String {
-    let wanted = format!("{FORMAT} {} {BUSYBOX} {:?}", recipe.kernel, recipe.modules);
+    let (modules, on_demand) = (recipe.modules, recipe.on_demand);
+    let wanted = format!("{FORMAT} {} {BUSYBOX} {modules:?} {on_demand:?}", recipe.kernel);
     hex(&Sha256::digest(wanted)[..8])
 }
 
@@ -114,11 +117,13 @@ fn collect(
     write(&base.join("kernel"), &bytes)?;
     write(&base.join("vmlinux"), &vmlinux)?;
 
-    let modules =
-        ModuleTree::scan(&files.join("lib/modules").join(release))?.load_order(recipe.modules)?;
+    let tree = ModuleTree::scan(&files.join("lib/modules").join(release))?;
+    let modules = tree.load_order(recipe.modules)?;
+    let mut on_demand = tree.load_order(recipe.on_demand)?;
+    on_demand.retain(|module| !modules.contains(module));
     let dir = base.join("modules");
     fs::create_dir(&dir).map_err(KitError::io("create", &dir))?;
-    for (name, path) in &modules {
+    for (name, path) in modules.iter().chain(&on_demand) {
         copy(path, &dir.join(format!("{name}.ko")))?;
     }
 
@@ -135,6 +140,7 @@ fn collect(
             .map(|package| (package.name.clone(), package.version.clone()))
             .collect(),
         modules: modules.into_iter().map(|(name, _)| name).collect(),
+        on_demand: on_demand.into_iter().map(|(name, _)| name).collect(),
         applets: applets(&busybox)?,
     };
     cache::write_json(&base.join("base.json"), &info)?;

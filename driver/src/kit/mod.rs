@@ -103,6 +103,8 @@ struct Recipe {
     kernel: &'static str,
     /// Modules to load, in this order but for their dependencies, which come first.
     modules: &'static [&'static str],
+    /// Modules that the script loads if the machine has a device for them.
+    on_demand: &'static [&'static str],
     /// The script the agent runs as `/etc/firn/boot`.
     boot: &'static str,
     cmdline: &'static str,
@@ -124,6 +126,7 @@ const MICRO: Recipe = Recipe {
         "button",
         "pvpanic_mmio",
     ],
+    on_demand: &["virtio_balloon", "vmw_vsock_virtio_transport"],
     boot: include_str!("scripts/micro.sh"),
     cmdline: MICRO_CMDLINE,
 };
@@ -142,6 +145,7 @@ const CARRIER: Recipe = Recipe {
         "overlay",
         "tun",
     ],
+    on_demand: &[],
     boot: include_str!("scripts/carrier.sh"),
     cmdline: CARRIER_CMDLINE,
 };
@@ -435,6 +439,10 @@ fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, K
         let path = format!("lib/modules/{module}.ko");
         archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
         list.push_str(&format!("/{path}\n"));
+    }
+    for module in &base.info.on_demand {
+        let path = format!("lib/modules/{module}.ko");
+        archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
     }
     archive.file("etc/firn/modules", 0o644, list.as_bytes());
     Ok(archive.finish())

@@ -29,10 +29,12 @@ fn cache_with_base(root: &Path) -> Cache {
     fs::write(dir.join("vmlinux"), "vmlinux").unwrap();
     fs::write(dir.join("busybox"), "busybox").unwrap();
     fs::write(dir.join("modules/virtio_mmio.ko"), module("")).unwrap();
+    fs::write(dir.join("modules/virtio_balloon.ko"), module("")).unwrap();
     let info = base::Info {
         kernel_release: "6.1.0-1-cloud-amd64".into(),
         packages: [("busybox-static".to_owned(), "1:1".to_owned())].into(),
         modules: vec!["virtio_mmio".into()],
+        on_demand: vec!["virtio_balloon".into()],
         applets: vec!["busybox".into(), "sh".into()],
     };
     cache::write_json(&dir.join("base.json"), &info).unwrap();
@@ -81,6 +83,7 @@ fn the_initrd_has_what_the_agent_expects() {
     assert_eq!(entry("bin/sh"), (0o120_777, &b"busybox"[..]));
     assert_eq!(entry("etc/firn/modules").1, b"/lib/modules/virtio_mmio.ko\n");
     assert_eq!(entry("lib/modules/virtio_mmio.ko").1, module(""));
+    assert_eq!(entry("lib/modules/virtio_balloon.ko").1, module(""));
     assert_eq!(entry("etc/firn/boot").0, 0o100_755);
     assert_eq!(entry("tmp").0, 0o041_777);
     // A directory comes before what is in it, or the kernel cannot unpack it.

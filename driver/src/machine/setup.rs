@@ -121,8 +121,8 @@ impl Machine {
                 .map(|(at, config)| disk(at, config, &dirs.state))
                 .collect(),
             rng: true,
-            balloon: false,
-            vsock: None,
+            balloon: node.balloon,
+            vsock: node.vsock.clone(),
         })
     }
 }

@@ -2,9 +2,11 @@
 //! that works, `make test` runs them in the carrier.
 #![expect(clippy::unwrap_used, reason = "all of this is tests, helpers included")]
 
+mod balloon;
 mod boot;
 mod command;
 mod files;
 mod network;
 mod shares;
 mod trouble;
+mod vsock;
