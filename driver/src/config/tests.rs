@@ -214,3 +214,53 @@ fn no_file() {
         TestConfig::from_toml_file(Path::new("/no/such.toml")).expect_err("it does not exist");
     assert_eq!(error.to_string(), "cannot read /no/such.toml");
 }
+
+#[test]
+fn disks_come_before_empty_disks() {
+    let dir = tempfile::tempdir().expect("a temp dir");
+    fs::write(dir.path().join("store.img"), "s").expect("written");
+    let text = node(
+        "empty_disks = [512, 1]\n[[nodes.machine1.disks]]\npath = 'root.qcow2'\nserial = 'root'\n\
+         create_size = 1024\next4_label = 'nixos'\n\
+         [[nodes.machine1.disks]]\npath = 'store.img'\nread_only = true\n",
+    );
+    let test = TestConfig::from_toml(&text, &dir.path().join("t.toml")).expect("valid");
+    let root = DiskImage {
+        path: dir.path().join("root.qcow2"),
+        format: DiskFormat::Qcow2,
+        read_only: false,
+        serial: Some("root".into()),
+        create: Some(DiskCreateSpec { size_mib: 1024, ext4_label: Some("nixos".into()) }),
+    };
+    let store = DiskImage {
+        path: dir.path().join("store.img"),
+        format: DiskFormat::Raw,
+        read_only: true,
+        serial: None,
+        create: None,
+    };
+    let expected = [
+        DiskConfig::Image(root),
+        DiskConfig::Image(store),
+        DiskConfig::Empty(512),
+        DiskConfig::Empty(1),
+    ];
+    assert_eq!(test.nodes[0].disks, expected);
+}
+
+#[test]
+fn disks_are_checked() {
+    let message = refused(&node("disks = [{ path = '/no/such.img' }]"));
+    assert!(message.contains("`path` cannot be used: /no/such.img: No such file"), "{message}");
+    assert!(message.contains("ping.toml:3:19"), "{message}");
+    assert!(refused(&node("disks = [{ path = '/' }]")).contains("is a directory"));
+    let disk = |more: &str| refused(&node(&format!("disks = [{{ path = '/no', {more} }}]")));
+    assert!(disk("format = 'vmdk'").contains("unknown variant `vmdk`"));
+    assert!(disk("serial = 'longer-than-twenty-bytes'").contains("at most 20 ASCII characters"));
+    assert!(disk("create_size = 0").contains("`create_size` is 0"));
+    assert!(disk("create_size = 1, ext4_label = 'a b'").contains("at most 16 ASCII characters"));
+    assert!(disk("ext4_label = 'nixos'").contains("give its size in MiB as `create_size`"));
+    let message = refused(&node("empty_disks = [1, 0]"));
+    assert!(message.contains("`empty_disks` is 0"), "{message}");
+    assert!(message.contains("allowed: 1 to 67108864 MiB"), "{message}");
+}

@@ -1,0 +1,217 @@
+//! Disks: order, formats, what survives, what goes back to the host.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use firn::{Driver, Machine};
+use firn_tests::{noise, with_machines};
+
+const MIB: u64 = 1 << 20;
+
+async fn output(machine: &Machine, command: &str) -> String {
+    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
+}
+
+fn only(driver: &Driver) -> &Machine {
+    &driver.machines()[0]
+}
+
+/// What the host's file has at `offset`.
+fn host_bytes(path: &Path, offset: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    File::open(path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+    bytes
+}
+
+/// How much of the host's disk a file takes.
+fn taken(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().blocks() * 512
+}
+
+#[test]
+fn disks_come_in_order_with_their_sizes_and_serial_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("store"), vec![7; 3 << 20]).unwrap();
+    let nodes = format!(
+        "[nodes.m]\ncores = 2\nempty_disks = [5, 6]\ndisks = [\n\
+         {{ path = '{0}/root.qcow2', serial = 'root', create_size = 64 }},\n\
+         {{ path = '{0}/store', read_only = true, serial = 'twenty-bytes-serial!' }},\n]",
+        dir.path().display()
+    );
+    with_machines(&nodes, async |driver| {
+        let command = "cd /sys/block; for disk in vd*; do \
+            echo $disk $(cat $disk/size $disk/ro) $(ls $disk/mq | wc -l) $(cat $disk/serial); done";
+        let found = output(only(driver), command).await;
+        let expected = [
+            "vda 131072 0 2 root".to_owned(),
+            "vdb 6144 1 2 twenty-bytes-serial!".to_owned(),
+            "vdc 10240 0 2".to_owned(),
+            "vdd 12288 0 2".to_owned(),
+        ];
+        assert_eq!(found.lines().collect::<Vec<_>>(), expected);
+        assert!(fs::metadata(dir.path().join("root.qcow2")).unwrap().len() < MIB);
+    });
+}
+
+#[test]
+fn a_file_system_outlives_a_power_cut_after_sync() {
+    with_machines("[nodes.m]\nempty_disks = [64]", async |driver| {
+        let machine = only(driver);
+        let command = "mke2fs /dev/vda >/dev/null && mkdir /mnt/d && \
+            mount -t ext4 /dev/vda /mnt/d && head -c 9000000 /dev/urandom >/mnt/d/file && sync && \
+            md5sum </mnt/d/file";
+        let before = output(machine, command).await;
+        machine.crash().await;
+        let command = "mkdir /mnt/d && mount -t ext4 /dev/vda /mnt/d && md5sum </mnt/d/file";
+        assert_eq!(output(machine, command).await, before);
+    });
+}
+
+#[test]
+fn what_was_flushed_is_in_the_hosts_file_after_a_crash() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, qcow2) = (dir.path().join("raw"), dir.path().join("disk.qcow2"));
+    let nodes = format!(
+        "[nodes.m]\ndisks = [{{ path = {raw:?}, create_size = 32 }}, \
+         {{ path = {qcow2:?}, create_size = 32 }}]"
+    );
+    let data = noise(5 << 20);
+    with_machines(&nodes, async |driver| {
+        let machine = only(driver);
+        fs::write(machine.shared_dir().join("data"), &data).unwrap();
+        for disk in ["vda", "vdb"] {
+            let command = format!("dd if=/tmp/shared/data of=/dev/{disk} bs=1M seek=3 conv=fsync");
+            output(machine, &command).await;
+            // In the middle of the next writes comes the end.
+            let command = format!("dd if=/dev/zero of=/dev/{disk} bs=1M seek=10 >/dev/null 2>&1 &");
+            output(machine, &command).await;
+        }
+        machine.crash().await;
+        assert_eq!(host_bytes(&raw, 3 * MIB, data.len()), data);
+        let command = "for disk in vda vdb; do dd if=/dev/$disk bs=1M skip=3 count=5 2>/dev/null | \
+            cmp - /tmp/shared/data && echo same; done";
+        assert_eq!(output(machine, command).await, "same\nsame");
+    });
+}
+
+#[test]
+fn a_read_only_disk_can_be_mounted_but_not_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    let node = |more: &str| format!("[nodes.m]\ndisks = [{{ path = {image:?}, {more} }}]");
+    with_machines(&node("create_size = 16"), async |driver| {
+        let command = "mke2fs /dev/vda >/dev/null && mkdir /mnt/d && \
+            mount -t ext4 /dev/vda /mnt/d && echo hello >/mnt/d/file && umount /mnt/d";
+        output(only(driver), command).await;
+    });
+    let before = fs::read(&image).unwrap();
+    with_machines(&node("read_only = true"), async |driver| {
+        let machine = only(driver);
+        machine.fail(&["dd if=/dev/zero of=/dev/vda count=1"], None).await.unwrap();
+        let command = "mkdir /mnt/d && mount -t ext4 -o ro /dev/vda /mnt/d && cat /mnt/d/file";
+        assert_eq!(output(machine, command).await, "hello");
+    });
+    assert!(before == fs::read(&image).unwrap(), "the image has changed");
+}
+
+#[test]
+fn discarded_space_goes_back_to_the_host() {
+    with_machines("[nodes.m]\nempty_disks = [64]", async |driver| {
+        let machine = only(driver);
+        let image = machine.state_dir().join("disk0.img");
+        let command = "mke2fs /dev/vda >/dev/null && mkdir /mnt/d && \
+            mount -t ext4 /dev/vda /mnt/d && head -c 40000000 /dev/urandom >/mnt/d/file && sync";
+        output(machine, command).await;
+        let full = taken(&image);
+        assert!(full >= 40_000_000, "{full}");
+        output(machine, "rm /mnt/d/file && sync && fstrim /mnt/d").await;
+        let trimmed = taken(&image);
+        assert!(trimmed < full - 35_000_000, "{full}, then {trimmed}");
+    });
+}
+
+#[test]
+fn ext4_is_made_with_its_label() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("root.qcow2");
+    let nodes = format!(
+        "[nodes.m]\ndisks = [{{ path = {image:?}, create_size = 64, ext4_label = 'nixos' }}]"
+    );
+    with_machines(&nodes, async |driver| {
+        let machine = only(driver);
+        // The label is at 120 in the superblock (struct ext4_super_block), which is at 1024.
+        let command = "dd if=/dev/vda bs=1 skip=1144 count=5 2>/dev/null; mkdir /mnt/d && \
+            mount -t ext4 /dev/vda /mnt/d && echo hello >/mnt/d/file && umount /mnt/d";
+        assert_eq!(output(machine, command).await, "nixos");
+        machine.crash().await;
+        let command = "mkdir /mnt/d && mount -t ext4 -o ro /dev/vda /mnt/d && cat /mnt/d/file";
+        assert_eq!(output(machine, command).await, "hello");
+    });
+}
+
+#[test]
+fn several_disks_and_processes_at_once() {
+    let nodes = "[nodes.m]\ncores = 4\nvlans = []\nempty_disks = [24, 24, 24, 24, 24, 24, 24, 24]";
+    with_machines(nodes, async |driver| {
+        let command = "head -c 16000000 /dev/urandom >/tmp/data; \
+            for disk in a b c d e f g h; do for at in 0 1; do (\
+            dd if=/tmp/data of=/dev/vd$disk bs=64k seek=$at count=120 conv=fsync; \
+            dd if=/tmp/data of=/dev/vd$disk bs=64k) 2>/dev/null & done; done; wait; \
+            sync; echo 3 >/proc/sys/vm/drop_caches; \
+            for disk in a b c d e f g h; do \
+            head -c 16000000 /dev/vd$disk | cmp - /tmp/data && echo same; done";
+        let found = output(only(driver), command).await;
+        assert_eq!(found.lines().filter(|line| *line == "same").count(), 8, "{found}");
+    });
+}
+
+#[test]
+fn one_image_cannot_be_written_by_two_machines() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = format!("disks = [{{ path = '{}/disk', create_size = 8 }}]", dir.path().display());
+    with_machines(&format!("[nodes.a]\n{disk}\n[nodes.b]\n{disk}"), async |driver| {
+        let [a, b] = driver.machines() else { panic!("two machines") };
+        a.start(false).await.unwrap();
+        let error = b.start(false).await.unwrap_err();
+        let mut said = String::new();
+        let mut cause: Option<&dyn std::error::Error> = Some(&error);
+        while let Some(error) = cause {
+            said = format!("{said}: {error}");
+            cause = error.source();
+        }
+        assert!(said.contains("locked by another process or another disk"), "{said}");
+        assert!(said.contains(dir.path().to_str().unwrap()), "{said}");
+        a.crash().await;
+        b.start(false).await.unwrap();
+    });
+}
+
+#[test]
+fn a_full_host_is_an_input_output_error_for_the_guest() {
+    // Only root can make a file system to fill.
+    let dir = tempfile::tempdir().unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=8m", "none"])
+        .arg(dir.path())
+        .status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        eprintln!("SKIPPED: no file system can be mounted here");
+        return;
+    }
+    let nodes = format!(
+        "[nodes.m]\ndisks = [{{ path = '{}/disk', create_size = 32 }}]",
+        dir.path().display()
+    );
+    with_machines(&nodes, async |driver| {
+        let machine = only(driver);
+        let command = "dd if=/dev/urandom of=/dev/vda bs=1M count=30 conv=fsync 2>&1";
+        let said = machine.fail(&[command], None).await.unwrap();
+        assert!(said.contains("I/O error") || said.contains("Input/output error"), "{said}");
+        // The disk goes on: what is there can be read and written.
+        output(machine, "dd if=/dev/vda of=/dev/null bs=1M count=4 && true").await;
+        output(machine, "dd if=/dev/urandom of=/dev/vda bs=1M count=2 conv=fsync").await;
+    });
+    let unmounted = std::process::Command::new("umount").arg(dir.path()).status().unwrap();
+    assert!(unmounted.success());
+}
