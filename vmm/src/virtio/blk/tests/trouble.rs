@@ -287,9 +287,7 @@ proptest! {
         let blk = Blk::new(&spec, 1).unwrap();
         let guest = Guest::with_memory(HOSTILE_MEMORY);
         // So that many chains begin with a header that makes sense.
-        for at in (0..HOSTILE_MEMORY - 16).step_by(16) {
-            guest.write(u64::try_from(at).unwrap(), &header(kind, sector));
-        }
+        guest.write(0, &header(kind, sector).repeat(HOSTILE_MEMORY / 16));
         let mut driver = guest.driver(0, 16);
         guest.write(driver.avail, &[0; 6 + 32]);
         guest.write(driver.used, &[0; 6 + 128]);
