@@ -119,14 +119,10 @@ const MICRO: Recipe = Recipe {
         "virtio_net",
         "virtiofs",
         "virtio_rng",
-        "virtio_blk",
-        // A dependency of ext4 that its module does not name (fs/ext4/super.c, `softdep`).
-        "crc32c_generic",
-        "ext4",
         "button",
         "pvpanic_mmio",
     ],
-    on_demand: &["virtio_balloon", "vmw_vsock_virtio_transport"],
+    on_demand: &["virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
     boot: include_str!("scripts/micro.sh"),
     cmdline: MICRO_CMDLINE,
 };

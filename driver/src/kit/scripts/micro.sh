@@ -8,12 +8,13 @@ read -r name </etc/hostname && echo "$name" >/proc/sys/kernel/hostname
 for file in /sys/bus/virtio/devices/*/device; do
   read -r device <"$file" || continue
   case $device in
+  0x0002) drivers=virtio_blk ;;
   0x0005) drivers=virtio_balloon ;;
   0x0013) drivers="vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport" ;;
   *) continue ;;
   esac
   for driver in $drivers; do
-    insmod "/lib/modules/$driver.ko"
+    [ -d "/sys/module/$driver" ] || insmod "/lib/modules/$driver.ko"
   done
 done
 
