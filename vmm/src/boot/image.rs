@@ -100,9 +100,7 @@ impl ReadVolatile for ImageFile {
             copy_content(&rest.subslice(0, count)?, target)?;
             count
         } else {
-            self.file
-                .seek(SeekFrom::Start(self.position))
-                .map_err(VolatileMemoryError::IOError)?;
+            self.file.seek(SeekFrom::Start(self.position)).map_err(VolatileMemoryError::IOError)?;
             self.file.read_volatile(target)?
         };
         self.position += count as u64;
