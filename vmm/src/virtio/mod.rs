@@ -20,6 +20,7 @@ mod config_space;
 pub mod console;
 pub mod fs;
 pub mod net;
+mod pool;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

@@ -19,7 +19,6 @@ mod check;
 mod create;
 mod image;
 mod lock;
-mod pool;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -35,6 +34,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config_space::read_config_space;
+use super::pool::Pool;
 use super::queue::Position;
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
@@ -43,7 +43,6 @@ use crate::spec::DiskSpec;
 pub use create::CreateError;
 use image::Image;
 pub use image::ImageError;
-use pool::Pool;
 
 /// The unit of the protocol, in bytes, whatever the disk's own blocks are.
 const SECTOR: u64 = 512;
@@ -234,16 +233,15 @@ impl VirtioDevice for Blk {
         self: Box<Self>,
         activation: Activation,
     ) -> Result<Box<dyn ActiveDevice>, (Box<dyn VirtioDevice>, DeviceError)> {
-        let (image, serial) = (Arc::clone(&self.image), self.serial);
-        let read_only = self.read_only;
-        let write_through = activation.features & feature::FLUSH == 0;
-        let memory = Arc::clone(&activation.memory);
-        let serve = move |chain: &_| {
-            let disk = request::Disk { image: &image, serial: &serial, read_only, write_through };
-            request::serve(&disk, chain, &memory)
+        let disk = request::Disk {
+            image: Arc::clone(&self.image),
+            serial: self.serial,
+            read_only: self.read_only,
+            write_through: activation.features & feature::FLUSH == 0,
+            memory: activation.memory,
         };
         let alarm = Arc::clone(&self.alarm);
-        let pool = Pool::new(self.name(), Box::new(serve), alarm, activation.queues);
+        let pool = Pool::new(self.name(), Box::new(disk), alarm, activation.queues);
         Ok(Box::new(ActiveBlk { pool, blk: *self }))
     }
 }

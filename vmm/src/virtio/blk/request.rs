@@ -1,13 +1,15 @@
 //! One request (virtio 1.2, 5.2.6): what it says, and doing it.
 
 use std::io;
+use std::sync::Arc;
 
 use vm_memory::Bytes;
 
 use super::image::{Image, guard};
 use super::{MAX_DISCARD_SECTORS, MAX_TRANSFER, MAX_ZERO_SECTORS, SECTOR, Serial};
-use crate::memory::MemoryMap;
+use crate::memory::{Memory, MemoryMap};
 use crate::virtio::DeviceError;
+use crate::virtio::pool::Server;
 use crate::virtio::queue::{Chain, GuestSlice, QueueError, readable, writable};
 
 /// Length of the header: type, reserved, sector.
@@ -40,12 +42,13 @@ pub(super) enum Status {
 const UNMAP: u32 = 1;
 
 /// What serves requests needs to know of the disk.
-pub(super) struct Disk<'a> {
-    pub(super) image: &'a Image,
-    pub(super) serial: &'a Serial,
+pub(super) struct Disk {
+    pub(super) image: Arc<Image>,
+    pub(super) serial: Serial,
     pub(super) read_only: bool,
     /// The driver will not flush: what it was told is written must stay.
     pub(super) write_through: bool,
+    pub(super) memory: Memory,
 }
 
 /// A chain, taken apart. The framing is the driver's affair (virtio 1.2, 2.7.4).
@@ -57,26 +60,23 @@ struct Request<'m> {
     status: GuestSlice<'m>,
 }
 
-/// Serves one request and says how many bytes of the chain are written.
-///
-/// # Errors
-/// The chain has no place for a header or for the status, or lies outside memory.
-pub(super) fn serve(
-    disk: &Disk<'_>,
-    chain: &Chain,
-    memory: &MemoryMap,
-) -> Result<u32, DeviceError> {
-    let request = Request::parse(chain, memory)?;
-    let (status, written) = disk.execute(&request);
-    let written = u32::try_from(written).unwrap_or(u32::MAX - 1);
-    request
-        .status
-        .write_obj(status as u8, 0)
-        .map_err(|_| DeviceError::Request("the status is outside memory"))?;
-    // What counts is the part from the beginning on that is sure to be written: the status, which
-    // is at the very end, does only if all before it is.
-    let whole = total(&request.input) == u64::from(written);
-    Ok(written + u32::from(whole))
+// A failed request's chain does not go back: Linux looks at the status alone, which may still be
+// that of the request before, and that is most often success.
+impl Server for Disk {
+    /// Fails if the chain has no place for a header or for the status, or lies outside memory.
+    fn serve(&self, chain: &Chain) -> Result<u32, DeviceError> {
+        let request = Request::parse(chain, &self.memory)?;
+        let (status, written) = self.execute(&request);
+        let written = u32::try_from(written).unwrap_or(u32::MAX - 1);
+        request
+            .status
+            .write_obj(status as u8, 0)
+            .map_err(|_| DeviceError::Request("the status is outside memory"))?;
+        // What counts is the part from the beginning on that is sure to be written: the status,
+        // which is at the very end, does only if all before it is.
+        let whole = total(&request.input) == u64::from(written);
+        Ok(written + u32::from(whole))
+    }
 }
 
 impl<'m> Request<'m> {
@@ -101,7 +101,7 @@ impl<'m> Request<'m> {
     }
 }
 
-impl Disk<'_> {
+impl Disk {
     /// Does what the request says: how it went, and how many bytes of its input are written.
     fn execute(&self, request: &Request<'_>) -> (Status, u64) {
         let done = |result: io::Result<()>, written| match result {
@@ -126,7 +126,7 @@ impl Disk<'_> {
             // A disk that nobody writes to is always flushed.
             kind::FLUSH if self.read_only => (Status::Ok, 0),
             kind::FLUSH => done(guard(|| self.image.flush()), 0),
-            kind::GET_ID => (Status::Ok, scatter(&request.input, self.serial)),
+            kind::GET_ID => (Status::Ok, scatter(&request.input, &self.serial)),
             kind::DISCARD | kind::WRITE_ZEROES => (self.ranges(request), 0),
             _ => (Status::Unsupported, 0),
         }

@@ -243,6 +243,7 @@ fn chains_without_header_or_status_cost_the_device() {
         rig.drivers[0].add(chain);
         let failure = failure_of(&mut rig);
         assert!(failure.contains(problem), "{failure}");
+        assert_eq!(rig.drivers[0].used(), None, "it must not look done");
         let inactive = rig.device.reset();
         let (drivers, activation) = rig.guest.activation(&inactive.queue_sizes(), FEATURES);
         let device = inactive.activate(activation).ok().unwrap();

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use virtiofsd::fuse::{Opcode, SetattrIn};
 use vm_memory::ByteValued;
 
-use super::super::pool::MAX_WORKERS;
 use super::super::server::{SQUASHED_GID, SQUASHED_UID, can_act_for_others};
 use super::super::{Fs, VirtioDevice};
 use super::client::{Mount, ROOT};
 use super::{share, spec};
+use crate::virtio::pool::MAX_WORKERS;
 
 /// Runs the ignored test `name` of this file alone in a process, as user `uid` if firn is root.
 fn alone(name: &str, uid: Option<u32>, directory: &Path) {

@@ -7,9 +7,9 @@ use virtiofsd::fuse::{InHeader, Opcode};
 use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::super::pool::Pool;
 use super::super::server::{Fuse, Session};
 use crate::virtio::DeviceError;
+use crate::virtio::pool::Pool;
 use crate::virtio::queue::Chain;
 use crate::virtio::testing::{DriverQueue, Guest, Part};
 
@@ -51,7 +51,8 @@ fn stage() -> Stage {
     let (orders, listen) = channel();
     let puppet = Puppet { began: Mutex::new(tell), orders: Mutex::new(listen) };
     let alarm = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-    let pool = Pool::new("test".into(), Arc::new(puppet), Arc::clone(&alarm), vec![Some(queue)]);
+    let server: Arc<dyn Fuse> = Arc::new(puppet);
+    let pool = Pool::new("test".into(), Box::new(server), Arc::clone(&alarm), vec![Some(queue)]);
     Stage { driver, pool, alarm, began, orders }
 }
 

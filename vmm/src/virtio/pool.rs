@@ -1,9 +1,10 @@
-//! The threads that do a disk's requests.
+//! The threads that do the requests of a device whose work blocks.
 //!
 //! The ringing thread only takes chains off the queues and wakes a worker for each; a worker that
-//! has finished one looks for the next itself, so a burst costs few wake-ups. Reading, writing and
-//! syncing block a worker, not a vCPU. Workers are started when there is nobody to take a chain:
-//! a disk that is not used has none.
+//! has finished one looks for the next itself, so a burst costs few wake-ups. What takes long
+//! blocks a worker, not a vCPU. A device may have its quick requests served by the ringing thread
+//! ([`Server::is_quick`]). Workers are started when there is nobody to take a chain: a device that
+//! is not used has none.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,18 +14,50 @@ use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::virtio::DeviceError;
-use crate::virtio::queue::{Chain, Position, QueueError, VirtQueue};
+use super::DeviceError;
+use super::queue::{Chain, Position, QueueError, VirtQueue};
 
-/// Most requests of a disk that are done at the same time.
+/// Most workers of a device: enough that a slow `fsync` or cold read does not hold up the rest.
 pub(super) const MAX_WORKERS: usize = 4;
 
-/// Most chains taken off the queues ahead of the workers: what an honest driver can have under
-/// way. One that offers chains it has not got back would fill memory; the rest waits in the ring.
-const MAX_BACKLOG: usize = 1024;
+/// Most chains taken off the queues ahead of the workers: no less than an honest driver can have
+/// under way. One that offers chains it has not got back would fill memory; the rest waits in the
+/// ring.
+const MAX_BACKLOG: usize = 2048;
 
-/// Does a request and says how many bytes of its chain are written.
-pub(super) type Serve = dyn Fn(&Chain) -> Result<u32, DeviceError> + Send + Sync;
+/// Most requests served on the ringing thread before the workers get the rest, so that a guest
+/// that adds requests as fast as they are served cannot keep the thread for ever.
+const QUICK_TURN: usize = 64;
+
+/// What a device does with its requests.
+pub(super) trait Server: Send + Sync {
+    /// Does a request and says how many bytes of its chain are written. May block. A panic is
+    /// caught and counts as an error.
+    ///
+    /// # Errors
+    /// What costs the guest the device.
+    fn serve(&self, chain: &Chain) -> Result<u32, DeviceError>;
+
+    /// Whether the request can be served on any thread, and at once, so that it is not worth
+    /// waking a worker for.
+    fn is_quick(&self, _chain: &Chain) -> bool {
+        false
+    }
+
+    /// Called on each worker before its first request.
+    ///
+    /// # Errors
+    /// What costs the guest the device.
+    fn prepare_thread(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Whether the chain of a failed request goes back, with nothing written into it. Not where
+    /// the driver could take that for success: then it is the device's reset that frees the chain.
+    fn gives_back_failed(&self) -> bool {
+        false
+    }
+}
 
 /// A request that has been taken off its queue.
 struct Job {
@@ -53,7 +86,7 @@ struct State {
 }
 
 struct Shared {
-    serve: Box<Serve>,
+    server: Box<dyn Server>,
     /// Wakes the event thread for [`State::failure`].
     alarm: Arc<EventFd>,
     state: Mutex<State>,
@@ -61,7 +94,7 @@ struct Shared {
     drained: Condvar,
 }
 
-/// The queues of an active disk and its workers. Dropping it ends them.
+/// The queues of an active device and its workers. Dropping it ends them.
 pub(super) struct Pool {
     name: String,
     shared: Arc<Shared>,
@@ -69,10 +102,11 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Takes the queues; they are looked at from the first [`Pool::run`] on.
+    /// Takes the queues; they are looked at from the first [`Pool::run`] on. The workers get the
+    /// device's `name`; failures ring `alarm`, upon which [`Pool::run`] is to be called.
     pub(super) fn new(
         name: String,
-        serve: Box<Serve>,
+        server: Box<dyn Server>,
         alarm: Arc<EventFd>,
         queues: Vec<Option<VirtQueue>>,
     ) -> Pool {
@@ -88,7 +122,7 @@ impl Pool {
             failed: false,
         };
         let (work, drained) = (Condvar::new(), Condvar::new());
-        let shared = Arc::new(Shared { serve, alarm, state: Mutex::new(state), work, drained });
+        let shared = Arc::new(Shared { server, alarm, state: Mutex::new(state), work, drained });
         Pool { name, shared, workers: Vec::new() }
     }
 
@@ -99,6 +133,15 @@ impl Pool {
     pub(super) fn run(&mut self) -> Result<(), DeviceError> {
         let mut state = self.shared.lock();
         state.held = false;
+        for _ in 0..QUICK_TURN {
+            match self.shared.take(&mut state) {
+                Some(job) if self.shared.server.is_quick(&job.chain) => {
+                    state = self.shared.serve(state, &job);
+                }
+                Some(job) => state.backlog.push_back(job),
+                None => break,
+            }
+        }
         self.shared.fill(&mut state);
         if let Some(failure) = state.failure.take() {
             return Err(failure);
@@ -112,14 +155,14 @@ impl Pool {
         for _ in 0..missing.min(MAX_WORKERS - self.workers.len()) {
             match self.hire() {
                 Ok(worker) => self.workers.push(worker),
-                // With one worker the disk is slow, without any it is dead.
+                // With one worker the device is slow, without any it is dead.
                 Err(error) if !self.workers.is_empty() => {
-                    tracing::warn!(disk = self.name, %error, "no more threads for the disk");
+                    tracing::warn!(device = self.name, %error, "no more threads for the device");
                     break;
                 }
                 Err(source) => {
                     self.shared.lock().fail(None);
-                    let operation = "start a thread for a disk";
+                    let operation = "start a thread for the device";
                     return Err(DeviceError::Host { operation, source });
                 }
             }
@@ -176,7 +219,8 @@ impl State {
         self.failure = failure;
     }
 
-    /// Takes one chain off the queues, from each in turn.
+    /// Takes one chain off the queues, from each in turn: so a queue for urgent requests is never
+    /// behind more than one chain of each other queue, and a full one holds up none.
     fn take(&mut self) -> Result<Option<Job>, DeviceError> {
         let count = self.queues.len();
         for step in 0..count {
@@ -203,14 +247,20 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn take(&self, state: &mut State) -> Option<Job> {
+        if state.failed || state.backlog.len() >= MAX_BACKLOG {
+            return None;
+        }
+        state.take().unwrap_or_else(|failure| {
+            self.fail(state, failure);
+            None
+        })
+    }
+
     /// Takes all available chains off the queues.
     fn fill(&self, state: &mut State) {
-        while !state.failed && state.backlog.len() < MAX_BACKLOG {
-            match state.take() {
-                Ok(Some(job)) => state.backlog.push_back(job),
-                Ok(None) => break,
-                Err(failure) => self.fail(state, failure),
-            }
+        while let Some(job) = self.take(state) {
+            state.backlog.push_back(job);
         }
     }
 
@@ -223,25 +273,39 @@ impl Shared {
     }
 
     fn worker(&self) {
+        if let Err(failure) = self.server.prepare_thread() {
+            self.fail(&mut self.lock(), failure);
+            self.drained.notify_all();
+            return;
+        }
         let mut state = self.lock();
         while let Some((locked, job)) = self.next_job(state) {
-            drop(locked);
-            let served = catch_unwind(AssertUnwindSafe(|| (self.serve)(&job.chain)));
-            state = self.lock();
-            state.in_flight -= 1;
-            if state.failed {
-                continue;
-            }
-            let panicked = DeviceError::Request("the disk panicked on a request");
-            match served.unwrap_or(Err(panicked)) {
-                Ok(written) => {
-                    if let Err(error) = state.complete(&job, written) {
-                        self.fail(&mut state, error.in_queue(job.queue));
-                    }
-                }
-                Err(failure) => self.fail(&mut state, failure),
-            }
+            state = self.serve(locked, &job);
         }
+    }
+
+    /// Serves a request with the lock released and gives its chain back.
+    fn serve<'a>(&'a self, mut state: MutexGuard<'a, State>, job: &Job) -> MutexGuard<'a, State> {
+        state.in_flight += 1;
+        drop(state);
+        let served = catch_unwind(AssertUnwindSafe(|| self.server.serve(&job.chain)));
+        state = self.lock();
+        state.in_flight -= 1;
+        if state.failed {
+            return state;
+        }
+        let panicked = DeviceError::Request("the device panicked on a request");
+        let (written, failure) = match served.unwrap_or(Err(panicked)) {
+            Ok(written) => (Some(written), None),
+            Err(failure) => (self.server.gives_back_failed().then_some(0), Some(failure)),
+        };
+        let completed = written.map_or(Ok(()), |written| state.complete(job, written));
+        if let Err(error) = completed {
+            self.fail(&mut state, error.in_queue(job.queue));
+        } else if let Some(failure) = failure {
+            self.fail(&mut state, failure);
+        }
+        state
     }
 
     /// Waits for a request; `None` is the end of the worker.
@@ -257,7 +321,6 @@ impl Shared {
                 self.fill(&mut state);
             }
             if let Some(job) = state.backlog.pop_front() {
-                state.in_flight += 1;
                 if !state.backlog.is_empty() && state.idle > 0 {
                     self.work.notify_one();
                 }
