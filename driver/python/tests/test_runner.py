@@ -21,7 +21,13 @@ class Runner(unittest.TestCase):
     """Each test has a directory of its own, in which runs keep their state."""
 
     def setUp(self) -> None:
-        """Make the directory."""
+        """Make the directory, and hear of Ctrl-C.
+
+        A shell that starts the tests in the background has them, and so their children, ignore it.
+        """
+        self.addCleanup(
+            signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)
+        )
         temp = tempfile.TemporaryDirectory()
         self.addCleanup(temp.cleanup)
         self.dir = Path(temp.name)
