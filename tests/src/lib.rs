@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use firn::log::Logger;
 use firn::{Driver, DriverOptions};
 
 /// No test here takes as long, even in a carrier on a loaded machine.
-const TIMEOUT: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The kit that guests boot. `make` has built it.
 pub fn micro() -> Kit {
@@ -42,8 +43,11 @@ pub fn with_machines(nodes: &str, script: impl AsyncFnOnce(&Driver)) {
 /// The same for a test that exists as data.
 pub fn with_config(config: &TestConfig, script: impl AsyncFnOnce(&Driver)) {
     let out = tempfile::tempdir().expect("a directory for results");
-    let options =
-        DriverOptions { kit: Some(micro()), out_dir: out.path().to_owned(), log: Logger::stderr() };
+    let options = DriverOptions {
+        kit: Some(micro()),
+        out_dir: out.path().to_owned(),
+        log: Logger::new(Box::new(TestOutput), false),
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -70,4 +74,18 @@ pub fn noise(length: usize) -> Vec<u8> {
     }
     bytes.truncate(length);
     bytes
+}
+
+/// Writes to what cargo shows of a test when it fails, and only then.
+struct TestOutput;
+
+impl Write for TestOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        eprint!("{}", String::from_utf8_lossy(bytes));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
