@@ -33,8 +33,8 @@ struct Exec {
     /// The carrier's memory in MiB; by default what this host has room for, at most 9216
     #[arg(long, value_name = "MIB", value_parser = value_parser!(u64).range(512..))]
     memory: Option<u64>,
-    /// Its processors; by default all of this host's
-    #[arg(long, value_parser = value_parser!(u32).range(1..=255), conflicts_with = "exact")]
+    /// Its processors; QEMU 7.2 corrupts guests under load with more than one
+    #[arg(long, default_value = "1", value_parser = value_parser!(u32).range(1..=255), conflicts_with = "exact")]
     cores: Option<u32>,
     /// Let its clock count executed instructions, 1 ns each: slower, but repeatable
     #[arg(long)]
