@@ -36,6 +36,12 @@ struct Sink {
     serial: AtomicBool,
 }
 
+impl Default for Logger {
+    fn default() -> Self {
+        Self::stderr()
+    }
+}
+
 impl Logger {
     /// A log on stderr, in colours if that is a terminal (see `NO_COLOR` and `CLICOLOR_FORCE`).
     #[must_use]

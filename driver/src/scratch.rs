@@ -1,10 +1,147 @@
-//! The directory a test run keeps its state in, removed in the end.
+//! The directories a test run keeps its state in, removed in the end.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use tempfile::TempDir;
+
+use crate::error::MachineError;
+
+/// Where the machines of a run keep their state: below `TMPDIR`, or /tmp.
+#[derive(Clone, Debug, Default)]
+pub enum StatePlace {
+    /// In a new directory, which is removed in the end.
+    #[default]
+    New,
+    /// In `vm-state-NAME` for each machine, as NixOS tests have it. One run at a time can do that. What an earlier run
+    /// left is removed, and in the end everything, unless it is kept.
+    Named {
+        /// Whether to go on with what is there, and to leave it there.
+        keep: bool,
+    },
+}
+
+/// The state of a run.
+#[derive(Debug)]
+pub(crate) enum State {
+    New(Scratch),
+    Named(Named),
+}
+
+impl State {
+    pub(crate) fn new(place: &StatePlace) -> Result<Self, MachineError> {
+        let parent = std::env::temp_dir();
+        match place {
+            StatePlace::New => Scratch::new().map(Self::New),
+            StatePlace::Named { keep } => Named::new(&parent, *keep).map(Self::Named),
+        }
+        .map_err(MachineError::file("keep state in", parent))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::New(scratch) => scratch.path(),
+            Self::Named(named) => &named.parent,
+        }
+    }
+
+    /// The directories of a machine: its own, the one that all share, and whether its own is kept.
+    pub(crate) fn machine(
+        &self,
+        name: &str,
+        keep: bool,
+    ) -> Result<(PathBuf, PathBuf, bool), MachineError> {
+        let own = self.path().join(format!("vm-state-{name}"));
+        let shared = self.path().join(SHARED);
+        let keep = match self {
+            Self::New(_) => false,
+            Self::Named(named) => named.enter(&own, keep)?,
+        };
+        Ok((own, shared, keep))
+    }
+}
+
+/// The directory that all machines share.
+const SHARED: &str = "shared-xchg";
+/// Locked as long as a run with named directories lives.
+const NAMED_LOCK: &str = ".firn-run.lock";
+
+/// Directories with names that everybody knows.
+#[derive(Debug)]
+pub(crate) struct Named {
+    parent: PathBuf,
+    keep: bool,
+    /// What to remove in the end.
+    entered: Mutex<Vec<PathBuf>>,
+    _lock: File,
+}
+
+impl Named {
+    fn new(parent: &Path, keep: bool) -> io::Result<Self> {
+        let lock = lock_named(&parent.join(NAMED_LOCK))?;
+        let named =
+            Self { parent: parent.to_owned(), keep, entered: Mutex::default(), _lock: lock };
+        if !keep {
+            remove_if_there(&parent.join(SHARED))?;
+        }
+        Ok(named)
+    }
+
+    /// Makes ready a directory; answers whether it will be kept.
+    fn enter(&self, dir: &Path, keep: bool) -> Result<bool, MachineError> {
+        let keep = keep || self.keep;
+        if !keep {
+            remove_if_there(dir).map_err(MachineError::file("remove", dir))?;
+            let mut entered = self.entered.lock().unwrap_or_else(PoisonError::into_inner);
+            entered.push(dir.to_owned());
+        }
+        Ok(keep)
+    }
+}
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        let entered = self.entered.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let shared = Some(self.parent.join(SHARED)).filter(|_| !self.keep);
+        for dir in entered.iter().cloned().chain(shared) {
+            // Nobody is left to tell.
+            let _ = fs::remove_dir_all(dir);
+        }
+        let _ = fs::remove_file(self.parent.join(NAMED_LOCK));
+    }
+}
+
+/// The lock file, held. The one who held it before may have removed it meanwhile.
+fn lock_named(path: &Path) -> io::Result<File> {
+    loop {
+        let file = File::options().create(true).truncate(false).write(true).open(path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::other(
+                    "another run of tests keeps its machines' state there; \
+                     wait for it, or set TMPDIR to another directory",
+                ));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        let still_there = fs::symlink_metadata(path);
+        if still_there.is_ok_and(|there| file.metadata().is_ok_and(|own| own.ino() == there.ino()))
+        {
+            return Ok(file);
+        }
+    }
+}
+
+fn remove_if_there(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
 
 /// How such directories' names begin.
 const PREFIX: &str = "firn-run-";
@@ -76,10 +213,10 @@ fn aged(lock: &File) -> bool {
 }
 
 /// Makes a directory, and its parents.
-pub(crate) fn make_dir(path: PathBuf) -> Result<PathBuf, crate::error::MachineError> {
+pub(crate) fn make_dir(path: PathBuf) -> Result<PathBuf, MachineError> {
     match fs::create_dir_all(&path) {
         Ok(()) => Ok(path),
-        Err(source) => Err(crate::error::MachineError::file("make", path)(source)),
+        Err(source) => Err(MachineError::file("make", path)(source)),
     }
 }
 
@@ -93,6 +230,31 @@ mod tests {
         let lock = File::options().write(true).open(dir.join(LOCK)).expect("it is there");
         let past = SystemTime::now() - Duration::from_secs(60);
         lock.set_modified(past).expect("the file is ours");
+    }
+
+    #[test]
+    fn named_directories() {
+        let parent = tempfile::tempdir().expect("a temp dir");
+        let old = parent.path().join("vm-state-a");
+        fs::create_dir_all(old.join("x")).expect("made");
+        let kept = State::Named(Named::new(parent.path(), true).expect("made"));
+        assert_eq!(
+            kept.machine("a", false).expect("made"),
+            (old.clone(), parent.path().join(SHARED), true)
+        );
+        let error = Named::new(parent.path(), false).expect_err("it is taken").to_string();
+        assert!(error.contains("set TMPDIR"), "{error}");
+        drop(kept);
+        assert!(old.join("x").exists());
+        let fresh = State::Named(Named::new(parent.path(), false).expect("free again"));
+        assert!(!fresh.machine("a", false).expect("made").2 && !old.exists());
+        fs::create_dir_all(&old).expect("made");
+        assert!(fresh.machine("b", true).expect("made").2);
+        let b = parent.path().join("vm-state-b");
+        fs::create_dir(&b).expect("made");
+        drop(fresh);
+        let left = fs::read_dir(parent.path()).expect("readable").flatten().map(|e| e.path());
+        assert_eq!(left.collect::<Vec<_>>(), [b], "what shall be kept, and no lock");
     }
 
     #[test]

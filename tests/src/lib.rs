@@ -47,6 +47,7 @@ pub fn with_config(config: &TestConfig, script: impl AsyncFnOnce(&Driver)) {
         kit: Some(micro()),
         out_dir: out.path().to_owned(),
         log: Logger::new(Box::new(TestOutput), false),
+        ..DriverOptions::default()
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

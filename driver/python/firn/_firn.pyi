@@ -1,4 +1,5 @@
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from os import PathLike
 from pathlib import Path
@@ -11,6 +12,15 @@ __version__: str
 
 def interrupt_waits_by_signals() -> None:
     """Let Python's signal handlers run while the main thread waits in this module."""
+
+def set_wait_hook(hook: Callable[[], object] | None) -> None:
+    """Set what every wait of this module calls before it begins and about once a second.
+
+    What it raises ends the wait.
+    """
+
+def check_wait_hook() -> None:
+    """Call what was set."""
 
 class Step:
     def __enter__(self) -> None: ...

@@ -10,8 +10,10 @@ from contextlib import AbstractContextManager, contextmanager
 from types import CodeType
 
 from firn._firn import Driver
+from firn.duration import Duration
 from firn.errors import RequestedAssertionFailed
-from firn.retry import Duration, retry
+from firn.polling import Decorator
+from firn.retry import retry
 
 
 class ScriptFailed(Exception):
@@ -45,6 +47,7 @@ class Script:
             "log": self.log,
             "machines": machines,
             "os": os,
+            "polling_condition": Decorator(self.log),
             "retry": retry,
             "run_tests": self.run_tests,
             "serial_stdout_off": lambda: self.log.print_serial_logs(False),

@@ -142,6 +142,46 @@ class Runner(unittest.TestCase):
         status, _, err = self.run_script(script)
         self.assertEqual(status, 0, err)
 
+    def test_polling_condition(self) -> None:
+        """It has to hold within its block, is not called too often, and not by itself."""
+        script = (
+            "import time\n"
+            "calls = []\n"
+            "@polling_condition(seconds_interval=0)\n"
+            "def few():\n"
+            "    'few\\n    calls'\n"
+            "    calls.append(machine.shutdown())\n"
+            "    return len(calls) < 3\n"
+            "t.assertEqual(few.description, 'few calls')\n"
+            "machine.shutdown()\n"
+            "t.assertEqual(calls, [])\n"
+            "with t.assertRaisesRegex(Exception, '^Polling condition failed: few calls$'):\n"
+            "    with few:\n"
+            "        machine.shutdown()\n"
+            "        machine.shutdown()\n"
+            "        print('twice')\n"
+            "        retry(lambda last: False, 60)\n"
+            "machine.shutdown()\n"
+            "t.assertEqual(len(calls), 3)\n"
+            "@polling_condition\n"
+            "def none(): pass\n"
+            "t.assertEqual(none.description, 'none')\n"
+            "with none: machine.shutdown()\n"
+            "@polling_condition(description='is late')\n"
+            "def late(): return time.monotonic() > there\n"
+            "there = time.monotonic() + 0.2\n"
+            "late.wait(timeout=30)\n"
+            "@polling_condition(seconds_interval=0, description='never')\n"
+            "def never(): raise ValueError('no')\n"
+            "with t.assertRaisesRegex(Exception, 'timed out after 0.1 seconds'):\n"
+            "    never.wait(timeout=0.1)\n"
+            "with never: machine.shutdown()\n"
+        )
+        status, out, err = self.run_script(script)
+        self.assertEqual((status, out), (1, "twice\n"), err)
+        self.assertIn("!!! RequestedAssertionFailed: Polling condition failed: never\n", err)
+        self.assertIn("\nwaiting for is late\n", err)
+
     def test_machine_that_is_off(self) -> None:
         """What needs no machine that runs does nothing."""
         script = (

@@ -7,21 +7,20 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use firn_vmm::spec::{DiskCreateSpec, DiskFormat, MAX_CORES, MIN_MEMORY_MIB, VsockSpec};
+use firn_vmm::spec::{
+    CachePolicy, DiskCreateSpec, DiskFormat, MAX_CORES, MIN_MEMORY_MIB, VsockSpec,
+};
 use firn_vmm::virtio::vsock::MIN_CID;
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::machine_file::format_by_name;
 use super::report::{ConfigError, Report};
 use super::{
-    DEFAULT_MEMORY_MIB, DiskConfig, DiskImage, HOST_TAG, MAX_LABEL, MAX_NAME, MAX_NUMBER,
-    MAX_SERIAL, MAX_TAG, NodeConfig, SHARED_TAG, Script, ShareConfig, TestConfig, variable_name,
+    DEFAULT_MEMORY_MIB, DiskConfig, DiskImage, HOST_TAG, MAX_DISK_MIB, MAX_LABEL, MAX_MEMORY_MIB,
+    MAX_NAME, MAX_NUMBER, MAX_SERIAL, MAX_TAG, NodeConfig, SHARED_TAG, Script, ShareConfig,
+    TestConfig, is_name, is_tag, variable_name,
 };
-
-/// Most memory a machine may ask for, in MiB: 1 TiB, to catch a number meant as bytes or KiB.
-const MAX_MEMORY_MIB: u64 = 1 << 20;
-/// Largest disk that can be made, in MiB: 64 TiB, for the same reason.
-const MAX_DISK_MIB: u64 = 64 << 20;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -145,7 +144,15 @@ impl Reader<'_> {
                 .file_stem()
                 .map_or_else(String::new, |stem| stem.to_string_lossy().into_owned()),
         };
-        Ok(TestConfig { name, script, global_timeout, nodes })
+        Ok(TestConfig {
+            name,
+            script,
+            global_timeout,
+            nodes,
+            files: Vec::new(),
+            more_vlans: Vec::new(),
+            ssh_backdoor: false,
+        })
     }
 
     fn script(
@@ -198,12 +205,7 @@ impl Reader<'_> {
 
     fn name(&self, name: &Spanned<String>, others: &[NodeConfig]) -> Result<(), Report> {
         let text = name.get_ref();
-        let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        if text.is_empty()
-            || text.len() > MAX_NAME
-            || !text.chars().all(fits)
-            || text.starts_with('-')
-        {
+        if !is_name(text) {
             return Err(self.bad(name.span(), format!("`{text}` cannot be a machine's name")).help(format!(
                 "allowed: 1 to {MAX_NAME} of A-Z a-z 0-9 `-` `_`, not beginning with `-`: it becomes the host name"
             )));
@@ -236,7 +238,10 @@ impl Reader<'_> {
             name,
             number,
             kernel: raw.kernel.map(|p| self.file("kernel", "kernel image", p)).transpose()?,
-            initrd: raw.initrd.map(|p| self.file("initrd", "cpio archive", p)).transpose()?,
+            initrd: raw
+                .initrd
+                .map(|p| Ok::<_, Report>(vec![self.file("initrd", "cpio archive", p)?]))
+                .transpose()?,
             cmdline: raw.cmdline,
             memory_mib,
             // `within` has checked the range.
@@ -245,8 +250,11 @@ impl Reader<'_> {
                 Some(vlans) => self.vlans(vlans)?,
                 None => vec![1],
             },
+            macs: BTreeMap::new(),
             disks: self.disks(raw.disks, raw.empty_disks)?,
             shares: self.shares(raw.shared_directories)?,
+            exchange: true,
+            rng: true,
             balloon: raw.balloon,
             vsock: raw.vsock.map(|vsock| self.vsock(&vsock)).transpose()?,
         })
@@ -319,11 +327,7 @@ impl Reader<'_> {
             }
             (None, None) => None,
         };
-        let format = raw.format.unwrap_or_else(|| {
-            // By the name only: the guest decides what is in the file.
-            let qcow2 = path.extension().is_some_and(|extension| extension == "qcow2");
-            if qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw }
-        });
+        let format = raw.format.unwrap_or_else(|| format_by_name(&path));
         let path = match (&create, fs::metadata(&path)) {
             (Some(_), Err(error)) if error.kind() == ErrorKind::NotFound => path,
             _ => self.file("path", "disk image", Spanned::new(at, path))?,
@@ -361,8 +365,7 @@ impl Reader<'_> {
     fn share(&self, tag: Spanned<String>, raw: RawShare) -> Result<ShareConfig, Report> {
         let span = tag.span();
         let tag = tag.into_inner();
-        let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if tag.is_empty() || tag.len() > MAX_TAG || !tag.chars().all(fits) {
+        if !is_tag(&tag) {
             return Err(self
                 .bad(span, format!("`{tag}` cannot be a share's tag"))
                 .help(format!("allowed: 1 to {MAX_TAG} of A-Z a-z 0-9 `.` `_` `-`")));
@@ -395,7 +398,14 @@ impl Reader<'_> {
                 )
                 .help("allowed: an absolute path in the guest, without `..` and blanks"));
         }
-        Ok(ShareConfig { tag, source, target: raw.target.into_inner(), read_only: raw.read_only })
+        Ok(ShareConfig {
+            tag,
+            source,
+            target: Some(raw.target.into_inner()),
+            read_only: raw.read_only,
+            // Others write to it, the host at least.
+            cache: CachePolicy::Never,
+        })
     }
 
     /// The path of a file that exists.

@@ -1,14 +1,20 @@
 //! What a test consists of: its script, machines and limits, as plain data.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use firn_vmm::spec::{DiskCreateSpec, DiskFormat, VsockSpec};
+use firn_vmm::spec::{CachePolicy, DiskCreateSpec, DiskFormat, VsockSpec};
 
+mod driver_file;
+mod expand;
 mod file;
+mod machine_file;
 mod report;
 
+pub use expand::Variables;
+pub use machine_file::MachineFile;
 pub use report::ConfigError;
 
 #[cfg(test)]
@@ -27,6 +33,10 @@ pub const MAX_TAG: usize = 36;
 pub const MAX_SERIAL: usize = 20;
 /// Longest label of an ext4 file system, in bytes.
 pub const MAX_LABEL: usize = 16;
+/// Most memory a machine may ask for, in MiB: 1 TiB, to catch a number meant as bytes or KiB.
+const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Largest disk that can be made, in MiB: 64 TiB, for the same reason.
+const MAX_DISK_MIB: u64 = 64 << 20;
 /// Tag of the directory that all machines and the host share, at `/tmp/shared` in each guest.
 pub const SHARED_TAG: &str = "shared";
 /// Tag of the machine's own exchange directory, at `/host` in the guest.
@@ -43,6 +53,12 @@ pub struct TestConfig {
     pub global_timeout: Option<Duration>,
     /// The machines, sorted by name; [`NodeConfig::number`] counts from 1 in this order.
     pub nodes: Vec<NodeConfig>,
+    /// Machines that have files of their own.
+    pub files: Vec<MachineFile>,
+    /// Vlans that are there even if no machine is on them.
+    pub more_vlans: Vec<u8>,
+    /// Every machine can be entered by ssh over vsock.
+    pub ssh_backdoor: bool,
 }
 
 /// A test's script.
@@ -65,8 +81,8 @@ pub struct NodeConfig {
     pub number: u8,
     /// A bzImage or an ELF kernel.
     pub kernel: Option<PathBuf>,
-    /// A cpio archive.
-    pub initrd: Option<PathBuf>,
+    /// cpio archives, handed to the kernel as one initrd in this order.
+    pub initrd: Option<Vec<PathBuf>>,
     /// The kernel command line.
     pub cmdline: Option<String>,
     /// Memory in MiB.
@@ -75,10 +91,16 @@ pub struct NodeConfig {
     pub cores: u8,
     /// The vlans it is on; the guest's interface on the first is eth1, on the next eth2.
     pub vlans: Vec<u8>,
+    /// The addresses of its cards by their vlans, where they are not made from the numbers of vlan and node.
+    pub macs: BTreeMap<u8, [u8; 6]>,
     /// Disks, in the order in which the guest finds them: vda, vdb, …
     pub disks: Vec<DiskConfig>,
-    /// Directories of the host, beside `shared` and `host`.
+    /// Directories of the host.
     pub shares: Vec<ShareConfig>,
+    /// It has the shares `shared` and `host` beside these.
+    pub exchange: bool,
+    /// It has a source of entropy.
+    pub rng: bool,
     /// It has a memory balloon: memory that it does not use goes back to the host.
     pub balloon: bool,
     /// Sockets between programs of host and guest.
@@ -92,10 +114,12 @@ pub struct ShareConfig {
     pub tag: String,
     /// The directory on the host.
     pub source: PathBuf,
-    /// Where the guest mounts it.
-    pub target: PathBuf,
+    /// Where a guest of the kit mounts it; others have their own ways to know.
+    pub target: Option<PathBuf>,
     /// Refuse every change.
     pub read_only: bool,
+    /// How long the guest may trust what it has read.
+    pub cache: CachePolicy,
 }
 
 /// A disk of a machine.
@@ -126,8 +150,10 @@ impl TestConfig {
     /// All vlans that machines are on, each once, in order.
     #[must_use]
     pub fn vlans(&self) -> Vec<u8> {
+        let nodes = self.nodes.iter().flat_map(|node| &node.vlans);
+        let files = self.files.iter().flat_map(MachineFile::vlans);
         let all: std::collections::BTreeSet<u8> =
-            self.nodes.iter().flat_map(|node| node.vlans.iter().copied()).collect();
+            nodes.chain(files).chain(&self.more_vlans).copied().collect();
         all.into_iter().collect()
     }
 }
@@ -136,7 +162,8 @@ impl NodeConfig {
     /// The hardware address of this node's card on a vlan.
     #[must_use]
     pub fn mac(&self, vlan: u8) -> [u8; 6] {
-        [0x52, 0x54, 0x00, 0x12, vlan, self.number]
+        let own = self.macs.get(&vlan).copied();
+        own.unwrap_or([0x52, 0x54, 0x00, 0x12, vlan, self.number])
     }
 
     /// This node's IPv4 address on a vlan; the network is a /24.
@@ -158,6 +185,18 @@ impl NodeConfig {
     pub fn variable(&self) -> String {
         variable_name(&self.name)
     }
+}
+
+/// Whether a text can be a machine's name.
+fn is_name(text: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    (1..=MAX_NAME).contains(&text.len()) && text.chars().all(fits) && !text.starts_with('-')
+}
+
+/// Whether a text can be a share's tag.
+fn is_tag(text: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    (1..=MAX_TAG).contains(&text.len()) && text.chars().all(fits)
 }
 
 fn decimal_as_hex(number: u8) -> u16 {

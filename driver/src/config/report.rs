@@ -19,6 +19,22 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
+    /// A key of it has a value that cannot be.
+    #[error("{}: {message}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Which key, its value, and what is allowed.
+        message: String,
+    },
+    /// It is something else.
+    #[error("{} is no machine file of firn, it is {what}", path.display())]
+    NotMachineFile {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
     /// It can be read, but not meant.
     #[error(transparent)]
     Invalid(#[from] Report),

@@ -37,8 +37,11 @@ fn a_short_file_is_filled_up() {
             memory_mib: 512,
             cores: 1,
             vlans: vec![1],
+            macs: BTreeMap::new(),
             disks: vec![],
             shares: vec![],
+            exchange: true,
+            rng: true,
             balloon: false,
             vsock: None,
         }]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use firn_net_switch::SwitchPort;
 use tokio::sync::{Mutex, watch};
 
-use crate::config::NodeConfig;
+use crate::config::{NodeConfig, Variables};
 use crate::error::{End, Error, MachineError, Result, Tail};
 use crate::log::{Logger, Step};
 use crate::scratch::make_dir;
@@ -26,7 +26,7 @@ mod session;
 mod setup;
 
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
-pub(crate) use setup::{Boot, hosts};
+pub(crate) use setup::{Boot, Source, hosts};
 
 use console::Console;
 use monitor::Monitor;
@@ -39,8 +39,9 @@ pub struct Machine {
 }
 
 struct Inner {
+    /// For a machine file: as it is written.
     node: NodeConfig,
-    boot: Boot,
+    source: Source,
     dirs: Dirs,
     log: Logger,
     console: Arc<Console>,
@@ -60,12 +61,24 @@ pub(crate) struct Dirs {
     pub(crate) shared: PathBuf,
     /// Where files for the user go.
     pub(crate) out: PathBuf,
+    /// Where relative paths of a machine file start.
+    pub(crate) base: PathBuf,
+    /// The state outlives the run.
+    pub(crate) keep: bool,
 }
 
 impl Dirs {
     /// The machine's own exchange directory: `/host` in the guest.
     pub(crate) fn exchange(&self) -> PathBuf {
         self.state.join("xchg")
+    }
+
+    /// The variables of a machine file: the environment as it is now, and these directories.
+    pub(crate) fn variables(&self) -> Variables {
+        Variables::of_environment()
+            .with("TMPDIR", &self.state)
+            .with("USE_TMPDIR", "1")
+            .with("SHARED_DIR", &self.shared)
     }
 }
 
@@ -101,7 +114,7 @@ enum Agent {
 impl Machine {
     pub(crate) fn new(
         node: NodeConfig,
-        boot: Boot,
+        source: Source,
         dirs: Dirs,
         vlans: &[Vlan],
         log: &Logger,
@@ -117,7 +130,7 @@ impl Machine {
             inner: Arc::new(Inner {
                 log: log.for_machine(&node.name),
                 node,
-                boot,
+                source,
                 dirs,
                 console: Arc::new(Console::new()),
                 ports,
@@ -133,7 +146,7 @@ impl Machine {
         &self.inner.node.name
     }
 
-    /// What it was made from.
+    /// What it was made from; of a machine file, its strings as they are written there.
     #[must_use]
     pub fn config(&self) -> &NodeConfig {
         &self.inner.node

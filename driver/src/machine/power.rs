@@ -152,12 +152,15 @@ impl Machine {
         self.stop().await;
     }
 
-    /// Ends it and removes its state.
+    /// Ends it and removes its state, unless that shall be kept.
     ///
     /// # Errors
     /// If files cannot be removed.
     pub async fn release(&self) -> Result<()> {
         self.stop().await;
+        if self.inner.dirs.keep {
+            return Ok(());
+        }
         match tokio::fs::remove_dir_all(self.state_dir()).await {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 Err(MachineError::file("remove", self.state_dir())(e).into())

@@ -11,16 +11,46 @@ use firn_vmm::spec::{
 };
 use tokio::fs;
 
-use super::Machine;
-use crate::config::{DiskConfig, HOST_TAG, NodeConfig, SHARED_TAG, ShareConfig};
+use super::{Dirs, Machine};
+use crate::config::{DiskConfig, HOST_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig};
 use crate::error::{MachineError, Result};
 use crate::kit::{self, Host, Interface, Kit, MachineConfig, Mount};
+
+/// Where a machine's description comes from.
+#[derive(Clone, Debug)]
+pub(crate) enum Source {
+    /// A test's file; it is complete.
+    Node(Boot),
+    /// A machine file, whose variables are looked up at each start.
+    File(Box<MachineFile>),
+}
+
+impl Source {
+    /// The machine as it shall be started now.
+    fn resolve(&self, node: &NodeConfig, dirs: &Dirs) -> Result<Box<(NodeConfig, Boot)>> {
+        let start_error = |source: Box<dyn std::error::Error + Send + Sync>| MachineError::Start {
+            machine: node.name.clone(),
+            source,
+        };
+        let file = match self {
+            Self::Node(boot) => return Ok(Box::new((node.clone(), boot.clone()))),
+            Self::File(file) => file,
+        };
+        let variables = dirs.variables();
+        let node = file
+            .node(node.number, &variables, &dirs.base)
+            .map_err(|error| start_error(error.into()))?;
+        let boot = Boot::new(&node, None, &[])
+            .ok_or_else(|| start_error("its file names no kernel".into()))?;
+        Ok(Box::new((node, boot)))
+    }
+}
 
 /// What a machine boots.
 #[derive(Clone, Debug)]
 pub(crate) struct Boot {
     kernel: PathBuf,
-    initrd: PathBuf,
+    initrd: Vec<PathBuf>,
     cmdline: String,
     /// What the kit's initrd is told about the machine; other initrds would not understand it.
     overlay: Option<Arc<MachineConfig>>,
@@ -29,14 +59,11 @@ pub(crate) struct Boot {
 impl Boot {
     /// What `node` boots; `kit` fills in what it does not say.
     pub(crate) fn new(node: &NodeConfig, kit: Option<&Kit>, hosts: &[Host]) -> Option<Self> {
-        let from_kit = |path: &Option<PathBuf>, of_kit: fn(&Kit) -> PathBuf| {
-            path.clone().or_else(|| kit.map(of_kit))
-        };
         let cmdline =
             node.cmdline.clone().or_else(|| kit.map(|kit| kit.manifest.cmdline.clone()))?;
         Some(Self {
-            kernel: from_kit(&node.kernel, Kit::vmlinux)?,
-            initrd: from_kit(&node.initrd, Kit::initrd)?,
+            kernel: node.kernel.clone().or_else(|| kit.map(Kit::vmlinux))?,
+            initrd: node.initrd.clone().or_else(|| kit.map(|kit| vec![kit.initrd()]))?,
             cmdline,
             overlay: node.initrd.is_none().then(|| Arc::new(overlay(node, hosts))),
         })
@@ -71,10 +98,10 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
         options: if read_only { "ro" } else { "rw" }.to_owned(),
     };
     let own = [mount(SHARED_TAG, "/tmp/shared", false), mount(HOST_TAG, "/host", false)];
-    let asked = node
-        .shares
-        .iter()
-        .map(|share| mount(&share.tag, &share.target.to_string_lossy(), share.read_only));
+    let asked = node.shares.iter().filter_map(|share| {
+        let target = share.target.as_ref()?;
+        Some(mount(&share.tag, &target.to_string_lossy(), share.read_only))
+    });
     MachineConfig {
         hostname: node.name.clone(),
         hosts: hosts.to_vec(),
@@ -86,12 +113,13 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
 impl Machine {
     /// Writes what the start needs into the state directory, and says what to build.
     pub(super) async fn prepare(&self) -> Result<MachineSpec> {
-        let (node, boot, dirs) = (&self.inner.node, &self.inner.boot, &self.inner.dirs);
+        let dirs = &self.inner.dirs;
+        let (node, boot) = &*self.inner.source.resolve(&self.inner.node, dirs)?;
         // `release` may have removed it.
         fs::create_dir_all(dirs.exchange())
             .await
             .map_err(MachineError::file("make", dirs.exchange()))?;
-        let mut initrd = vec![boot.initrd.clone()];
+        let mut initrd = boot.initrd.clone();
         if let Some(overlay) = &boot.overlay {
             let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
                 machine: node.name.clone(),
@@ -102,7 +130,8 @@ impl Machine {
             initrd.push(path);
         }
         let own = [(SHARED_TAG, dirs.shared.clone()), (HOST_TAG, dirs.exchange())];
-        let own = own.map(|(tag, source)| share(tag, source, false));
+        let own =
+            own.into_iter().filter(|_| node.exchange).map(|(tag, source)| exchange(tag, source));
         Ok(MachineSpec {
             name: node.name.clone(),
             cores: node.cores,
@@ -115,12 +144,12 @@ impl Machine {
                 ConsolePortSpec { name: Some(PORT_NAME.to_owned()) },
             ],
             nets: node.vlans.iter().map(|vlan| NetSpec { mac: node.mac(*vlan) }).collect(),
-            shares: own.into_iter().chain(node.shares.iter().map(asked_share)).collect(),
+            shares: own.chain(node.shares.iter().map(share)).collect(),
             disks: (0..)
                 .zip(&node.disks)
                 .map(|(at, config)| disk(at, config, &dirs.state))
                 .collect(),
-            rng: true,
+            rng: node.rng,
             balloon: node.balloon,
             vsock: node.vsock.clone(),
         })
@@ -147,13 +176,18 @@ fn disk(at: usize, config: &DiskConfig, state: &Path) -> DiskSpec {
     }
 }
 
-fn asked_share(config: &ShareConfig) -> ShareSpec {
-    share(&config.tag, config.source.clone(), config.read_only)
+fn share(config: &ShareConfig) -> ShareSpec {
+    ShareSpec {
+        tag: config.tag.clone(),
+        source: config.source.clone(),
+        read_only: config.read_only,
+        cache: config.cache,
+    }
 }
 
-/// Others write to it, the host at least.
-fn share(tag: &str, source: PathBuf, read_only: bool) -> ShareSpec {
-    ShareSpec { tag: tag.to_owned(), source, read_only, cache: CachePolicy::Never }
+/// Host and other guests write to it.
+fn exchange(tag: &str, source: PathBuf) -> ShareSpec {
+    ShareSpec { tag: tag.to_owned(), source, read_only: false, cache: CachePolicy::Never }
 }
 
 #[cfg(test)]

@@ -16,7 +16,6 @@ use crate::config::TestConfig;
 use crate::driver::{Driver, DriverOptions};
 use crate::error::{MachineError, chain};
 use crate::kit::{self, Kit, KitName};
-use crate::log::Logger;
 use crate::vlan::Vlan;
 
 /// A test run.
@@ -61,7 +60,7 @@ impl PyDriver {
                 .detach(|| kit::lookup(KitName::Micro))
                 .map_err(|e| exception(py, &MachineError::Usage(chain(&e)).into()))?,
         };
-        let options = DriverOptions { kit, out_dir, log: Logger::stderr() };
+        let options = DriverOptions { kit, out_dir, ..DriverOptions::default() };
         let driver = Driver::new(&test, options).map_err(|e| exception(py, &e))?;
         Ok(Self { driver: Arc::new(driver), test })
     }

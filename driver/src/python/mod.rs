@@ -24,7 +24,7 @@ mod module {
     #[pymodule_export]
     use super::machine::PyMachine;
     #[pymodule_export]
-    use super::wait::interrupt_waits_by_signals;
+    use super::wait::{check_wait_hook, interrupt_waits_by_signals, set_wait_hook};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "Python's name for it")]

@@ -4,14 +4,16 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::pin::pin;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use tokio::io::AsyncReadExt;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
+use tokio::time::sleep;
 
 use super::errors::exception;
 use crate::error::Result;
@@ -20,6 +22,10 @@ use crate::error::Result;
 static SIGNALS: OnceLock<watch::Sender<()>> = OnceLock::new();
 /// Set when the process is about to end: whoever waits shall not go on.
 static ENDING: AtomicBool = AtomicBool::new(false);
+/// What is called before each wait, and every now and then during it: checks polling conditions.
+static HOOK: Mutex<Option<Py<PyAny>>> = Mutex::new(None);
+/// How often the hook is called during a wait. No event says when a condition has to be looked at.
+const HOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Everything of this process runs here.
 pub(super) fn runtime() -> PyResult<&'static Runtime> {
@@ -31,7 +37,8 @@ pub(super) fn runtime() -> PyResult<&'static Runtime> {
     runtime.as_ref().map_err(|e| PyOSError::new_err(format!("cannot start threads: {e}")))
 }
 
-/// Waits for `future`. Runs the handlers of signals that come meanwhile; if one raises, the future is dropped.
+/// Waits for `future`. Runs the handlers of signals that come meanwhile, and the hook; if one raises, the future is
+/// dropped.
 pub(super) fn wait<T: Send>(
     py: Python<'_>,
     future: impl Future<Output = Result<T>> + Send,
@@ -41,12 +48,14 @@ pub(super) fn wait<T: Send>(
     let mut signals = SIGNALS.get_or_init(watch::Sender::default).subscribe();
     loop {
         py.check_signals()?;
+        let hooked = call_hook(py)?;
         let done = py.detach(|| {
             let done = runtime.block_on(async {
                 tokio::select! {
                     biased;
                     done = &mut future => Some(done),
                     _ = signals.changed() => None,
+                    () = sleep(HOOK_INTERVAL), if hooked => None,
                 }
             });
             while ENDING.load(Ordering::Acquire) {
@@ -58,6 +67,34 @@ pub(super) fn wait<T: Send>(
             return done.map_err(|error| exception(py, &error));
         }
     }
+}
+
+/// Calls the hook, and says whether there is one.
+fn call_hook(py: Python<'_>) -> PyResult<bool> {
+    // Not held during the call, which may wait in its turn.
+    let hook = {
+        let hook = HOOK.lock().unwrap_or_else(PoisonError::into_inner);
+        hook.as_ref().map(|hook| hook.clone_ref(py))
+    };
+    match hook {
+        Some(hook) => hook.call0(py).map(|_| true),
+        None => Ok(false),
+    }
+}
+
+/// Sets what every wait calls before it begins and about once a second; what it raises ends the wait. None: nothing.
+#[pyfunction]
+pub(super) fn set_wait_hook(hook: Option<Py<PyAny>>) {
+    let mut held = HOOK.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = std::mem::replace(&mut *held, hook);
+    drop(held);
+    drop(before);
+}
+
+/// Calls what [`set_wait_hook`] has set: for who waits in Python.
+#[pyfunction]
+pub(super) fn check_wait_hook(py: Python<'_>) -> PyResult<()> {
+    call_hook(py).map(drop)
 }
 
 /// Waits for `future`, which must be quick, whatever signals come.

@@ -103,7 +103,7 @@ fn start_error(kernel: &Path, initrd: &Path) -> String {
         "[nodes.m]\nkernel = {good_kernel:?}\ninitrd = {good_initrd:?}"
     ));
     config.nodes[0].kernel = Some(kernel.to_owned());
-    config.nodes[0].initrd = Some(initrd.to_owned());
+    config.nodes[0].initrd = Some(vec![initrd.to_owned()]);
     let mut said = String::new();
     firn_tests::with_config(&config, async |driver| {
         let machine = &driver.machines()[0];

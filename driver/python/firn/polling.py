@@ -1,0 +1,143 @@
+"""Conditions that have to hold while a part of a script runs."""
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import overload
+
+from firn._firn import Logger, set_wait_hook
+from firn.duration import Duration, seconds
+from firn.errors import RequestedAssertionFailed
+from firn.retry import retry
+
+Check = Callable[[], bool | None]
+
+
+class PollingCondition:
+    """A condition: `with condition:` checks it now and then, `condition.wait()` waits for it.
+
+    It is checked before every call of a machine and about once a second while one waits, but not
+    more often than its interval says, and not while it is being checked already. Answering None
+    counts as true.
+    """
+
+    def __init__(
+        self, check: Check, log: Logger, interval: Duration, description: str | None
+    ) -> None:
+        """Take what to call, and how often."""
+        self._check = check
+        self._log = log
+        self._interval = seconds(interval)
+        self._checked = float("-inf")
+        self._checking = threading.Lock()
+        name = getattr(check, "__name__", repr(check))
+        self.description = " ".join((description or check.__doc__ or name).split())
+
+    def __call__(self) -> bool | None:
+        """Call the function that was decorated."""
+        return self._check()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the last check is longer ago than the interval."""
+        return time.monotonic() - self._checked >= self._interval
+
+    def check(self, force: bool = False) -> bool:
+        """Whether it holds; looked at only if that is overdue or forced. Raising is failing."""
+        if not (force or self.overdue):
+            return True
+        if not self._checking.acquire(blocking=False):
+            # This very check has called a machine, or another thread is at it.
+            return not force
+        try:
+            with self._log.nested(f"checking polling condition: {self.description}"):
+                answer = self._check()
+            return answer is None or bool(answer)
+        except Exception as error:
+            self._log.info(f"{self.description}: {type(error).__name__}: {error}")
+            return False
+        finally:
+            self._checked = time.monotonic()
+            self._checking.release()
+
+    def maybe_raise(self) -> None:
+        """Raise if it does not hold any more."""
+        if not self.check():
+            raise RequestedAssertionFailed(f"Polling condition failed: {self.description}")
+
+    def wait(self, timeout: Duration = 900) -> None:
+        """Wait until it holds.
+
+        Only the condition knows what it looks at, so no event can say when to look.
+        """
+        with self._log.nested(f"waiting for {self.description}"):
+            retry(lambda _last: self.check(force=True), timeout)
+
+    def __enter__(self) -> None:
+        """From now on it has to hold."""
+        _active.add(self)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """It no longer has to hold."""
+        _active.remove(self)
+
+
+class _Active:
+    """The conditions that have to hold, the innermost last; machines check them as they wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._conditions: tuple[PollingCondition, ...] = ()
+
+    def add(self, condition: PollingCondition) -> None:
+        with self._lock:
+            self._conditions += (condition,)
+            set_wait_hook(self.check)
+
+    def remove(self, condition: PollingCondition) -> None:
+        with self._lock:
+            at = len(self._conditions) - 1 - self._conditions[::-1].index(condition)
+            self._conditions = self._conditions[:at] + self._conditions[at + 1 :]
+            if not self._conditions:
+                set_wait_hook(None)
+
+    def check(self) -> None:
+        for condition in self._conditions:
+            condition.maybe_raise()
+
+
+_active = _Active()
+
+
+class Decorator:
+    """The script's `polling_condition`, with arguments or without."""
+
+    def __init__(self, log: Logger) -> None:
+        """Take where checks are logged."""
+        self._log = log
+
+    @overload
+    def __call__(self, check: Check) -> PollingCondition: ...
+
+    @overload
+    def __call__(
+        self, *, seconds_interval: Duration = 2.0, description: str | None = None
+    ) -> Callable[[Check], PollingCondition]: ...
+
+    def __call__(
+        self,
+        check: Check | None = None,
+        *,
+        seconds_interval: Duration = 2.0,
+        description: str | None = None,
+    ) -> PollingCondition | Callable[[Check], PollingCondition]:
+        """Make a condition of a function."""
+        if check is not None:
+            return PollingCondition(check, self._log, seconds_interval, description)
+        return lambda check: PollingCondition(check, self._log, seconds_interval, description)

@@ -1,0 +1,200 @@
+//! What the NixOS test framework hands to its driver: a JSON file, or machines' start scripts one by one.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::report::{ConfigError, Report};
+use super::{MAX_NUMBER, MachineFile, Script, TestConfig, variable_name};
+
+/// The framework adds keys now and then: unknown ones are no error.
+#[derive(Deserialize)]
+struct RawDriver {
+    #[serde(default)]
+    vms: BTreeMap<String, RawVm>,
+    #[serde(default)]
+    containers: BTreeMap<String, serde::de::IgnoredAny>,
+    #[serde(default)]
+    vlans: Vec<u8>,
+    global_timeout: Option<f64>,
+    #[serde(default)]
+    enable_ssh_backdoor: bool,
+    test_script: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct RawVm {
+    name: Option<String>,
+    start_script: PathBuf,
+}
+
+impl TestConfig {
+    /// Reads the JSON file of `nixos-test-driver --config`.
+    ///
+    /// # Errors
+    /// If it, or a file that it names, cannot be read or makes no sense.
+    pub fn from_driver_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = read(path)?;
+        let raw: RawDriver = serde_json::from_str(&text).map_err(|error| {
+            let message = error.to_string();
+            Report::new(path, &text, 0..0, message).help(
+                "this is the file that the NixOS test framework writes: an object with `vms`, \
+                 `vlans`, `global_timeout` and `test_script`",
+            )
+        })?;
+        let bad = |message: String| ConfigError::Key { path: path.to_owned(), message };
+        if let Some(name) = raw.containers.keys().next() {
+            let message =
+                format!("`containers.{name}`: containers are not there yet, only machines are");
+            return Err(bad(message));
+        }
+        let global_timeout = raw.global_timeout.map(|seconds| {
+            let allowed = Some(seconds).filter(|seconds| *seconds > 0.0);
+            allowed.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).ok_or_else(|| {
+                bad(format!("`global_timeout` is {seconds}; allowed: a number of seconds above 0"))
+            })
+        });
+        let mut files = Vec::with_capacity(raw.vms.len());
+        for (key, vm) in raw.vms {
+            let mut file = MachineFile::read(&vm.start_script)?;
+            file.rename(vm.name.as_deref().unwrap_or(&key))?;
+            files.push(file);
+        }
+        let mut test =
+            Self::from_files(files, raw.vlans, &raw.test_script).map_err(|error| match error {
+                ConfigError::Key { message, .. } => bad(message),
+                other => other,
+            })?;
+        test.global_timeout = global_timeout.transpose()?;
+        test.ssh_backdoor = raw.enable_ssh_backdoor;
+        Ok(test)
+    }
+
+    /// A test of machine files and a script.
+    ///
+    /// # Errors
+    /// If the script cannot be read, two machines have the same name in it, or a vlan has a number that cannot be.
+    pub fn from_files(
+        mut files: Vec<MachineFile>,
+        vlans: Vec<u8>,
+        script: &Path,
+    ) -> Result<Self, ConfigError> {
+        let bad = |message| ConfigError::Key { path: script.to_owned(), message };
+        files.sort_by(|a, b| a.name().cmp(b.name()));
+        if files.len() > MAX_NUMBER.into() {
+            return Err(bad(format!("there are {} machines; allowed: {MAX_NUMBER}", files.len())));
+        }
+        let mut variables = BTreeMap::new();
+        for file in &files {
+            let variable = variable_name(file.name());
+            if let Some(other) = variables.insert(variable.clone(), file.name()) {
+                let name = file.name();
+                return Err(bad(format!(
+                    "machines `{other}` and `{name}` would both be `{variable}` in the script"
+                )));
+            }
+        }
+        if let Some(vlan) = vlans.iter().find(|vlan| !(1..=MAX_NUMBER).contains(vlan)) {
+            return Err(bad(format!("`vlans` has {vlan}; allowed: 1 to {MAX_NUMBER}")));
+        }
+        let name = script.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self {
+            name,
+            script: Script { text: read(script)?, file: script.to_owned(), line: 1 },
+            global_timeout: None,
+            nodes: Vec::new(),
+            files,
+            more_vlans: vlans,
+            ssh_backdoor: false,
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const MACHINE: &str = "#!/usr/bin/firn run\n{\"firn\": 1, \"name\": \"x\", \"kernel\": \"/k\", \
+                           \"nets\": [{\"vlan\": 3}]}";
+
+    /// A directory with a script `test-script`, a machine file `run-vm` and a QEMU start script `qemu`.
+    fn files() -> TempDir {
+        let dir = tempfile::tempdir().expect("a directory");
+        for (name, text) in [
+            ("test-script", "start_all()\n"),
+            ("run-vm", MACHINE),
+            ("qemu", "#!/bin/sh\nexec qemu-kvm\n"),
+        ] {
+            fs::write(dir.path().join(name), text).expect("written");
+        }
+        dir
+    }
+
+    /// Reads a driver's file; `DIR` in it is the directory of [`files`].
+    fn read(json: &str) -> Result<TestConfig, ConfigError> {
+        let dir = files();
+        let path = dir.path().join("config.json");
+        fs::write(&path, json.replace("DIR", &dir.path().display().to_string())).expect("written");
+        TestConfig::from_driver_file(&path)
+    }
+
+    #[test]
+    fn the_frameworks_file() {
+        let test = read(
+            r#"{"vms": {"b-1": {"name": "b-1", "start_script": "DIR/run-vm", "new": 1},
+                        "a": {"start_script": "DIR/run-vm"}},
+                "containers": {}, "vlans": [1], "global_timeout": 3600, "enable_ssh_backdoor": true,
+                "test_script": "DIR/test-script", "some_new_key": {"x": []}}"#,
+        )
+        .expect("valid");
+        let names: Vec<_> = test.files.iter().map(MachineFile::name).collect();
+        assert_eq!(names, ["a", "b-1"]);
+        assert_eq!(test.vlans(), [1, 3]);
+        assert_eq!(test.global_timeout, Some(Duration::from_secs(3600)));
+        assert!(test.ssh_backdoor && test.nodes.is_empty());
+        assert_eq!((test.script.text.as_str(), test.script.line), ("start_all()\n", 1));
+    }
+
+    #[test]
+    fn what_makes_no_sense() {
+        let script = r#""test_script": "DIR/test-script""#;
+        for (json, said) in [
+            ("{}".to_owned(), "missing field `test_script`"),
+            ("[]".to_owned(), "`vms`, `vlans`"),
+            (r#"{"test_script": "DIR/gone"}"#.to_owned(), "/gone"),
+            (
+                format!(r#"{{{script}, "containers": {{"c": {{}}}}}}"#),
+                "containers are not there yet",
+            ),
+            (format!(r#"{{{script}, "global_timeout": 0}}"#), "`global_timeout` is 0; allowed: "),
+            (format!(r#"{{{script}, "vlans": [1, 255]}}"#), "`vlans` has 255; allowed: 1 to 254"),
+            (
+                format!(r#"{{{script}, "vms": {{"a": {{"start_script": "DIR/qemu"}}}}}}"#),
+                "/qemu is no machine file of firn, it is a start script for QEMU",
+            ),
+            (
+                format!(r#"{{{script}, "vms": {{"a b": {{"start_script": "DIR/run-vm"}}}}}}"#),
+                "`name` is \"a b\"; allowed: ",
+            ),
+            (
+                format!(
+                    r#"{{{script}, "vms": {{"a-b": {{"start_script": "DIR/run-vm"}},
+                                           "a_b": {{"start_script": "DIR/run-vm"}}}}}}"#
+                ),
+                "`a-b` and `a_b` would both be `a_b`",
+            ),
+        ] {
+            let error = read(&json).expect_err(&json).to_string();
+            assert!(error.contains(said), "{said:?} is not in {error}");
+        }
+    }
+}

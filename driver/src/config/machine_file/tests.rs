@@ -1,0 +1,184 @@
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+/// The text of a machine file with these lines of JSON beside what every one has.
+fn text(lines: &str) -> String {
+    format!(
+        "#!/usr/bin/env -S firn run\n{{ \"firn\": 1, \"name\": \"server\", \"kernel\": \"/k\",\n{lines} }}\n"
+    )
+}
+
+fn parse(lines: &str) -> Result<MachineFile, ConfigError> {
+    MachineFile::parse(&text(lines), Path::new("/nix/run-server-vm"))
+}
+
+#[track_caller]
+fn refused(lines: &str) -> String {
+    parse(lines).expect_err(lines).to_string()
+}
+
+fn variables() -> Variables {
+    Variables::of_environment()
+        .with("TMPDIR", "/state")
+        .with("SHARED_DIR", "/shared")
+        .with("NIX_DISK_IMAGE", "")
+        .with("QEMU_KERNEL_PARAMS", "debug")
+}
+
+#[test]
+fn a_short_file() {
+    let file = parse("\"memory\": 256").expect("valid");
+    let node = file.node(7, &variables(), Path::new("/state")).expect("nothing to expand");
+    let expected = NodeConfig {
+        name: "server".into(),
+        number: 7,
+        kernel: Some("/k".into()),
+        initrd: Some(vec![]),
+        cmdline: Some(String::new()),
+        memory_mib: 256,
+        cores: 1,
+        vlans: vec![],
+        macs: BTreeMap::new(),
+        disks: vec![],
+        shares: vec![],
+        exchange: false,
+        rng: true,
+        balloon: false,
+        vsock: None,
+    };
+    assert_eq!(node, expected);
+    assert_eq!(file.outline(7), expected);
+}
+
+#[test]
+fn everything() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let params = dir.path().join("kernel-params");
+    fs::write(&params, "loglevel=7 panic=1\n").expect("written");
+    let params = params.display();
+    let file = parse(&format!(
+        r#""number": 3, "cores": 2, "memory": 2048, "initrd": ["/a", "b"],
+        "cmdline": "init=/init ${{QEMU_KERNEL_PARAMS:-}}", "cmdline_file": "{params}",
+        "shares": [
+          {{"tag": "nix-store", "source": "/nix/store", "read_only": true, "cache": "always"}},
+          {{"tag": "shared", "source": "${{SHARED_DIR:-${{TMPDIR}}/xchg}}"}}
+        ],
+        "disks": [
+          {{"image": "${{NIX_DISK_IMAGE:-server.qcow2}}", "size": 1024, "label": "nixos", "serial": "root"}},
+          {{"size": 512, "serial": "data"}},
+          {{"image": "/iso", "format": "raw", "read_only": true}}
+        ],
+        "nets": [{{"vlan": 2, "mac": "52:54:00:12:02:FF"}}, {{"vlan": 1}}],
+        "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true"#
+    ))
+    .expect("valid");
+    let node = file.node(1, &variables(), Path::new("/state")).expect("all is set");
+    assert_eq!(node.initrd, Some(vec!["/a".into(), "/state/b".into()]));
+    assert_eq!(node.cmdline.as_deref(), Some("loglevel=7 panic=1 init=/init debug"));
+    assert_eq!(node.shares[0].cache, CachePolicy::Always);
+    assert!(node.shares[0].read_only && !node.shares[1].read_only);
+    assert_eq!(node.shares[1].source, Path::new("/shared"));
+    let disk = |path: &str, format, serial: Option<&str>, create: Option<(u64, Option<&str>)>| {
+        DiskConfig::Image(DiskImage {
+            path: path.into(),
+            format,
+            read_only: path == "/iso",
+            serial: serial.map(str::to_owned),
+            create: create.map(|(size_mib, label)| DiskCreateSpec {
+                size_mib,
+                ext4_label: label.map(str::to_owned),
+            }),
+        })
+    };
+    assert_eq!(
+        node.disks,
+        [
+            disk(
+                "/state/server.qcow2",
+                DiskFormat::Qcow2,
+                Some("root"),
+                Some((1024, Some("nixos")))
+            ),
+            disk("/state/empty1.img", DiskFormat::Raw, Some("data"), Some((512, None))),
+            disk("/iso", DiskFormat::Raw, None, None),
+        ]
+    );
+    assert_eq!((node.number, node.vlans.as_slice()), (3, &[2, 1][..]));
+    assert_eq!(node.mac(2), [0x52, 0x54, 0, 0x12, 2, 0xff]);
+    assert_eq!(node.mac(1), [0x52, 0x54, 0, 0x12, 1, 3]);
+    assert_eq!(node.vsock, Some(VsockSpec { cid: 3, socket: "/state/vsock".into() }));
+    assert!(!node.rng && node.balloon);
+}
+
+#[test]
+fn what_makes_no_sense_is_named_with_what_would() {
+    for (lines, parts) in [
+        (r#""memroy": 5"#, &["run-server-vm:3", "unknown field `memroy`", "`memory`"][..]),
+        (r#""disks": [{"imag": "x"}]"#, &["unknown field `imag`", "`image`"]),
+        (r#""shares": [{"tag": "a"}]"#, &["missing field `source`"]),
+        (r#""shares": [{"tag": "a", "source": "/", "cache": "x"}]"#, &["`never`", "`always`"]),
+        (r#""memory": 1"#, &["run-server-vm: `memory` is 1; allowed: 64 to", "MiB"]),
+        (r#""cores": 33"#, &["`cores` is 33; allowed: 1 to 32 processors"]),
+        (r#""number": 0"#, &["`number` is 0; allowed: 1 to 254"]),
+        (r#""shares": [{"tag": "a b", "source": "/"}]"#, &["`shares[0].tag` is \"a b\""]),
+        (r#""nets": [{"vlan": 0}]"#, &["`nets[0].vlan` is 0; allowed: 1 to 254"]),
+        (r#""nets": [{"vlan": 1}, {"vlan": 1}]"#, &["`nets[1].vlan` is 1; allowed: one card"]),
+        (r#""nets": [{"vlan": 1, "mac": "1:2"}]"#, &["`nets[0].mac` is \"1:2\"", "52:54:00"]),
+        (r#""nets": [{"vlan": 1, "mac": "01:00:00:00:00:00"}]"#, &["`nets[0].mac`"]),
+        (r#""disks": [{}]"#, &["`disks[0]` is neither", "`image`, `size`, or both"]),
+        (r#""disks": [{"image": "x", "label": "y"}]"#, &["`disks[0].label`", "give its `size`"]),
+        (r#""disks": [{"size": 0}]"#, &["`disks[0].size` is 0; allowed: 1 to"]),
+        (r#""disks": [{"size": 1, "serial": "a b"}]"#, &["`disks[0].serial` is \"a b\""]),
+        (r#""vsock": {"cid": 2, "socket": "s"}"#, &["`vsock.cid` is 2; allowed: 3 to"]),
+        (r#""memory": "x""#, &["invalid type: string \"x\""]),
+        ("\"memory\": 256 } {", &["trailing characters"]),
+    ] {
+        let message = refused(lines);
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is not in {message}");
+        }
+    }
+    let version = text("\"memory\": 256").replace("\"firn\": 1", "\"firn\": 2");
+    let error = MachineFile::parse(&version, Path::new("f")).expect_err("of the future");
+    assert!(error.to_string().contains("`firn` is 2; allowed: 1, the version"), "{error}");
+}
+
+#[test]
+fn what_cannot_be_expanded() {
+    let file = parse(r#""shares": [{"tag": "x", "source": "${FIRN_NOT_SET}/x"}]"#).expect("valid");
+    let error = file.node(1, &variables(), Path::new("/")).expect_err("not set").to_string();
+    assert_eq!(
+        error,
+        "/nix/run-server-vm: `shares[x].source`: the variable FIRN_NOT_SET is not set"
+    );
+    let file = parse(r#""cmdline": "a", "cmdline_file": "/no/such""#).expect("valid");
+    let error = file.node(1, &variables(), Path::new("/")).expect_err("not there").to_string();
+    assert_eq!(error, "cannot read /no/such");
+}
+
+#[test]
+fn other_files_are_said_to_be_what_they_are() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("file");
+    for (content, what) in [
+        (&b"\x7fELF\x02\xff"[..], "a program (ELF)"),
+        (b"\xff\xfe", "no text"),
+        (b"", "empty"),
+        (b"#!/bin/sh\nexec qemu-system-x86_64\n", "a start script for QEMU"),
+        (b"#!/bin/sh\necho firn\n", "a script that is not firn's"),
+        (b"{\"firn\": 1}", "JSON without the first line"),
+        (b"hello", "some text"),
+    ] {
+        fs::write(&path, content).expect("written");
+        let error = MachineFile::read(&path).expect_err(what).to_string();
+        assert!(
+            error.contains("is no machine file of firn, it is ") && error.contains(what),
+            "{error}"
+        );
+    }
+    assert!(MachineFile::read(dir.path()).is_err(), "a directory");
+    fs::write(&path, text("\"memory\": 256")).expect("written");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("ours");
+    assert_eq!(MachineFile::read(&path).expect("valid").name(), "server");
+}
