@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use firn_vmm::error::chain;
+
 /// An answer of the machine API.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -144,20 +146,4 @@ impl std::fmt::Display for Tail {
         f.write_str("; the last lines of its console:")?;
         self.0.iter().try_for_each(|line| write!(f, "\n    {line}"))
     }
-}
-
-/// An error and its causes in one text, each cause once.
-#[must_use]
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -19,7 +19,9 @@ use crate::bus::Overlap;
 use crate::device::panic::PanicWatch;
 use crate::device::power;
 use crate::device::serial::{self, InputFull, SerialPort};
+use crate::error::chain;
 use crate::event_loop::{EventLoop, EventThread};
+use crate::interrupt::SharedLine;
 use crate::memory::{self, Memory};
 use crate::spec::{MAX_CORES, MIN_MEMORY_MIB, MachineSpec};
 use crate::vcpu::{Buses, Group, Vcpu};
@@ -27,9 +29,12 @@ use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
 use crate::virtio::{VirtioDevice, blk, console, fs, net, rng, vsock};
 
-/// Pins of the IOAPIC that virtio devices get, one each: the first ones are those of the PC's own
-/// devices, and the IOAPIC ends at pin 23.
-const VIRTIO_GSIS: std::ops::RangeInclusive<u32> = 5..=23;
+/// Pins of the IOAPIC that virtio devices share: the first ones are those of the PC's own devices,
+/// and the IOAPIC ends at pin 23.
+const VIRTIO_GSIS: std::ops::RangeInclusive<u32> = 6..=23;
+/// Most virtio devices. KVM takes 1,000 doorbells, of which a device has at most seven; nobody is
+/// known to want more than half as many.
+const MAX_DEVICES: usize = 128;
 
 /// What happens to a running machine. More kinds will come.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -169,7 +174,7 @@ pub struct Vm {
     balloon: Option<BalloonHandle>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
     // Last, so that they are dropped last: the vCPUs and devices above use them.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     _memory: Memory,
 }
 
@@ -186,7 +191,7 @@ impl Vm {
         params::write(&memory, &kernel, initrd, &spec.cmdline)?;
 
         let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
-        let vm = create_vm(&kvm_fd, &memory)?;
+        let vm = Arc::new(create_vm(&kvm_fd, &memory)?);
         let group = Arc::new(Group::default());
         let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(host_side.events);
 
@@ -437,9 +442,8 @@ fn add_balloon(
 }
 
 fn check_count(spec: &MachineSpec, wanted: usize) -> Result<(), VmError> {
-    let max = VIRTIO_GSIS.count();
-    if wanted > max {
-        let problem = format!("{wanted} virtio devices; virtio-mmio has interrupts for {max}");
+    if wanted > MAX_DEVICES {
+        let problem = format!("{wanted} virtio devices; allowed are at most {MAX_DEVICES}");
         return Err(VmError::Spec { machine: spec.name.clone(), problem });
     }
     Ok(())
@@ -451,43 +455,34 @@ struct Attached {
 }
 
 fn attach_devices(
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     buses: &mut Buses,
     memory: &Memory,
     devices: Vec<Box<dyn VirtioDevice>>,
     events: &Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<Attached, VmError> {
     let mut attached = Attached { transports: Vec::new(), announced: Vec::new() };
-    let addresses = (memory::VIRTIO_MMIO_START..).step_by(0x1000);
-    for ((device, gsi), address) in devices.into_iter().zip(VIRTIO_GSIS).zip(addresses) {
+    let addresses = (0..).map(|index| memory::VIRTIO_MMIO_START + index * memory::VIRTIO_MMIO_SIZE);
+    let lines: Vec<_> = VIRTIO_GSIS.map(|gsi| SharedLine::new(vm.clone(), gsi)).collect();
+    for ((index, device), address) in devices.into_iter().enumerate().zip(addresses) {
+        let line = &lines[index % lines.len()];
+        let sharer = u8::try_from(index / lines.len()).unwrap_or(u8::MAX);
         let events = events.clone();
         let on_failure = Arc::new(move |device: &str, error: &crate::virtio::DeviceError| {
             let (device, reason) = (device.to_owned(), chain(error));
             tracing::warn!(device, reason, "device failed");
             events(Event::DeviceFailed { device, reason });
         });
-        let transport = MmioTransport::new(device, memory.clone(), on_failure)
+        let transport = MmioTransport::new(device, memory.clone(), line.pin(sharer), on_failure)
             .map_err(host("cannot make an eventfd"))?;
         let transport = Arc::new(transport);
-        transport.connect(vm, address, gsi).map_err(kvm("KVM_IRQFD or KVM_IOEVENTFD"))?;
+        transport.connect(vm, address).map_err(kvm("KVM_IOEVENTFD"))?;
         let size = u64::from(memory::VIRTIO_MMIO_SIZE);
         buses.mmio.claim(u64::from(address), size, transport.clone())?;
         attached.transports.push(transport);
-        attached.announced.push(acpi::MmioDevice { address, gsi });
+        attached.announced.push(acpi::MmioDevice { address, gsi: line.gsi() });
     }
     Ok(attached)
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }
 
 /// Makes the vCPUs; the first one will enter the kernel at `entry`.

@@ -5,6 +5,7 @@
 mod balloon;
 mod boot;
 mod command;
+mod devices;
 mod disks;
 mod files;
 mod network;

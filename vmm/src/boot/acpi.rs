@@ -182,7 +182,8 @@ impl Aml for VirtioMmio {
                     "_CRS".into(),
                     &ResourceTemplate::new(vec![
                         &Memory32Fixed::new(true, self.device.address, VIRTIO_MMIO_SIZE),
-                        &Interrupt::new(true, true, false, false, self.device.gsi),
+                        // Level-triggered and shared.
+                        &Interrupt::new(true, false, false, true, self.device.gsi),
                     ]),
                 ),
             ],

@@ -8,14 +8,15 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::DeviceError;
 use super::queue::{Chain, Position, QueueError, VirtQueue};
+use super::{ActiveDevice, DeviceConfig, DeviceError, SavedState, VirtioDevice};
 
 /// Most workers of a device: enough that a slow `fsync` or cold read does not hold up the rest.
 pub(super) const MAX_WORKERS: usize = 4;
@@ -56,6 +57,100 @@ pub(super) trait Server: Send + Sync {
     /// the driver could take that for success: then it is the device's reset that frees the chain.
     fn gives_back_failed(&self) -> bool {
         false
+    }
+}
+
+/// A device whose requests a [`Pool`] does.
+pub(super) trait Pooled: VirtioDevice + Sized + 'static {
+    /// What its pool rings; one of its [`DeviceConfig::host_fds`].
+    fn alarm(&self) -> &EventFd;
+
+    /// Called when a pause has finished what was in flight.
+    fn paused(&mut self) {}
+
+    /// Called when the queues have been taken away.
+    fn ended(&mut self);
+}
+
+/// A [`Pooled`] device with queues.
+pub(super) struct Active<D> {
+    // First, so that the workers have ended before what they use goes.
+    pool: Pool,
+    device: D,
+}
+
+impl<D: Pooled> Active<D> {
+    /// Moves the queues in; `server` does the requests.
+    pub(super) fn new(
+        device: D,
+        server: Box<dyn Server>,
+        alarm: Arc<EventFd>,
+        queues: Vec<Option<VirtQueue>>,
+    ) -> Active<D> {
+        Active { pool: Pool::new(device.name(), server, alarm, queues), device }
+    }
+}
+
+impl<D: Pooled> DeviceConfig for Active<D> {
+    fn device_type(&self) -> u32 {
+        self.device.device_type()
+    }
+
+    fn name(&self) -> String {
+        self.device.name()
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features()
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.device.queue_sizes()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.device.read_config(offset, data);
+    }
+
+    fn host_fds(&self) -> Vec<RawFd> {
+        self.device.host_fds()
+    }
+
+    fn inline_queues(&self) -> u64 {
+        self.device.inline_queues()
+    }
+
+    fn save(&self) -> SavedState {
+        self.device.save()
+    }
+}
+
+impl<D: Pooled> ActiveDevice for Active<D> {
+    fn notify(&mut self, _index: usize) -> Result<(), DeviceError> {
+        self.pool.run()
+    }
+
+    fn host_event(&mut self) -> Result<(), DeviceError> {
+        // Empty when this is not the alarm but the start or a resume.
+        drop(self.device.alarm().read());
+        self.pool.run()
+    }
+
+    fn pause(&mut self) {
+        self.pool.drain();
+        self.device.paused();
+    }
+
+    fn queue_positions(&self) -> Vec<Option<Position>> {
+        self.pool.positions()
+    }
+
+    fn reset(self: Box<Self>) -> Box<dyn VirtioDevice> {
+        let Active { pool, mut device } = *self;
+        pool.drain();
+        drop(pool);
+        device.ended();
+        Box::new(device)
     }
 }
 

@@ -34,8 +34,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config_space::read_config_space;
-use super::pool::Pool;
-use super::queue::Position;
+use super::pool::{Active, Pooled};
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
 };
@@ -241,77 +240,20 @@ impl VirtioDevice for Blk {
             memory: activation.memory,
         };
         let alarm = Arc::clone(&self.alarm);
-        let pool = Pool::new(self.name(), Box::new(disk), alarm, activation.queues);
-        Ok(Box::new(ActiveBlk { pool, blk: *self }))
+        Ok(Box::new(Active::new(*self, Box::new(disk), alarm, activation.queues)))
     }
 }
 
-/// A disk with queues.
-struct ActiveBlk {
-    // First, so that the workers have ended before what they use goes.
-    pool: Pool,
-    blk: Blk,
-}
-
-impl DeviceConfig for ActiveBlk {
-    fn device_type(&self) -> u32 {
-        self.blk.device_type()
+impl Pooled for Blk {
+    fn alarm(&self) -> &EventFd {
+        &self.alarm
     }
 
-    fn name(&self) -> String {
-        self.blk.name()
+    fn paused(&mut self) {
+        self.write_back();
     }
 
-    fn features(&self) -> u64 {
-        self.blk.features()
-    }
-
-    fn queue_sizes(&self) -> Vec<u16> {
-        self.blk.queue_sizes()
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.blk.read_config(offset, data);
-    }
-
-    fn host_fds(&self) -> Vec<RawFd> {
-        self.blk.host_fds()
-    }
-
-    fn inline_queues(&self) -> u64 {
-        self.blk.inline_queues()
-    }
-
-    fn save(&self) -> SavedState {
-        self.blk.save()
-    }
-}
-
-impl ActiveDevice for ActiveBlk {
-    fn notify(&mut self, _index: usize) -> Result<(), DeviceError> {
-        self.pool.run()
-    }
-
-    fn host_event(&mut self) -> Result<(), DeviceError> {
-        // Empty when this is not the alarm but the start or a resume.
-        drop(self.blk.alarm.read());
-        self.pool.run()
-    }
-
-    fn pause(&mut self) {
-        self.pool.drain();
-        self.blk.write_back();
-    }
-
-    fn queue_positions(&self) -> Vec<Option<Position>> {
-        self.pool.positions()
-    }
-
-    fn reset(self: Box<Self>) -> Box<dyn VirtioDevice> {
-        let ActiveBlk { pool, blk } = *self;
-        pool.drain();
-        drop(pool);
-        blk.write_back();
-        Box::new(blk)
+    fn ended(&mut self) {
+        self.write_back();
     }
 }

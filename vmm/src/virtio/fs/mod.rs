@@ -42,8 +42,8 @@ use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::pool::{Pool, Server};
-use super::queue::{Chain, Position};
+use super::pool::{Active, Pooled, Server};
+use super::queue::Chain;
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
 };
@@ -203,13 +203,9 @@ impl VirtioDevice for Fs {
         self: Box<Self>,
         activation: Activation,
     ) -> Result<Box<dyn ActiveDevice>, (Box<dyn VirtioDevice>, DeviceError)> {
-        let pool = Pool::new(
-            self.name(),
-            Box::new(Arc::clone(&self.server)),
-            Arc::clone(&self.alarm),
-            activation.queues,
-        );
-        Ok(Box::new(ActiveFs { pool, fs: *self }))
+        let server = Box::new(Arc::clone(&self.server));
+        let alarm = Arc::clone(&self.alarm);
+        Ok(Box::new(Active::new(*self, server, alarm, activation.queues)))
     }
 }
 
@@ -233,71 +229,12 @@ impl Server for Arc<dyn Fuse> {
     }
 }
 
-/// A share with queues.
-struct ActiveFs {
-    // First, so that the workers have ended before what they use goes.
-    pool: Pool,
-    fs: Fs,
-}
-
-impl DeviceConfig for ActiveFs {
-    fn device_type(&self) -> u32 {
-        self.fs.device_type()
+impl Pooled for Fs {
+    fn alarm(&self) -> &EventFd {
+        &self.alarm
     }
 
-    fn name(&self) -> String {
-        self.fs.name()
-    }
-
-    fn features(&self) -> u64 {
-        self.fs.features()
-    }
-
-    fn queue_sizes(&self) -> Vec<u16> {
-        self.fs.queue_sizes()
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.fs.read_config(offset, data);
-    }
-
-    fn host_fds(&self) -> Vec<RawFd> {
-        self.fs.host_fds()
-    }
-
-    fn inline_queues(&self) -> u64 {
-        self.fs.inline_queues()
-    }
-
-    fn save(&self) -> SavedState {
-        self.fs.save()
-    }
-}
-
-impl ActiveDevice for ActiveFs {
-    fn notify(&mut self, _index: usize) -> Result<(), DeviceError> {
-        self.pool.run()
-    }
-
-    fn host_event(&mut self) -> Result<(), DeviceError> {
-        // Empty when this is not the alarm but the start or a resume.
-        drop(self.fs.alarm.read());
-        self.pool.run()
-    }
-
-    fn pause(&mut self) {
-        self.pool.drain();
-    }
-
-    fn queue_positions(&self) -> Vec<Option<Position>> {
-        self.pool.positions()
-    }
-
-    fn reset(self: Box<Self>) -> Box<dyn VirtioDevice> {
-        let ActiveFs { pool, mut fs } = *self;
-        pool.drain();
-        drop(pool);
-        fs.renew();
-        Box::new(fs)
+    fn ended(&mut self) {
+        self.renew();
     }
 }

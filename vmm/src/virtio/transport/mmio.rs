@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::slot::{OnFailure, QueueConfig, Slot, SlotState};
 use crate::bus::BusDevice;
+use crate::interrupt::Pin;
 use crate::memory::Memory;
 use crate::virtio::{Interrupt, RestoreError, VirtioDevice};
 
@@ -34,21 +35,35 @@ const VENDOR: u32 = u32::from_le_bytes(*b"firn");
 /// Where the event subscriber counts host descriptors from; queues count from 0.
 const HOST_EVENT: u32 = 0x1_0000;
 
-/// The interrupt status register and the line behind it. Reading and acknowledging take no lock:
-/// every interrupt costs the guest both.
+/// The interrupt status register and the pin that follows it. Reading takes no lock: every
+/// interrupt costs the guest a look.
 struct Line {
     status: AtomicU32,
     generation: AtomicU32,
-    irqfd: EventFd,
+    pin: Arc<dyn Pin>,
 }
 
 impl Line {
     fn raise(&self, cause: u32) {
-        self.status.fetch_or(cause, Ordering::SeqCst);
-        // An eventfd's counter overflows only after 2^64 unread interrupts.
-        if let Err(error) = self.irqfd.write(1) {
-            tracing::error!(%error, "cannot raise an interrupt");
+        // Where a cause was pending, whoever set that one sees to the pin.
+        if self.status.fetch_or(cause, Ordering::SeqCst) == 0 {
+            self.update_pin();
         }
+    }
+
+    fn acknowledge(&self, causes: u32) {
+        if self.status.fetch_and(!causes, Ordering::SeqCst) & !causes == 0 {
+            self.update_pin();
+        }
+    }
+
+    fn set_status(&self, status: u32) {
+        self.status.store(status, Ordering::SeqCst);
+        self.update_pin();
+    }
+
+    fn update_pin(&self) {
+        self.pin.follow(&|| self.status.load(Ordering::SeqCst) != 0);
     }
 }
 
@@ -95,20 +110,17 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers.
+    /// Puts `device` behind registers. It interrupts by `pin`.
     ///
     /// # Errors
     /// The process has no file descriptors left.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Memory,
+        pin: Arc<dyn Pin>,
         on_failure: OnFailure,
     ) -> io::Result<MmioTransport> {
-        let line = Arc::new(Line {
-            status: AtomicU32::new(0),
-            generation: AtomicU32::new(0),
-            irqfd: EventFd::new(EFD_NONBLOCK)?,
-        });
+        let line = Arc::new(Line { status: AtomicU32::new(0), generation: AtomicU32::new(0), pin });
         let inline = device.inline_queues();
         let kicks = (0..device.queue_sizes().len())
             .map(|index| match inline >> index & 1 {
@@ -122,12 +134,11 @@ impl MmioTransport {
         Ok(MmioTransport { registers, line, kicks, host_fds })
     }
 
-    /// Connects the interrupt to IOAPIC pin `gsi` and the queues' doorbells at `address`.
+    /// Connects the queues' doorbells at `address`.
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn connect(&self, vm: &VmFd, address: u32, gsi: u32) -> Result<(), kvm_ioctls::Error> {
-        vm.register_irqfd(&self.line.irqfd, gsi)?;
+    pub fn connect(&self, vm: &VmFd, address: u32) -> Result<(), kvm_ioctls::Error> {
         let doorbell = IoEventAddress::Mmio(u64::from(address + VIRTIO_MMIO_QUEUE_NOTIFY));
         for (queue, kick) in (0_u32..).zip(&self.kicks) {
             if let Some(kick) = kick {
@@ -152,7 +163,7 @@ impl MmioTransport {
         let mut registers = self.registers();
         registers.slot.reset();
         registers.selected = Selectors::default();
-        self.line.status.store(0, Ordering::SeqCst);
+        self.line.set_status(0);
     }
 
     /// The state of a paused device.
@@ -175,10 +186,7 @@ impl MmioTransport {
         registers.slot.restore(&state.slot)?;
         registers.selected = state.selected;
         self.line.generation.store(state.generation, Ordering::SeqCst);
-        self.line.status.store(state.interrupt_status, Ordering::SeqCst);
-        drop(registers);
-        // The pulse itself is not saved, and a driver takes a spurious one.
-        self.line.raise(0);
+        self.line.set_status(state.interrupt_status);
         Ok(())
     }
 
@@ -217,7 +225,7 @@ impl MmioTransport {
 
     fn write_register(&self, offset: u32, value: u32) {
         if offset == VIRTIO_MMIO_INTERRUPT_ACK {
-            self.line.status.fetch_and(!value, Ordering::SeqCst);
+            self.line.acknowledge(value);
             return;
         }
         let mut registers = self.registers();
@@ -237,7 +245,7 @@ impl MmioTransport {
             VIRTIO_MMIO_STATUS => {
                 slot.set_status(value.to_le_bytes()[0]);
                 if value == 0 {
-                    self.line.status.store(0, Ordering::SeqCst);
+                    self.line.set_status(0);
                 }
             }
             _ => {

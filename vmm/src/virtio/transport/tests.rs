@@ -7,6 +7,7 @@ use virtio_bindings::virtio_mmio::*;
 
 use super::mmio::MmioTransport;
 use crate::bus::BusDevice;
+use crate::interrupt::Pin;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{DriverQueue, Guest, Part};
 
@@ -20,7 +21,19 @@ const NEEDS_RESET: u32 = 64;
 const VERSION_1: u32 = 1;
 const QUEUE_SIZE: u16 = 64;
 
+/// A pin that remembers how it is.
+#[derive(Default)]
+struct TestPin(Mutex<bool>);
+
+impl Pin for TestPin {
+    fn follow(&self, level: &dyn Fn() -> bool) {
+        let mut high = self.0.lock().unwrap();
+        *high = level();
+    }
+}
+
 struct Fixture {
+    pin: Arc<TestPin>,
     guest: Guest,
     transport: MmioTransport,
     failures: Arc<Mutex<Vec<String>>>,
@@ -29,14 +42,20 @@ struct Fixture {
 impl Fixture {
     fn new() -> Fixture {
         let guest = Guest::new();
+        let pin = Arc::new(TestPin::default());
         let failures = Arc::new(Mutex::new(Vec::new()));
         let heard = failures.clone();
         let on_failure = Arc::new(move |name: &str, error: &crate::virtio::DeviceError| {
             heard.lock().unwrap().push(format!("{name}: {error}"));
         });
         let transport =
-            MmioTransport::new(Box::new(Rng::new()), guest.memory.clone(), on_failure).unwrap();
-        Fixture { guest, transport, failures }
+            MmioTransport::new(Box::new(Rng::new()), guest.memory.clone(), pin.clone(), on_failure)
+                .unwrap();
+        Fixture { pin, guest, transport, failures }
+    }
+
+    fn high(&self) -> bool {
+        *self.pin.0.lock().unwrap()
     }
 
     fn read(&self, register: u32) -> u32 {
@@ -111,6 +130,25 @@ fn a_driver_finds_negotiates_and_uses_the_device() {
     assert_eq!(fixture.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
     fixture.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
     assert_eq!(fixture.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn the_pin_is_high_while_a_cause_is_pending() {
+    let fixture = Fixture::new();
+    let mut queue = fixture.running();
+    for _ in 0..2 {
+        queue.add(&[Part::Write(8)]);
+        fixture.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        assert!(fixture.high());
+    }
+    fixture.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_CONFIG);
+    assert!(fixture.high());
+    fixture.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+    assert!(!fixture.high());
+    queue.add(&[Part::Write(8)]);
+    fixture.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+    fixture.write(VIRTIO_MMIO_STATUS, 0);
+    assert!(!fixture.high(), "a reset takes it back");
 }
 
 #[test]
@@ -208,11 +246,16 @@ fn another_transport_goes_on_from_a_saved_state() {
     let state = postcard::to_stdvec(&fixture.transport.save()).unwrap();
 
     let mut other = Fixture::new();
-    other.transport =
-        MmioTransport::new(Box::new(Rng::new()), fixture.guest.memory, Arc::new(|_, _| ()))
-            .unwrap();
+    other.transport = MmioTransport::new(
+        Box::new(Rng::new()),
+        fixture.guest.memory,
+        other.pin.clone(),
+        Arc::new(|_, _| ()),
+    )
+    .unwrap();
     other.transport.restore(&postcard::from_bytes(&state).unwrap()).unwrap();
     assert_eq!(other.read(VIRTIO_MMIO_STATUS), 15);
+    assert!(other.high(), "the interrupt is still pending");
     other.transport.resume();
     let lengths: Vec<_> = queue.all_used().iter().map(|used| used.len).collect();
     assert_eq!(lengths, [8, 12], "neither lost nor done twice");
