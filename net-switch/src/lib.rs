@@ -5,10 +5,14 @@
 //! sends through it. A frame is copied once, by whoever receives it, on the sender's thread,
 //! and keeps its offloads; [`without_offloads`] is for receivers that cannot take them and
 //! [`Backlog`] for those that have no room right now.
+//!
+//! A [`Gateway`](gateway::Gateway) is the network behind a card that leads out of it all: to the
+//! host and beyond, by sockets.
 
 #![forbid(unsafe_code)]
 
 mod backlog;
+pub mod gateway;
 mod offload;
 mod port;
 mod slot;

@@ -1,0 +1,177 @@
+//! The DHCP server (RFC 2131): everybody gets an address, the first card always the same.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use smoltcp::wire::{
+    DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr, EthernetAddress, Ipv4Address,
+};
+
+use super::wire::Mac;
+use super::{DNS_V4, GATEWAY_V4, GUEST_V4};
+
+/// Port of the server.
+pub(super) const SERVER_PORT: u16 = 67;
+/// Port of clients.
+pub(super) const CLIENT_PORT: u16 = 68;
+
+/// How long an address may be kept, in seconds: a day.
+const LEASE: u32 = 86_400;
+const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
+/// Most stations that get an address: 10.0.2.15 and on.
+const MAX_CLIENTS: usize = 16;
+
+// Options of RFC 2132.
+const HOST_NAME: u8 = 12;
+const REQUESTED_ADDRESS: u8 = 50;
+const MESSAGE_TYPE: u8 = 53;
+const SERVER: u8 = 54;
+/// BOOTREQUEST, what clients send (RFC 2131, 2).
+const REQUEST: u8 = 1;
+/// In `flags`: the client cannot take unicast yet.
+const BROADCAST: u16 = 0x8000;
+
+/// Who has which address.
+pub(super) struct Server {
+    host_name: String,
+    /// The client at place N has the Nth address.
+    clients: Vec<Mac>,
+}
+
+/// An answer to a client.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Answer {
+    /// Whom it goes to on the link; `None` for all.
+    pub mac: Option<Mac>,
+    pub address: Ipv4Addr,
+    pub message: Vec<u8>,
+    /// The client has this address now.
+    pub bound: Option<(IpAddr, Mac)>,
+}
+
+/// What a client asks for.
+struct Question {
+    kind: DhcpMessageType,
+    client: Mac,
+    /// The address it wants, or has.
+    wants: Option<Ipv4Addr>,
+    has: Ipv4Addr,
+    broadcast: bool,
+    transaction: u32,
+}
+
+impl Question {
+    fn parse(message: &[u8]) -> Option<Self> {
+        let packet = DhcpPacket::new_checked(message).ok()?;
+        // Ethernet with addresses of six bytes, and nobody relays here.
+        let [operation, 1, 6, ..] = *message else { return None };
+        if operation != REQUEST || packet.magic_number() != 0x6382_5363 {
+            return None;
+        }
+        let mut kind = None;
+        let mut wants = None;
+        for option in packet.options() {
+            match (option.kind, option.data) {
+                (MESSAGE_TYPE, [number]) => kind = Some(DhcpMessageType::from(*number)),
+                (REQUESTED_ADDRESS, &[a, b, c, d]) => wants = Some(Ipv4Addr::new(a, b, c, d)),
+                // It has chosen another server.
+                (SERVER, &[a, b, c, d]) if Ipv4Addr::new(a, b, c, d) != GATEWAY_V4 => return None,
+                _ => {}
+            }
+        }
+        let EthernetAddress(client) = packet.client_hardware_address();
+        if client[0] & 1 != 0 {
+            return None;
+        }
+        let has = packet.client_ip();
+        Some(Self {
+            kind: kind?,
+            client,
+            wants: wants.or((!has.is_unspecified()).then_some(has)),
+            has,
+            broadcast: u16::from_be_bytes([message[10], message[11]]) & BROADCAST != 0,
+            transaction: packet.transaction_id(),
+        })
+    }
+}
+
+impl Server {
+    /// A server that gives `card` the guest's address. All clients are told that they are called
+    /// `host_name`, if it can be a host name.
+    pub fn new(card: Mac, host_name: &str) -> Self {
+        let fits = (1..=63).contains(&host_name.len());
+        let host_name = if fits { host_name.to_owned() } else { String::new() };
+        Self { host_name, clients: vec![card] }
+    }
+
+    /// Answers what a client has sent, if there is something to say.
+    pub fn answer(&mut self, message: &[u8]) -> Option<Answer> {
+        let question = Question::parse(message)?;
+        let address = self.address(question.client)?;
+        let kind = match question.kind {
+            DhcpMessageType::Discover => DhcpMessageType::Offer,
+            DhcpMessageType::Request if question.wants == Some(address) => DhcpMessageType::Ack,
+            DhcpMessageType::Request => DhcpMessageType::Nak,
+            DhcpMessageType::Inform => DhcpMessageType::Ack,
+            _ => return None,
+        };
+        let refused = kind == DhcpMessageType::Nak;
+        let inform = question.kind == DhcpMessageType::Inform;
+        let given = if refused || inform { Ipv4Addr::UNSPECIFIED } else { address };
+        let name = self.host_name.as_bytes();
+        let options = [DhcpOption { kind: HOST_NAME, data: name }];
+        let told = !refused;
+        let reply = DhcpRepr {
+            message_type: kind,
+            transaction_id: question.transaction,
+            secs: 0,
+            client_hardware_address: EthernetAddress(question.client),
+            client_ip: question.has,
+            your_ip: given,
+            server_ip: GATEWAY_V4,
+            router: told.then_some(GATEWAY_V4),
+            subnet_mask: told.then_some(MASK),
+            relay_agent_ip: Ipv4Address::UNSPECIFIED,
+            broadcast: question.broadcast,
+            requested_ip: None,
+            client_identifier: None,
+            server_identifier: Some(GATEWAY_V4),
+            parameter_request_list: None,
+            dns_servers: told.then(|| [DNS_V4].into_iter().collect()),
+            max_size: None,
+            lease_duration: (told && !inform).then_some(LEASE),
+            renew_duration: None,
+            rebind_duration: None,
+            additional_options: if told && !name.is_empty() { &options } else { &[] },
+        };
+        let mut message = vec![0; reply.buffer_len()];
+        reply.emit(&mut DhcpPacket::new_unchecked(&mut message[..])).ok()?;
+        let bound = kind == DhcpMessageType::Ack && !inform;
+        Some(Answer {
+            // RFC 2131, 4.1.
+            mac: (!refused && !question.broadcast).then_some(question.client),
+            address: match question.has {
+                has if !has.is_unspecified() && !refused => has,
+                _ if refused || question.broadcast => Ipv4Addr::BROADCAST,
+                _ => given,
+            },
+            message,
+            bound: bound.then_some((address.into(), question.client)),
+        })
+    }
+
+    /// The address of a client. `None` if there is none left.
+    fn address(&mut self, client: Mac) -> Option<Ipv4Addr> {
+        let place = match self.clients.iter().position(|known| *known == client) {
+            Some(place) => place,
+            None if self.clients.len() < MAX_CLIENTS => {
+                self.clients.push(client);
+                self.clients.len() - 1
+            }
+            None => return None,
+        };
+        Some(Ipv4Addr::from_bits(GUEST_V4.to_bits() + u32::try_from(place).ok()?))
+    }
+}
+
+#[cfg(test)]
+mod tests;

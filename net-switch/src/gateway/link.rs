@@ -1,0 +1,99 @@
+//! The cable to the guest: frames to it, and what is known of its stations.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use super::GATEWAY_MAC;
+use super::wire::{ETHERNET, Envelope, Hop, IPV4, IPV6, MTU, Mac, finished, protocol};
+use crate::backlog::OwnedFrame;
+use crate::lock;
+use crate::slot::Slot;
+
+/// Most addresses that are remembered. A guest has two or three; one that bridges others, some more.
+const MAX_NEIGHBOURS: usize = 64;
+
+/// The cable to the guest.
+pub(super) struct Link {
+    pub slot: Slot,
+    /// The card's address, for who has not been heard of.
+    card: Mac,
+    neighbours: Mutex<HashMap<IpAddr, Mac>>,
+    /// Tells the fragments of one packet from those of another.
+    packet_id: AtomicU16,
+}
+
+impl Link {
+    pub fn new(card: Mac) -> Self {
+        let neighbours = Mutex::default();
+        Self { slot: Slot::default(), card, neighbours, packet_id: AtomicU16::new(1) }
+    }
+
+    /// Remembers who has `address`.
+    pub fn learn(&self, address: IpAddr, mac: Mac) {
+        let mut neighbours = lock(&self.neighbours);
+        if neighbours.len() < MAX_NEIGHBOURS || neighbours.contains_key(&address) {
+            neighbours.insert(address, mac);
+        }
+    }
+
+    /// Forgets all stations: the guest's card was taken out.
+    pub fn forget(&self) {
+        lock(&self.neighbours).clear();
+    }
+
+    /// Who has `address`.
+    pub fn neighbour(&self, address: IpAddr) -> Mac {
+        lock(&self.neighbours).get(&address).copied().unwrap_or(self.card)
+    }
+
+    /// Gives a frame to the guest's card. Without one, or without room, it is lost.
+    pub fn deliver(&self, mut frame: OwnedFrame) {
+        self.slot.call(|receiver| frame.lend(|frame| receiver.receive(frame)));
+    }
+
+    /// Sends a packet whose payload is complete, in fragments if it is too long for the link.
+    pub fn send(&self, to: Mac, envelope: &Envelope, payload: &[u8]) {
+        let hop = Hop { source: GATEWAY_MAC, destination: to };
+        if envelope.header_len() + payload.len() > MTU {
+            self.send_fragments(hop, envelope, payload);
+        } else if let Some(data) = envelope.frame(hop, payload) {
+            self.deliver(finished(data));
+        }
+    }
+
+    fn send_fragments(&self, hop: Hop, envelope: &Envelope, payload: &[u8]) {
+        let id = self.packet_id.fetch_add(1, Ordering::Relaxed);
+        let v4 = envelope.source.is_ipv4();
+        let room = if v4 { MTU - IPV4 } else { MTU - IPV6 - 8 };
+        // All but the last end at a multiple of eight bytes.
+        let size = room & !7;
+        let outer = Envelope {
+            protocol: if v4 { envelope.protocol } else { protocol::FRAGMENT },
+            ..*envelope
+        };
+        let count = payload.len().div_ceil(size);
+        for (index, piece) in payload.chunks(size).enumerate() {
+            let Ok(offset) = u16::try_from(index * size) else { return };
+            let more = index + 1 < count;
+            let mut data = Vec::with_capacity(ETHERNET + MTU);
+            data.extend(hop.header(envelope.destination));
+            let pushed = if v4 {
+                let flags = u32::from(id) << 16 | u32::from(more) << 13 | u32::from(offset / 8);
+                outer.push_header(&mut data, piece.len(), flags)
+            } else {
+                let pushed = outer.push_header(&mut data, 8 + piece.len(), 0);
+                data.extend([envelope.protocol, 0]);
+                data.extend((offset | u16::from(more)).to_be_bytes());
+                data.extend(u32::from(id).to_be_bytes());
+                pushed
+            };
+            if pushed.is_none() {
+                return;
+            }
+            data.extend(piece);
+            self.deliver(finished(data));
+        }
+    }
+}

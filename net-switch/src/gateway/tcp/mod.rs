@@ -1,0 +1,209 @@
+//! Connections: one ends at the guest, one at the host, and bytes go between the two.
+
+mod relay;
+mod stack;
+mod table;
+
+use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::icmp::Reason;
+use super::route::Target;
+use super::wire::{ETHERNET, Envelope, Mac, Packet, protocol};
+use super::{Inner, Protocol};
+use stack::Stack;
+pub(super) use table::Connections;
+use table::{Entry, Key};
+
+/// How long the host may try to connect: what hosts of BSD descent wait. The guest, which has heard
+/// nothing, goes on for as long as it likes.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(75);
+
+/// What decides about a segment of the guest.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Segment {
+    key: Key,
+    control: TcpControl,
+    sequence: TcpSeqNumber,
+    acknowledges: Option<TcpSeqNumber>,
+    /// Bytes of the sequence space that it takes up.
+    length: usize,
+}
+
+impl Segment {
+    /// Takes a segment apart; `None` if it is malformed.
+    pub fn parse(packet: &Packet<'_>) -> Option<Self> {
+        let segment = TcpPacket::new_checked(packet.payload).ok()?;
+        let (from, to) = (segment.src_port(), segment.dst_port());
+        if from == 0 || to == 0 || packet.source.is_unspecified() {
+            return None;
+        }
+        let control = match (segment.syn(), segment.fin(), segment.rst()) {
+            (false, false, false) => TcpControl::None,
+            (true, false, false) => TcpControl::Syn,
+            (false, true, false) => TcpControl::Fin,
+            (false, _, true) => TcpControl::Rst,
+            (true, _, _) => return None,
+        };
+        Some(Self {
+            key: Key {
+                guest: SocketAddr::new(packet.source, from),
+                remote: SocketAddr::new(packet.destination, to),
+            },
+            control,
+            sequence: segment.seq_number(),
+            acknowledges: segment.ack().then(|| segment.ack_number()),
+            length: segment.segment_len(),
+        })
+    }
+
+    /// Whether the guest begins a connection with it.
+    fn begins(&self) -> bool {
+        self.control == TcpControl::Syn && self.acknowledges.is_none()
+    }
+}
+
+impl Inner {
+    /// Takes a segment, and the frame it came in.
+    pub(super) fn tcp(self: &Arc<Self>, from: Mac, segment: Segment, frame: Vec<u8>) {
+        if let Some(connection) = self.connections.find(&segment.key) {
+            if !(segment.begins() && connection.is_another(segment.sequence)) {
+                connection.inbox.push(frame);
+                return;
+            }
+            // The guest has forgotten the old one, as after a reboot.
+            self.connections.remove(&connection);
+            connection.inbox.close();
+        }
+        if segment.begins() {
+            self.begin(from, segment, frame);
+        } else if segment.control != TcpControl::Rst {
+            self.reset(&segment, from);
+        }
+    }
+
+    fn begin(self: &Arc<Self>, from: Mac, segment: Segment, frame: Vec<u8>) {
+        let addresses = match self.target(Some(Protocol::Tcp), segment.key.remote) {
+            Target::Host(address) => vec![address],
+            Target::Dns => self.resolvers(),
+            Target::Unreachable(Reason::Port) => Vec::new(),
+            Target::Unreachable(reason) => {
+                return self.unreachable(&frame[ETHERNET..], reason, from);
+            }
+            Target::Nowhere => return,
+        };
+        if addresses.is_empty() {
+            return self.reset(&segment, from);
+        }
+        // When there are too many the guest hears nothing, and tries again later.
+        let Some(entry) = self.connections.enter(segment.key, Some(segment.sequence)) else {
+            return;
+        };
+        let inner = Arc::clone(self);
+        self.runtime.spawn(async move {
+            tokio::select! {
+                connected = timeout(CONNECT_TIMEOUT, connect(&addresses)) => match connected {
+                    Ok(Ok(stream)) => inner.accept(entry, from, &frame, stream).await,
+                    Ok(Err(error)) => {
+                        drop(entry);
+                        inner.decline(&segment, &frame, from, &error);
+                    }
+                    Err(_) => {}
+                },
+                () = entry.inbox.closed() => {}
+            }
+        });
+    }
+
+    /// Accepts the guest's connection, now that there is one on the host's side.
+    async fn accept(self: &Arc<Self>, entry: Entry, mac: Mac, syn: &[u8], stream: TcpStream) {
+        // What came meanwhile was the same again.
+        entry.inbox.clear();
+        let stack = Stack::accept(Arc::clone(self), &entry, mac, syn);
+        relay::relay(entry, stack, stream).await;
+    }
+
+    /// Says why there is no connection on the host's side.
+    fn decline(&self, segment: &Segment, frame: &[u8], mac: Mac, error: &io::Error) {
+        match error.kind() {
+            ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => self.reset(segment, mac),
+            ErrorKind::TimedOut => {}
+            _ => {
+                tracing::debug!(remote = %segment.key.remote, %error, "cannot connect");
+                self.unreachable(&frame[ETHERNET..], Reason::Host, mac);
+            }
+        }
+    }
+
+    /// Connects to the guest for who has connected to a forwarded port.
+    pub(super) fn connect_guest(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        guest: SocketAddr,
+    ) {
+        let Some(entry) = self.connections.enter_from_host(peer.port(), guest) else {
+            tracing::warn!(%guest, "too many connections, one more is refused");
+            relay::reset(&stream);
+            return;
+        };
+        let mac = self.link.neighbour(guest.ip());
+        let inner = Arc::clone(self);
+        self.runtime.spawn(async move {
+            let stack = Stack::connect(inner, &entry, mac);
+            relay::relay(entry, stack, stream).await;
+        });
+    }
+
+    /// Tells the guest that there is no such connection (RFC 9293, 3.5.2).
+    fn reset(&self, segment: &Segment, mac: Mac) {
+        let Key { guest, remote } = segment.key;
+        let acknowledges = segment.sequence + segment.length;
+        let (seq_number, ack_number) = match segment.acknowledges {
+            Some(number) => (number, None),
+            None => (TcpSeqNumber(0), Some(acknowledges)),
+        };
+        let reset = TcpRepr {
+            src_port: remote.port(),
+            dst_port: guest.port(),
+            control: TcpControl::Rst,
+            seq_number,
+            ack_number,
+            window_len: 0,
+            window_scale: None,
+            max_seg_size: None,
+            sack_permitted: false,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload: &[],
+        };
+        let mut payload = vec![0; reset.buffer_len()];
+        reset.emit(
+            &mut TcpPacket::new_unchecked(&mut payload[..]),
+            &remote.ip().into(),
+            &guest.ip().into(),
+            &ChecksumCapabilities::default(),
+        );
+        let envelope = Envelope::new(remote.ip(), guest.ip(), protocol::TCP);
+        self.link.send(mac, &envelope, &payload);
+    }
+}
+
+/// Connects to the first address that takes a connection.
+async fn connect(addresses: &[SocketAddr]) -> io::Result<TcpStream> {
+    let mut last = io::Error::from(ErrorKind::ConnectionRefused);
+    for address in addresses {
+        match TcpStream::connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
