@@ -1,7 +1,7 @@
 //! Name service: questions go on to the host's resolvers.
 
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
+use super::udp::readable;
 use super::wire::Mac;
 use super::{Inner, any};
 
@@ -89,7 +90,11 @@ async fn exchange(resolver: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
     let mut answer = Vec::with_capacity(MAX_MESSAGE);
     loop {
         answer.clear();
-        socket.recv_buf(&mut answer).await?;
+        readable(&socket).await?;
+        match socket.try_recv_buf(&mut answer) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => continue,
+            received => received?,
+        };
         if answer.len() >= HEADER && answer[..2] == query[..2] && answer[2] & RESPONSE != 0 {
             return Ok(answer);
         }

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
+use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep_until, timeout};
@@ -323,6 +324,21 @@ impl Peers<'_> {
     }
 }
 
+/// Waits for a datagram.
+///
+/// # Errors
+/// That of an earlier datagram, of which the host was told since.
+pub(super) async fn readable(socket: &UdpSocket) -> io::Result<()> {
+    // A refused datagram makes a socket no more readable.
+    let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;
+    if ready.is_error() {
+        // Takes away the mark that there is an error, before looking which.
+        let _ = socket.try_io(Interest::ERROR, || Err::<(), _>(ErrorKind::WouldBlock.into()));
+        return socket.take_error()?.map_or(Ok(()), Err);
+    }
+    Ok(())
+}
+
 /// Gives the guest what comes back on a flow, until the flow has been idle for long enough.
 async fn listen(
     inner: Arc<Inner>,
@@ -339,9 +355,13 @@ async fn listen(
     let mut wait = patience;
     loop {
         // Most flows are idle for most of their life: they keep no buffer meanwhile.
-        let readable = timeout(wait, socket.readable()).await;
+        let ready = timeout(wait, readable(&socket)).await;
         let Some(flow) = flow.upgrade() else { return };
-        if readable.is_err() {
+        if let Ok(Err(error)) = ready {
+            inner.refused(&key, Datagrams::reason(&error, Reason::Host), mac);
+            continue;
+        }
+        if ready.is_err() {
             let used = flow.last_used.load(Ordering::Relaxed);
             let idle = Duration::from_millis(inner.clock().saturating_sub(used));
             if idle >= patience {

@@ -45,6 +45,11 @@ impl Card {
         frames.pop_front().map(|frame| frame.data)
     }
 
+    /// The first frame that `wanted` is true of; those before it are lost.
+    pub fn find(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        std::iter::from_fn(|| self.next(PATIENCE)).find(|frame| wanted(frame))
+    }
+
     fn wait(&self, patience: Duration) {
         let frames = lock(&self.frames);
         let empty = |frames: &mut VecDeque<_>| frames.is_empty();
@@ -272,4 +277,30 @@ pub(in crate::gateway) fn raw(protocol: u8, to: Ipv4Addr, payload: &[u8]) -> Vec
     let hop = Hop { source: CARD_MAC, destination: GATEWAY_MAC };
     let envelope = Envelope::new(IpAddr::from(GUEST_V4), IpAddr::from(to), protocol);
     envelope.frame(hop, payload).unwrap()
+}
+
+/// The guest's SYN in a frame.
+pub(in crate::gateway) fn syn(from_port: u16, to: SocketAddr, sequence: i32) -> Vec<u8> {
+    use smoltcp::phy::ChecksumCapabilities;
+    use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
+    let IpAddr::V4(address) = to.ip() else { panic!("{to}") };
+    let repr = TcpRepr {
+        src_port: from_port,
+        dst_port: to.port(),
+        control: TcpControl::Syn,
+        seq_number: TcpSeqNumber(sequence),
+        ack_number: None,
+        window_len: 8192,
+        window_scale: Some(0),
+        max_seg_size: Some(1460),
+        sack_permitted: false,
+        sack_ranges: [None; 3],
+        timestamp: None,
+        payload: &[],
+    };
+    let mut payload = vec![0; repr.buffer_len()];
+    let mut packet = TcpPacket::new_unchecked(&mut payload[..]);
+    let ends = (IpAddr::from(GUEST_V4).into(), IpAddr::from(address).into());
+    repr.emit(&mut packet, &ends.0, &ends.1, &ChecksumCapabilities::default());
+    raw(6, address, &payload)
 }

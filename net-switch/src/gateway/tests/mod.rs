@@ -1,6 +1,7 @@
 //! The gateway as a guest and the host's programs see it: over loopback, with smoltcp as the guest.
 
 mod datagrams;
+mod forwards;
 mod guest;
 mod hostile;
 mod tcp;

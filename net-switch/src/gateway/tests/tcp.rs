@@ -1,8 +1,10 @@
+use std::cell::Cell;
 use std::io::ErrorKind;
 use std::net::Shutdown;
 
 use smoltcp::socket::tcp::{Socket, State};
 
+use super::guest::syn;
 use super::*;
 
 /// Odd, and more than fits into all buffers together.
@@ -91,5 +93,136 @@ fn the_guest_going_away_ends_its_connections() {
     let (mut stream, _) = host.accept().unwrap();
     guest.gateway().detach();
     assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    settles(&mut guest);
+}
+
+/// The control bits of a frame's TCP segment over IPv4, if it holds one.
+fn flags(frame: &[u8]) -> Option<u8> {
+    (frame.get(12..14)? == [8, 0] && frame.get(23)? == &6).then(|| frame[47] & 0x3f)
+}
+
+const SYN_ACK: u8 = 0x12;
+const RST_ACK: u8 = 0x14;
+
+#[test]
+fn a_guest_that_has_forgotten_may_connect_again_from_the_same_port() {
+    let guest = Guest::new(GatewaySpec::default());
+    let (host, address) = listener();
+    guest.cable.send(&syn(1234, address, 1000));
+    assert!(guest.cable.card.find(|frame| flags(frame) == Some(SYN_ACK)).is_some());
+    let (mut old, _) = host.accept().unwrap();
+    // Again the same one: nothing new.
+    guest.cable.send(&syn(1234, address, 1000));
+    // Another: the guest was started again.
+    guest.cable.send(&syn(1234, address, 5000));
+    let frame = guest
+        .cable
+        .card
+        .find(|frame| flags(frame) == Some(SYN_ACK) && frame[42..46] == 5001_u32.to_be_bytes());
+    assert!(frame.is_some());
+    assert_eq!(old.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    host.accept().unwrap();
+}
+
+#[test]
+fn segments_of_no_connection_are_answered_by_a_reset() {
+    let guest = Guest::new(GatewaySpec::default());
+    let mut frame = syn(1234, (GATEWAY_V4, 80).into(), 1000);
+    // An acknowledgement of 7, and the checksum put right by its difference (RFC 1624).
+    frame[42..46].copy_from_slice(&7_u32.to_be_bytes());
+    frame[47] = 0x10;
+    let sum = u16::from_be_bytes([frame[50], frame[51]]);
+    let sum = !sum;
+    let change = u32::from(sum) + 7 + u32::from(0x10_u16.wrapping_sub(2));
+    let folded = u16::try_from((change & 0xffff) + (change >> 16)).unwrap();
+    frame[50..52].copy_from_slice(&(!folded).to_be_bytes());
+    guest.cable.send(&frame);
+    let reset = guest.cable.card.find(|frame| flags(frame).is_some()).unwrap();
+    assert_eq!((flags(&reset), &reset[38..42]), (Some(0x04), &7_u32.to_be_bytes()[..]));
+
+    guest.cable.send(&syn(1234, (DNS_V4, 80).into(), 1000));
+    let reset = guest.cable.card.find(|frame| flags(frame).is_some()).unwrap();
+    assert_eq!((flags(&reset), &reset[42..46]), (Some(RST_ACK), &1001_u32.to_be_bytes()[..]));
+}
+
+#[test]
+fn a_flood_of_syns_is_bounded() {
+    let guest = Guest::new(GatewaySpec::default());
+    let (_host, address) = listener();
+    // More than the backlog of the listener takes: most of them hang.
+    for round in 0..2_u16 {
+        for port in 1..20_000 {
+            guest.cable.send(&syn(port, address, i32::from(port) * 7 + i32::from(round)));
+            while guest.cable.card.next(Duration::ZERO).is_some() {}
+        }
+    }
+    let stats = guest.gateway().stats();
+    assert!(stats.connections <= 512, "{stats:?}");
+    assert!(stats.reserved <= 512 << 20, "{stats:?}");
+    guest.gateway().detach();
+    let began = Instant::now();
+    while guest.gateway().stats() != GatewayStats::default() {
+        assert!(began.elapsed() < PATIENCE, "{:?}", guest.gateway());
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_read_holds_up_only_its_own_connection() {
+    let mut guest = Guest::new(GatewaySpec::default());
+    let (host, address) = listener();
+    let stuck = guest.connect(address).unwrap();
+    let (mut stream, _) = host.accept().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    // Until neither host nor gateway nor guest takes any more.
+    let mut sent = 0;
+    let mut idle = Instant::now();
+    while idle.elapsed() < Duration::from_millis(300) {
+        if let Ok(count) = stream.write(&[0; 65_536]) {
+            sent += count;
+            idle = Instant::now();
+        }
+        guest.until(|_| Some(()));
+    }
+    assert!(sent < 64 << 20, "{sent} bytes are somewhere");
+    let other = guest.connect(address).unwrap();
+    let (mut stream, _) = host.accept().unwrap();
+    stream.write_all(b"goes on").unwrap();
+    drop(stream);
+    assert_eq!(guest.receive(other), b"goes on");
+    // Once it reads, it gets all.
+    let data = Cell::new(0);
+    guest.until(|sockets| {
+        let socket = sockets.get_mut::<Socket>(stuck);
+        while socket.can_recv() {
+            socket.recv(|bytes| (bytes.len(), data.set(data.get() + bytes.len()))).unwrap();
+        }
+        (data.get() == sent).then_some(())
+    });
+}
+
+#[test]
+fn many_connections_at_once() {
+    const COUNT: usize = 200;
+    let mut guest = Guest::new(GatewaySpec::default());
+    let (host, address) = listener();
+    let server = thread::spawn(move || {
+        let streams: Vec<_> = (0..COUNT).map(|_| host.accept().unwrap().0).collect();
+        for mut stream in streams {
+            let mut got = Vec::new();
+            stream.read_to_end(&mut got).unwrap();
+            stream.write_all(&got).unwrap();
+        }
+    });
+    let sockets: Vec<_> = (0..COUNT).map(|_| guest.connect(address).unwrap()).collect();
+    assert_eq!(guest.gateway().stats().connections, COUNT);
+    for (number, socket) in sockets.iter().enumerate() {
+        guest.send(*socket, format!("number {number}").as_bytes());
+        guest.close(*socket);
+    }
+    for (number, socket) in sockets.iter().enumerate() {
+        assert_eq!(guest.receive(*socket), format!("number {number}").as_bytes());
+    }
+    server.join().unwrap();
     settles(&mut guest);
 }
