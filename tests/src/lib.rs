@@ -14,9 +14,19 @@ use firn::{Driver, DriverOptions};
 /// No test here takes as long, even in a carrier on a loaded machine.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
-/// The kit that guests boot. `make` has built it.
+/// The kit that guests boot by default. `make` has built it.
 pub fn micro() -> Kit {
-    kit::lookup(KitName::Micro).expect("the kit can be read").expect("run `firn kit build micro`")
+    built(KitName::Micro)
+}
+
+/// The kit that is like NixOS. `make` has built it.
+pub fn systemd() -> Kit {
+    built(KitName::Systemd)
+}
+
+fn built(name: KitName) -> Kit {
+    let kit = kit::lookup(name).expect("the kit can be read");
+    kit.unwrap_or_else(|| panic!("run `firn kit build {}`", name.as_str()))
 }
 
 /// The top of the repository.
@@ -44,7 +54,7 @@ pub fn with_machines(nodes: &str, script: impl AsyncFnOnce(&Driver)) {
 pub fn with_config(config: &TestConfig, script: impl AsyncFnOnce(&Driver)) {
     let out = tempfile::tempdir().expect("a directory for results");
     let options = DriverOptions {
-        kit: Some(micro()),
+        kits: Driver::kits_needed(config).into_iter().map(built).collect(),
         out_dir: out.path().to_owned(),
         log: Logger::new(Box::new(TestOutput), false),
         ..DriverOptions::default()

@@ -79,12 +79,24 @@ fn carrier_finding(needless: bool) -> Finding {
 }
 
 fn kit_finding() -> Finding {
-    let (grade, text) = match kit::lookup(KitName::Micro) {
-        Ok(Some(kit)) => (Grade::Good, format!("micro, Linux {}", kit.manifest.kernel_release)),
-        Ok(None) => (Grade::Bad, "micro is not built: run `firn kit build micro`".to_owned()),
-        Err(error) => (Grade::Bad, chain(&error)),
-    };
-    Finding { what: "kit", grade, text }
+    let mut grade = Grade::Good;
+    let mut texts = Vec::new();
+    for kit in KitName::GUESTS {
+        let name = kit.as_str();
+        let (found, text) = match kit::lookup(kit) {
+            Ok(Some(kit)) => {
+                (Grade::Good, format!("{name}, Linux {}", kit.manifest.kernel_release))
+            }
+            Ok(None) => (Grade::Bad, format!("{name} is not built: run `firn kit build {name}`")),
+            Err(error) => (Grade::Bad, chain(&error)),
+        };
+        // Machines boot the others only if their test says so.
+        if found != Grade::Good && grade != Grade::Bad {
+            grade = if kit == KitName::Micro { found } else { Grade::Warn };
+        }
+        texts.push(text);
+    }
+    Finding { what: "kit", grade, text: texts.join("; ") }
 }
 
 fn python_finding() -> Finding {

@@ -14,7 +14,7 @@ use crate::config::ConfigError;
 use crate::error::chain;
 use crate::log::colours_wanted;
 
-pub(crate) mod accel;
+mod accel;
 mod carrier;
 mod doctor;
 mod kit;

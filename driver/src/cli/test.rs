@@ -7,11 +7,13 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Error, Result, bail};
 
-use super::accel::{Accel, Decision, in_carrier};
+use super::accel::{Accel, Decision};
 use super::python;
+use crate::carrier;
 use crate::config::TestConfig;
 use crate::driver::Driver;
 use crate::kit::{self, Kit, KitName};
+use crate::log::colours_wanted;
 
 /// Run a test
 ///
@@ -39,11 +41,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let test = TestConfig::from_toml_file(&args.file)?;
     prepare_output(&args.output_dir)?;
     let python = python::find()?;
-    let kit = match Driver::needs_kit(&test) {
-        true => Some(build_kit()?),
-        false => None,
-    };
-    let runner = runner(args, &python.path, kit.as_ref());
+    let kits = Driver::kits_needed(&test).into_iter().map(build_kit).collect::<Result<Vec<_>>>()?;
+    let runner = runner(args, &python.path, &kits);
     match args.accel.decide() {
         Decision::Kvm => Err(exec(&runner)),
         Decision::Refused(reason) => bail!("{reason}; `--accel carrier` does without it"),
@@ -51,8 +50,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             if let Some(reason) = reason {
                 eprintln!("{reason}: using the carrier");
             }
-            let writable = test.writable().into_iter().chain([args.output_dir.clone()]);
-            Ok(in_carrier(writable.collect(), runner)?.into())
+            in_carrier(args, &test, runner)
         }
     }
 }
@@ -64,18 +62,19 @@ fn prepare_output(dir: &Path) -> Result<()> {
     tempfile::tempfile_in(dir).map(drop).with_context(what)
 }
 
-fn build_kit() -> Result<Kit> {
-    kit::build(KitName::Micro, &|line| eprintln!("{line}"))
-        .context("there is no guest kit, and it cannot be built")
+fn build_kit(name: KitName) -> Result<Kit> {
+    kit::build(name, &|line| eprintln!("{line}")).with_context(|| {
+        format!("there is no guest kit `{}`, and it cannot be built", name.as_str())
+    })
 }
 
 /// The command that runs the script.
-fn runner(args: &Args, python: &Path, kit: Option<&Kit>) -> Vec<OsString> {
+fn runner(args: &Args, python: &Path, kits: &[Kit]) -> Vec<OsString> {
     // -P: a file of the current directory must not stand in for a module.
     let mut argv: Vec<OsString> =
         vec![python.into(), "-P".into(), "-m".into(), "firn.runner".into()];
     argv.extend(["--output-dir".into(), args.output_dir.clone().into()]);
-    if let Some(kit) = kit {
+    for kit in kits {
         argv.extend(["--kit-dir".into(), kit.dir.clone().into()]);
     }
     if let Some(seconds) = args.global_timeout {
@@ -92,4 +91,19 @@ fn exec(argv: &[OsString]) -> Error {
     };
     let error = Command::new(program).args(arguments).exec();
     Error::new(error).context(format!("cannot run {}", program.display()))
+}
+
+/// Runs the command in a carrier that can write what the test writes.
+fn in_carrier(args: &Args, test: &TestConfig, runner: Vec<OsString>) -> Result<ExitCode> {
+    let shares = test.nodes.iter().flat_map(|node| &node.shares);
+    let written = shares.filter(|share| !share.read_only).map(|share| share.source.clone());
+    let writable = std::iter::once(args.output_dir.clone()).chain(written).collect();
+    let options = carrier::Options { writable, ..carrier::Options::default() };
+    // Sockets and state belong on the carrier's own file system, and it has a pipe for stderr.
+    let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into()];
+    if colours_wanted(&std::io::stderr()) {
+        argv.push("CLICOLOR_FORCE=1".into());
+    }
+    argv.extend(runner);
+    Ok(ExitCode::from(carrier::exec(&options, argv)?))
 }

@@ -14,12 +14,14 @@ use firn_vmm::virtio::vsock::MIN_CID;
 use serde::Deserialize;
 use toml::Spanned;
 
+use crate::kit::{KitName, STORE_TAG};
+
 use super::machine_file::format_by_name;
 use super::report::{ConfigError, Report};
 use super::{
-    DEFAULT_MEMORY_MIB, DiskConfig, DiskImage, HOST_TAG, MAX_DISK_MIB, MAX_LABEL, MAX_MEMORY_MIB,
-    MAX_NAME, MAX_NUMBER, MAX_SERIAL, MAX_TAG, NodeConfig, SHARED_TAG, Script, ShareConfig,
-    TestConfig, is_name, is_tag, variable_name,
+    DiskConfig, DiskImage, EXCHANGE_TAG, MAX_DISK_MIB, MAX_LABEL, MAX_MEMORY_MIB, MAX_NAME,
+    MAX_NUMBER, MAX_SERIAL, MAX_TAG, NodeConfig, SHARED_TAG, Script, ShareConfig, TestConfig,
+    is_name, is_tag, variable_name,
 };
 
 #[derive(Deserialize)]
@@ -36,6 +38,7 @@ struct RawTest {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawNode {
+    kit: Option<Spanned<String>>,
     kernel: Option<Spanned<PathBuf>>,
     initrd: Option<Spanned<PathBuf>>,
     cmdline: Option<String>,
@@ -151,7 +154,7 @@ impl Reader<'_> {
             nodes,
             files: Vec::new(),
             more_vlans: Vec::new(),
-            vsock_offset: None,
+            ssh_backdoor: false,
         })
     }
 
@@ -224,11 +227,12 @@ impl Reader<'_> {
     }
 
     fn node(&self, name: String, number: u8, raw: RawNode) -> Result<NodeConfig, Report> {
+        let kit = raw.kit.map_or(Ok(KitName::Micro), |name| self.kit(&name))?;
         let memory_mib = match raw.memory_size {
             Some(size) => {
                 self.within("memory_size", &size, MIN_MEMORY_MIB..=MAX_MEMORY_MIB, "MiB")?
             }
-            None => DEFAULT_MEMORY_MIB,
+            None => kit.default_memory_mib(),
         };
         let cores = match raw.cores {
             Some(cores) => self.within("cores", &cores, 1..=u64::from(MAX_CORES), "processors")?,
@@ -237,6 +241,7 @@ impl Reader<'_> {
         Ok(NodeConfig {
             name,
             number,
+            kit,
             kernel: raw.kernel.map(|p| self.file("kernel", "kernel image", p)).transpose()?,
             initrd: raw
                 .initrd
@@ -358,6 +363,15 @@ impl Reader<'_> {
         Ok(VsockSpec { cid, socket: self.resolve(&raw.socket) })
     }
 
+    fn kit(&self, name: &Spanned<String>) -> Result<KitName, Report> {
+        let kit = KitName::GUESTS.into_iter().find(|kit| kit.as_str() == name.get_ref());
+        kit.ok_or_else(|| {
+            let names = KitName::GUESTS.map(|kit| format!("{:?}", kit.as_str()));
+            self.bad(name.span(), format!("`kit` is {:?}", name.get_ref()))
+                .help(format!("allowed: {}", names.join(", ")))
+        })
+    }
+
     fn shares(&self, raw: BTreeMap<Spanned<String>, RawShare>) -> Result<Vec<ShareConfig>, Report> {
         raw.into_iter().map(|(tag, share)| self.share(tag, share)).collect()
     }
@@ -370,8 +384,8 @@ impl Reader<'_> {
                 .bad(span, format!("`{tag}` cannot be a share's tag"))
                 .help(format!("allowed: 1 to {MAX_TAG} of A-Z a-z 0-9 `.` `_` `-`")));
         }
-        if tag == SHARED_TAG || tag == HOST_TAG {
-            return Err(self.bad(span, format!("every machine has a share `{tag}` already")));
+        if [SHARED_TAG, EXCHANGE_TAG, STORE_TAG].contains(&tag.as_str()) {
+            return Err(self.bad(span, format!("the tag `{tag}` is firn's own")));
         }
         let (at, source) = (raw.source.span(), self.resolve(raw.source.get_ref()));
         let source = source.canonicalize().map_err(|e| {

@@ -34,6 +34,8 @@ use firn_vmm::spec::{
 use firn_vmm::virtio::vsock::MIN_CID;
 use serde::Deserialize;
 
+use crate::kit::KitName;
+
 use super::expand::Variables;
 use super::report::{ConfigError, Report};
 use super::{
@@ -218,14 +220,6 @@ impl MachineFile {
         node
     }
 
-    /// The machine by this process's environment, with the directories that are yet to be made in one that is never
-    /// there; nothing if that cannot be expanded.
-    pub(super) fn here(&self) -> Option<NodeConfig> {
-        let none = "/nonexistent";
-        let own = Variables::of_environment().with("TMPDIR", none).with("SHARED_DIR", none);
-        self.node(1, &own, Path::new("")).ok()
-    }
-
     /// The machine as it shall be started now: variables are replaced, and relative paths start at `base`.
     ///
     /// # Errors
@@ -304,6 +298,8 @@ impl MachineFile {
         Ok(NodeConfig {
             name: raw.name.clone(),
             number: raw.number.unwrap_or(number),
+            // It is whole: nothing comes from a kit.
+            kit: KitName::Micro,
             kernel: Some(expand("kernel", &raw.kernel)?.into()),
             initrd: Some(initrd.collect::<Result<_, E>>()?),
             cmdline: Some(format!("{params} {cmdline}").trim().to_owned()),

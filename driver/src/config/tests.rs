@@ -31,6 +31,7 @@ fn a_short_file_is_filled_up() {
         [NodeConfig {
             name: "machine".into(),
             number: 1,
+            kit: KitName::Micro,
             kernel: None,
             initrd: None,
             cmdline: None,
@@ -46,6 +47,21 @@ fn a_short_file_is_filled_up() {
             vsock: None,
         }]
     );
+}
+
+#[test]
+fn kits_bring_their_memory() {
+    let read = |lines| read(&node(lines)).expect("valid").nodes.remove(0);
+    let machine = read("kit = 'systemd'");
+    assert_eq!((machine.kit, machine.memory_mib), (KitName::Systemd, 1024));
+    assert_eq!(read("kit = 'systemd'\nmemory_size = 700").memory_mib, 700);
+    assert_eq!(read("kit = 'micro'").memory_mib, 512);
+    // The carrier's is no guest's.
+    for wrong in ["carrier", "Micro", ""] {
+        let text = refused(&node(&format!("kit = '{wrong}'")));
+        assert!(text.contains(&format!("`kit` is \"{wrong}\"")), "{text}");
+        assert!(text.contains("allowed: \"micro\", \"systemd\""), "{text}");
+    }
 }
 
 #[test]
@@ -114,7 +130,7 @@ fn ipv6_repeats_the_decimal_digits() {
 fn unknown_key() {
     let message = refused(&node("memroy_size = 3"));
     assert!(message.contains("/nowhere/ping.toml:3:1"), "{message}");
-    assert!(message.contains("unknown field `memroy_size`, expected one of `kernel`"), "{message}");
+    assert!(message.contains("unknown field `memroy_size`, expected one of `kit`"), "{message}");
     assert!(message.contains("memroy_size = 3"), "{message}");
 }
 
@@ -184,7 +200,7 @@ fn shares_are_checked() {
         ))
     };
     assert!(read(&share("ok", "/mnt/a")).is_ok());
-    assert!(refused(&share("shared", "/x")).contains("has a share `shared` already"));
+    assert!(refused(&share("shared", "/x")).contains("the tag `shared` is firn's own"));
     assert!(refused(&share("a b", "/x")).contains("cannot be a share's tag"));
     assert!(refused(&share("a", "x")).contains("allowed: an absolute path"));
     assert!(refused(&share("a", "/x/../y")).contains("allowed: an absolute path"));

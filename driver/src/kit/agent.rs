@@ -88,8 +88,8 @@ fn check(path: PathBuf) -> Result<PathBuf, AgentError> {
     }
 }
 
-/// What keeps the program in `bytes` from running as a guest's first process.
-fn problem(bytes: &[u8]) -> Option<&'static str> {
+/// What keeps the program in `bytes` from running as a guest's first process, without libraries.
+pub(super) fn problem(bytes: &[u8]) -> Option<&'static str> {
     let Ok(file) = ElfFile64::<object::Endianness>::parse(bytes) else {
         return Some("is no 64-bit ELF program");
     };

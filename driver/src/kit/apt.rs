@@ -8,7 +8,6 @@ use std::process::{Command, Output, Stdio};
 
 use thiserror::Error;
 
-const SUITE: &str = "bookworm";
 const MIRROR: &str = "http://deb.debian.org";
 const MIRROR_VARIABLE: &str = "FIRN_DEBIAN_MIRROR";
 /// Package lists are signed; the transport need not be.
@@ -79,13 +78,15 @@ pub(super) struct Package {
 
 /// apt with lists of its own.
 pub(super) struct Apt {
+    /// Debian's name of the release.
+    suite: &'static str,
     state: PathBuf,
     mirror: String,
 }
 
 impl Apt {
-    /// Prepares `state`, a directory that keeps the package lists from one build to the next.
-    pub(super) fn new(state: &Path) -> Result<Self, AptError> {
+    /// Prepares `state`, a directory that keeps the package lists of `suite` from one build to the next.
+    pub(super) fn new(suite: &'static str, state: &Path) -> Result<Self, AptError> {
         if !Path::new(KEYRING).exists() {
             return Err(AptError::NoKeyring);
         }
@@ -94,8 +95,8 @@ impl Apt {
         for dir in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(state.join(dir)).map_err(io)?;
         }
-        fs::write(state.join("sources.list"), sources(&mirror)).map_err(io)?;
-        Ok(Self { state: state.to_owned(), mirror })
+        fs::write(state.join("sources.list"), sources(suite, &mirror)).map_err(io)?;
+        Ok(Self { suite, state: state.to_owned(), mirror })
     }
 
     /// Brings the package lists up to date.
@@ -111,12 +112,17 @@ impl Apt {
             .ok_or_else(|| AptError::NoKernel(meta.to_owned()))
     }
 
-    /// Downloads `packages` into `dir`, which holds nothing else. apt checks their signatures.
+    /// Downloads `packages` into `dir`. apt checks their signatures.
     pub(super) fn download(&self, packages: &[&str], dir: &Path) -> Result<Vec<Package>, AptError> {
         self.run(
             &packages.join(", "),
             self.command("apt-get").arg("download").args(packages).current_dir(dir),
         )?;
+        self.downloaded(packages, dir)
+    }
+
+    /// The packages in `dir`, if all of `packages` are among them.
+    fn downloaded(&self, packages: &[&str], dir: &Path) -> Result<Vec<Package>, AptError> {
         let io = |source| AptError::Io { action: format!("list {}", dir.display()), source };
         let mut found = Vec::new();
         for entry in fs::read_dir(dir).map_err(io)? {
@@ -126,6 +132,25 @@ impl Apt {
             None => Ok(found),
             Some(missing) => Err(AptError::NoFile((*missing).to_owned())),
         }
+    }
+
+    /// Downloads `packages` and everything they depend on into `dir`, beside what it holds.
+    pub(super) fn download_all(
+        &self,
+        packages: &[&str],
+        dir: &Path,
+    ) -> Result<Vec<Package>, AptError> {
+        let partial = dir.join("partial");
+        fs::create_dir_all(&partial).map_err(|source| AptError::Io {
+            action: format!("create {}", partial.display()),
+            source,
+        })?;
+        let mut command = self.command("apt-get");
+        command.arg("-o").arg(format!("Dir::Cache::Archives={}", dir.display()));
+        command.args(["install", "--download-only", "--no-install-recommends", "--yes"]);
+        let what = format!("{} and what it needs from {}", packages.join(", "), self.suite);
+        self.run(&what, command.args(packages))?;
+        self.downloaded(packages, dir)
     }
 
     fn command(&self, program: &'static str) -> Command {
@@ -211,11 +236,11 @@ fn complaint(output: &Output) -> String {
 }
 
 /// A sources.list: the release, its updates and its security updates.
-fn sources(mirror: &str) -> String {
+fn sources(suite: &str, mirror: &str) -> String {
     [("debian", ""), ("debian", "-updates"), ("debian-security", "-security")]
         .map(|(archive, part)| {
             format!(
-                "deb [signed-by={KEYRING} target=Packages] {mirror}/{archive} {SUITE}{part} main\n"
+                "deb [signed-by={KEYRING} target=Packages] {mirror}/{archive} {suite}{part} main\n"
             )
         })
         .concat()
@@ -274,7 +299,7 @@ mod tests {
 
     #[test]
     fn sources_are_signed() {
-        let sources = sources("http://mirror.example");
+        let sources = sources("bookworm", "http://mirror.example");
         assert_eq!(sources.lines().count(), 3);
         assert!(
             sources.lines().all(|line| line.starts_with("deb [signed-by=/usr/share/keyrings/"))
@@ -285,7 +310,11 @@ mod tests {
     #[test]
     fn a_failure_shows_what_apt_said() {
         let dir = tempfile::tempdir().unwrap();
-        let apt = Apt { state: dir.path().to_owned(), mirror: "http://nowhere.invalid".to_owned() };
+        let apt = Apt {
+            suite: "bookworm",
+            state: dir.path().to_owned(),
+            mirror: "http://nowhere.invalid".to_owned(),
+        };
         let error = apt.download(&["no-such-package-at-all"], dir.path()).unwrap_err().to_string();
         assert!(
             error.contains("no-such-package-at-all") && error.contains("nowhere.invalid"),

@@ -1,6 +1,9 @@
 //! Writes initrds: cpio archives in the `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
 
-use std::io::Write;
+use std::fs::{self, DirEntry};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use cpio::newc::{self, ModeFileType};
 
@@ -28,6 +31,29 @@ impl Archive {
     /// Adds a symbolic link to `target`.
     pub(super) fn symlink(&mut self, path: &str, target: &str) {
         self.add(path, ModeFileType::Symlink, 0o777, target.as_bytes());
+    }
+
+    /// Adds what is in the directory `from` below `path`, which must be there already.
+    pub(super) fn tree(&mut self, path: &str, from: &Path) -> io::Result<()> {
+        let mut entries = fs::read_dir(from)?.collect::<io::Result<Vec<_>>>()?;
+        entries.sort_by_key(DirEntry::file_name);
+        for entry in entries {
+            let (source, name) = (entry.path(), entry.file_name());
+            let name = name.to_str().ok_or(io::ErrorKind::InvalidFilename)?;
+            let path = if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") };
+            let metadata = entry.metadata()?;
+            let mode = metadata.permissions().mode() & 0o7777;
+            if metadata.is_dir() {
+                self.dir(&path, mode);
+                self.tree(&path, &source)?;
+            } else if metadata.is_symlink() {
+                let target = fs::read_link(&source)?;
+                self.symlink(&path, target.to_str().ok_or(io::ErrorKind::InvalidFilename)?);
+            } else {
+                self.file(&path, mode, &fs::read(&source)?);
+            }
+        }
+        Ok(())
     }
 
     /// The archive's bytes, padded so that another archive may follow.

@@ -10,7 +10,8 @@ use sha2::{Digest, Sha256};
 
 use super::apt::{Apt, Package};
 use super::cache::{self, Cache, Lock};
-use super::modules::ModuleTree;
+use super::debian::Debian;
+use super::modules::{self, ModuleTree};
 use super::{FORMAT, KitError, Progress, Recipe, hex};
 
 const BUSYBOX: &str = "busybox-static";
@@ -63,13 +64,17 @@ impl Base {
         for dir in [&debs, &files] {
             fs::create_dir(dir).map_err(KitError::io("create", dir))?;
         }
-        progress(&format!("kit {kit}: fetching Debian's package lists"));
-        let apt = Apt::new(&cache.apt_dir())?;
+        progress(&format!("kit {kit}: fetching the package lists of Debian {}", recipe.suite));
+        let apt = Apt::new(recipe.suite, &cache.apt_dir(recipe.suite))?;
         apt.update()?;
         let kernel = apt.kernel_of(recipe.kernel)?;
-        progress(&format!("kit {kit}: downloading {kernel} and {BUSYBOX}"));
-        let packages = apt.download(&[&kernel, BUSYBOX], &debs)?;
-        progress(&format!("kit {kit}: unpacking"));
+        let what = if recipe.packages.is_empty() { "" } else { " and a Debian system" };
+        progress(&format!("kit {kit}: downloading {kernel}, {BUSYBOX}{what}"));
+        let mut packages = apt.download(&[&kernel, BUSYBOX], &debs)?;
+        if !recipe.packages.is_empty() {
+            packages = apt.download_all(recipe.packages, &debs)?;
+        }
+        progress(&format!("kit {kit}: unpacking {} packages", packages.len()));
         for package in &packages {
             package.unpack(&files)?;
         }
@@ -91,7 +96,14 @@ impl Base {
 /// Names a base by what this program asks for, so that another firn's base is not taken for it.
 fn key(recipe: &Recipe) -> String {
     let (modules, on_demand) = (recipe.modules, recipe.on_demand);
-    let wanted = format!("{FORMAT} {} {BUSYBOX} {modules:?} {on_demand:?}", recipe.kernel);
+    let (suite, packages) = (recipe.suite, recipe.packages);
+    let mut wanted = format!(
+        "{FORMAT} {suite} {} {BUSYBOX} {packages:?} {modules:?} {on_demand:?}",
+        recipe.kernel
+    );
+    if !packages.is_empty() {
+        wanted.push_str(&Debian::recipe());
+    }
     hex(&Sha256::digest(wanted)[..8])
 }
 
@@ -117,14 +129,15 @@ fn collect(
     write(&base.join("kernel"), &bytes)?;
     write(&base.join("vmlinux"), &vmlinux)?;
 
-    let tree = ModuleTree::scan(&files.join("lib/modules").join(release))?;
-    let modules = tree.load_order(recipe.modules)?;
+    let below = ["usr/lib/modules", "lib/modules"].map(|dir| files.join(dir).join(release));
+    let tree = ModuleTree::scan(if below[0].exists() { &below[0] } else { &below[1] })?;
+    let loaded = tree.load_order(recipe.modules)?;
     let mut on_demand = tree.load_order(recipe.on_demand)?;
-    on_demand.retain(|module| !modules.contains(module));
+    on_demand.retain(|module| !loaded.contains(module));
     let dir = base.join("modules");
     fs::create_dir(&dir).map_err(KitError::io("create", &dir))?;
-    for (name, path) in modules.iter().chain(&on_demand) {
-        copy(path, &dir.join(format!("{name}.ko")))?;
+    for (name, path) in loaded.iter().chain(&on_demand) {
+        write(&dir.join(format!("{name}.ko")), &modules::read(path)?)?;
     }
 
     let busybox = base.join("busybox");
@@ -139,10 +152,15 @@ fn collect(
             .iter()
             .map(|package| (package.name.clone(), package.version.clone()))
             .collect(),
-        modules: modules.into_iter().map(|(name, _)| name).collect(),
+        modules: loaded.into_iter().map(|(name, _)| name).collect(),
         on_demand: on_demand.into_iter().map(|(name, _)| name).collect(),
         applets: applets(&busybox)?,
     };
+    if !recipe.packages.is_empty() {
+        let debian = base.join("debian");
+        fs::rename(files, &debian).map_err(KitError::io("move", files))?;
+        Debian::set_up(&debian, release)?;
+    }
     cache::write_json(&base.join("base.json"), &info)?;
     Ok(info)
 }

@@ -48,8 +48,8 @@ impl Cache {
         self.root.join("kits").join(format!("{kit}-{key}"))
     }
 
-    pub(super) fn apt_dir(&self) -> PathBuf {
-        self.root.join("apt")
+    pub(super) fn apt_dir(&self, suite: &str) -> PathBuf {
+        self.root.join("apt").join(suite)
     }
 
     fn staging_dir(&self) -> PathBuf {

@@ -10,8 +10,8 @@
 //!   lock                 held while anything below is changed
 //!   apt/                 apt's package lists
 //!   staging/             what is being built; leftovers of killed builds are removed by the next one
-//!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json
-//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json
+//!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json; of the kit `systemd`: debian/
+//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of the kit `systemd`: store/
 //! ```
 //!
 //! Everything here blocks; async callers use `spawn_blocking`.
@@ -21,8 +21,10 @@ mod apt;
 mod archive;
 mod base;
 mod cache;
+mod debian;
 mod modules;
 mod overlay;
+mod system;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -40,6 +42,7 @@ pub use agent::{AgentError, find_agent};
 pub use apt::AptError;
 pub use modules::ModuleError;
 pub use overlay::{Host, Interface, MachineConfig, Mount, OverlayError, machine_overlay};
+pub use system::STORE_TAG;
 
 use archive::Archive;
 use base::Base;
@@ -56,30 +59,53 @@ const FORMAT: u32 = 2;
 const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
                              i8042.noaux i8042.nomux i8042.dumbkbd";
 
+/// As [`MICRO_CMDLINE`], for the systemd kit; the console comes behind them.
+const SYSTEMD_PARAMS: &str = "panic=1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check i8042.noaux \
+                              i8042.nomux i8042.dumbkbd net.ifnames=0";
+
 /// As [`MICRO_CMDLINE`], for QEMU's software emulation. Nobody is protected from anybody in the carrier, and what
 /// mitigations do is slow to emulate.
 const CARRIER_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
                                i8042.noaux i8042.nomux i8042.nopnp mitigations=off";
 
+/// What the boot scripts have in common.
+const LIBRARY: &str = include_str!("scripts/lib.sh");
+
 /// The kits there are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum KitName {
     /// Debian's cloud kernel, busybox and the agent: what machines boot unless their test says otherwise.
     Micro,
+    /// Debian with systemd, laid out as a NixOS test machine is.
+    Systemd,
     /// What the carrier boots: a kernel with 9p and KVM.
     Carrier,
 }
 
 impl KitName {
+    /// Those that machines of a test can boot.
+    pub const GUESTS: [Self; 2] = [Self::Micro, Self::Systemd];
+
     /// The name people type.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         self.recipe().name
     }
 
+    /// Memory of a machine that does not say how much it wants, in MiB. The roots of both kits are a tmpfs, of which
+    /// the kernel lets files take half of the memory.
+    #[must_use]
+    pub const fn default_memory_mib(self) -> u64 {
+        match self {
+            Self::Micro | Self::Carrier => 512,
+            Self::Systemd => 1024,
+        }
+    }
+
     const fn recipe(self) -> &'static Recipe {
         match self {
             Self::Micro => &MICRO,
+            Self::Systemd => &SYSTEMD,
             Self::Carrier => &CARRIER,
         }
     }
@@ -89,7 +115,7 @@ impl FromStr for KitName {
     type Err = KitError;
 
     fn from_str(name: &str) -> Result<Self, KitError> {
-        [Self::Micro, Self::Carrier]
+        [Self::Micro, Self::Systemd, Self::Carrier]
             .into_iter()
             .find(|kit| kit.as_str() == name)
             .ok_or_else(|| KitError::Unknown(name.to_owned()))
@@ -99,19 +125,25 @@ impl FromStr for KitName {
 /// What a kit is made of.
 struct Recipe {
     name: &'static str,
+    /// The release of Debian.
+    suite: &'static str,
+    /// Packages that come, with all that they depend on, as a store; if there are none, there is no store.
+    packages: &'static [&'static str],
     /// The metapackage that depends on the newest kernel image.
     kernel: &'static str,
     /// Modules to load, in this order but for their dependencies, which come first.
     modules: &'static [&'static str],
     /// Modules that the script loads if the machine has a device for them.
     on_demand: &'static [&'static str],
-    /// The script the agent runs as `/etc/firn/boot`.
+    /// The script the agent runs as `/etc/firn/boot`; with a store, the initrd's `/init`.
     boot: &'static str,
     cmdline: &'static str,
 }
 
 const MICRO: Recipe = Recipe {
     name: "micro",
+    suite: "bookworm",
+    packages: &[],
     kernel: "linux-image-cloud-amd64",
     modules: &[
         "virtio_mmio",
@@ -127,8 +159,71 @@ const MICRO: Recipe = Recipe {
     cmdline: MICRO_CMDLINE,
 };
 
+const SYSTEMD: Recipe = Recipe {
+    name: "systemd",
+    suite: "trixie",
+    packages: &[
+        "base-files",
+        "bash",
+        "bsdutils",
+        "coreutils",
+        "curl",
+        "dash",
+        "dbus",
+        "dbus-user-session",
+        "diffutils",
+        "e2fsprogs",
+        "ethtool",
+        "findutils",
+        "grep",
+        "gzip",
+        "hostname",
+        "iproute2",
+        "iputils-ping",
+        "kexec-tools",
+        "kmod",
+        "less",
+        "libc-bin",
+        "libpam-systemd",
+        "login",
+        "mawk",
+        "mount",
+        "ncurses-base",
+        "ncurses-bin",
+        "netcat-openbsd",
+        "openssh-client",
+        "openssh-server",
+        "passwd",
+        "procps",
+        "python3",
+        "sed",
+        "systemd",
+        "systemd-sysv",
+        "tar",
+        "udev",
+        "util-linux",
+    ],
+    // The full flavour: the cloud one has no graphics.
+    kernel: "linux-image-amd64",
+    modules: &[
+        "virtio_mmio",
+        "virtio_console",
+        "virtio_net",
+        "virtiofs",
+        "overlay",
+        "virtio_rng",
+        "button",
+        "pvpanic_mmio",
+    ],
+    on_demand: &["virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
+    boot: include_str!("systemd/stage-1.sh"),
+    cmdline: SYSTEMD_PARAMS,
+};
+
 const CARRIER: Recipe = Recipe {
     name: "carrier",
+    suite: "bookworm",
+    packages: &[],
     // The cloud flavour has no 9p.
     kernel: "linux-image-amd64",
     modules: &[
@@ -173,6 +268,12 @@ impl Kit {
     pub fn initrd(&self) -> PathBuf {
         self.dir.join("initrd")
     }
+
+    /// The directory to be shared as [`STORE_TAG`], of kits that have one.
+    #[must_use]
+    pub fn store(&self) -> Option<PathBuf> {
+        self.manifest.store.then(|| self.dir.join("store"))
+    }
 }
 
 /// What a kit was made from.
@@ -190,13 +291,16 @@ pub struct Manifest {
     pub agent: String,
     /// The kernel arguments that fit the kit.
     pub cmdline: String,
+    /// Whether the system is in a store.
+    #[serde(default)]
+    pub store: bool,
 }
 
 /// Why there is no kit.
 #[derive(Debug, Error)]
 pub enum KitError {
     /// No kit has this name.
-    #[error("there is no kit `{0}`; kits are: micro, carrier")]
+    #[error("there is no kit `{0}`; kits are: micro, systemd, carrier")]
     Unknown(String),
     /// Neither `XDG_CACHE_HOME` nor `HOME` says where the cache is.
     #[error("no place for the cache: set XDG_CACHE_HOME or HOME to an absolute path")]
@@ -226,6 +330,16 @@ pub enum KitError {
         package: String,
         /// The file.
         file: String,
+    },
+    /// A program of a package, run to set the packages up, failed.
+    #[error("{program} failed: {status}\n{message}")]
+    Program {
+        /// The program.
+        program: &'static str,
+        /// Its exit status, in words.
+        status: String,
+        /// What it printed.
+        message: String,
     },
     /// The busybox program would not list its applets.
     #[error("busybox --list failed: {0}")]
@@ -321,29 +435,41 @@ fn make(
     let staging = lock.staging()?;
     let staged = staging.path();
     for file in ["kernel", "vmlinux"] {
-        let from = base.dir.join(file);
-        let to = staged.join(file);
-        fs::hard_link(&from, &to)
-            .or_else(|_| fs::copy(&from, &to).map(drop))
-            .map_err(KitError::io("write", to))?;
+        link(&base.dir.join(file), &staged.join(file))?;
     }
     let initrd = staged.join("initrd");
     fs::write(&initrd, initrd_bytes(recipe, &base, &agent)?)
         .map_err(KitError::io("write", initrd))?;
     make_immutable(staged)?;
+    let store = !recipe.packages.is_empty();
+    if store {
+        system::make_store(&base, &agent, recipe.cmdline, staged)?;
+    }
     let manifest = Manifest {
         kit: recipe.name.to_owned(),
         kernel_release: base.info.kernel_release,
         packages: base.info.packages,
         modules: base.info.modules,
         agent: hex(&Sha256::digest(&agent)),
-        cmdline: recipe.cmdline.to_owned(),
+        cmdline: if store {
+            format!("{} {} console=ttyS0", recipe.cmdline, system::INIT)
+        } else {
+            recipe.cmdline.to_owned()
+        },
+        store,
     };
     cache::write_json(&staged.join("manifest.json"), &manifest)?;
     lock.publish(staging, &dir)?;
     lock.prune_kits(recipe.name, &dir)?;
     progress(&format!("kit {}: ready in {}", recipe.name, dir.display()));
     Ok(Kit { dir, manifest })
+}
+
+/// Makes `to` the same file as `from`, or a copy where that cannot be.
+fn link(from: &Path, to: &Path) -> Result<(), KitError> {
+    fs::hard_link(from, to)
+        .or_else(|_| fs::copy(from, to).map(drop))
+        .map_err(KitError::io("write", to))
 }
 
 /// Takes away the permission to change what machines boot: the monitor maps only such files.
@@ -376,10 +502,15 @@ fn kit_key(recipe: &Recipe, base: &Base, agent: &[u8]) -> String {
     for part in [
         &FORMAT.to_le_bytes(),
         base.key.as_bytes(),
+        LIBRARY.as_bytes(),
         recipe.boot.as_bytes(),
         recipe.cmdline.as_bytes(),
     ] {
         hash.update(part);
+        hash.update([0]);
+    }
+    for ingredient in system::ingredients().filter(|_| !recipe.packages.is_empty()) {
+        hash.update(ingredient);
         hash.update([0]);
     }
     for (package, version) in &base.info.packages {
@@ -416,7 +547,13 @@ fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, K
     archive.symlink("usr", ".");
     archive.symlink("var/run", "/run");
     archive.symlink("etc/mtab", "/proc/self/mounts");
-    archive.file("init", 0o755, agent);
+    if recipe.packages.is_empty() {
+        archive.file("init", 0o755, agent);
+        archive.file("etc/firn/boot", 0o755, recipe.boot.as_bytes());
+    } else {
+        archive.file("init", 0o755, recipe.boot.as_bytes());
+    }
+    archive.file("etc/firn/lib.sh", 0o644, LIBRARY.as_bytes());
     archive.file("bin/busybox", 0o755, &base.read("busybox")?);
     for applet in base.info.applets.iter().filter(|applet| *applet != "busybox") {
         archive.symlink(&format!("bin/{applet}"), "busybox");
@@ -429,7 +566,6 @@ fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, K
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n");
     archive.file("etc/firn/network", 0o644, b"");
     archive.file("etc/firn/mounts", 0o644, b"");
-    archive.file("etc/firn/boot", 0o755, recipe.boot.as_bytes());
     let mut list = String::new();
     for module in &base.info.modules {
         let path = format!("lib/modules/{module}.ko");

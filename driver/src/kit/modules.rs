@@ -2,13 +2,14 @@
 //!
 //! Debian's packages hold no `modules.dep`: depmod makes it at installation. What it reads is in the modules
 //! themselves, so the names are taken from there: section `.modinfo`, entries `depends=`
-//! (linux/scripts/mod/modpost.c, `add_depends`).
+//! (linux/scripts/mod/modpost.c, `add_depends`). Debian's newer kernels have their modules packed by xz.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use lzma_rust2::XzReader;
 use object::{Object, ObjectSection};
 use thiserror::Error;
 
@@ -58,9 +59,7 @@ impl ModuleTree {
                 let path = entry.path();
                 if entry.file_type().map_err(failed)?.is_dir() {
                     todo.push(path);
-                } else if path.extension().is_some_and(|extension| extension == "ko")
-                    && let Some(name) = module_name(&path)
-                {
+                } else if let Some(name) = module_name(&path) {
                     files.insert(name, path);
                 }
             }
@@ -74,16 +73,26 @@ impl ModuleTree {
         Ok(Self { files, builtin })
     }
 
+    /// The names of the modules below `directories`, which are relative to the kernel's module directory `dir`.
+    pub(super) fn below(&self, dir: &Path, directories: &[&str]) -> Vec<String> {
+        let wanted =
+            |path: &Path| directories.iter().any(|below| path.starts_with(dir.join(below)));
+        let found = self.files.iter().filter(|(_, path)| wanted(path));
+        let mut names: Vec<_> = found.map(|(name, _)| name.clone()).collect();
+        names.sort_unstable();
+        names
+    }
+
     /// The files of `wanted` and of everything they depend on, so that each comes after what it needs. What is built
     /// into the kernel is left out.
     pub(super) fn load_order(
         &self,
-        wanted: &[&str],
+        wanted: &[impl AsRef<str>],
     ) -> Result<Vec<(String, PathBuf)>, ModuleError> {
         let mut order = Vec::new();
         let mut seen = HashSet::new();
         for name in wanted {
-            self.visit(&normal(name), None, &mut seen, &mut order)?;
+            self.visit(&normal(name.as_ref()), None, &mut seen, &mut order)?;
         }
         Ok(order)
     }
@@ -104,8 +113,7 @@ impl ModuleTree {
             needed_by: needed_by.map(str::to_owned),
         };
         let path = self.files.get(name).ok_or_else(not_found)?;
-        let module =
-            fs::read(path).map_err(|source| ModuleError::Io { path: path.clone(), source })?;
+        let module = read(path)?;
         let dependencies =
             dependencies(&module).ok_or_else(|| ModuleError::NoModule { path: path.clone() })?;
         for dependency in dependencies {
@@ -114,6 +122,18 @@ impl ModuleTree {
         order.push((name.to_owned(), path.clone()));
         Ok(())
     }
+}
+
+/// The module in the file `path`, unpacked.
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, ModuleError> {
+    let io = |source| ModuleError::Io { path: path.to_owned(), source };
+    let bytes = fs::read(path).map_err(io)?;
+    if path.extension().is_none_or(|extension| extension != "xz") {
+        return Ok(bytes);
+    }
+    let mut module = Vec::new();
+    XzReader::new(bytes.as_slice(), true).read_to_end(&mut module).map_err(io)?;
+    Ok(module)
 }
 
 /// The names of the modules that `module`, a whole file, depends on.
@@ -126,9 +146,10 @@ fn dependencies(module: &[u8]) -> Option<Vec<String>> {
     Some(depends.split(',').filter(|name| !name.is_empty()).map(normal).collect())
 }
 
-/// `/a/virtio-rng.ko` is the module `virtio_rng`.
+/// `/a/virtio-rng.ko` is the module `virtio_rng`, and so is `/a/virtio-rng.ko.xz`.
 fn module_name(path: &Path) -> Option<String> {
-    path.file_stem()?.to_str().map(normal)
+    let name = path.file_name()?.to_str()?;
+    name.strip_suffix(".xz").unwrap_or(name).strip_suffix(".ko").map(normal)
 }
 
 /// The kernel takes `-` and `_` in module names for the same.

@@ -85,6 +85,7 @@ fn the_initrd_has_what_the_agent_expects() {
     assert_eq!(entry("lib/modules/virtio_mmio.ko").1, module(""));
     assert_eq!(entry("lib/modules/virtio_balloon.ko").1, module(""));
     assert_eq!(entry("etc/firn/boot").0, 0o100_755);
+    assert!(entry("etc/firn/lib.sh").1.starts_with(b"#"));
     assert_eq!(entry("tmp").0, 0o041_777);
     // A directory comes before what is in it, or the kernel cannot unpack it.
     for (at, (name, ..)) in entries.iter().enumerate() {
@@ -95,6 +96,64 @@ fn the_initrd_has_what_the_agent_expects() {
             );
         }
     }
+}
+
+/// A base as the kit `systemd` has it, with next to nothing in it.
+fn systemd_base(cache: &Cache) -> PathBuf {
+    let dir = Base::dir_of(&SYSTEMD, cache);
+    fs::create_dir_all(dir.join("modules")).unwrap();
+    fs::create_dir_all(dir.join("debian/etc/pam.d")).unwrap();
+    fs::create_dir_all(dir.join("debian/usr/bin")).unwrap();
+    for file in ["kernel", "vmlinux", "busybox", "debian/usr/bin/true", "debian/etc/profile"] {
+        fs::write(dir.join(file), file).unwrap();
+    }
+    std::os::unix::fs::symlink("usr/bin", dir.join("debian/bin")).unwrap();
+    let info = base::Info {
+        kernel_release: "6.12.0-amd64".into(),
+        packages: [("systemd".to_owned(), "257".to_owned())].into(),
+        modules: Vec::new(),
+        on_demand: Vec::new(),
+        applets: vec!["busybox".into(), "sh".into()],
+    };
+    cache::write_json(&dir.join("base.json"), &info).unwrap();
+    dir
+}
+
+#[test]
+fn the_systemd_kit_has_a_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::at(dir.path().join("firn"));
+    let base = systemd_base(&cache);
+    let agent = dir.path().join("agent");
+    fs::write(&agent, "the agent").unwrap();
+    let kit = make(KitName::Systemd, &cache, &agent, false, &|_| ()).unwrap();
+    let store = kit.store().unwrap();
+    let text = |path: &str| fs::read_to_string(store.join(path)).unwrap();
+    assert_eq!(text("firn/bin/firn-agent"), "the agent");
+    assert_eq!(text("debian/bin/true"), "debian/usr/bin/true");
+    assert_eq!(text("toplevel/kernel"), "kernel");
+    assert_eq!(text("firn/busybox/sh"), "busybox");
+    // The command line is what a NixOS machine's start script makes of the file.
+    let params = text("toplevel/kernel-params");
+    assert_eq!(
+        kit.manifest.cmdline,
+        format!("{params} init=/nix/store/toplevel/init console=ttyS0")
+    );
+    // The base's files, not copies of them.
+    let inode = |path: PathBuf| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
+    assert_eq!(inode(store.join("debian/usr/bin/true")), inode(base.join("debian/usr/bin/true")));
+
+    let initrd = fs::read(kit.initrd()).unwrap();
+    let init = entries(&initrd).into_iter().find(|(name, ..)| name == "init").unwrap();
+    assert!(init.2.starts_with(b"#!/bin/sh"));
+    assert_eq!(fs::read(store.join("toplevel/initrd")).unwrap(), initrd);
+
+    // What firn writes comes behind what packages have, and so replaces it.
+    let root = entries(&fs::read(store.join("firn/root.cpio")).unwrap());
+    let last = root.iter().rfind(|(name, ..)| name == "etc/profile").unwrap();
+    assert!(String::from_utf8_lossy(&last.2).contains("PATH="));
+    let shadowed = root.iter().find(|(name, ..)| name == "etc/profile").unwrap();
+    assert_eq!(shadowed.2, b"debian/etc/profile");
 }
 
 #[test]
@@ -136,5 +195,5 @@ fn many_builders_at_once_make_one_kit() {
 fn names_are_checked() {
     assert_eq!("micro".parse::<KitName>().unwrap(), KitName::Micro);
     let error = "mikro".parse::<KitName>().unwrap_err().to_string();
-    assert_eq!(error, "there is no kit `mikro`; kits are: micro, carrier");
+    assert_eq!(error, "there is no kit `mikro`; kits are: micro, systemd, carrier");
 }

@@ -68,7 +68,7 @@ pub(crate) struct Dirs {
 }
 
 impl Dirs {
-    /// The machine's own exchange directory: `/host` in the guest.
+    /// The machine's own exchange directory: `/tmp/xchg` in the guest.
     pub(crate) fn exchange(&self) -> PathBuf {
         self.state.join("xchg")
     }
@@ -150,15 +150,6 @@ impl Machine {
     #[must_use]
     pub fn config(&self) -> &NodeConfig {
         &self.inner.node
-    }
-
-    /// Whether it was made from these.
-    pub(crate) fn is_as(&self, node: &NodeConfig, source: &Source) -> bool {
-        let own = &self.inner.node;
-        // The driver gives a vsock to nodes that say none.
-        let vsock = node.vsock.is_none() || node.vsock == own.vsock;
-        let node = NodeConfig { vsock: own.vsock.clone(), ..node.clone() };
-        vsock && node == *own && *source == self.inner.source
     }
 
     /// The directory of its own state, removed when the run ends.

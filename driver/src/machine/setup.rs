@@ -12,12 +12,12 @@ use firn_vmm::spec::{
 use tokio::fs;
 
 use super::{Dirs, Machine};
-use crate::config::{DiskConfig, HOST_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig};
+use crate::config::{DiskConfig, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig};
 use crate::error::{MachineError, Result};
-use crate::kit::{self, Host, Interface, Kit, MachineConfig, Mount};
+use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
 
 /// Where a machine's description comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Source {
     /// A test's file; it is complete.
     Node(Boot),
@@ -37,11 +37,9 @@ impl Source {
             Self::File(file) => file,
         };
         let variables = dirs.variables();
-        let backdoor = &node.vsock;
-        let mut node = file
+        let node = file
             .node(node.number, &variables, &dirs.base)
             .map_err(|error| start_error(error.into()))?;
-        node.vsock = node.vsock.or_else(|| backdoor.clone());
         let boot = Boot::new(&node, None, &[])
             .ok_or_else(|| start_error("its file names no kernel".into()))?;
         Ok(Box::new((node, boot)))
@@ -49,13 +47,15 @@ impl Source {
 }
 
 /// What a machine boots.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Boot {
     kernel: PathBuf,
     initrd: Vec<PathBuf>,
     cmdline: String,
     /// What the kit's initrd is told about the machine; other initrds would not understand it.
     overlay: Option<Arc<MachineConfig>>,
+    /// The kit's store, if it has one.
+    store: Option<PathBuf>,
 }
 
 impl Boot {
@@ -68,12 +68,15 @@ impl Boot {
             initrd: node.initrd.clone().or_else(|| kit.map(|kit| vec![kit.initrd()]))?,
             cmdline,
             overlay: node.initrd.is_none().then(|| Arc::new(overlay(node, hosts))),
+            store: kit.and_then(Kit::store),
         })
     }
 
     /// Whether `node` boots anything of the kit.
     pub(crate) fn needs_kit(node: &NodeConfig) -> bool {
-        node.kernel.is_none() || node.initrd.is_none() || node.cmdline.is_none()
+        let whole = node.kernel.is_some() && node.initrd.is_some() && node.cmdline.is_some();
+        // Of a kit with a store, more than that is used.
+        !whole || node.kit != KitName::Micro
     }
 }
 
@@ -99,7 +102,7 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
         mount_point: mount_point.to_owned(),
         options: if read_only { "ro" } else { "rw" }.to_owned(),
     };
-    let own = [mount(SHARED_TAG, "/tmp/shared", false), mount(HOST_TAG, "/host", false)];
+    let own = [mount(SHARED_TAG, "/tmp/shared", false), mount(EXCHANGE_TAG, "/tmp/xchg", false)];
     let asked = node.shares.iter().filter_map(|share| {
         let target = share.target.as_ref()?;
         Some(mount(&share.tag, &target.to_string_lossy(), share.read_only))
@@ -131,9 +134,10 @@ impl Machine {
             fs::write(&path, bytes).await.map_err(MachineError::file("write", &path))?;
             initrd.push(path);
         }
-        let own = [(SHARED_TAG, dirs.shared.clone()), (HOST_TAG, dirs.exchange())];
+        let own = [(SHARED_TAG, dirs.shared.clone()), (EXCHANGE_TAG, dirs.exchange())];
         let own =
             own.into_iter().filter(|_| node.exchange).map(|(tag, source)| exchange(tag, source));
+        let own = own.chain(boot.store.as_deref().map(store));
         Ok(MachineSpec {
             name: node.name.clone(),
             cores: node.cores,
@@ -187,6 +191,12 @@ fn share(config: &ShareConfig) -> ShareSpec {
     }
 }
 
+/// Nobody writes to it.
+fn store(source: &Path) -> ShareSpec {
+    let (tag, source) = (STORE_TAG.to_owned(), source.to_owned());
+    ShareSpec { tag, source, read_only: true, cache: CachePolicy::Always }
+}
+
 /// Host and other guests write to it.
 fn exchange(tag: &str, source: PathBuf) -> ShareSpec {
     ShareSpec { tag: tag.to_owned(), source, read_only: false, cache: CachePolicy::Never }
@@ -224,7 +234,7 @@ mod tests {
             .collect();
         assert_eq!(
             mounts,
-            [("shared", "/tmp/shared", "rw"), ("host", "/host", "rw"), ("etc", "/mnt", "ro")]
+            [("shared", "/tmp/shared", "rw"), ("xchg", "/tmp/xchg", "rw"), ("etc", "/mnt", "ro")]
         );
     }
 }

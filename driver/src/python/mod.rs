@@ -7,7 +7,6 @@
 
 use pyo3::prelude::*;
 
-mod accel;
 mod driver;
 mod duration;
 mod errors;
@@ -19,9 +18,7 @@ mod wait;
 #[pymodule(name = "_firn")]
 mod module {
     #[pymodule_export]
-    use super::accel::in_carrier_if_needed;
-    #[pymodule_export]
-    use super::driver::{PyRun, PyTest, PyVlan};
+    use super::driver::{PyDriver, PyVlan};
     #[pymodule_export]
     use super::log::{PyLogger, PyStep};
     #[pymodule_export]

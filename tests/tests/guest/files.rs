@@ -33,7 +33,7 @@ fn two_hundred_mebibytes_and_none_both_ways() {
             fs::write(&path, &data).unwrap();
             send(m, &path, "/tmp/made/by/copy").await;
             // What the guest itself sees, by another way than the agent's.
-            output(m, "cp /tmp/made/by/copy /host/seen").await;
+            output(m, "cp /tmp/made/by/copy /tmp/xchg/seen").await;
             let seen = m.state_dir().join("xchg/seen");
             assert!(fs::read(&seen).unwrap() == data, "{size} bytes sent");
             fs::remove_file(seen).unwrap();

@@ -10,5 +10,6 @@ mod disks;
 mod files;
 mod network;
 mod shares;
+mod systemd;
 mod trouble;
 mod vsock;

@@ -229,14 +229,14 @@ fn every_machine_has_the_common_share_and_one_of_its_own() {
         fs::write(a.shared_dir().join("from-host"), "host").unwrap();
         for machine in [a, b] {
             output(machine, "cp /etc/hostname /tmp/shared/from-$(hostname)").await;
-            output(machine, "cp /etc/hostname /host/name").await;
+            output(machine, "cp /etc/hostname /tmp/xchg/name").await;
         }
         for machine in [a, b] {
             let all = output(machine, "cd /tmp/shared; cat from-a from-b from-host").await;
             assert_eq!(all, "a\nb\nhost");
             let own = fs::read_to_string(machine.state_dir().join("xchg/name")).unwrap();
             assert_eq!(own.trim(), machine.name());
-            assert_eq!(output(machine, "ls /host").await, "name");
+            assert_eq!(output(machine, "ls /tmp/xchg").await, "name");
         }
         assert_eq!(fs::read_to_string(b.shared_dir().join("from-a")).unwrap(), "a\n");
     });

@@ -126,7 +126,10 @@ fn usage() {
         (&["test"], "FILE"),
         (&["test", "x.toml", "--accel", "magic"], "auto, kvm, carrier"),
         (&["test", "x.toml", "--global-timeout", "0"], "--global-timeout"),
-        (&["kit", "build", "nonsense"], "there is no kit `nonsense`; kits are: micro, carrier"),
+        (
+            &["kit", "build", "nonsense"],
+            "there is no kit `nonsense`; kits are: micro, systemd, carrier",
+        ),
         (&["carrier", "exec"], "CMD"),
     ] {
         let (status, _, stderr) = call(args);
@@ -152,7 +155,7 @@ fn doctor_of_a_host_where_tests_can_run() {
     let (status, line) = doctor(Command::new(firn()).arg("doctor"));
     assert_eq!(status, Some(0), "{}", line("tests"));
     assert_has(&line("tests"), &["tests can run"]);
-    assert_has(&line("kit"), &[" ok ", "micro, Linux "]);
+    assert_has(&line("kit"), &[" ok ", "micro, Linux ", "systemd, Linux "]);
     assert_has(&line("python"), &[" ok ", "3."]);
     assert_has(&line("kvm"), &["/dev/kvm"]);
 }

@@ -33,6 +33,7 @@ fn a_short_file() {
     let expected = NodeConfig {
         name: "server".into(),
         number: 7,
+        kit: KitName::Micro,
         kernel: Some("/k".into()),
         initrd: Some(vec![]),
         cmdline: Some(String::new()),

@@ -47,6 +47,25 @@ fn names(order: Vec<(String, PathBuf)>) -> Vec<String> {
 }
 
 #[test]
+fn packed_modules_are_unpacked() {
+    use std::io::Write;
+    let dir = tempfile::tempdir().unwrap();
+    let packed = dir.path().join("kernel/net/bridge/bridge.ko.xz");
+    fs::create_dir_all(packed.parent().unwrap()).unwrap();
+    let mut writer =
+        lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::default()).unwrap();
+    writer.write_all(&module("llc")).unwrap();
+    fs::write(&packed, writer.finish().unwrap()).unwrap();
+    fs::write(dir.path().join("kernel/net/llc.ko"), module("")).unwrap();
+    let tree = ModuleTree::scan(dir.path()).unwrap();
+    assert_eq!(tree.below(dir.path(), &["kernel/net/bridge", "kernel/fs"]), ["bridge"]);
+    assert_eq!(names(tree.load_order(&["bridge"]).unwrap()), ["llc", "bridge"]);
+    assert_eq!(read(&packed).unwrap(), module("llc"));
+    fs::write(&packed, "not xz").unwrap();
+    assert!(matches!(read(&packed), Err(ModuleError::Io { .. })));
+}
+
+#[test]
 fn dependencies_come_first_and_once() {
     let (_dir, tree) = tree(
         &[

@@ -2,61 +2,10 @@
 # Run by the agent before it serves: makes this machine the one that the driver's files describe.
 # Each process costs a millisecond of boot, so what the shell can do itself, it does.
 
+. /etc/firn/lib.sh
+
 read -r name </etc/hostname && echo "$name" >/proc/sys/kernel/hostname
-
-# Drivers of devices that few machines have; the numbers are those of virtio 1.2, 5.
-for file in /sys/bus/virtio/devices/*/device; do
-  read -r device <"$file" || continue
-  case $device in
-  0x0002) drivers=virtio_blk ;;
-  0x0005) drivers=virtio_balloon ;;
-  0x0013) drivers="vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport" ;;
-  *) continue ;;
-  esac
-  for driver in $drivers; do
-    [ -d "/sys/module/$driver" ] || insmod "/lib/modules/$driver.ko"
-  done
-done
-
-# Addresses of a test network are unique; looking for duplicates would delay them by a second.
-echo 0 >/proc/sys/net/ipv6/conf/all/accept_dad
-echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad
-
-ip link set lo up
-
-# find_card MAC: sets $card to the name of the card with that hardware address.
-find_card() {
-  for dir in /sys/class/net/*; do
-    read -r address <"$dir/address" || continue
-    if [ "$address" = "$1" ]; then
-      card=${dir##*/}
-      return
-    fi
-  done
-  return 1
-}
-
-# The driver lists the last card first: the kernel counts from eth0 and tests from eth1, so each new name is free when
-# its turn comes.
-while read -r name mac addresses; do
-  if ! find_card "$mac"; then
-    echo "firn: no network card has the address $mac of $name" >&2
-    continue
-  fi
-  if [ "$card" != "$name" ]; then
-    [ -e "/sys/class/net/$name" ] && ip link set "$name" name "was-$name"
-    ip link set "$card" name "$name"
-  fi
-  echo 0 >"/proc/sys/net/ipv6/conf/$name/accept_dad"
-  ip link set "$name" up
-  for address in $addresses; do
-    ip addr add "$address" dev "$name"
-  done
-done </etc/firn/network
-
-# Without -r: a backslash keeps the blank behind it.
-while read tag dir options; do
-  [ -d "$dir" ] || mkdir -p "$dir"
-  mount -t virtiofs -o "$options" "$tag" "$dir"
-done </etc/firn/mounts
+load_drivers
+set_up_network
+mount_shares ""
 exit 0

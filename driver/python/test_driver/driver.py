@@ -1,5 +1,0 @@
-"""A test run."""
-
-from firn.driver import Driver
-
-__all__ = ["Driver"]

@@ -1,5 +1,0 @@
-"""Conditions that have to hold while a part of a script runs."""
-
-from firn.polling import PollingCondition
-
-__all__ = ["PollingCondition"]

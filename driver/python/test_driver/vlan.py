@@ -1,5 +1,0 @@
-"""Networks."""
-
-from firn._firn import VLan
-
-__all__ = ["VLan"]

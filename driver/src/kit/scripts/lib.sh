@@ -1,0 +1,66 @@
+# What the boot scripts of kits have in common. The driver's files below /etc/firn describe the machine.
+
+# Loads the drivers of devices that few machines have; the numbers are those of virtio 1.2, 5.
+load_drivers() {
+  for file in /sys/bus/virtio/devices/*/device; do
+    read -r device <"$file" || continue
+    case $device in
+    0x0002) drivers=virtio_blk ;;
+    0x0005) drivers=virtio_balloon ;;
+    0x0013) drivers="vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport" ;;
+    *) continue ;;
+    esac
+    for driver in $drivers; do
+      [ -d "/sys/module/$driver" ] || insmod "/lib/modules/$driver.ko"
+    done
+  done
+}
+
+# find_card MAC: sets $card to the name of the card with that hardware address.
+find_card() {
+  for dir in /sys/class/net/*; do
+    read -r address <"$dir/address" || continue
+    if [ "$address" = "$1" ]; then
+      card=${dir##*/}
+      return
+    fi
+  done
+  return 1
+}
+
+# Gives the cards their names and addresses.
+set_up_network() {
+  # Addresses of a test network are unique; looking for duplicates would delay them by a second.
+  echo 0 >/proc/sys/net/ipv6/conf/all/accept_dad
+  echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad
+
+  ip link set lo up
+
+  # The driver lists the last card first: the kernel counts from eth0 and tests from eth1, so each new name is free
+  # when its turn comes.
+  while read -r name mac addresses; do
+    if ! find_card "$mac"; then
+      echo "firn: no network card has the address $mac of $name" >&2
+      continue
+    fi
+    if [ "$card" != "$name" ]; then
+      [ -e "/sys/class/net/$name" ] && ip link set "$name" name "was-$name"
+      ip link set "$card" name "$name"
+    fi
+    echo 0 >"/proc/sys/net/ipv6/conf/$name/accept_dad"
+    ip link set "$name" up
+    for address in $addresses; do
+      ip addr add "$address" dev "$name"
+    done
+  done </etc/firn/network
+}
+
+# mount_shares ROOT: mounts what the driver asks for below ROOT.
+mount_shares() {
+  # Without -r: a backslash keeps the blank behind it.
+  while read tag dir options; do
+    dir=$1$dir
+    [ -d "$dir" ] || mkdir -p "$dir"
+    mount -t virtiofs -o "$options" "$tag" "$dir"
+  done </etc/firn/mounts
+}

@@ -1,0 +1,98 @@
+//! The kit `systemd`: a machine laid out as those of NixOS tests are.
+
+use std::time::Duration;
+
+use firn::{Driver, Machine};
+use firn_tests::{systemd, with_machines};
+
+/// Nothing that is waited for here takes as long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+async fn output(machine: &Machine, command: &str) -> String {
+    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
+}
+
+/// Waits until `text` is on the console, behind what was waited for before.
+async fn console_shows(machine: &Machine, text: &str) {
+    let find = |console: &str| Ok(console.find(text).map(|at| at + text.len()));
+    machine.wait_for_console(text, find, Some(PATIENCE)).await.unwrap();
+}
+
+fn only(driver: &Driver) -> &Machine {
+    let [machine] = driver.machines() else { panic!("one machine") };
+    machine
+}
+
+#[test]
+fn two_machines_come_up_whole() {
+    let nodes = "[nodes.a]\nkit = 'systemd'\n[nodes.b]\nkit = 'systemd'";
+    with_machines(nodes, async |driver| {
+        driver.start_all().await.unwrap();
+        let [a, b] = driver.machines() else { panic!("two machines") };
+        for machine in [a, b] {
+            assert_eq!(output(machine, "systemctl is-system-running --wait").await, "running");
+        }
+        store_is_writable_but_its_share_is_not(a).await;
+        names_and_addresses(a, b).await;
+        commands_run_in_roots_environment(a).await;
+        terminals_are_left_to_the_driver(a).await;
+        journal_reaches_the_console(a).await;
+        a.shutdown().await.unwrap();
+        assert!(!a.booted() && b.booted());
+    });
+}
+
+async fn store_is_writable_but_its_share_is_not(machine: &Machine) {
+    output(machine, "echo new > /nix/store/new; mkdir /nix/store/dir; test -s /nix/store/new")
+        .await;
+    machine.fail(&["touch /nix/.ro-store/new"], None).await.unwrap();
+    assert!(!systemd().store().unwrap().join("new").exists());
+    let kinds = output(machine, "stat -f -c %T / /nix/store /nix/.ro-store").await;
+    assert_eq!(kinds, "tmpfs\noverlayfs\nfuse");
+    let booted = output(machine, "readlink -f /run/current-system; ls /run/booted-system/").await;
+    assert_eq!(booted, "/nix/store/toplevel\ninit\ninitrd\nkernel\nkernel-params");
+}
+
+async fn names_and_addresses(a: &Machine, b: &Machine) {
+    assert_eq!(output(a, "hostname").await, "a");
+    for (from, to) in [(a, "b"), (b, "a")] {
+        output(from, &format!("ping -4 -c 1 {to} && ping -6 -c 1 {to}")).await;
+    }
+    let cards = output(b, "cd /sys/class/net; grep . */address").await;
+    assert_eq!(cards, "eth1/address:52:54:00:12:01:02\nlo/address:00:00:00:00:00:00");
+    // There is no card of a user network to wait for.
+    output(a, "systemctl start network-online.target").await;
+}
+
+async fn commands_run_in_roots_environment(machine: &Machine) {
+    let variables = "echo $USER:$HOME:$DISPLAY:$PWD:${PAGER-unset}:$PATH";
+    assert_eq!(
+        output(machine, variables).await,
+        "root:/root::0.0:/tmp::/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    );
+}
+
+async fn terminals_are_left_to_the_driver(machine: &Machine) {
+    for terminal in ["hvc0", "ttyS0"] {
+        let state = format!("systemctl show -P LoadState serial-getty@{terminal}.service");
+        assert_eq!(output(machine, &state).await, "masked");
+    }
+    let state = "systemctl is-active backdoor.service getty@tty1.service";
+    assert_eq!(output(machine, state).await, "active\nactive");
+}
+
+async fn journal_reaches_the_console(machine: &Machine) {
+    output(machine, "logger --tag test a line for the console").await;
+    console_shows(machine, "]: a line for the console").await;
+}
+
+#[test]
+fn without_the_agent_there_is_the_backdoor() {
+    let cmdline = format!("{} systemd.mask=firn-agent.service", systemd().manifest.cmdline);
+    let nodes = format!("[nodes.m]\nkit = 'systemd'\ncmdline = {cmdline:?}");
+    with_machines(&nodes, async |driver| {
+        let machine = only(driver);
+        machine.start(false).await.unwrap();
+        console_shows(machine, "connecting to host...").await;
+    });
+}
