@@ -19,6 +19,7 @@ demo: kit
 
 test: kit
 	cargo test --release --workspace --exclude firn-tests
+	$(VENV)/pip install -q mypy pexpect
 	$(VENV)/python -m unittest discover -s driver/python/tests
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
 	$(call RUN_IN,--if-needed) cargo test --release -p firn-tests --test guest -- --test-threads=1

@@ -16,6 +16,7 @@ use crate::log::colours_wanted;
 
 mod accel;
 mod carrier;
+mod check;
 mod doctor;
 mod kit;
 mod python;
@@ -66,6 +67,7 @@ example `debug` or `firn_vmm=trace`); NO_COLOR no colours; TMPDIR where runs kee
 enum Command {
     /// Run a test
     Test(test::Args),
+    Check(check::Args),
     /// Say what this host can do and what is missing
     Doctor(doctor::Args),
     Kit(kit::Args),
@@ -80,6 +82,7 @@ pub fn main() -> ExitCode {
     init_tracing();
     let done = match cli.command {
         Command::Test(args) => test::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),
         Command::Carrier(args) => carrier::run(&args),
