@@ -31,7 +31,7 @@ lint: setup $(VENV)/python
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy -p firn --features python -- -D warnings
-	$(VENV)/pip install -q mypy ruff
+	$(VENV)/pip install -q mypy ruff types-pexpect
 	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
 	$(VENV)/ruff check --config driver/pyproject.toml driver/python tests
 	$(VENV)/ruff format --check --config driver/pyproject.toml driver/python tests
@@ -44,7 +44,8 @@ build: setup $(VENV)/python
 	RUSTFLAGS="-C target-feature=+crt-static" \
 		cargo build --profile agent -p firn-guest-agent --target $(TARGET)
 	cargo build --release -p firn
-	VIRTUAL_ENV="$(abspath .venv)" $(VENV)/maturin develop --quiet --release -m driver/Cargo.toml
+	VIRTUAL_ENV="$(abspath .venv)" $(VENV)/maturin develop --quiet --release \
+		--extras interactive,check -m driver/Cargo.toml
 	install -C target/$(TARGET)/agent/firn-agent target/release/firn $(VENV)/
 
 setup:

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use firn_vmm::spec::VsockSpec;
 use tokio::task::JoinSet;
 
 use crate::config::{MachineFile, NodeConfig, TestConfig};
@@ -40,8 +42,40 @@ pub struct Driver {
     global_timeout: Option<Duration>,
     out: PathBuf,
     base: Option<PathBuf>,
+    vsock_offset: Option<u32>,
     /// Removed last.
     state: Mutex<Option<State>>,
+    /// Its machines are another driver's.
+    replaced: AtomicBool,
+}
+
+/// A machine to make.
+struct Plan {
+    node: NodeConfig,
+    source: Source,
+}
+
+impl Plan {
+    fn of_file(file: MachineFile, number: u8) -> Self {
+        Self { node: file.outline(number), source: Source::File(Box::new(file)) }
+    }
+}
+
+/// The machines of a test.
+fn plans(test: &TestConfig, kits: &[Kit]) -> Result<Vec<Plan>> {
+    let hosts = hosts(&test.nodes);
+    let of_node = |node: &NodeConfig| {
+        let name = node.kit.as_str();
+        let kit = kits.iter().find(|kit| kit.manifest.kit == name);
+        let Some(boot) = Boot::new(node, kit, &hosts) else {
+            let what = format!("{} boots the kit {name}, and there is none", node.name);
+            return Err(MachineError::Usage(what).into());
+        };
+        Ok(Plan { node: node.clone(), source: Source::Node(boot) })
+    };
+    let files =
+        (1..).zip(&test.files).map(|(number, file)| Ok(Plan::of_file(file.clone(), number)));
+    test.nodes.iter().map(of_node).chain(files).collect()
 }
 
 impl Driver {
@@ -51,6 +85,7 @@ impl Driver {
     /// If directories cannot be made, or a node leaves out something and there is no kit.
     pub fn new(test: &TestConfig, options: DriverOptions) -> Result<Self> {
         let DriverOptions { kits, out_dir, log, state, base } = options;
+        let plans = plans(test, &kits)?;
         let state = State::new(&state)?;
         let out = std::path::absolute(&out_dir).map_err(MachineError::file("find", out_dir))?;
         let mut driver = Self {
@@ -61,31 +96,83 @@ impl Driver {
             global_timeout: test.global_timeout,
             out,
             base,
+            vsock_offset: test.vsock_offset,
             state: Mutex::new(Some(state)),
+            replaced: AtomicBool::new(false),
         };
-        let hosts = hosts(&test.nodes);
-        for node in &test.nodes {
-            let name = node.kit.as_str();
-            let kit = kits.iter().find(|kit| kit.manifest.kit == name);
-            let Some(boot) = Boot::new(node, kit, &hosts) else {
-                let what = format!("{} boots the kit {name}, and there is none", node.name);
-                return Err(MachineError::Usage(what).into());
-            };
-            let machine = driver.make(node.clone(), Source::Node(boot), false)?;
-            driver.machines.push(machine);
-        }
-        for (number, file) in (1..).zip(&test.files) {
-            let machine = driver.make_from_file(file.clone(), number, false)?;
+        for plan in plans {
+            let machine = driver.make(plan, false)?;
             driver.machines.push(machine);
         }
         Ok(driver)
     }
 
-    fn make(&self, node: NodeConfig, source: Source, keep: bool) -> Result<Machine> {
+    /// The driver of a changed test, in the place of this one, which has nothing left to do. Machines that have not
+    /// changed go on as they are; others are ended, made anew, and started again if they ran.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and the first error of a start.
+    pub async fn replace(&self, test: &TestConfig, kits: &[Kit]) -> Result<Self> {
+        let plans = plans(test, kits)?;
+        let vlan = |number| {
+            let there = self.vlans.iter().find(|vlan| vlan.number() == number);
+            there.cloned().unwrap_or_else(|| Vlan::new(number))
+        };
+        let mut driver = Self {
+            machines: Vec::new(),
+            created: Mutex::default(),
+            vlans: test.vlans().into_iter().map(vlan).collect(),
+            log: self.log.clone(),
+            global_timeout: test.global_timeout,
+            out: self.out.clone(),
+            base: self.base.clone(),
+            vsock_offset: test.vsock_offset.or(self.vsock_offset),
+            state: Mutex::new(self.state().take()),
+            replaced: AtomicBool::new(false),
+        };
+        self.replaced.store(true, Ordering::Release);
+        std::mem::swap(&mut *self.created(), &mut *driver.created());
+        let (mut running, mut kept) = (Vec::new(), Vec::new());
+        for old in &self.machines {
+            let same =
+                |plan: &Plan| plan.node.name == old.name() && old.is_as(&plan.node, &plan.source);
+            if plans.iter().any(same) {
+                kept.push(old.clone());
+                continue;
+            }
+            if old.booted() {
+                running.push(old.name().to_owned());
+            }
+            old.crash().await;
+        }
+        for plan in plans {
+            let same = kept.iter().find(|old| old.name() == plan.node.name);
+            let machine = match same {
+                Some(old) => old.clone(),
+                None => driver.make(plan, false)?,
+            };
+            driver.machines.push(machine);
+        }
+        for machine in
+            driver.machines.iter().filter(|new| running.iter().any(|old| old == new.name()))
+        {
+            machine.start(false).await?;
+        }
+        Ok(driver)
+    }
+
+    fn make(&self, plan: Plan, keep: bool) -> Result<Machine> {
+        let Plan { mut node, source } = plan;
+        let missing = |vlan: &&u8| !self.vlans.iter().any(|there| there.number() == **vlan);
+        if let Some(vlan) = node.vlans.iter().find(missing) {
+            let what = format!("{} is on vlan {vlan}, which this test does not have", node.name);
+            return Err(MachineError::Usage(what).into());
+        }
         let (state, shared, keep) = match &*self.state() {
             Some(state) => state.machine(&node.name, keep)?,
             None => return Err(MachineError::Usage("the run is over".to_owned()).into()),
         };
+        node.vsock = node.vsock.or_else(|| self.backdoor(node.number, &state));
         let dirs = Dirs {
             base: self.base.clone().unwrap_or_else(|| state.clone()),
             state,
@@ -96,13 +183,10 @@ impl Driver {
         Machine::new(node, source, dirs, &self.vlans, &self.log)
     }
 
-    fn make_from_file(&self, file: MachineFile, number: u8, keep: bool) -> Result<Machine> {
-        let missing = |vlan: &&u8| !self.vlans.iter().any(|there| there.number() == **vlan);
-        if let Some(vlan) = file.vlans().iter().find(missing) {
-            let what = format!("{} is on vlan {vlan}, which this test does not have", file.name());
-            return Err(MachineError::Usage(what).into());
-        }
-        self.make(file.outline(number), Source::File(Box::new(file)), keep)
+    /// The vsock of a machine that says none.
+    fn backdoor(&self, number: u8, state: &Path) -> Option<VsockSpec> {
+        let cid = self.vsock_offset?.saturating_add(number.into());
+        Some(VsockSpec { cid, socket: state.join("vsock") })
     }
 
     /// Makes one more machine; [`Driver::close`] ends it too.
@@ -111,7 +195,7 @@ impl Driver {
     /// If there is a machine of its name, it is on a vlan that this test does not have, or directories cannot be
     /// made.
     pub fn create_machine(&self, file: MachineFile, keep_state: bool) -> Result<Machine> {
-        let mut created = self.created.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut created = self.created();
         let names = self.machines.iter().chain(&*created).map(Machine::name);
         if names.into_iter().any(|name| name == file.name()) {
             let what = format!("there is a machine {} already", file.name());
@@ -119,7 +203,7 @@ impl Driver {
         }
         let count = self.machines.len() + created.len() + 1;
         let number = u8::try_from(count).unwrap_or(u8::MAX);
-        let machine = self.make_from_file(file, number, keep_state)?;
+        let machine = self.make(Plan::of_file(file, number), keep_state)?;
         created.push(machine.clone());
         Ok(machine)
     }
@@ -199,7 +283,7 @@ impl Driver {
     /// # Errors
     /// The first error of a guest.
     pub async fn sync(&self) -> Result<()> {
-        for machine in self.all().iter().filter(|machine| machine.is_up()) {
+        for machine in self.all_machines().iter().filter(|machine| machine.is_up()) {
             machine.sync().await?;
         }
         Ok(())
@@ -208,7 +292,7 @@ impl Driver {
     /// Groups what a test does under a name in the log.
     #[must_use = "the subtest ends when this is dropped"]
     pub fn subtest(&self, name: &str) -> Step {
-        self.log.nested(format_args!("subtest: {name}"))
+        self.log.subtest(name)
     }
 
     /// Ends all machines and removes the state directories unless they are kept. On return nothing of the run is left.
@@ -218,7 +302,7 @@ impl Driver {
         }
         let _step = self.log.nested("cleanup");
         let mut ends = JoinSet::new();
-        for machine in self.all() {
+        for machine in self.all_machines() {
             ends.spawn(async move {
                 if machine.booted() {
                     machine.log("kill machine");
@@ -232,10 +316,15 @@ impl Driver {
         let _ = tokio::task::spawn_blocking(move || drop(state)).await;
     }
 
-    /// All machines, those made by the script too.
-    fn all(&self) -> Vec<Machine> {
-        let created = self.created.lock().unwrap_or_else(PoisonError::into_inner);
+    /// All machines, also those that [`Self::create_machine`] has made.
+    #[must_use]
+    pub fn all_machines(&self) -> Vec<Machine> {
+        let created = self.created();
         self.machines.iter().chain(&*created).cloned().collect()
+    }
+
+    fn created(&self) -> MutexGuard<'_, Vec<Machine>> {
+        self.created.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, Option<State>> {
@@ -245,7 +334,10 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        for machine in self.all() {
+        if *self.replaced.get_mut() {
+            return;
+        }
+        for machine in self.all_machines() {
             machine.request_stop();
         }
     }

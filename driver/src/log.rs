@@ -1,39 +1,104 @@
 //! The log of a test run: what the script does, and what the guests print meanwhile.
 //!
-//! The format is that of nixpkgs' driver, so that people and tools that read its logs can read these.
+//! It goes to the terminal in the format of nixpkgs' driver, so that people and tools that read its logs can read
+//! these, and to files if they are asked for: as XML, and as a JUnit report.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anstyle::{AnsiColor, Effects, Style};
-
+mod junit;
+mod terminal;
 #[cfg(test)]
 mod tests;
+mod xml;
 
-/// A step's name.
-const STEP: Style = AnsiColor::Green.on_default().effects(Effects::BOLD);
-/// What a guest prints.
-const SERIAL: Style = Style::new().effects(Effects::DIMMED);
-/// What went wrong.
-const ERROR: Style = AnsiColor::Red.on_default();
-/// What may go wrong.
-const WARNING: Style = AnsiColor::Yellow.on_default();
+use junit::Junit;
+use terminal::Terminal;
+use xml::XmlLog;
 
-/// Writes log lines; clones write to the same place.
+/// How important a message is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// What helps to find out why.
+    Debug,
+    /// What happens, step by step, and what guests print.
+    #[default]
+    Info,
+    /// What somebody should look at though the test goes on.
+    Warning,
+    /// What went wrong.
+    Error,
+}
+
+impl std::str::FromStr for Level {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "debug" => Ok(Self::Debug),
+            "info" => Ok(Self::Info),
+            "warning" => Ok(Self::Warning),
+            "error" => Ok(Self::Error),
+            _ => Err(format!("{name:?} is no log level; allowed: debug, info, warning, error")),
+        }
+    }
+}
+
+/// Writes log lines; clones write to the same places.
 #[derive(Clone)]
 pub struct Logger {
-    sink: Arc<Sink>,
+    core: Arc<Core>,
     /// Put before each message: the machine it is about.
     machine: Option<Arc<str>>,
 }
 
-struct Sink {
-    out: Mutex<Box<dyn Write + Send>>,
-    colours: bool,
+struct Core {
+    sinks: Mutex<Vec<Box<dyn Sink>>>,
     serial: AtomicBool,
+}
+
+/// Something that happened.
+#[derive(Clone, Copy)]
+enum Event<'a> {
+    Message {
+        level: Level,
+        machine: Option<&'a str>,
+        text: &'a str,
+    },
+    /// A guest has printed a line.
+    Serial {
+        machine: &'a str,
+        line: &'a str,
+        shown: bool,
+    },
+    Begin {
+        machine: Option<&'a str>,
+        text: &'a str,
+        subtest: Option<&'a str>,
+    },
+    /// `failure` is why a subtest failed.
+    End {
+        machine: Option<&'a str>,
+        text: &'a str,
+        subtest: Option<&'a str>,
+        failure: Option<&'a str>,
+        took: Duration,
+    },
+}
+
+/// Where a log goes.
+trait Sink: Send {
+    fn take(&mut self, event: Event<'_>);
+
+    /// Nothing more will come.
+    ///
+    /// # Errors
+    /// If what came could not be written.
+    fn finish(self: Box<Self>) -> io::Result<()>;
 }
 
 impl Default for Logger {
@@ -46,92 +111,124 @@ impl Logger {
     /// A log on stderr, in colours if that is a terminal (see `NO_COLOR` and `CLICOLOR_FORCE`).
     #[must_use]
     pub fn stderr() -> Self {
-        Self::new(Box::new(io::stderr()), colours_wanted(&io::stderr()))
+        Self::stderr_from(Level::Info)
+    }
+
+    /// As [`Self::stderr`], without what is less important than `level`.
+    #[must_use]
+    pub fn stderr_from(level: Level) -> Self {
+        Self::with_terminal(Box::new(io::stderr()), colours_wanted(&io::stderr()), level)
     }
 
     /// A log on anything else.
     #[must_use]
     pub fn new(out: Box<dyn Write + Send>, colours: bool) -> Self {
+        Self::with_terminal(out, colours, Level::Info)
+    }
+
+    fn with_terminal(out: Box<dyn Write + Send>, colours: bool, level: Level) -> Self {
+        let sinks: Vec<Box<dyn Sink>> = vec![Box::new(Terminal::new(out, colours, level))];
         Self {
-            sink: Arc::new(Sink { out: Mutex::new(out), colours, serial: AtomicBool::new(true) }),
+            core: Arc::new(Core { sinks: Mutex::new(sinks), serial: AtomicBool::new(true) }),
             machine: None,
         }
+    }
+
+    /// Writes the log to an XML file as well.
+    ///
+    /// # Errors
+    /// If the file cannot be made.
+    pub fn add_xml(&self, path: &Path) -> io::Result<()> {
+        self.sinks().push(Box::new(XmlLog::create(path)?));
+        Ok(())
+    }
+
+    /// Writes a JUnit report as well: a test case for each subtest, and one for the rest of the script.
+    ///
+    /// # Errors
+    /// If the file cannot be made.
+    pub fn add_junit(&self, path: &Path) -> io::Result<()> {
+        self.sinks().push(Box::new(Junit::create(path)?));
+        Ok(())
+    }
+
+    /// Completes the files of the log. What comes later goes nowhere but to the terminal.
+    ///
+    /// # Errors
+    /// The first error of writing them.
+    pub fn finish(&self) -> io::Result<()> {
+        // The first is the terminal, if this is called once more too.
+        let files: Vec<_> = self.sinks().drain(1..).collect();
+        files.into_iter().map(Sink::finish).fold(Ok(()), Result::and)
     }
 
     /// The same log, with the machine's name before each message.
     #[must_use]
     pub fn for_machine(&self, name: &str) -> Self {
-        Self { sink: Arc::clone(&self.sink), machine: Some(name.into()) }
+        Self { core: Arc::clone(&self.core), machine: Some(name.into()) }
+    }
+
+    /// Writes a message that helps to find out why.
+    pub fn debug(&self, message: impl Display) {
+        self.message(Level::Debug, &message.to_string());
     }
 
     /// Writes a message.
     pub fn info(&self, message: impl Display) {
-        self.line(None, &message.to_string());
+        self.message(Level::Info, &message.to_string());
     }
 
     /// Writes a message that somebody should look at though the test goes on.
     pub fn warning(&self, message: impl Display) {
-        self.line(Some(WARNING), &format!("warning: {message}"));
+        self.message(Level::Warning, &format!("warning: {message}"));
     }
 
     /// Writes an error of the test, each line behind `!!!`.
     pub fn error(&self, text: impl Display) {
-        let mut out = self.lock();
-        for line in text.to_string().lines() {
-            let line = format!("!!! {line}");
-            self.sink.write(&mut out, &self.prefix(), Some(ERROR), &line);
-        }
+        self.message(Level::Error, &text.to_string());
     }
 
     /// Begins a step; it ends, and its duration is written, when the answer is dropped.
     #[must_use = "the step ends when this is dropped"]
     pub fn nested(&self, message: impl Display) -> Step {
-        let message = message.to_string();
-        self.line(Some(STEP), &message);
-        Step { logger: self.clone(), message, began: Instant::now() }
+        self.step(message.to_string(), None)
+    }
+
+    /// Begins a subtest: a step that is a test case of its own in a report.
+    #[must_use = "the subtest ends when this is dropped"]
+    pub fn subtest(&self, name: &str) -> Step {
+        self.step(format!("subtest: {name}"), Some(name.to_owned()))
+    }
+
+    fn step(&self, message: String, subtest: Option<String>) -> Step {
+        let machine = self.machine.as_deref();
+        self.emit(Event::Begin { machine, text: &message, subtest: subtest.as_deref() });
+        Step { logger: self.clone(), message, subtest, failure: None, began: Instant::now() }
     }
 
     /// Writes a line that a guest printed.
     pub fn serial(&self, machine: &str, line: &str) {
-        if self.sink.serial.load(Ordering::Relaxed) {
-            let text = format!("{machine} # {}", printable(line));
-            self.sink.write(&mut self.lock(), "", Some(SERIAL), &text);
+        let shown = self.core.serial.load(Ordering::Relaxed);
+        self.emit(Event::Serial { machine, line: &printable(line), shown });
+    }
+
+    /// Shows or hides what the guests print. Files have it always.
+    pub fn show_serial(&self, show: bool) {
+        self.core.serial.store(show, Ordering::Relaxed);
+    }
+
+    fn message(&self, level: Level, text: &str) {
+        self.emit(Event::Message { level, machine: self.machine.as_deref(), text });
+    }
+
+    fn emit(&self, event: Event<'_>) {
+        for sink in self.sinks().iter_mut() {
+            sink.take(event);
         }
     }
 
-    /// Shows or hides what the guests print.
-    pub fn show_serial(&self, show: bool) {
-        self.sink.serial.store(show, Ordering::Relaxed);
-    }
-
-    fn prefix(&self) -> String {
-        self.machine.as_ref().map_or_else(String::new, |name| format!("{name}: "))
-    }
-
-    fn line(&self, style: Option<Style>, text: &str) {
-        self.sink.write(&mut self.lock(), &self.prefix(), style, text);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Box<dyn Write + Send>> {
-        self.sink.out.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Sink {
-    /// One write for a line, so that lines of several processes do not mix.
-    fn write(
-        &self,
-        out: &mut MutexGuard<'_, Box<dyn Write + Send>>,
-        prefix: &str,
-        style: Option<Style>,
-        text: &str,
-    ) {
-        let line = match style.filter(|_| self.colours) {
-            Some(style) => format!("{prefix}{style}{text}{style:#}\n"),
-            None => format!("{prefix}{text}\n"),
-        };
-        // A log that nobody can read any more (a closed pipe) must not end the test.
-        let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+    fn sinks(&self) -> MutexGuard<'_, Vec<Box<dyn Sink>>> {
+        self.core.sinks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -139,14 +236,36 @@ impl Sink {
 pub struct Step {
     logger: Logger,
     message: String,
+    subtest: Option<String>,
+    failure: Option<String>,
     began: Instant,
+}
+
+impl Step {
+    /// Takes note that the step fails. Of a subtest the log and the report say so.
+    pub fn fail(&mut self, why: &str) {
+        if let Some(name) = &self.subtest {
+            self.logger.error(format_args!("Test \"{name}\" failed with error: \"{why}\""));
+        }
+        self.failure = Some(why.to_owned());
+    }
 }
 
 impl Drop for Step {
     fn drop(&mut self) {
-        let seconds = self.began.elapsed().as_secs_f64();
-        self.logger.info(format_args!("(finished: {}, in {seconds:.2} seconds)", self.message));
+        self.logger.emit(Event::End {
+            machine: self.logger.machine.as_deref(),
+            text: &self.message,
+            subtest: self.subtest.as_deref(),
+            failure: self.failure.as_deref(),
+            took: self.began.elapsed(),
+        });
     }
+}
+
+/// What the log says at the end of a step.
+fn finished(text: &str, took: Duration) -> String {
+    format!("(finished: {text}, in {:.2} seconds)", took.as_secs_f64())
 }
 
 /// Whether output to `stream` should be coloured: on a terminal, and where `CLICOLOR_FORCE` says so, but not

@@ -1,6 +1,7 @@
 """firn: drives virtual machines from a test script."""
 
-from firn._firn import Driver, Logger, Machine, Step, VLan, __version__
+from firn._firn import Logger, Machine, Step, Test, VLan, __version__
+from firn.driver import Driver, Settings
 from firn.errors import MachineError, RequestedAssertionFailed
 from firn.retry import retry
 
@@ -10,7 +11,9 @@ __all__ = [
     "Machine",
     "MachineError",
     "RequestedAssertionFailed",
+    "Settings",
     "Step",
+    "Test",
     "VLan",
     "__version__",
     "retry",

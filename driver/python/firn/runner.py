@@ -2,14 +2,18 @@
 
 import argparse
 import io
+import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from firn._firn import Driver, interrupt_waits_by_signals
+from firn._firn import Logger, Test, interrupt_waits_by_signals
+from firn.debug import Debug, DebugNop
+from firn.driver import Driver, ScriptFailed, Settings
 from firn.errors import MachineError, RequestedAssertionFailed
-from firn.script import Script, ScriptFailed
 
 
 class Terminated(BaseException):
@@ -26,31 +30,51 @@ def terminate(number: int, _frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="firn.runner", description="Run a test.")
-    parser.add_argument("file", type=Path, help="the test, a TOML file")
-    parser.add_argument("-o", "--output-dir", type=Path, default=Path(), metavar="DIR")
-    parser.add_argument("--kit-dir", type=Path, action="append", default=[], metavar="DIR")
-    parser.add_argument("--global-timeout", type=float, default=None, metavar="SECONDS")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True)
+class Options:
+    """What a command line asks for."""
+
+    #: Reads the test; with a path, from another file than the command line names.
+    load: Callable[[Path | None], Test]
+    settings: Settings = field(default_factory=Settings)
+    interactive: bool = False
+    #: The command by which people get to where the script runs; turns breakpoints on.
+    debug_attach: str | None = None
+    #: A JUnit report, relative to the output directory.
+    junit: Path | None = None
+    log_level: str = "info"
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Run the test and leave nothing of it behind."""
-    driver = Driver(options.file, options.output_dir, options.kit_dir)
+    log = Logger(options.log_level)
+    # As upstream's driver has it. Nothing need be written to nowhere.
+    xml = os.environ.get("LOGFILE")
+    if xml and xml != os.devnull:
+        log.add_xml(xml)
+    if options.junit is not None:
+        log.add_junit(options.settings.out_dir / options.junit)
+    debug = DebugNop() if options.debug_attach is None else Debug(log, options.debug_attach)
     try:
-        Script(driver, options.global_timeout).run_tests()
+        driver = Driver(options.load(None), log, options.settings, debug)
+        try:
+            if options.interactive:
+                from firn.interactive import interact  # noqa: PLC0415 - IPython is slow
+
+                interact(driver, options.load)
+            else:
+                driver.run_tests()
+        finally:
+            # Cleaning up is quick, and must not be cut short by a second Ctrl-C.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            driver.close()
     finally:
-        # Cleaning up is quick, and must not be cut short by a second Ctrl-C.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        driver.close()
+        log.finish()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the answer is the exit status."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+def guarded(options: Options) -> int:
+    """Run the test; the answer is the exit status."""
     # What the script prints comes at once, in order with the log, also through a pipe.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
@@ -61,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(options)
     except ScriptFailed:
         return 1
-    except (MachineError, RequestedAssertionFailed, ValueError) as error:
+    except (MachineError, RequestedAssertionFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -71,6 +95,33 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: ended by {error}", file=sys.stderr)
         return 128 + error.number
     return 0
+
+
+def parse(arguments: list[str]) -> Options:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="firn.runner", description="Run a test.")
+    parser.add_argument("file", type=Path, help="the test, a TOML file")
+    parser.add_argument("-o", "--output-dir", type=Path, default=Path(), metavar="DIR")
+    parser.add_argument("--kit-dir", type=Path, action="append", default=[], metavar="DIR")
+    parser.add_argument("--global-timeout", type=float, default=None, metavar="SECONDS")
+    parser.add_argument("--junit-xml", type=Path, default=None, metavar="FILE")
+    parser.add_argument("--interactive", action="store_true")
+    parser.add_argument("--log-level", default="info", metavar="LEVEL")
+    args = parser.parse_args(arguments)
+    return Options(
+        load=lambda other: Test.from_toml_file(other or args.file),
+        settings=Settings(
+            out_dir=args.output_dir, kit_dirs=args.kit_dir, global_timeout=args.global_timeout
+        ),
+        interactive=args.interactive,
+        junit=args.junit_xml,
+        log_level=args.log_level,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the answer is the exit status."""
+    return guarded(parse(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

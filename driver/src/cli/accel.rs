@@ -1,7 +1,13 @@
 //! Decides where machines run.
 
+use std::ffi::OsString;
+use std::path::PathBuf;
+
 use clap::ValueEnum;
 use firn_vmm::probe::{self, KvmStatus};
+
+use crate::carrier::{self, CarrierError};
+use crate::log::colours_wanted;
 
 /// Where machines run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -17,7 +23,7 @@ pub enum Accel {
 
 /// What was decided.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Decision {
+pub(crate) enum Decision {
     /// KVM.
     Kvm,
     /// The carrier; not because it was asked for if there is a reason.
@@ -27,7 +33,7 @@ pub(super) enum Decision {
 }
 
 impl Accel {
-    pub(super) fn decide(self) -> Decision {
+    pub(crate) fn decide(self) -> Decision {
         match self {
             Self::Carrier => Decision::Carrier(None),
             Self::Auto | Self::Kvm => self.decide_by(&probe::kvm()),
@@ -42,6 +48,21 @@ impl Accel {
             Self::Kvm => Decision::Refused(kvm.to_string()),
         }
     }
+}
+
+/// Runs a command that runs machines in a carrier that can write to `writable`; answers its exit status.
+pub(crate) fn in_carrier(
+    writable: Vec<PathBuf>,
+    command: impl IntoIterator<Item = OsString>,
+) -> Result<u8, CarrierError> {
+    let options = carrier::Options { writable, ..carrier::Options::default() };
+    // Sockets and state belong on the carrier's own file system, and it has a pipe for stderr.
+    let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into()];
+    if colours_wanted(&std::io::stderr()) {
+        argv.push("CLICOLOR_FORCE=1".into());
+    }
+    argv.extend(command);
+    carrier::exec(&options, argv)
 }
 
 #[cfg(test)]

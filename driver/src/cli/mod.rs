@@ -14,7 +14,7 @@ use crate::config::ConfigError;
 use crate::error::chain;
 use crate::log::colours_wanted;
 
-mod accel;
+pub(crate) mod accel;
 mod carrier;
 mod check;
 mod doctor;

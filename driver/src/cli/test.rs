@@ -7,13 +7,11 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Error, Result, bail};
 
-use super::accel::{Accel, Decision};
+use super::accel::{Accel, Decision, in_carrier};
 use super::python;
-use crate::carrier;
 use crate::config::TestConfig;
 use crate::driver::Driver;
 use crate::kit::{self, Kit, KitName};
-use crate::log::colours_wanted;
 
 /// Run a test
 ///
@@ -50,7 +48,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             if let Some(reason) = reason {
                 eprintln!("{reason}: using the carrier");
             }
-            in_carrier(args, &test, runner)
+            let writable = test.writable().into_iter().chain([args.output_dir.clone()]);
+            Ok(in_carrier(writable.collect(), runner)?.into())
         }
     }
 }
@@ -91,19 +90,4 @@ fn exec(argv: &[OsString]) -> Error {
     };
     let error = Command::new(program).args(arguments).exec();
     Error::new(error).context(format!("cannot run {}", program.display()))
-}
-
-/// Runs the command in a carrier that can write what the test writes.
-fn in_carrier(args: &Args, test: &TestConfig, runner: Vec<OsString>) -> Result<ExitCode> {
-    let shares = test.nodes.iter().flat_map(|node| &node.shares);
-    let written = shares.filter(|share| !share.read_only).map(|share| share.source.clone());
-    let writable = std::iter::once(args.output_dir.clone()).chain(written).collect();
-    let options = carrier::Options { writable, ..carrier::Options::default() };
-    // Sockets and state belong on the carrier's own file system, and it has a pipe for stderr.
-    let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into()];
-    if colours_wanted(&std::io::stderr()) {
-        argv.push("CLICOLOR_FORCE=1".into());
-    }
-    argv.extend(runner);
-    Ok(ExitCode::from(carrier::exec(&options, argv)?))
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::report::{ConfigError, Report};
-use super::{MAX_NUMBER, MachineFile, Script, TestConfig, variable_name};
+use super::{MAX_NUMBER, MachineFile, Script, TestConfig, VSOCK_OFFSET, variable_name};
 
 /// The framework adds keys now and then: unknown ones are no error.
 #[derive(Deserialize)]
@@ -69,7 +69,7 @@ impl TestConfig {
                 other => other,
             })?;
         test.global_timeout = global_timeout.transpose()?;
-        test.ssh_backdoor = raw.enable_ssh_backdoor;
+        test.vsock_offset = raw.enable_ssh_backdoor.then_some(VSOCK_OFFSET);
         Ok(test)
     }
 
@@ -108,7 +108,7 @@ impl TestConfig {
             nodes: Vec::new(),
             files,
             more_vlans: vlans,
-            ssh_backdoor: false,
+            vsock_offset: None,
         })
     }
 }
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(names, ["a", "b-1"]);
         assert_eq!(test.vlans(), [1, 3]);
         assert_eq!(test.global_timeout, Some(Duration::from_secs(3600)));
-        assert!(test.ssh_backdoor && test.nodes.is_empty());
+        assert!(test.vsock_offset == Some(2) && test.nodes.is_empty());
         assert_eq!((test.script.text.as_str(), test.script.line), ("start_all()\n", 1));
     }
 

@@ -154,7 +154,7 @@ impl Reader<'_> {
             nodes,
             files: Vec::new(),
             more_vlans: Vec::new(),
-            ssh_backdoor: false,
+            vsock_offset: None,
         })
     }
 

@@ -220,6 +220,14 @@ impl MachineFile {
         node
     }
 
+    /// The machine by this process's environment, with the directories that are yet to be made in one that is never
+    /// there; nothing if that cannot be expanded.
+    pub(super) fn here(&self) -> Option<NodeConfig> {
+        let none = "/nonexistent";
+        let own = Variables::of_environment().with("TMPDIR", none).with("SHARED_DIR", none);
+        self.node(1, &own, Path::new("")).ok()
+    }
+
     /// The machine as it shall be started now: variables are replaced, and relative paths start at `base`.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use firn_vmm::spec::{CachePolicy, DiskCreateSpec, DiskFormat, VsockSpec};
@@ -36,6 +36,8 @@ pub const MAX_LABEL: usize = 16;
 const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Largest disk that can be made, in MiB: 64 TiB, for the same reason.
 const MAX_DISK_MIB: u64 = 64 << 20;
+/// [`TestConfig::vsock_offset`] unless another is asked for: CIDs below 3 are not for guests (`man 7 vsock`).
+const VSOCK_OFFSET: u32 = 2;
 /// Tag of the directory that all machines and the host share, at `/tmp/shared` in each guest.
 pub const SHARED_TAG: &str = "shared";
 /// Tag of the machine's own exchange directory, at `/tmp/xchg` in the guest.
@@ -56,8 +58,8 @@ pub struct TestConfig {
     pub files: Vec<MachineFile>,
     /// Vlans that are there even if no machine is on them.
     pub more_vlans: Vec<u8>,
-    /// Every machine can be entered by ssh over vsock.
-    pub ssh_backdoor: bool,
+    /// Every machine has a vsock, so that ssh can enter it; a CID is this and the machine's number.
+    pub vsock_offset: Option<u32>,
 }
 
 /// A test's script.
@@ -157,6 +159,26 @@ impl TestConfig {
             nodes.chain(files).chain(&self.more_vlans).copied().collect();
         all.into_iter().collect()
     }
+
+    /// The names of the script's variables for the machines.
+    #[must_use]
+    pub fn variables(&self) -> Vec<String> {
+        let nodes = self.nodes.iter().map(NodeConfig::variable);
+        nodes.chain(self.files.iter().map(|file| variable_name(file.name()))).collect()
+    }
+
+    /// The directories of the host that guests may write to, as far as they are there already; without those of
+    /// devices and of the system.
+    #[must_use]
+    pub fn writable(&self) -> Vec<PathBuf> {
+        let files = self.files.iter().filter_map(MachineFile::here);
+        let nodes = self.nodes.iter().cloned().chain(files);
+        let usual = |dir: &PathBuf| {
+            let system = ["/dev", "/proc", "/sys", "/run"].iter().any(|own| dir.starts_with(own));
+            !system && dir != Path::new("/") && dir.is_dir()
+        };
+        nodes.flat_map(|node| node.writable()).filter(usual).collect()
+    }
 }
 
 impl NodeConfig {
@@ -178,6 +200,16 @@ impl NodeConfig {
     #[must_use]
     pub fn ipv6(&self, vlan: u8) -> Ipv6Addr {
         Ipv6Addr::new(0x2001, 0xdb8, decimal_as_hex(vlan), 0, 0, 0, 0, decimal_as_hex(self.number))
+    }
+
+    /// The directories that its shares and disks are in, those that it may not change left out.
+    fn writable(&self) -> Vec<PathBuf> {
+        let shares = self.shares.iter().filter(|share| !share.read_only);
+        let images = self.disks.iter().filter_map(|disk| match disk {
+            DiskConfig::Image(image) if !image.read_only => image.path.parent(),
+            DiskConfig::Image(_) | DiskConfig::Empty(_) => None,
+        });
+        shares.map(|share| share.source.clone()).chain(images.map(PathBuf::from)).collect()
     }
 
     /// The name of the script's variable for this machine: what is no letter, digit or underscore

@@ -67,3 +67,108 @@ fn serial_lines_can_be_hidden() {
     });
     assert_eq!(log, "m # shown\n");
 }
+
+#[test]
+fn levels() {
+    let lines = |level| {
+        let buffer = Buffer::default();
+        let log = Logger::with_terminal(Box::new(buffer.clone()), false, level);
+        log.debug("debug");
+        drop(log.nested("step"));
+        log.serial("m", "line");
+        log.warning("careful");
+        log.error("bad");
+        let bytes = buffer.0.lock().expect("no panic while held").clone();
+        String::from_utf8(bytes).expect("only text was logged").lines().count()
+    };
+    let levels = ["debug", "info", "warning", "error"];
+    let counts = levels.map(|name| lines(name.parse().expect("a level")));
+    assert_eq!(counts, [6, 5, 2, 1]);
+    assert!("loud".parse::<Level>().expect_err("no level").contains("allowed: debug, info"));
+}
+
+/// What a log writes to a file.
+fn file(add: impl FnOnce(&Logger, &Path) -> io::Result<()>, act: impl FnOnce(&Logger)) -> String {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("log.xml");
+    let log = Logger::new(Box::new(io::sink()), false);
+    add(&log, &path).expect("the file can be made");
+    act(&log);
+    log.finish().expect("it can be written");
+    log.info("too late");
+    log.finish().expect("nothing to do");
+    std::fs::read_to_string(path).expect("it was written")
+}
+
+/// Takes out the digits of durations.
+fn timeless(text: &str) -> String {
+    let digits = regex::Regex::new(r"\d+\.\d+").expect("valid");
+    digits.replace_all(text, "T").into_owned()
+}
+
+#[test]
+fn an_xml_log() {
+    let xml = file(Logger::add_xml, |log| {
+        let step = log.for_machine("a").nested("run <x> & \"y\"");
+        log.show_serial(false);
+        log.serial("a", "ring\u{7} \u{fffe}");
+        log.error("one\ntwo");
+        drop(step);
+        std::mem::forget(log.nested("never ends"));
+    });
+    assert_eq!(
+        timeless(&xml),
+        "<?xml version=\"T\" encoding=\"utf-8\"?><logfile>\
+         <nest><head machine=\"a\">run &lt;x&gt; &amp; &quot;y&quot;</head>\
+         <line machine=\"a\" type=\"serial\">ring </line>\
+         <line type=\"error\">one</line><line type=\"error\">two</line>\
+         <line machine=\"a\">(finished: run &lt;x&gt; &amp; &quot;y&quot;, in T seconds)</line></nest>\
+         <nest><head>never ends</head></nest></logfile>"
+    );
+}
+
+#[test]
+fn a_junit_report() {
+    let xml = file(Logger::add_junit, |log| {
+        log.info("hello");
+        drop(log.subtest("good"));
+        let mut bad = log.subtest("bad");
+        log.serial("m", "oops");
+        bad.fail("1 != 2");
+        std::thread::sleep(Duration::from_millis(20));
+        drop(bad);
+        log.error("Traceback\nAssertionError");
+    });
+    let report = quick_junit::Report::deserialize_from_str(&xml).expect("a report");
+    assert_eq!((report.tests, report.failures), (3, 2));
+    let suite = &report.test_suites[0];
+    let cases: Vec<_> = suite.test_cases.iter().map(|case| case.name.as_str()).collect();
+    assert_eq!(cases, ["main", "good", "bad"]);
+    let bad = &suite.test_cases[2];
+    assert!(bad.time.expect("it was measured") >= Duration::from_millis(20));
+    assert!(bad.system_out.as_ref().expect("output").as_str().contains("m # oops\n"));
+    for part in ["Test &quot;bad&quot; failed with error: &quot;1 != 2&quot;", "AssertionError"] {
+        assert!(xml.contains(part), "{part} is not in {xml}");
+    }
+}
+
+#[test]
+fn a_log_file_that_cannot_be_written() {
+    let log = Logger::new(Box::new(io::sink()), false);
+    log.add_xml(Path::new("/no/such/log.xml")).expect_err("no such directory");
+    log.add_junit(Path::new("/no/such/junit.xml")).expect_err("no such directory");
+    log.add_xml(Path::new("/dev/full")).expect("it opens");
+    log.info("hello");
+    log.finish().expect_err("it is full");
+}
+
+#[test]
+fn a_reports_output_is_bounded() {
+    let xml = file(Logger::add_junit, |log| {
+        for _ in 0..60_000 {
+            log.info("ä".repeat(40));
+        }
+        log.info("last");
+    });
+    assert!(xml.len() < 3 * (1 << 20) && xml.contains("last"), "{} bytes", xml.len());
+}

@@ -152,6 +152,15 @@ impl Machine {
         &self.inner.node
     }
 
+    /// Whether it was made from these.
+    pub(crate) fn is_as(&self, node: &NodeConfig, source: &Source) -> bool {
+        let own = &self.inner.node;
+        // The driver gives a vsock to nodes that say none.
+        let vsock = node.vsock.is_none() || node.vsock == own.vsock;
+        let node = NodeConfig { vsock: own.vsock.clone(), ..node.clone() };
+        vsock && node == *own && *source == self.inner.source
+    }
+
     /// The directory of its own state, removed when the run ends.
     #[must_use]
     pub fn state_dir(&self) -> &Path {

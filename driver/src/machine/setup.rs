@@ -17,7 +17,7 @@ use crate::error::{MachineError, Result};
 use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
 
 /// Where a machine's description comes from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
     /// A test's file; it is complete.
     Node(Boot),
@@ -37,9 +37,11 @@ impl Source {
             Self::File(file) => file,
         };
         let variables = dirs.variables();
-        let node = file
+        let backdoor = &node.vsock;
+        let mut node = file
             .node(node.number, &variables, &dirs.base)
             .map_err(|error| start_error(error.into()))?;
+        node.vsock = node.vsock.or_else(|| backdoor.clone());
         let boot = Boot::new(&node, None, &[])
             .ok_or_else(|| start_error("its file names no kernel".into()))?;
         Ok(Box::new((node, boot)))
@@ -47,7 +49,7 @@ impl Source {
 }
 
 /// What a machine boots.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Boot {
     kernel: PathBuf,
     initrd: Vec<PathBuf>,

@@ -1,5 +1,6 @@
 //! A run and its networks, in Python.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,18 +13,88 @@ use super::errors::exception;
 use super::log::PyLogger;
 use super::machine::PyMachine;
 use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
-use crate::config::TestConfig;
+use crate::config::{ConfigError, MachineFile, TestConfig};
 use crate::driver::{Driver, DriverOptions};
 use crate::error::{MachineError, chain};
 use crate::kit::{self, Kit};
+use crate::scratch::StatePlace;
 use crate::vlan::Vlan;
 
-/// A test run.
-#[pyclass(frozen, name = "Driver", module = "firn")]
-pub(super) struct PyDriver {
-    driver: Arc<Driver>,
-    test: TestConfig,
+/// What a test consists of, as data.
+#[pyclass(frozen, name = "Test", module = "firn._firn")]
+pub(super) struct PyTest(TestConfig);
+
+#[pymethods]
+impl PyTest {
+    /// A test in a TOML file.
+    #[staticmethod]
+    fn from_toml_file(path: PathBuf) -> PyResult<Self> {
+        TestConfig::from_toml_file(&path).map(Self).map_err(|e| senseless(&e))
+    }
+
+    /// A test as the NixOS test framework describes it.
+    #[staticmethod]
+    fn from_driver_file(path: PathBuf) -> PyResult<Self> {
+        TestConfig::from_driver_file(&path).map(Self).map_err(|e| senseless(&e))
+    }
+
+    /// A test of machine files.
+    #[staticmethod]
+    fn from_start_scripts(
+        scripts: Vec<PathBuf>,
+        vlans: Vec<u8>,
+        test_script: PathBuf,
+    ) -> PyResult<Self> {
+        let files = scripts.iter().map(|path| MachineFile::read(path)).collect::<Result<_, _>>();
+        files
+            .and_then(|files| TestConfig::from_files(files, vlans, &test_script))
+            .map(Self)
+            .map_err(|e| senseless(&e))
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The script's text, its file, and the line of the file on which it begins.
+    #[getter]
+    fn script(&self) -> (&str, PathBuf, usize) {
+        let script = &self.0.script;
+        (&script.text, script.file.clone(), script.line)
+    }
+
+    #[getter]
+    fn global_timeout(&self) -> Option<f64> {
+        self.0.global_timeout.map(|time| time.as_secs_f64())
+    }
+
+    #[getter]
+    fn ssh_backdoor(&self) -> bool {
+        self.0.vsock_offset.is_some()
+    }
+
+    /// The names of the script's variables for the machines.
+    #[getter]
+    fn variables(&self) -> Vec<String> {
+        self.0.variables()
+    }
+
+    #[getter]
+    fn vlans(&self) -> Vec<u8> {
+        self.0.vlans()
+    }
+
+    /// The directories of the host that its guests may write to, as far as they are there already.
+    #[getter]
+    fn writable(&self) -> Vec<PathBuf> {
+        self.0.writable()
+    }
 }
+
+/// A test run.
+#[pyclass(frozen, name = "Run", module = "firn._firn")]
+pub(super) struct PyRun(Arc<Driver>);
 
 /// A network.
 #[pyclass(frozen, name = "VLan", module = "firn")]
@@ -42,92 +113,147 @@ impl PyVlan {
 }
 
 #[pymethods]
-impl PyDriver {
+impl PyRun {
     #[new]
-    #[pyo3(signature = (test_file, out_dir = PathBuf::from("."), kit_dirs = Vec::new()))]
+    #[pyo3(signature = (test, log, out_dir, kit_dirs = Vec::new(), named_state = false, keep_state = false, vsock_offset = None))]
+    #[expect(clippy::too_many_arguments, reason = "Python calls it by keywords")]
     fn new(
         py: Python<'_>,
-        test_file: PathBuf,
+        test: &PyTest,
+        log: &PyLogger,
         out_dir: PathBuf,
         kit_dirs: Vec<PathBuf>,
+        named_state: bool,
+        keep_state: bool,
+        vsock_offset: Option<u32>,
     ) -> PyResult<Self> {
-        let test =
-            TestConfig::from_toml_file(&test_file).map_err(|e| PyValueError::new_err(chain(&e)))?;
-        let mut kits = Vec::new();
-        for dir in kit_dirs {
-            kits.push(open_kit(dir).map_err(|e| exception(py, &e.into()))?);
-        }
-        for name in Driver::kits_needed(&test) {
-            if !kits.iter().any(|kit| kit.manifest.kit == name.as_str()) {
-                let found = py.detach(|| kit::lookup(name));
-                kits.extend(
-                    found.map_err(|e| exception(py, &MachineError::Usage(chain(&e)).into()))?,
-                );
-            }
-        }
-        let options = DriverOptions { kits, out_dir, ..DriverOptions::default() };
+        let kits = kits_for(py, test, kit_dirs)?;
+        let state = match named_state || keep_state {
+            true => StatePlace::Named { keep: keep_state },
+            false => StatePlace::New,
+        };
+        let options =
+            DriverOptions { kits, out_dir, log: log.0.clone(), state, ..DriverOptions::default() };
+        let mut test = test.0.clone();
+        test.vsock_offset = vsock_offset.or(test.vsock_offset);
         let driver = Driver::new(&test, options).map_err(|e| exception(py, &e))?;
-        Ok(Self { driver: Arc::new(driver), test })
-    }
-
-    #[getter]
-    fn name(&self) -> &str {
-        &self.test.name
-    }
-
-    /// The script's text, its file, and the line of the file on which it begins.
-    #[getter]
-    fn script(&self) -> (&str, PathBuf, usize) {
-        let script = &self.test.script;
-        (&script.text, script.file.clone(), script.line)
-    }
-
-    #[getter]
-    fn global_timeout(&self) -> Option<f64> {
-        self.test.global_timeout.map(|time| time.as_secs_f64())
+        Ok(Self(Arc::new(driver)))
     }
 
     #[getter]
     fn machines(&self) -> Vec<PyMachine> {
-        self.driver.machines().iter().cloned().map(PyMachine).collect()
+        self.0.machines().iter().cloned().map(PyMachine).collect()
     }
 
     #[getter]
     fn vlans(&self) -> Vec<PyVlan> {
-        self.driver.vlans().iter().cloned().map(PyVlan).collect()
-    }
-
-    #[getter]
-    fn logger(&self) -> PyLogger {
-        PyLogger(self.driver.logger().clone())
+        self.0.vlans().iter().cloned().map(PyVlan).collect()
     }
 
     #[getter]
     fn state_dir(&self) -> Option<PathBuf> {
-        self.driver.state_dir()
+        self.0.state_dir()
+    }
+
+    /// Where the host reaches the machines' vsock ports, by the machines' names.
+    #[getter]
+    fn vsock_sockets(&self) -> HashMap<String, PathBuf> {
+        let socket = |machine: &crate::Machine| {
+            let vsock = machine.config().vsock.as_ref()?;
+            Some((machine.name().to_owned(), vsock.socket.clone()))
+        };
+        self.0.all_machines().iter().filter_map(socket).collect()
+    }
+
+    /// Makes a machine of a machine file.
+    #[pyo3(signature = (start_script, name = None, keep_state = false))]
+    fn create_machine(
+        &self,
+        py: Python<'_>,
+        start_script: PathBuf,
+        name: Option<&str>,
+        keep_state: bool,
+    ) -> PyResult<PyMachine> {
+        let file = MachineFile::read(&start_script).map_err(|e| senseless(&e))?;
+        self.create(py, file, name, keep_state)
+    }
+
+    /// Makes a machine of a machine file's JSON.
+    #[pyo3(signature = (json, name = None, keep_state = false))]
+    fn create_machine_of_json(
+        &self,
+        py: Python<'_>,
+        json: &str,
+        name: Option<&str>,
+        keep_state: bool,
+    ) -> PyResult<PyMachine> {
+        let file =
+            MachineFile::parse(json, "create_machine".as_ref()).map_err(|e| senseless(&e))?;
+        self.create(py, file, name, keep_state)
     }
 
     fn start_all(&self, py: Python<'_>) -> PyResult<()> {
-        wait(py, self.driver.start_all())
+        wait(py, self.0.start_all())
     }
 
     fn join_all(&self, py: Python<'_>) -> PyResult<()> {
-        wait(py, self.driver.join_all())
+        wait(py, self.0.join_all())
     }
 
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
-        wait(py, self.driver.sync())
+        wait(py, self.0.sync())
+    }
+
+    /// The run of a changed test in the place of this one.
+    #[pyo3(signature = (test, kit_dirs = Vec::new()))]
+    fn replace(&self, py: Python<'_>, test: &PyTest, kit_dirs: Vec<PathBuf>) -> PyResult<Self> {
+        let kits = kits_for(py, test, kit_dirs)?;
+        Ok(Self(Arc::new(wait(py, self.0.replace(&test.0, &kits))?)))
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        wait_through_signals(py, self.driver.close())
+        wait_through_signals(py, self.0.close())
     }
 
     /// After `timeout` everything is ended, and this process by SIGTERM.
     fn terminate_after(&self, timeout: Timeout) -> PyResult<()> {
-        runtime()?.spawn(terminate(Arc::clone(&self.driver), timeout.0));
+        runtime()?.spawn(terminate(Arc::clone(&self.0), timeout.0));
         Ok(())
     }
+}
+
+impl PyRun {
+    fn create(
+        &self,
+        py: Python<'_>,
+        mut file: MachineFile,
+        name: Option<&str>,
+        keep_state: bool,
+    ) -> PyResult<PyMachine> {
+        if let Some(name) = name {
+            file.rename(name).map_err(|e| senseless(&e))?;
+        }
+        let made = self.0.create_machine(file, keep_state);
+        made.map(PyMachine).map_err(|e| exception(py, &e))
+    }
+}
+
+/// What somebody wrote makes no sense.
+fn senseless(error: &ConfigError) -> PyErr {
+    PyValueError::new_err(chain(error))
+}
+
+/// The kits that a test needs: those in `dirs`, others from the cache.
+fn kits_for(py: Python<'_>, test: &PyTest, dirs: Vec<PathBuf>) -> PyResult<Vec<Kit>> {
+    let opened = dirs.into_iter().map(open_kit).collect::<Result<Vec<_>, _>>();
+    let mut kits = opened.map_err(|e| exception(py, &e.into()))?;
+    for name in Driver::kits_needed(&test.0) {
+        if !kits.iter().any(|kit| kit.manifest.kit == name.as_str()) {
+            let found = py.detach(|| kit::lookup(name));
+            kits.extend(found.map_err(|e| exception(py, &MachineError::Usage(chain(&e)).into()))?);
+        }
+    }
+    Ok(kits)
 }
 
 /// The kit in `dir`.
@@ -142,10 +268,12 @@ fn open_kit(dir: PathBuf) -> Result<Kit, MachineError> {
 async fn terminate(driver: Arc<Driver>, timeout: Duration) {
     tokio::time::sleep(timeout).await;
     hold_waiters();
-    driver
-        .logger()
-        .error(format_args!("Timeout of {} seconds reached, exiting", timeout.as_secs_f64()));
+    let log = driver.logger();
+    log.error(format_args!("Timeout of {} seconds reached, exiting", timeout.as_secs_f64()));
     driver.close().await;
+    if let Err(error) = log.finish() {
+        log.error(format_args!("the log's files are incomplete: {error}"));
+    }
     // Does not return for a signal whose default is to end the process.
     let _ = signal_hook::low_level::emulate_default_handler(signal_hook::consts::SIGTERM);
 }

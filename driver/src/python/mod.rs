@@ -7,6 +7,7 @@
 
 use pyo3::prelude::*;
 
+mod accel;
 mod driver;
 mod duration;
 mod errors;
@@ -18,7 +19,9 @@ mod wait;
 #[pymodule(name = "_firn")]
 mod module {
     #[pymodule_export]
-    use super::driver::{PyDriver, PyVlan};
+    use super::accel::in_carrier_if_needed;
+    #[pymodule_export]
+    use super::driver::{PyRun, PyTest, PyVlan};
     #[pymodule_export]
     use super::log::{PyLogger, PyStep};
     #[pymodule_export]

@@ -111,33 +111,41 @@ pub(super) fn hold_waiters() {
     ENDING.store(true, Ordering::Release);
 }
 
-/// Lets Python's own signal handling interrupt waits. Does nothing outside of the main thread, where Python
-/// runs no handlers.
+/// Lets Python's own signal handling interrupt waits; once more, if somebody else has used its descriptor meanwhile.
+/// Does nothing outside of the main thread, where Python runs no handlers.
 #[pyfunction]
 pub(super) fn interrupt_waits_by_signals(py: Python<'_>) -> PyResult<()> {
-    let (ours, pythons) = UnixStream::pair()?;
-    ours.set_nonblocking(true)?;
-    pythons.set_nonblocking(true)?;
+    static PYTHONS: OnceLock<UnixStream> = OnceLock::new();
+    let pythons = match PYTHONS.get() {
+        Some(pythons) => pythons,
+        None => {
+            let (ours, pythons) = UnixStream::pair()?;
+            ours.set_nonblocking(true)?;
+            pythons.set_nonblocking(true)?;
+            runtime()?.spawn(announce_signals(ours));
+            // Python writes a byte for each signal as long as the process lives.
+            PYTHONS.get_or_init(|| pythons)
+        }
+    };
     let set = py.import("signal")?.getattr("set_wakeup_fd")?;
     match set.call1((pythons.as_raw_fd(),)) {
-        Err(error) if error.is_instance_of::<PyValueError>(py) => return Ok(()),
-        other => other?,
-    };
-    // Python writes a byte for each signal as long as the process lives.
-    std::mem::forget(pythons);
+        Err(error) if error.is_instance_of::<PyValueError>(py) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+/// Wakes the waits for each byte that Python writes.
+async fn announce_signals(ours: UnixStream) {
     let signals = SIGNALS.get_or_init(watch::Sender::default);
-    runtime()?.spawn(async move {
-        let mut bytes = [0; 64];
-        let Ok(mut ours) = tokio::net::UnixStream::from_std(ours) else { return };
-        loop {
-            match ours.read(&mut bytes).await {
-                Ok(1..) => {
-                    signals.send_replace(());
-                }
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Ok(0) | Err(_) => return,
+    let mut bytes = [0; 64];
+    let Ok(mut ours) = tokio::net::UnixStream::from_std(ours) else { return };
+    loop {
+        match ours.read(&mut bytes).await {
+            Ok(1..) => {
+                signals.send_replace(());
             }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Ok(0) | Err(_) => return,
         }
-    });
-    Ok(())
+    }
 }

@@ -1,0 +1,282 @@
+"""A test run as its script sees it: the names, how the script is run, how its errors are shown."""
+
+import ast
+import json
+import linecache
+import os
+import shlex
+import time
+import traceback
+import unittest
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import SimpleNamespace
+
+from firn._firn import Logger, Machine, Run, Test, VLan
+from firn.debug import DebugAbstract, DebugNop
+from firn.duration import Duration, seconds
+from firn.errors import RequestedAssertionFailed
+from firn.machine import BaseMachine, NspawnMachine
+from firn.polling import Check, Decorator, PollingCondition
+from firn.retry import retry
+
+
+class ScriptFailed(Exception):
+    """The script raised; what and where is in the log already."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a test is run."""
+
+    out_dir: Path = Path()
+    kit_dirs: Sequence[Path] = ()
+    #: Replaces the test's own.
+    global_timeout: Duration | None = None
+    #: Keep state below TMPDIR by the machines' names, as NixOS tests have it.
+    named_state: bool = False
+    keep_machine_state: bool = False
+    #: Let every machine be entered by ssh over vsock; CIDs are this and the machines' numbers.
+    vsock_offset: int | None = None
+
+
+class VhostVsock:
+    """How programs of the host reach the guests' vsock ports."""
+
+    def __init__(self, sockets: Mapping[str, Path]) -> None:
+        """Take the host's sockets, by the machines' names."""
+        self.sockets = {name: SimpleNamespace(host=path) for name, path in sockets.items()}
+
+
+class Driver:
+    """A test run: its machines, networks and script."""
+
+    def __init__(
+        self,
+        test: Test,
+        log: Logger | None = None,
+        settings: Settings | None = None,
+        debug: DebugAbstract | None = None,
+    ) -> None:
+        """Make the machines and networks of a test; starts none."""
+        self.test = test
+        self.logger = log or Logger()
+        self.settings = settings or Settings()
+        self.debug = debug or DebugNop()
+        limit = self.settings.global_timeout
+        self.global_timeout = test.global_timeout if limit is None else seconds(limit)
+        self.polling_condition = Decorator(self.logger)
+        self._run = Run(
+            test,
+            self.logger,
+            self.settings.out_dir,
+            kit_dirs=self.settings.kit_dirs,
+            named_state=self.settings.named_state,
+            keep_state=self.settings.keep_machine_state,
+            vsock_offset=self.settings.vsock_offset,
+        )
+        self.machines: list[Machine] = []
+        self.machines_qemu = self.machines
+        self.machines_nspawn: list[NspawnMachine] = []
+        self.vlans: list[VLan] = []
+        self.names: dict[str, object] = {}
+        self._take_over()
+        if test.ssh_backdoor or self.settings.vsock_offset is not None:
+            self._show_backdoor()
+
+    def _take_over(self) -> None:
+        """Take the names from the run and the script from the test."""
+        self.machines[:] = self._run.machines
+        self.vlans[:] = self._run.vlans
+        text, file, line = self.test.script
+        self.file = str(file)
+        # Line numbers are those of the file, of which the script may be a part.
+        self.text = "\n" * (line - 1) + text
+        lines = self.text.splitlines(keepends=True)
+        linecache.cache[self.file] = (len(self.text), None, lines, self.file)
+        self.names.update(self.test_symbols())
+
+    def _show_backdoor(self) -> None:
+        self.logger.info("SSH backdoor enabled, the machines can be accessed like this:")
+        for name, socket in sorted(self._run.vsock_sockets.items()):
+            self.logger.info(f"    {name}:  ssh -o User=root vsock-mux/{socket}")
+
+    @property
+    def out_dir(self) -> Path:
+        """Where files that the user keeps go."""
+        return self.settings.out_dir
+
+    @property
+    def state_dir(self) -> Path | None:
+        """Where the run keeps its state, as long as it lasts."""
+        return self._run.state_dir
+
+    @property
+    def vhost_vsock(self) -> VhostVsock:
+        """How programs of the host reach the guests' vsock ports."""
+        return VhostVsock(self._run.vsock_sockets)
+
+    def test_symbols(self) -> dict[str, object]:
+        """Give the names that the script can use, and what they stand for."""
+        names: dict[str, object] = {
+            "__name__": "__test__",
+            "__file__": self.file,
+            "BaseMachine": BaseMachine,
+            "create_machine": self.create_machine,
+            "debug": self.debug,
+            "driver": self,
+            "join_all": self.join_all,
+            "log": self.logger,
+            "machines": self.machines,
+            "machines_nspawn": self.machines_nspawn,
+            "machines_qemu": self.machines_qemu,
+            "os": os,
+            "polling_condition": self.polling_condition,
+            "retry": retry,
+            "run_tests": self.run_tests,
+            "serial_stdout_off": self.serial_stdout_off,
+            "serial_stdout_on": self.serial_stdout_on,
+            "start_all": self.start_all,
+            "subtest": self.subtest,
+            "t": Case(),
+            "test_script": self.test_script,
+            "vlans": self.vlans,
+        }
+        names.update({f"vlan{vlan.nr}": vlan for vlan in self.vlans})
+        if len(self.machines) == 1:
+            names["machine"] = self.machines[0]
+        names.update({machine.variable: machine for machine in self.machines})
+        return names
+
+    def start_all(self) -> None:
+        """Start all machines; does not wait for the guests to come up."""
+        self._run.start_all()
+
+    def join_all(self) -> None:
+        """Wait until all machines have powered off."""
+        self._run.join_all()
+
+    def serial_stdout_on(self) -> None:
+        """Show what guests print on their consoles."""
+        self.logger.print_serial_logs(True)
+
+    def serial_stdout_off(self) -> None:
+        """Hide what guests print on their consoles."""
+        self.logger.print_serial_logs(False)
+
+    def subtest(self, name: str) -> AbstractContextManager[None]:
+        """Group what happens inside: a step in the log, a case in the report."""
+        return self.logger.subtest(name)
+
+    def create_machine(
+        self,
+        start_command_or_config: str | PathLike[str] | dict[str, object],
+        *,
+        name: str | None = None,
+        keep_machine_state: bool = False,
+    ) -> Machine:
+        """Make a machine: of the path of a machine file, or of the content of one."""
+        made_of = start_command_or_config
+        if isinstance(made_of, dict) and "startCommand" in made_of:
+            options = dict(made_of)
+            made_of = str(options.pop("startCommand"))
+            given = options.pop("name", None)
+            name = name if given is None else str(given)
+            keep_machine_state |= bool(options.pop("keep_vm_state", False))
+            if options:
+                raise TypeError(f"create_machine does not know {', '.join(map(repr, options))}")
+        if isinstance(made_of, dict):
+            return self._run.create_machine_of_json(
+                json.dumps(made_of), name=name, keep_state=keep_machine_state
+            )
+        words = shlex.split(made_of) if isinstance(made_of, str) else [os.fspath(made_of)]
+        if len(words) != 1:
+            raise ValueError(
+                f"{made_of!r} cannot start a machine: give the path of a firn machine file, "
+                "without arguments"
+            )
+        return self._run.create_machine(words[0], name=name, keep_state=keep_machine_state)
+
+    def test_script(self) -> None:
+        """Run the script."""
+        with self.logger.nested("run the VM test script"):
+            self._exec()
+
+    def run_tests(self) -> None:
+        """Run the script within the global timeout, then sync the machines that are up."""
+        self.logger.info(
+            "Machines and names of the script: "
+            + ", ".join(name for name in self.names if not name.startswith("_"))
+        )
+        if self.global_timeout is not None:
+            self.logger.info(f"Test will time out and terminate in {self.global_timeout:g} seconds")
+            self._run.terminate_after(self.global_timeout)
+        began = time.monotonic()
+        self.test_script()
+        self.logger.info(f"test script finished in {time.monotonic() - began:.2f}s")
+        self._run.sync()
+
+    def replace(self, test: Test) -> None:
+        """Go on with a changed test: machines that it does not change go on as they are."""
+        self._run = self._run.replace(test, self.settings.kit_dirs)
+        before = set(self.names)
+        self.test = test
+        self._take_over()
+        for name in before - set(self.test_symbols()):
+            if isinstance(self.names[name], Machine | VLan):
+                del self.names[name]
+
+    def close(self) -> None:
+        """End all machines and remove their state, unless it is kept."""
+        self.debug.close()
+        self._run.close()
+
+    def _exec(self) -> None:
+        try:
+            tree = ast.parse(self.text, self.file)
+            self._warn_of_alias(tree)
+            exec(compile(tree, self.file, "exec"), self.names)
+        except Exception as error:
+            self.logger.error("\n".join(self._describe(error)))
+            self.debug.breakpoint()
+            raise ScriptFailed from error
+
+    def _warn_of_alias(self, tree: ast.AST) -> None:
+        """Warn if the script calls its only machine `machine`, and that is not its name."""
+        if len(self.machines) != 1 or self.machines[0].variable == "machine":
+            return
+        uses = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "machine"
+        ]
+        if uses and all(isinstance(node.ctx, ast.Load) for node in uses):
+            self.logger.warning(
+                f"line {uses[0].lineno}: the script says `machine` for the machine "
+                f"`{self.machines[0].variable}`: better use its name"
+            )
+
+    def _describe(self, error: Exception) -> Iterator[str]:
+        """Show an error with the script's own frames; its author did not write the others."""
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == self.file
+        ]
+        if frames:
+            yield "Traceback (most recent call last):"
+            yield from "".join(traceback.format_list(frames)).splitlines()
+        elif not isinstance(error, SyntaxError):
+            yield from "".join(traceback.format_tb(error.__traceback__)).splitlines()
+        text = "".join(traceback.format_exception_only(error))
+        yield from text.removeprefix("firn.errors.").splitlines()
+
+
+class Case(unittest.TestCase):
+    """The script's `t`: its methods assert."""
+
+    failureException = RequestedAssertionFailed
+
+
+__all__ = ["Case", "Check", "Driver", "PollingCondition", "ScriptFailed", "Settings", "VhostVsock"]

@@ -1,0 +1,65 @@
+"""A prompt at which people drive the machines themselves."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from firn._firn import Test, interrupt_waits_by_signals
+from firn.driver import Driver, ScriptFailed
+from firn.errors import MachineError
+
+#: What was typed, in the directory where the driver runs.
+HISTORY = ".nixos-test-history"
+
+
+class Rebuild:
+    """The prompt's `rebuild`."""
+
+    def __init__(self, driver: Driver, load: Callable[[Path | None], Test]) -> None:
+        """Take how the test is read."""
+        self._driver = driver
+        self._load = load
+
+    def __call__(self, command: str) -> None:
+        """Run a shell command, load the configuration anew, and restart what has changed.
+
+        If the last line that the command prints is the path of a file, that is the configuration
+        from now on; otherwise the file is read again that the driver was started with.
+        """
+        with self._driver.logger.nested(f"rebuild: {command}"):
+            done = subprocess.run(command, shell=True, check=False, stdout=subprocess.PIPE)
+            text = done.stdout.decode(errors="replace")
+            print(text, end="")
+            if done.returncode != 0:
+                raise MachineError(f"`{command}` failed (exit code {done.returncode})")
+            last = Path((text.strip().splitlines() or [""])[-1])
+            self._driver.replace(self._load(last if last.is_file() else None))
+
+
+def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
+    """Give a prompt with the script's names; returns when the person leaves it."""
+    try:
+        from IPython.terminal.interactiveshell import (  # noqa: PLC0415 - optional, and slow
+            TerminalInteractiveShell,
+        )
+        from traitlets.config import Config  # noqa: PLC0415 - comes with IPython
+    except ImportError as error:
+        raise MachineError(
+            f"the interactive mode needs IPython ({error}): pip install ipython"
+        ) from None
+    driver.names["rebuild"] = Rebuild(driver, load)
+    config = Config()
+    config.HistoryManager.hist_file = HISTORY
+    config.TerminalInteractiveShell.confirm_exit = False
+    config.TerminalInteractiveShell.term_title = False
+    shell: Any = TerminalInteractiveShell.instance(config=config, user_ns=driver.names)
+    # A script that fails has said so.
+    shell.set_custom_exc((ScriptFailed,), lambda *_: None)
+    # The prompt uses the way by which waits hear of Ctrl-C itself.
+    shell.events.register("pre_run_cell", lambda _info: interrupt_waits_by_signals())
+    names = sorted(name for name in driver.test_symbols() if not name.startswith("_"))
+    print("The names of the script, which you can use too:")
+    print("   ", ", ".join([*names, "rebuild"]))
+    print("test_script() runs the script, start_all() starts all machines, Ctrl-D ends them.")
+    shell.mainloop()

@@ -1,0 +1,5 @@
+"""A test run."""
+
+from firn.driver import Driver
+
+__all__ = ["Driver"]

@@ -1,0 +1,5 @@
+"""The log."""
+
+from firn.logger import AbstractLogger, CompositeLogger
+
+__all__ = ["AbstractLogger", "CompositeLogger"]

@@ -1,0 +1,5 @@
+"""Conditions that have to hold while a part of a script runs."""
+
+from firn.polling import PollingCondition
+
+__all__ = ["PollingCondition"]

@@ -1,0 +1,5 @@
+"""Networks."""
+
+from firn._firn import VLan
+
+__all__ = ["VLan"]

@@ -1,0 +1,473 @@
+"""`nixos-test-driver` as a process, with machines that cannot boot."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from pathlib import Path
+
+import pexpect
+
+BIN = Path(sys.executable).parent
+DRIVER = str(BIN / "nixos-test-driver")
+
+
+class NixosTestDriver(unittest.TestCase):
+    """Each test has a directory of its own, in which runs keep their state."""
+
+    def setUp(self) -> None:
+        """Make the directory, and hear of Ctrl-C."""
+        self.addCleanup(
+            signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)
+        )
+        temp = tempfile.TemporaryDirectory()
+        self.addCleanup(temp.cleanup)
+        self.dir = Path(temp.name)
+        self.state = self.dir / "state"
+        self.out = self.dir / "out"
+        for directory in (self.state, self.out):
+            directory.mkdir()
+        self.script = self.dir / "test-script"
+
+    def machine(self, name: str, **fields: object) -> Path:
+        """Write a machine file whose kernel is none."""
+        path = self.dir / f"run-{name}-vm"
+        spec: dict[str, object] = {"firn": 1, "name": name, "kernel": str(self.script)} | fields
+        path.write_text(f"#!{BIN}/firn run\n{json.dumps(spec)}\n")
+        path.chmod(0o755)
+        return path
+
+    def config(self, script: str, machines: tuple[str, ...] = ("machine",), **more: object) -> str:
+        """Write a configuration, and answer its path."""
+        self.script.write_text(script)
+        vms = {name: {"name": name, "start_script": str(self.machine(name))} for name in machines}
+        base: dict[str, object] = {"vms": vms, "containers": {}, "vlans": [1]}
+        path = self.dir / "config.json"
+        path.write_text(json.dumps(base | {"test_script": str(self.script)} | more))
+        return str(path)
+
+    def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Give the environment of a driver."""
+        return {**os.environ, "TMPDIR": str(self.state), **(more or {})}
+
+    def spawn(
+        self, *arguments: str, env: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[str]":
+        """Start the driver."""
+        return subprocess.Popen(
+            [DRIVER, "--accel", "none", "-o", str(self.out), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment(env),
+            cwd=self.dir,
+        )
+
+    def drive(self, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+        """Run the driver to its end; nothing may be left of it."""
+        with self.spawn(*arguments, env=env) as process:
+            out, err = process.communicate(timeout=60)
+        left = [path.name for path in self.state.iterdir() if not path.name.startswith("kept")]
+        self.assertEqual(left, [], "the run has left something behind")
+        return process.returncode, out, err
+
+    def run_script(self, script: str, *arguments: str) -> tuple[int, str, str]:
+        """Run a script with one machine, called `machine`."""
+        return self.drive("--config", self.config(script), *arguments)
+
+    def test_names(self) -> None:
+        """A script has its names, and no others."""
+        script = (
+            "print(sorted(n for n in globals() if not n.startswith('_')))\n"
+            "print(machines == machines_qemu, machines_nspawn, a_b is machines[0], vlan1.nr)\n"
+            "print(isinstance(a_b, BaseMachine), driver.machines == machines)\n"
+            "print(a_b.state_dir, a_b.shared_dir, a_b.out_dir)\n"
+            "assert os.path.isdir(a_b.state_dir) and os.path.isdir(a_b.shared_dir)\n"
+        )
+        status, out, err = self.drive("--config", self.config(script, ("a-b", "c")))
+        self.assertEqual(status, 0, err)
+        names, lists, classes, places = out.splitlines()
+        subprocess.run([BIN / "generate-driver-symbols"], cwd=self.dir, check=True)
+        symbols = (self.dir / "driver-symbols").read_text().split(",")
+        self.assertEqual(names, str(sorted([*symbols, "a_b", "c", "vlan1"])))
+        self.assertEqual((lists, classes), ("True [] True 1", "True True"))
+        self.assertEqual(places, f"{self.state}/vm-state-a-b {self.state}/shared-xchg {self.out}")
+
+    def test_alias(self) -> None:
+        """The only machine is `machine` too, and a script that says so is warned."""
+        script = "print(machine is server)\nmachine.shutdown()"
+        status, out, err = self.drive("--config", self.config(script, ("server",)))
+        self.assertEqual((status, out), (0, "True\n"))
+        self.assertIn("warning: line 1: the script says `machine` for the machine `server`", err)
+        for quiet in ("server.shutdown()", "machine = server\nmachine.shutdown()"):
+            _, _, err = self.drive("--config", self.config(quiet, ("server",)))
+            self.assertNotIn("warning", err)
+        status, _, err = self.drive("--config", self.config("machine", ("a", "b")))
+        self.assertEqual(status, 1)
+        self.assertIn("NameError: name 'machine' is not defined", err)
+
+    def test_failures(self) -> None:
+        """A script that fails ends with 1; one that exits, with what it says."""
+        for script, status, said in [
+            ("raise ValueError('no')", 1, "!!! ValueError: no"),
+            ("if x\n", 1, "!!! SyntaxError: expected ':'"),
+            ("t.assertIn(1, [2])", 1, "!!! RequestedAssertionFailed: 1 not found in [2]"),
+            ("import sys\nsys.exit(3)", 3, "cleanup"),
+            ("import sys\nsys.exit(0)", 0, "cleanup"),
+        ]:
+            answer = self.run_script(script)
+            self.assertEqual(answer[0], status, answer[2])
+            self.assertIn(said, answer[2])
+
+    def test_bad_configuration(self) -> None:
+        """What is wrong is said, with its file."""
+        qemu = self.dir / "qemu"
+        qemu.write_text("#!/bin/sh\nexec qemu-system-x86_64 -m 1024\n")
+        config = self.config("pass", vms={"a": {"start_script": str(qemu)}})
+        status, _, err = self.drive("--config", config)
+        self.assertEqual(status, 1)
+        self.assertIn(f"{qemu} is no machine file of firn, it is a start script for QEMU", err)
+        status, _, err = self.drive("--config", self.config("pass", containers={"c": {}}))
+        self.assertEqual(status, 1)
+        self.assertIn("`containers.c`: containers are not there yet", err)
+        status, _, err = self.drive("--config", "/no/such/file")
+        self.assertEqual(status, 1)
+        self.assertIn("/no/such/file", err)
+
+    def test_usage(self) -> None:
+        """A wrong command line ends with 2 and says why."""
+        config = self.config("pass")
+        for arguments, said in [
+            (("-o", "/no/such"), "/no/such is not a directory"),
+            (("-o", "/proc"), "/proc is not a writable directory"),
+            (("--log-level", "loud"), "invalid choice: 'loud'"),
+            (("--global-timeout", "x"), "invalid float"),
+            (("--no-such-flag",), "unrecognized arguments"),
+        ]:
+            status, _, err = self.drive("--config", config, *arguments)
+            self.assertEqual(status, 2, err)
+            self.assertIn(said, err)
+        status, _, err = self.drive()
+        self.assertEqual(status, 2)
+        self.assertIn("give --config FILE, or a test script", err)
+        run = subprocess.run([BIN / "run-nixos-test", "--help"], capture_output=True, check=True)
+        self.assertIn(b"--keep-vm-state", run.stdout)
+
+    def test_without_configuration(self) -> None:
+        """The older form: machines and script one by one, or in the environment."""
+        self.script.write_text("print([m.name for m in machines], [v.nr for v in vlans])")
+        scripts = [str(self.machine(name)) for name in ("b", "a")]
+        expected = (0, "['a', 'b'] [2, 7]\n")
+        answer = self.drive(
+            "--vlans", "7", "2", "--start-scripts", *scripts, "--", str(self.script)
+        )
+        self.assertEqual(answer[:2], expected, answer[2])
+        environment = {
+            "startScripts": " ".join(scripts),
+            "vlans": "2 7",
+            "testScript": str(self.script),
+        }
+        self.assertEqual(self.drive(env=environment)[:2], expected)
+        self.script.write_text("while True: pass")
+        status, _, err = self.drive(env=environment | {"globalTimeout": "0.5"})
+        self.assertEqual(status, -signal.SIGTERM, err)
+
+    def test_global_timeout(self) -> None:
+        """It ends everything, and the report is there all the same."""
+        script = "with subtest('slow'):\n    while True: pass\n"
+        config = self.config(script, global_timeout=0.5)
+        status, _, err = self.drive("--config", config, "--junit-xml", "junit.xml")
+        self.assertEqual(status, -signal.SIGTERM)
+        self.assertIn("!!! Timeout of 0.5 seconds reached, exiting\n", err)
+        report = ET.parse(self.out / "junit.xml").getroot()
+        slow = report.find(".//testcase[@name='slow']")
+        assert slow is not None
+        self.assertGreater(float(slow.get("time", "0")), 0.4)
+        self.assertIsNotNone(slow.find("failure"))
+
+    def test_reports(self) -> None:
+        """JUnit has a case for each subtest; LOGFILE has it all in XML."""
+        script = (
+            "with subtest('good'):\n    log.info('fine')\n"
+            "with subtest('bad'):\n    t.fail('for <this>')\n"
+        )
+        log = self.dir / "log.xml"
+        config = self.config(script)
+        arguments = ("--config", config, "--junit-xml", "junit.xml")
+        self.assertEqual(self.drive(*arguments, env={"LOGFILE": str(log)})[0], 1)
+        report = ET.parse(self.out / "junit.xml").getroot()
+        failed = {
+            case.get("name"): case.find("failure") is not None for case in report.iter("testcase")
+        }
+        self.assertEqual(failed, {"main": True, "good": False, "bad": True})
+        nest = ET.parse(log).getroot().find(".//nest[head='subtest: bad']")
+        assert nest is not None
+        error = nest.find("line[@type='error']")
+        assert error is not None
+        self.assertEqual(error.text, 'Test "bad" failed with error: "for <this>"')
+        status, _, err = self.drive(*arguments[:3], "no/such/junit.xml")
+        self.assertEqual(status, 1)
+        self.assertIn("No such file", err)
+        self.assertEqual(self.drive("--config", config, env={"LOGFILE": "/dev/null"})[0], 1)
+
+    def test_log(self) -> None:
+        """Levels, and the classes that scripts know."""
+        script = (
+            "from test_driver.logger import AbstractLogger, CompositeLogger\n"
+            "assert isinstance(log, AbstractLogger) and isinstance(log, CompositeLogger)\n"
+            "with log.nested('outer'):\n"
+            "    log.log('about', {'machine': 'm'})\n"
+            "    log.log_serial('line\\x1b[2J', 'm')\n"
+            "    serial_stdout_off()\n"
+            "    log.log_serial('hidden', 'm')\n"
+            "    serial_stdout_on()\n"
+            "    log.debug('detail')\n"
+            "    log.warning('careful')\n"
+        )
+        status, _, err = self.run_script(script)
+        self.assertEqual(status, 0, err)
+        self.assertRegex(
+            err,
+            r"outer\nm: about\nm # line\nwarning: careful\n"
+            r"\(finished: outer, in 0\.\d\d seconds\)\n",
+        )
+        status, _, err = self.run_script(script, "--log-level", "warning")
+        self.assertEqual((status, err), (0, "warning: careful\n"))
+        self.assertIn("\ndetail\n", self.run_script(script, "--log-level", "debug")[2])
+
+    def test_keep_machine_state(self) -> None:
+        """State is kept if it shall be, and else begins anew."""
+        script = (
+            "path = machine.state_dir / 'kept'\n"
+            "print(path.exists())\n"
+            "path.touch()\n"
+            "machine.release()\n"
+            "print(path.exists())\n"
+        )
+        config = self.config(script)
+        for flags, expected in [
+            ((), "False\nFalse\n"),
+            (("--keep-machine-state",), "False\nTrue\n"),
+            (("-K",), "True\nTrue\n"),
+            (("--keep-vm-state",), "True\nTrue\n"),
+        ]:
+            with self.spawn("--config", config, *flags) as process:
+                out, err = process.communicate(timeout=60)
+            self.assertEqual((process.returncode, out), (0, expected), err)
+            self.assertEqual((self.state / "vm-state-machine").exists(), bool(flags))
+        self.assertEqual(self.drive("--config", config)[1], "False\nFalse\n")
+
+    def test_two_runs(self) -> None:
+        """A second run does not take the first one's state away."""
+        config = self.config("print('here', flush=True)\nimport time\ntime.sleep(60)")
+        with self.spawn("--config", config) as first:
+            assert first.stdout is not None
+            first.stdout.readline()
+            with self.spawn("--config", config) as second:
+                _, err = second.communicate(timeout=60)
+            self.assertEqual(second.returncode, 1)
+            self.assertIn("set TMPDIR to another directory", err)
+            self.assertTrue((self.state / "vm-state-machine").is_dir())
+            first.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            first.communicate(timeout=60)
+        self.assertEqual(first.returncode, 128 + signal.SIGINT)
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual(list(self.state.iterdir()), [])
+
+    def test_create_machine(self) -> None:
+        """A script makes machines of files and of their content."""
+        path = self.machine("extra", nets=[{"vlan": 1}])
+        content = {"firn": 1, "name": "inline", "kernel": "/k"}
+        far = self.machine("far", nets=[{"vlan": 9}])
+        script = f"""
+print(create_machine({str(path)!r}).name)
+print(create_machine({str(path)!r}, name="other", keep_machine_state=True).state_dir)
+print(create_machine({{"startCommand": {str(path)!r}, "name": "old"}}).name)
+print(create_machine({content!r}).name)
+for bad, text in [
+    ({str(path)!r}, "there is a machine extra already"),
+    ("/bin/sh", "is no machine file of firn, it is a program"),
+    ("/no/such", "cannot read /no/such"),
+    ("{path} -m 512", "without arguments"),
+    ({{"firn": 1}}, "missing field `name`"),
+    ({{"startCommand": "x", "qemuFlags": "-m 1"}}, "does not know 'qemuFlags'"),
+    ({str(far)!r}, "far is on vlan 9, which this test does not have"),
+]:
+    with t.assertRaisesRegex(Exception, text):
+        create_machine(bad)
+with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
+    create_machine({str(path)!r}, name="a b")
+"""
+        with self.spawn("--config", self.config(script)) as process:
+            out, err = process.communicate(timeout=60)
+        other = self.state / "vm-state-other"
+        self.assertEqual((process.returncode, out), (0, f"extra\n{other}\nold\ninline\n"), err)
+        self.assertEqual(list(self.state.iterdir()), [other])
+
+    def test_machine_file_at_start(self) -> None:
+        """Variables are looked up when a machine starts: scripts change them."""
+        vm = self.machine("machine", kernel="${FIRN_TEST_KERNEL}")
+        script = (
+            "with t.assertRaisesRegex(Exception, 'variable FIRN_TEST_KERNEL is not set'):\n"
+            "    machine.start()\n"
+            "os.environ['FIRN_TEST_KERNEL'] = '/no/kernel'\n"
+            "with t.assertRaisesRegex(Exception, '/no/kernel'):\n"
+            "    machine.start()\n"
+        )
+        config = self.config(script)
+        self.machine("machine", kernel="${FIRN_TEST_KERNEL}")
+        status, _, err = self.drive("--config", config)
+        self.assertEqual(status, 0, err)
+        self.assertTrue(vm.exists())
+
+    def test_vsocks(self) -> None:
+        """The ssh backdoor is said, and scripts find the sockets."""
+        script = "print(driver.vhost_vsock.sockets['machine'].host)\n"
+        socket_path = self.state / "vm-state-machine/vsock"
+        line = f"    machine:  ssh -o User=root vsock-mux/{socket_path}\n"
+        for status, out, err in [
+            self.run_script(script, "--dump-vsocks", "5"),
+            self.drive("--config", self.config(script, enable_ssh_backdoor=True)),
+        ]:
+            self.assertEqual((status, out), (0, f"{socket_path}\n"), err)
+            self.assertIn(line, err)
+        self.assertIn("KeyError: 'machine'", self.run_script(script)[2])
+
+    def test_breakpoint(self) -> None:
+        """A breakpoint serves a debugger, if the hook is on."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        script = f"answer = 41\ndebug.breakpoint(port={port})\nprint(answer)\n"
+        self.assertEqual(self.run_script(script)[:2], (0, "41\n"))
+        config = self.config(script)
+        with self.spawn("--config", config, "--debug-hook-attach", "attach-here") as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "the debugger listens" in line:
+                    break
+                if "Breakpoint reached" in line:
+                    self.assertRegex(line, r"^!!! Breakpoint reached, run 'attach-here \d{7}'$")
+            connection = connect(port)
+            with connection, connection.makefile("rw") as stream:
+                stream.write("answer += 1\nc\n")
+                stream.flush()
+                while stream.read(1):
+                    pass
+            out, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, out), (0, "42\n"), err)
+        self.assertEqual(list(self.state.iterdir()), [])
+
+    def test_threads(self) -> None:
+        """Threads of a script call machines at the same time."""
+        script = (
+            "import threading\n"
+            "seen = []\n"
+            "def call(machine):\n"
+            "    for _ in range(100):\n"
+            "        machine.shutdown()\n"
+            "        with machine.nested('step'): pass\n"
+            "    seen.append(machine.name)\n"
+            "threads = [threading.Thread(target=call, args=[m]) for m in machines]\n"
+            "for thread in threads: thread.start()\n"
+            "for thread in threads: thread.join()\n"
+            "print(sorted(seen))\n"
+        )
+        status, out, err = self.drive("--config", self.config(script, ("a", "b")))
+        self.assertEqual((status, out), (0, "['a', 'b']\n"), err)
+
+    def test_modules(self) -> None:
+        """The modules and names that scripts import."""
+        script = (
+            "import test_driver.errors\n"
+            "from test_driver.debug import DebugAbstract, DebugNop\n"
+            "from test_driver.driver import Driver\n"
+            "from test_driver.logger import AbstractLogger, CompositeLogger\n"
+            "from test_driver.machine import BaseMachine, NspawnMachine, QemuMachine, retry as r\n"
+            "from test_driver.vlan import VLan\n"
+            "assert isinstance(debug, DebugNop) and isinstance(debug, DebugAbstract)\n"
+            "assert isinstance(driver, Driver) and isinstance(vlan1, VLan) and r is retry\n"
+            "assert isinstance(machine, QemuMachine) and isinstance(machine, BaseMachine)\n"
+            "with t.assertRaisesRegex(test_driver.errors.MachineError, 'not there yet'):\n"
+            "    NspawnMachine()\n"
+        )
+        status, _, err = self.run_script(script)
+        self.assertEqual(status, 0, err)
+
+    def test_interactive(self) -> None:
+        """A prompt with the names, completion, history, the script, and rebuilding."""
+        config = self.config("print('the script ran')\nraise ValueError('in it')", ("a",))
+        child = pexpect.spawn(
+            DRIVER,
+            ["--accel", "none", "-o", str(self.out), "-I", "--config", config],
+            env=self.environment(
+                {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "HOME": str(self.dir)}
+            ),
+            cwd=str(self.dir),
+            timeout=30,
+            encoding="utf-8",
+            dimensions=(60, 200),
+        )
+        child.expect(r"BaseMachine, a, create_machine, .*rebuild")
+        child.expect(prompt(1))
+        child.send("print(a.na")
+        child.expect("na")
+        child.send("\t")
+        child.expect("me")
+        child.send(", 40 + 2)\r")
+        child.expect(r"a 42\r")
+        child.expect(prompt(2))
+        child.send("test_script()\r")
+        child.expect("the script ran")
+        child.expect("!!! ValueError: in it")
+        child.expect(prompt(3))
+        self.config("pass", ("a", "b"))
+        child.send("rebuild('echo building'); print(b, machines)\r")
+        child.expect(r"<machine b> \[<machine a>, <machine b>\]")
+        child.expect(prompt(4))
+        child.send("rebuild('exit 3')\r")
+        child.expect(r"`exit 3` failed \(exit code 3\)")
+        child.expect(prompt(5))
+        child.send("import time; time.sleep(50)\r")
+        child.expect("50")
+        time.sleep(0.5)
+        child.sendintr()
+        child.expect("KeyboardInterrupt")
+        child.expect(prompt(6))
+        child.sendeof()
+        child.expect("cleanup")
+        child.expect(pexpect.EOF)
+        child.close()
+        self.assertEqual(child.exitstatus, 0)
+        self.assertTrue((self.dir / ".nixos-test-history").is_file())
+        self.assertEqual(list(self.state.iterdir()), [])
+
+
+def prompt(number: int) -> str:
+    """Match IPython's prompt, with whatever moves the cursor and sets colours."""
+    return rf"In \[(\x1b\[[\d;]*m)?{number}(\x1b\[[\d;]*m)?\]: "
+
+
+def connect(port: int) -> socket.socket:
+    """Connect to a port that somebody is just opening."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            # The message comes before the port is open.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    unittest.main()

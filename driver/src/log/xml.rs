@@ -1,0 +1,107 @@
+//! The log as an XML file: `nest` for each step with its `head`, `line` for each line.
+//!
+//! Steps of several threads may end in another order than they nest; the file then shows them nested as they began.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use quick_xml::Writer;
+use quick_xml::events::{BytesDecl, BytesEnd, BytesStart, BytesText, Event as Xml};
+
+use super::{Event, Level, Sink, finished};
+
+pub(super) struct XmlLog {
+    writer: Writer<BufWriter<File>>,
+    open: usize,
+    /// The first error; later writes are not tried.
+    error: Option<io::Error>,
+}
+
+impl XmlLog {
+    pub(super) fn create(path: &Path) -> io::Result<Self> {
+        let mut writer = Writer::new(BufWriter::new(File::create(path)?));
+        writer.write_event(Xml::Decl(BytesDecl::new("1.0", Some("utf-8"), None)))?;
+        writer.write_event(Xml::Start(BytesStart::new("logfile")))?;
+        Ok(Self { writer, open: 0, error: None })
+    }
+
+    fn write(&mut self, event: Event<'_>) -> io::Result<()> {
+        match event {
+            Event::Message { level, machine, text } => {
+                let kind = match level {
+                    Level::Error => Some("error"),
+                    Level::Warning => Some("warning"),
+                    Level::Debug | Level::Info => None,
+                };
+                text.lines().try_for_each(|line| self.element("line", machine, kind, line))
+            }
+            Event::Serial { machine, line, .. } => {
+                self.element("line", Some(machine), Some("serial"), line)
+            }
+            Event::Begin { machine, text, .. } => {
+                self.writer.write_event(Xml::Start(BytesStart::new("nest")))?;
+                self.open += 1;
+                self.element("head", machine, None, text)
+            }
+            Event::End { machine, text, took, .. } => {
+                self.element("line", machine, None, &finished(text, took))?;
+                self.close()
+            }
+        }
+    }
+
+    fn element(
+        &mut self,
+        name: &str,
+        machine: Option<&str>,
+        kind: Option<&str>,
+        text: &str,
+    ) -> io::Result<()> {
+        let mut start = BytesStart::new(name);
+        start.extend_attributes(machine.map(|machine| ("machine", machine)));
+        start.extend_attributes(kind.map(|kind| ("type", kind)));
+        self.writer.write_event(Xml::Start(start))?;
+        self.writer.write_event(Xml::Text(BytesText::new(&allowed(text))))?;
+        self.writer.write_event(Xml::End(BytesEnd::new(name)))
+    }
+
+    fn close(&mut self) -> io::Result<()> {
+        match self.open.checked_sub(1) {
+            Some(open) => {
+                self.open = open;
+                self.writer.write_event(Xml::End(BytesEnd::new("nest")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        while self.open > 0 {
+            self.close()?;
+        }
+        self.writer.write_event(Xml::End(BytesEnd::new("logfile")))?;
+        self.writer.get_mut().flush()
+    }
+}
+
+impl Sink for XmlLog {
+    fn take(&mut self, event: Event<'_>) {
+        if self.error.is_none() {
+            self.error = self.write(event).err();
+        }
+    }
+
+    fn finish(mut self: Box<Self>) -> io::Result<()> {
+        match self.error.take() {
+            Some(error) => Err(error),
+            None => self.end(),
+        }
+    }
+}
+
+/// Without the characters that XML 1.0 has no way to write (2.2).
+fn allowed(text: &str) -> String {
+    let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
+    text.chars().filter(|c| fits(*c)).collect()
+}

@@ -1,0 +1,44 @@
+//! Where machines run, in Python.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::cli::accel::{Accel, Decision, in_carrier};
+use crate::error::chain;
+
+impl FromStr for Accel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        <Self as ValueEnum>::from_str(name, false)
+            .map_err(|_| format!("{name:?} is no place for machines; allowed: auto, kvm, carrier"))
+    }
+}
+
+/// Runs `argv` in a carrier that can write to `writable`, and answers its exit status; does nothing if machines
+/// can run here. `accel` is auto, kvm or carrier.
+#[pyfunction]
+pub(super) fn in_carrier_if_needed(
+    py: Python<'_>,
+    accel: &str,
+    argv: Vec<OsString>,
+    writable: Vec<PathBuf>,
+) -> PyResult<Option<u8>> {
+    let accel: Accel = accel.parse().map_err(PyValueError::new_err)?;
+    let failed = |text: String| PyRuntimeError::new_err(text);
+    py.detach(|| match accel.decide() {
+        Decision::Kvm => Ok(None),
+        Decision::Refused(reason) => Err(failed(reason)),
+        Decision::Carrier(reason) => {
+            if let Some(reason) = reason {
+                eprintln!("{reason}: using the carrier");
+            }
+            in_carrier(writable, argv).map(Some).map_err(|error| failed(chain(&error)))
+        }
+    })
+}
