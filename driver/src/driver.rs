@@ -28,7 +28,8 @@ pub struct DriverOptions {
     pub log: Logger,
     /// Where machines keep their state.
     pub state: StatePlace,
-    /// Where relative paths of machine files start, if not at the machine's state directory.
+    /// Where relative paths of machine files start if not at the machine's state directory: for a machine that is run
+    /// by hand.
     pub base: Option<PathBuf>,
 }
 
@@ -179,6 +180,7 @@ impl Driver {
             shared: make_dir(shared)?,
             out: self.out.clone(),
             keep,
+            by_hand: self.base.is_some(),
         };
         Machine::new(node, source, dirs, &self.vlans, &self.log)
     }

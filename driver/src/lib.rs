@@ -14,6 +14,7 @@ pub mod machine;
 mod python;
 pub mod retry;
 pub mod scratch;
+mod terminal;
 pub mod vlan;
 
 pub use driver::{Driver, DriverOptions};

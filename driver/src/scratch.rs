@@ -22,6 +22,8 @@ pub enum StatePlace {
         /// Whether to go on with what is there, and to leave it there.
         keep: bool,
     },
+    /// In this directory, which is the only machine's own, and is left there.
+    Of(PathBuf),
 }
 
 /// The state of a run.
@@ -29,6 +31,7 @@ pub enum StatePlace {
 pub(crate) enum State {
     New(Scratch),
     Named(Named),
+    Of(PathBuf),
 }
 
 impl State {
@@ -37,6 +40,7 @@ impl State {
         match place {
             StatePlace::New => Scratch::new().map(Self::New),
             StatePlace::Named { keep } => Named::new(&parent, *keep).map(Self::Named),
+            StatePlace::Of(dir) => Ok(Self::Of(dir.clone())),
         }
         .map_err(MachineError::file("keep state in", parent))
     }
@@ -45,6 +49,7 @@ impl State {
         match self {
             Self::New(scratch) => scratch.path(),
             Self::Named(named) => &named.parent,
+            Self::Of(dir) => dir,
         }
     }
 
@@ -59,6 +64,7 @@ impl State {
         let keep = match self {
             Self::New(_) => false,
             Self::Named(named) => named.enter(&own, keep)?,
+            Self::Of(dir) => return Ok((dir.clone(), dir.join("xchg"), true)),
         };
         Ok((own, shared, keep))
     }

@@ -163,5 +163,7 @@ class Run:
     def close(self) -> None: ...
     def terminate_after(self, timeout: _Duration) -> None: ...
 
-def in_carrier_if_needed(accel: str, argv: Sequence[str], writable: Sequence[_Path]) -> int | None:
+def in_carrier_if_needed(
+    accel: str, argv: Sequence[str], writable: Sequence[_Path], terminal: bool = False
+) -> int | None:
     """Run a command in a carrier and answer its exit status; None if machines can run here."""

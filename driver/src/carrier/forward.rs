@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{Carrier, CarrierError, HostCommand, KitName, Options, command, kit};
 use crate::agent::{Exec, ExecEvent, ExecStdin, Exit, Stream};
+use crate::terminal::RawTerminal;
 
 /// How long a command may go on after the signal that shall end it.
 const GRACE: Duration = Duration::from_secs(1);
@@ -43,7 +44,12 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
             carrier = Carrier::start(&kit, &options) => carrier?,
             number = signals.next() => return Ok(128 + number),
         };
-        let status = run(&carrier, command, &mut signals).await?;
+        let raw = match options.terminal {
+            true => RawTerminal::of_stdin().map_err(CarrierError::host("use the terminal"))?,
+            false => None,
+        };
+        let with_input = raw.is_some() || !io::stdin().is_terminal();
+        let status = run(&carrier, command, with_input, &mut signals).await?;
         carrier.shutdown().await?;
         Ok(status)
     });
@@ -56,9 +62,9 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
 async fn run(
     carrier: &Carrier,
     command: HostCommand,
+    with_input: bool,
     signals: &mut Signals,
 ) -> Result<i32, CarrierError> {
-    let with_input = !io::stdin().is_terminal();
     let command = if with_input { command.stdin() } else { command };
     let mut exec = carrier.exec(&command).await?;
     if let Some(stdin) = exec.take_stdin() {

@@ -59,6 +59,8 @@ pub struct Options {
     pub exact: bool,
     /// Directories it may write, besides the working directory of [`exec`].
     pub writable: Vec<PathBuf>,
+    /// The command gets all that is typed at this process's terminal, key by key.
+    pub terminal: bool,
 }
 
 /// Why something did not run in a carrier.

@@ -50,12 +50,14 @@ impl Accel {
     }
 }
 
-/// Runs a command that runs machines in a carrier that can write to `writable`; answers its exit status.
+/// Runs a command that runs machines in a carrier that can write to `writable`; answers its exit status. With
+/// `terminal` the command gets all that is typed at this process's terminal, key by key.
 pub(crate) fn in_carrier(
     writable: Vec<PathBuf>,
+    terminal: bool,
     command: impl IntoIterator<Item = OsString>,
 ) -> Result<u8, CarrierError> {
-    let options = carrier::Options { writable, ..carrier::Options::default() };
+    let options = carrier::Options { writable, terminal, ..carrier::Options::default() };
     // Sockets and state belong on the carrier's own file system, and it has a pipe for stderr.
     let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into()];
     if colours_wanted(&std::io::stderr()) {

@@ -60,6 +60,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         cores: args.cores,
         exact: args.exact,
         writable: args.writable.clone(),
+        terminal: false,
     };
     Ok(carrier::exec(&options, args.command.clone())?.into())
 }

@@ -20,6 +20,7 @@ mod check;
 mod doctor;
 mod kit;
 mod python;
+mod run;
 mod test;
 
 pub use accel::Accel;
@@ -67,6 +68,7 @@ example `debug` or `firn_vmm=trace`); NO_COLOR no colours; TMPDIR where runs kee
 enum Command {
     /// Run a test
     Test(test::Args),
+    Run(run::Args),
     Check(check::Args),
     /// Say what this host can do and what is missing
     Doctor(doctor::Args),
@@ -82,6 +84,7 @@ pub fn main() -> ExitCode {
     init_tracing();
     let done = match cli.command {
         Command::Test(args) => test::run(&args),
+        Command::Run(args) => run::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),

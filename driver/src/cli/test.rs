@@ -49,7 +49,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
                 eprintln!("{reason}: using the carrier");
             }
             let writable = test.writable().into_iter().chain([args.output_dir.clone()]);
-            Ok(in_carrier(writable.collect(), runner)?.into())
+            Ok(in_carrier(writable.collect(), false, runner)?.into())
         }
     }
 }

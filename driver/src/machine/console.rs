@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::error::{Result, Tail};
@@ -31,6 +31,42 @@ pub(super) struct Console {
     buffer: Mutex<Buffer>,
     /// Changes when a line is complete, and when one has begun.
     grown: watch::Sender<()>,
+    tap: Mutex<Option<Arc<Tap>>>,
+}
+
+/// Most bytes that wait at a tap; what a guest prints beyond that is lost to it.
+const MAX_TAPPED: usize = 1 << 20;
+
+/// The console's output byte by byte, as the guest prints it.
+#[derive(Default)]
+pub(crate) struct Tap {
+    bytes: Mutex<Vec<u8>>,
+    more: Notify,
+}
+
+impl Tap {
+    /// Waits for output.
+    pub(crate) async fn next(&self) -> Vec<u8> {
+        loop {
+            let bytes = std::mem::take(&mut *self.lock());
+            if !bytes.is_empty() {
+                return bytes;
+            }
+            self.more.notified().await;
+        }
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        let mut waiting = self.lock();
+        let room = MAX_TAPPED.saturating_sub(waiting.len());
+        waiting.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        drop(waiting);
+        self.more.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Positions count all bytes ever printed.
@@ -57,7 +93,15 @@ impl Console {
                 announced: false,
             }),
             grown: watch::Sender::new(()),
+            tap: Mutex::default(),
         }
+    }
+
+    /// From now on the output goes to this tap too, and to no other.
+    pub(super) fn tap(&self) -> Arc<Tap> {
+        let tap = Arc::new(Tap::default());
+        *self.tap.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&tap));
+        tap
     }
 
     /// From now on the output is that of a new start.
@@ -196,6 +240,9 @@ impl Console {
     }
 
     fn push(&self, bytes: &[u8]) {
+        if let Some(tap) = &*self.tap.lock().unwrap_or_else(PoisonError::into_inner) {
+            tap.push(bytes);
+        }
         let mut buffer = self.lock();
         // As upstream's driver does: the line ends are those of a terminal, not of a text.
         buffer.bytes.extend(bytes.iter().filter(|b| **b != b'\r'));

@@ -28,7 +28,7 @@ mod setup;
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
 pub(crate) use setup::{Boot, Source, hosts};
 
-use console::Console;
+use console::{Console, Tap};
 use monitor::Monitor;
 use session::{Session, SessionError};
 
@@ -65,6 +65,8 @@ pub(crate) struct Dirs {
     pub(crate) base: PathBuf,
     /// The state outlives the run.
     pub(crate) keep: bool,
+    /// The machine is run by hand: what its file says of SHARED_DIR is the environment's.
+    pub(crate) by_hand: bool,
 }
 
 impl Dirs {
@@ -75,10 +77,8 @@ impl Dirs {
 
     /// The variables of a machine file: the environment as it is now, and these directories.
     pub(crate) fn variables(&self) -> Variables {
-        Variables::of_environment()
-            .with("TMPDIR", &self.state)
-            .with("USE_TMPDIR", "1")
-            .with("SHARED_DIR", &self.shared)
+        let own = Variables::of_environment().with("TMPDIR", &self.state).with("USE_TMPDIR", "1");
+        if self.by_hand { own } else { own.with("SHARED_DIR", &self.shared) }
     }
 }
 
@@ -195,6 +195,11 @@ impl Machine {
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.connected()
+    }
+
+    /// The serial console's output byte by byte from now on, for a terminal.
+    pub(crate) fn tap_console(&self) -> Arc<Tap> {
+        self.inner.console.tap()
     }
 
     /// Writes a message about it to the log.

@@ -19,8 +19,12 @@ impl Machine {
     /// # Errors
     /// If the machine does not run.
     pub async fn send_console(&self, chars: &str) -> Result<()> {
+        self.send_console_bytes(chars.as_bytes().to_vec()).await
+    }
+
+    /// Types bytes into the guest's serial console.
+    pub(crate) async fn send_console_bytes(&self, bytes: Vec<u8>) -> Result<()> {
         let run = self.run()?;
-        let bytes = chars.as_bytes().to_vec();
         run.monitor.serial_input(bytes).await.map_err(|e| {
             MachineError::Usage(format!("{}: the serial console takes no input: {e}", self.name()))
                 .into()

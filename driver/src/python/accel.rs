@@ -21,13 +21,15 @@ impl FromStr for Accel {
 }
 
 /// Runs `argv` in a carrier that can write to `writable`, and answers its exit status; does nothing if machines
-/// can run here. `accel` is auto, kvm or carrier.
+/// can run here. `accel` is auto, kvm or carrier. With `terminal` the command gets what is typed, key by key.
 #[pyfunction]
+#[pyo3(signature = (accel, argv, writable, terminal = false))]
 pub(super) fn in_carrier_if_needed(
     py: Python<'_>,
     accel: &str,
     argv: Vec<OsString>,
     writable: Vec<PathBuf>,
+    terminal: bool,
 ) -> PyResult<Option<u8>> {
     let accel: Accel = accel.parse().map_err(PyValueError::new_err)?;
     let failed = |text: String| PyRuntimeError::new_err(text);
@@ -38,7 +40,7 @@ pub(super) fn in_carrier_if_needed(
             if let Some(reason) = reason {
                 eprintln!("{reason}: using the carrier");
             }
-            in_carrier(writable, argv).map(Some).map_err(|error| failed(chain(&error)))
+            in_carrier(writable, terminal, argv).map(Some).map_err(|error| failed(chain(&error)))
         }
     })
 }

@@ -9,6 +9,7 @@ mod devices;
 mod disks;
 mod files;
 mod network;
+mod run;
 mod shares;
 mod systemd;
 mod trouble;

@@ -113,7 +113,7 @@ fn usage() {
     let (status, stdout, _) = call(&["--help"]);
     assert_eq!(status, Some(0));
     assert_has(&stdout, &["firn test", "firn doctor", "firn kit build micro", "Exit status"]);
-    for command in ["test", "check", "doctor", "kit", "carrier"] {
+    for command in ["test", "run", "check", "doctor", "kit", "carrier"] {
         let (status, stdout, _) = call(&[command, "--help"]);
         assert_eq!(status, Some(0), "firn {command} --help");
         assert_has(&stdout, &["Usage: firn ", command]);

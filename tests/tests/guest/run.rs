@@ -1,0 +1,93 @@
+//! Machine files that are run by hand.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use firn_tests::{firn, micro};
+use tempfile::TempDir;
+
+/// A machine file whose guest has a shell on its serial console, and where it is run.
+struct Place {
+    cwd: TempDir,
+    tmp: TempDir,
+    file: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        let (cwd, tmp) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let file = cwd.path().join("run-shell-vm");
+        let kit = micro();
+        let spec = serde_json::json!({
+            "firn": 1,
+            "name": "shell",
+            "memory": 256,
+            "kernel": kit.vmlinux(),
+            "initrd": [kit.initrd()],
+            "cmdline": format!("{} rdinit=/bin/sh ${{QEMU_KERNEL_PARAMS:-}}", kit.manifest.cmdline),
+            "disks": [{ "image": "${NIX_DISK_IMAGE:-made.img}", "size": 8 }],
+            "shares": [{ "tag": "xchg", "source": "${TMPDIR}/xchg" }],
+            "nets": [{ "vlan": 1, "mac": "52:54:00:12:01:01" }],
+        });
+        let text = format!("#!{} run\n{spec}\n", firn().display());
+        fs::write(&file, text).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        Self { cwd, tmp, file }
+    }
+
+    /// Runs the file itself.
+    fn start(&self) -> Child {
+        let mut command = Command::new(&self.file);
+        command.current_dir(self.cwd.path()).env("TMPDIR", self.tmp.path());
+        command.env_remove("USE_TMPDIR").env("QEMU_KERNEL_PARAMS", "hello=there");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Nothing of the run may be left but the disk.
+    fn check(&self) {
+        assert_eq!(fs::read_dir(self.tmp.path()).unwrap().count(), 0);
+        assert_eq!(fs::metadata(self.cwd.path().join("made.img")).unwrap().len(), 8 << 20);
+    }
+}
+
+/// Reads until the guest has printed something.
+fn read_until(out: &mut impl Read, wanted: &str) -> String {
+    let mut said = Vec::new();
+    let mut byte = [0];
+    while out.read(&mut byte).unwrap() == 1 {
+        said.push(byte[0]);
+        if said.ends_with(wanted.as_bytes()) {
+            return String::from_utf8_lossy(&said).into_owned();
+        }
+    }
+    panic!("it ended without {wanted:?}: {}", String::from_utf8_lossy(&said));
+}
+
+#[test]
+fn the_terminal_is_the_serial_console() {
+    let place = Place::new();
+    let mut run = place.start();
+    let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
+    read_until(&mut screen, "# ");
+    let commands = "mount -t proc none /proc; tr ' ' '\\n' </proc/cmdline | tail -n 1; echo a''b\n";
+    keys.write_all(commands.as_bytes()).unwrap();
+    let said = read_until(&mut screen, "ab\r\n");
+    assert!(said.contains("\nhello=there\r\n"), "{said}");
+    keys.write_all(b"poweroff -f\n").unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(0));
+    place.check();
+}
+
+#[test]
+fn ctrl_a_x_ends_it() {
+    let place = Place::new();
+    let mut run = place.start();
+    let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
+    read_until(&mut screen, "# ");
+    keys.write_all(b"\x01x").unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(0));
+    place.check();
+}
