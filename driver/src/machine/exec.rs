@@ -14,9 +14,13 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(900);
 /// How long a command's output may stay open after its end before the log says so.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// What goes before each command: root's login environment as far as `/etc/profile` makes it, and no
-/// failure that goes unnoticed.
-const PRELUDE: &str = "if [ -r /etc/profile ]; then . /etc/profile >/dev/null 2>&1; fi; export PAGER=; cd /tmp 2>/dev/null || cd /\nset -euo pipefail; ";
+/// What the last probe of a wait may take at least, be its budget as small as it will.
+const LAST_PROBE: Duration = Duration::from_secs(10);
+
+/// What the last probe of a wait with this budget may take.
+pub(super) fn last_probe(budget: Duration) -> Duration {
+    budget.max(LAST_PROBE)
+}
 
 /// How [`Machine::execute`] runs a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +53,7 @@ impl Machine {
     /// If the machine cannot be started, or ends, or loses its agent.
     pub async fn execute(&self, command: &str, options: ExecOptions) -> Result<(i32, String)> {
         let session = self.session().await?;
-        let command_line =
-            Command { script: format!("{PRELUDE}{command}"), timeout: options.timeout };
+        let command_line = Command { script: command.to_owned(), timeout: options.timeout };
         let run = async {
             if !options.check_output {
                 return Ok(session.spawn(command_line).await.map(|()| (-2, String::new())));
@@ -154,8 +157,10 @@ impl Machine {
         let done = &done;
         let probe = |last: bool| async move {
             // A try without a limit of its own has what is left of the budget.
-            let left =
-                if last { timeout } else { deadline.saturating_duration_since(Instant::now()) };
+            let left = match last {
+                true => last_probe(timeout),
+                false => deadline.saturating_duration_since(Instant::now()),
+            };
             let limit = attempt_timeout.unwrap_or(left).max(Duration::from_millis(1));
             let (status, output) =
                 self.execute(command, ExecOptions::with_timeout(Some(limit))).await?;
@@ -172,4 +177,9 @@ impl Machine {
         let command = format!("sleep {}", time.as_secs_f64());
         self.succeed(&[&command], None).await.map(drop)
     }
+}
+
+/// A word of the shell's language.
+pub(super) fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
 }

@@ -17,15 +17,23 @@ struct Job {
 }
 
 impl Machine {
-    /// Copies a file or directory of the host into the guest, with its modes, owned by root. Makes missing
-    /// parents. A symbolic link inside a directory stays one; `source` itself may be one and is followed.
+    /// Copies a file or directory of the host into the guest, with its modes, owned by root: to `target`, or into it
+    /// if that is a directory. Makes missing parents. A symbolic link inside a directory stays one; `source` itself may
+    /// be one and is followed.
     ///
     /// # Errors
     /// If something cannot be read here or written there, or is neither file, directory nor link.
     pub async fn copy_from_host(&self, source: &Path, target: &Path) -> Result<()> {
-        let source = fs::canonicalize(source).await.map_err(MachineError::file("copy", source))?;
+        let file = fs::canonicalize(source).await.map_err(MachineError::file("copy", source))?;
         let session = self.session().await?;
-        self.unless_ended(self.send_tree(&session, source, target.to_owned())).await
+        let send = async {
+            let target = match (session.stat(target, true).await, source.file_name()) {
+                (Ok(FileInfo { kind: FileKind::Directory, .. }), Some(name)) => target.join(name),
+                _ => target.to_owned(),
+            };
+            self.send_tree(&session, file, target).await
+        };
+        self.unless_ended(send).await
     }
 
     /// Copies a file or directory of the guest to [`Machine::out_dir`]`/target_dir/`basename.

@@ -16,6 +16,8 @@ use crate::log::{Logger, Step};
 use crate::scratch::make_dir;
 use crate::vlan::Vlan;
 
+mod access;
+mod bus;
 mod console;
 mod exec;
 mod files;
@@ -24,13 +26,15 @@ mod power;
 mod serial;
 mod session;
 mod setup;
+mod units;
+mod waits;
 
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
 pub(crate) use setup::{Boot, Source, hosts};
 
+use access::Access;
 use console::{Console, Tap};
 use monitor::Monitor;
-use session::{Session, SessionError};
 
 /// A machine. Clones are handles to the same one.
 #[derive(Clone)]
@@ -98,17 +102,10 @@ struct Run {
     monitor: Monitor,
     /// Asks the supervisor to end the machine.
     stop: watch::Sender<bool>,
-    agent: Agent,
-}
-
-/// The way into a guest.
-#[derive(Clone)]
-enum Agent {
-    /// The guest has not come up yet, or its agent is being started again.
-    Awaited,
-    There(Session),
-    /// There will be none any more as long as the guest runs.
-    Lost(Arc<SessionError>),
+    access: Access,
+    allow_reboot: bool,
+    /// How often the guest was started or has restarted itself.
+    boots: u32,
 }
 
 impl Machine {
@@ -188,7 +185,7 @@ impl Machine {
     /// Whether commands can be run in it at once.
     #[must_use]
     pub fn connected(&self) -> bool {
-        matches!(&*self.inner.state.borrow(), State::Running(Run { agent: Agent::There(_), .. }))
+        matches!(&*self.inner.state.borrow(), State::Running(run) if run.access.session().is_some())
     }
 
     /// Whether it runs and commands can be run in it.
@@ -265,28 +262,6 @@ impl Machine {
             State::Running(run) => Ok(run.clone()),
             State::Ended(end) => Err(self.ended_error(end)),
             State::Off => Err(self.not_running()),
-        }
-    }
-
-    /// Makes an error of the session one of the machine.
-    async fn session_error(&self, what: String, error: SessionError) -> Error {
-        if error.lost() {
-            return self.agent_lost(error.into()).await;
-        }
-        let machine = self.name().to_owned();
-        MachineError::Agent { machine, what, source: error.into() }.into()
-    }
-
-    /// There is no agent any more. If the guest is about to end, that is the better reason: it is waited for a
-    /// moment.
-    async fn agent_lost(&self, source: Box<dyn std::error::Error + Send + Sync>) -> Error {
-        let mut state = self.inner.state.subscribe();
-        match tokio::time::timeout(power::END_AFTER_LOSS, self.ended(&mut state)).await {
-            Ok(ended) => ended,
-            Err(_) => {
-                let machine = self.name().to_owned();
-                MachineError::AgentLost { machine, source, tail: self.tail() }.into()
-            }
         }
     }
 }

@@ -2,16 +2,15 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use firn_vmm::vm::Event;
-use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
+use super::access::Access;
 use super::monitor::{Monitor, Wiring};
-use super::session::{Session, SessionError};
-use super::{Agent, Machine, Run, State};
+use super::{Machine, Run, State};
 use crate::error::{End, MachineError, Result, chain};
 
 /// A guest that ends takes its agent with it, sometimes a moment before its end is seen.
@@ -19,15 +18,12 @@ pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
 /// A kernel that panicked goes on to print why.
 const PRINT_AFTER_PANIC: Duration = Duration::from_millis(300);
 
-/// Most sessions with the agent of one boot: it may be restarted, but a broken one must not keep the host busy.
-const MAX_SESSIONS: u32 = 16;
-
 /// What the supervisor of a machine holds between its start and its end.
 struct Launched {
     monitor: Monitor,
     events: mpsc::UnboundedReceiver<Event>,
     /// The host's ends of the guest's console ports: hvc0, and the agent's.
-    hvc0: UnixStream,
+    hvc0: Arc<UnixStream>,
     agent: UnixStream,
 }
 
@@ -49,7 +45,9 @@ impl Machine {
         self.inner.state.send_replace(State::Running(Run {
             monitor: launched.monitor.clone(),
             stop,
-            agent: Agent::Awaited,
+            access: Access::new(Arc::clone(&launched.hvc0)),
+            allow_reboot,
+            boots: 1,
         }));
         tokio::spawn(self.clone().supervise(launched, stopped, allow_reboot));
         Ok(())
@@ -75,35 +73,33 @@ impl Machine {
         self.session().await.map(drop)
     }
 
-    pub(super) async fn session(&self) -> Result<Session> {
-        match &*self.inner.state.borrow() {
-            State::Running(Run { agent: Agent::There(session), .. }) => return Ok(session.clone()),
-            State::Ended(end) => return Err(self.ended_error(end)),
-            State::Running(_) | State::Off => {}
+    /// Has the guest restart, and waits until it does; the guest may still come up when this returns.
+    ///
+    /// # Errors
+    /// [`MachineError::Usage`] if it was started without `allow_reboot`; else as [`Self::shutdown`].
+    pub async fn reboot(&self) -> Result<()> {
+        let session = self.session().await?;
+        let Run { boots, allow_reboot, .. } = self.run()?;
+        if !allow_reboot {
+            return Err(MachineError::Usage(format!(
+                "{} cannot reboot: it needs start(allow_reboot=True)",
+                self.name()
+            ))
+            .into());
         }
-        let _step = self.nested("waiting for the VM to finish booting");
-        self.start(false).await?;
-        let began = Instant::now();
-        let mut state = self.inner.state.subscribe();
-        let wait = async {
-            loop {
-                let agent = match &*state.borrow_and_update() {
-                    State::Running(run) => run.agent.clone(),
-                    State::Off | State::Ended(_) => Agent::Awaited,
-                };
-                match agent {
-                    Agent::There(session) => return Ok(session),
-                    Agent::Lost(why) => return Err(self.agent_lost(why.into()).await),
-                    Agent::Awaited => {}
-                }
-                // The sender lives in self.
-                let _ = state.changed().await;
+        let again = async {
+            // It may restart before it has answered.
+            if let Err(error) = session.reboot().await
+                && !error.lost()
+            {
+                return Err(self.session_error("cannot reboot".to_owned(), error).await);
             }
+            let mut state = self.inner.state.subscribe();
+            let booted = |state: &State| matches!(state, State::Running(run) if run.boots > boots);
+            let _ = state.wait_for(booted).await;
+            Ok(())
         };
-        let session = self.unless_ended(wait).await?;
-        self.log("connected to guest root shell");
-        self.log(format_args!("(connecting took {:.2} seconds)", began.elapsed().as_secs_f64()));
-        Ok(session)
+        self.unless_ended(again).await
     }
 
     /// Powers it off and waits until that is done. Nothing if it is off.
@@ -217,7 +213,7 @@ impl Machine {
         };
         let (monitor, events) =
             Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;
-        Ok(Launched { monitor, events, hvc0, agent })
+        Ok(Launched { monitor, events, hvc0: Arc::new(hvc0), agent })
     }
 
     /// Sees a machine through to its end; a task of its own.
@@ -236,7 +232,6 @@ impl Machine {
         let end = loop {
             let monitor = launched.monitor.clone();
             let end = self.attend(launched, &mut stopped).await;
-            self.set_agent(Agent::Awaited);
             monitor.stop().await;
             if end != End::Reset || !allow_reboot {
                 break end;
@@ -247,9 +242,12 @@ impl Machine {
                 Err(error) => break End::Failed(chain(&error)),
             }
             let monitor = launched.monitor.clone();
+            let access = Access::new(Arc::clone(&launched.hvc0));
             self.inner.state.send_if_modified(|state| match state {
                 State::Running(run) => {
                     run.monitor = monitor;
+                    run.access = access;
+                    run.boots += 1;
                     true
                 }
                 State::Off | State::Ended(_) => false,
@@ -271,7 +269,7 @@ impl Machine {
             biased;
             _ = stopped.wait_for(|stop| *stop) => End::Stopped,
             end = self.attend_events(&mut events) => end,
-            never = discard(hvc0) => match never {},
+            never = self.attend_backdoor(&hvc0) => match never {},
             never = self.attend_agent(agent) => match never {},
         }
     }
@@ -300,43 +298,6 @@ impl Machine {
         }
         End::Failed("the monitor went away".into())
     }
-
-    /// Connects to the agent, and again when it went away: as a service it may be restarted.
-    async fn attend_agent(&self, stream: UnixStream) -> std::convert::Infallible {
-        for count in 1.. {
-            let error = match Session::connect(&stream, count > 1).await {
-                Ok(session) => self.attend_session(session).await,
-                Err(error) => error,
-            };
-            self.inner.log.warning(format_args!("no agent: {}", chain(&error)));
-            if error.is_final() || count == MAX_SESSIONS {
-                self.set_agent(Agent::Lost(Arc::new(error)));
-                break;
-            }
-        }
-        // Only another start of the guest can help, and that comes with another stream.
-        std::future::pending().await
-    }
-
-    async fn attend_session(&self, session: Session) -> SessionError {
-        for warning in session.warnings() {
-            self.inner.log.warning(warning);
-        }
-        self.set_agent(Agent::There(session.clone()));
-        let error = session.lost().await;
-        self.set_agent(Agent::Awaited);
-        error
-    }
-
-    fn set_agent(&self, agent: Agent) {
-        self.inner.state.send_if_modified(|state| match state {
-            State::Running(run) => {
-                run.agent = agent;
-                true
-            }
-            State::Off | State::Ended(_) => false,
-        });
-    }
 }
 
 /// Takes note of a machine's end.
@@ -346,14 +307,4 @@ fn forget_end(state: &mut State) -> bool {
         *state = State::Off;
     }
     ended
-}
-
-/// Reads away what the guest writes to hvc0, which nobody listens to yet, so that it never has to wait.
-async fn discard(port: UnixStream) -> std::convert::Infallible {
-    let port = port.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(port));
-    if let Ok(mut port) = port {
-        let mut bytes = vec![0; 4096];
-        while matches!(port.read(&mut bytes).await, Ok(1..)) {}
-    }
-    std::future::pending().await
 }

@@ -1,5 +1,6 @@
 //! A machine, in Python.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
@@ -8,8 +9,11 @@ use pyo3::types::PyTuple;
 use super::duration::Timeout;
 use super::log::{PyLogger, PyStep};
 use super::wait::{wait, wait_through_signals};
-use crate::error::{Error, MachineError};
+use crate::error::{MachineError, Result};
 use crate::machine::{ExecOptions, Machine};
+
+/// What a call waits for at most, unless the script says otherwise.
+const DEFAULT: Timeout = Timeout(crate::machine::DEFAULT_TIMEOUT);
 
 /// A machine of a test.
 #[pyclass(frozen, name = "Machine", module = "firn")]
@@ -83,7 +87,7 @@ impl PyMachine {
         wait(py, self.0.connect())
     }
 
-    #[pyo3(signature = (command, check_return = true, check_output = true, timeout = Some(Timeout(crate::machine::DEFAULT_TIMEOUT))))]
+    #[pyo3(signature = (command, check_return = true, check_output = true, timeout = Some(DEFAULT)))]
     fn execute(
         &self,
         py: Python<'_>,
@@ -118,7 +122,7 @@ impl PyMachine {
         wait(py, self.0.fail(&commands, seconds(timeout)))
     }
 
-    #[pyo3(signature = (command, timeout = Timeout(crate::machine::DEFAULT_TIMEOUT), attempt_timeout = None))]
+    #[pyo3(signature = (command, timeout = DEFAULT, attempt_timeout = None))]
     fn wait_until_succeeds(
         &self,
         py: Python<'_>,
@@ -129,7 +133,7 @@ impl PyMachine {
         wait(py, self.0.wait_until_succeeds(command, timeout.0, seconds(attempt_timeout)))
     }
 
-    #[pyo3(signature = (command, timeout = Timeout(crate::machine::DEFAULT_TIMEOUT), attempt_timeout = None))]
+    #[pyo3(signature = (command, timeout = DEFAULT, attempt_timeout = None))]
     fn wait_until_fails(
         &self,
         py: Python<'_>,
@@ -144,6 +148,127 @@ impl PyMachine {
         wait(py, self.0.sleep(secs.0))
     }
 
+    #[pyo3(signature = (q, user = None))]
+    fn systemctl(&self, py: Python<'_>, q: &str, user: Option<&str>) -> PyResult<(i32, String)> {
+        wait(py, self.0.systemctl(q, user))
+    }
+
+    #[pyo3(signature = (unit, user = None, timeout = DEFAULT))]
+    fn wait_for_unit(
+        &self,
+        py: Python<'_>,
+        unit: &str,
+        user: Option<&str>,
+        timeout: Timeout,
+    ) -> PyResult<()> {
+        wait(py, self.0.wait_for_unit(unit, user, timeout.0))
+    }
+
+    #[pyo3(signature = (unit, user = None))]
+    fn get_unit_info(
+        &self,
+        py: Python<'_>,
+        unit: &str,
+        user: Option<&str>,
+    ) -> PyResult<BTreeMap<String, String>> {
+        wait(py, self.0.get_unit_info(unit, user))
+    }
+
+    #[pyo3(signature = (unit, property, user = None))]
+    fn get_unit_property(
+        &self,
+        py: Python<'_>,
+        unit: &str,
+        property: &str,
+        user: Option<&str>,
+    ) -> PyResult<String> {
+        wait(py, self.0.get_unit_property(unit, property, user))
+    }
+
+    #[pyo3(signature = (unit, require_state = "active"))]
+    fn require_unit_state(&self, py: Python<'_>, unit: &str, require_state: &str) -> PyResult<()> {
+        wait(py, self.0.require_unit_state(unit, require_state))
+    }
+
+    #[pyo3(signature = (jobname, user = None))]
+    fn start_job(
+        &self,
+        py: Python<'_>,
+        jobname: &str,
+        user: Option<&str>,
+    ) -> PyResult<(i32, String)> {
+        wait(py, self.0.start_job(jobname, user))
+    }
+
+    #[pyo3(signature = (jobname, user = None))]
+    fn stop_job(
+        &self,
+        py: Python<'_>,
+        jobname: &str,
+        user: Option<&str>,
+    ) -> PyResult<(i32, String)> {
+        wait(py, self.0.stop_job(jobname, user))
+    }
+
+    #[pyo3(signature = (filename, timeout = DEFAULT))]
+    fn wait_for_file(&self, py: Python<'_>, filename: &str, timeout: Timeout) -> PyResult<()> {
+        wait(py, self.0.wait_for_file(filename, timeout.0))
+    }
+
+    #[pyo3(signature = (port, addr = "localhost", timeout = DEFAULT))]
+    fn wait_for_open_port(
+        &self,
+        py: Python<'_>,
+        port: u16,
+        addr: &str,
+        timeout: Timeout,
+    ) -> PyResult<()> {
+        wait(py, self.0.wait_for_open_port(port, addr, timeout.0))
+    }
+
+    #[pyo3(signature = (port, addr = "localhost", timeout = DEFAULT))]
+    fn wait_for_closed_port(
+        &self,
+        py: Python<'_>,
+        port: u16,
+        addr: &str,
+        timeout: Timeout,
+    ) -> PyResult<()> {
+        wait(py, self.0.wait_for_closed_port(port, addr, timeout.0))
+    }
+
+    #[pyo3(signature = (addr, is_datagram = false, timeout = DEFAULT))]
+    fn wait_for_open_unix_socket(
+        &self,
+        py: Python<'_>,
+        addr: &str,
+        is_datagram: bool,
+        timeout: Timeout,
+    ) -> PyResult<()> {
+        wait(py, self.0.wait_for_open_unix_socket(addr, is_datagram, timeout.0))
+    }
+
+    fn get_tty_text(&self, py: Python<'_>, tty: &str) -> PyResult<String> {
+        wait(py, self.0.get_tty_text(tty))
+    }
+
+    #[pyo3(signature = (tty, regexp, timeout = DEFAULT))]
+    fn wait_until_tty_matches(
+        &self,
+        py: Python<'_>,
+        tty: &str,
+        regexp: Bound<'_, PyAny>,
+        timeout: Timeout,
+    ) -> PyResult<()> {
+        let pattern = Pattern::new(py, &regexp)?;
+        let find = |text: &str| Ok(pattern.end_in(text)?.is_some());
+        wait(py, self.0.wait_until_tty_matches(tty, &pattern.shown, find, timeout.0))
+    }
+
+    fn dump_tty_contents(&self, py: Python<'_>, tty: &str) -> PyResult<()> {
+        wait(py, self.0.dump_tty_contents(tty))
+    }
+
     fn get_console_log(&self) -> String {
         self.0.get_console_log()
     }
@@ -152,7 +277,6 @@ impl PyMachine {
         wait(py, self.0.send_console(chars))
     }
 
-    /// Searches by Python's `re`: its syntax is not that of Rust's.
     #[pyo3(signature = (regex, timeout = None))]
     fn wait_for_console_text(
         &self,
@@ -160,20 +284,23 @@ impl PyMachine {
         regex: Bound<'_, PyAny>,
         timeout: Option<Timeout>,
     ) -> PyResult<()> {
-        let pattern = py.import("re")?.call_method1("compile", (regex,))?;
-        let shown: String = pattern.getattr("pattern")?.str()?.extract()?;
-        let search = pattern.getattr("search")?.unbind();
-        let find = |text: &str| {
-            let found = Python::attach(|py| match_end(search.bind(py), text));
-            found.map_err(|e| {
-                Error::from(MachineError::Usage(format!("cannot search for {shown}: {e}")))
-            })
-        };
-        wait(py, self.0.wait_for_console(&shown, find, seconds(timeout)))
+        let pattern = Pattern::new(py, &regex)?;
+        let find = |text: &str| pattern.end_in(text);
+        wait(py, self.0.wait_for_console(&pattern.shown, find, seconds(timeout)))
     }
 
     fn copy_from_host(&self, py: Python<'_>, source: PathBuf, target: PathBuf) -> PyResult<()> {
         wait(py, self.0.copy_from_host(&source, &target))
+    }
+
+    /// As [`Self::copy_from_host`], which needs no share either.
+    fn copy_from_host_via_shell(
+        &self,
+        py: Python<'_>,
+        source: PathBuf,
+        target: PathBuf,
+    ) -> PyResult<()> {
+        self.copy_from_host(py, source, target)
     }
 
     #[pyo3(signature = (source, target_dir = PathBuf::new()))]
@@ -192,6 +319,10 @@ impl PyMachine {
 
     fn wait_for_shutdown(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.wait_for_shutdown())
+    }
+
+    fn reboot(&self, py: Python<'_>) -> PyResult<()> {
+        wait(py, self.0.reboot())
     }
 
     fn crash(&self, py: Python<'_>) -> PyResult<()> {
@@ -220,12 +351,32 @@ fn path(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
     Ok(py.import("pathlib")?.call_method1("Path", PyTuple::new(py, [path])?)?.unbind())
 }
 
-/// Where in the text, in bytes, Python's match ends; Python counts characters.
-fn match_end(search: &Bound<'_, PyAny>, text: &str) -> PyResult<Option<usize>> {
-    let found = search.call1((text,))?;
-    if found.is_none() {
-        return Ok(None);
+/// A regular expression of Python's `re`, whose syntax is not that of Rust's.
+struct Pattern {
+    shown: String,
+    search: Py<PyAny>,
+}
+
+impl Pattern {
+    fn new(py: Python<'_>, regex: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let pattern = py.import("re")?.call_method1("compile", (regex,))?;
+        let shown = pattern.getattr("pattern")?.str()?.extract()?;
+        Ok(Self { shown, search: pattern.getattr("search")?.unbind() })
     }
-    let end: usize = found.call_method0("end")?.extract()?;
-    Ok(Some(text.char_indices().nth(end).map_or(text.len(), |(at, _)| at)))
+
+    /// Where in the text, in bytes, the match ends.
+    fn end_in(&self, text: &str) -> Result<Option<usize>> {
+        let find = |py: Python<'_>| {
+            let found = self.search.bind(py).call1((text,))?;
+            if found.is_none() {
+                return Ok(None);
+            }
+            let end: usize = found.call_method0("end")?.extract()?;
+            // Python counts characters.
+            Ok(Some(text.char_indices().nth(end).map_or(text.len(), |(at, _)| at)))
+        };
+        Python::attach(find).map_err(|e: PyErr| {
+            MachineError::Usage(format!("cannot search for {}: {e}", self.shown)).into()
+        })
+    }
 }

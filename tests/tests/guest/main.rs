@@ -14,3 +14,4 @@ mod shares;
 mod systemd;
 mod trouble;
 mod vsock;
+mod waits;

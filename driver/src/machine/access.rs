@@ -1,0 +1,201 @@
+//! The ways into a running guest: its agent, and its backdoor's shell on hvc0.
+//!
+//! The agent is preferred whenever it is there. A guest may have either, both or, until it is up, none.
+
+use std::convert::Infallible;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::time::timeout;
+
+use super::power::END_AFTER_LOSS;
+use super::session::{AgentSession, Session, SessionError, ShellSession};
+use super::{Machine, State};
+use crate::error::{Error, MachineError, Result, chain};
+
+/// Most sessions with the agent of one boot: it may be restarted, but a broken one must not keep the host busy.
+const MAX_SESSIONS: u32 = 16;
+
+/// The ways into a guest.
+#[derive(Clone)]
+pub(super) struct Access {
+    agent: Agent,
+    shell: Shell,
+    /// The host's end of hvc0.
+    hvc0: Arc<UnixStream>,
+    /// Whether the log says which way commands go.
+    told: bool,
+}
+
+/// The way by the agent.
+#[derive(Clone)]
+enum Agent {
+    /// The guest has not come up yet, or its agent is being started again.
+    Awaited,
+    There(AgentSession),
+    /// There will be none any more as long as the guest runs.
+    Lost(Arc<SessionError>),
+}
+
+/// The way by the backdoor.
+#[derive(Clone)]
+enum Shell {
+    /// It has not said yet that it is there; most guests have none.
+    Awaited,
+    There(ShellSession),
+    /// It does not answer any more.
+    Lost(Arc<SessionError>),
+}
+
+impl Access {
+    pub(super) fn new(hvc0: Arc<UnixStream>) -> Self {
+        Self { agent: Agent::Awaited, shell: Shell::Awaited, hvc0, told: false }
+    }
+
+    /// The best way there is now.
+    pub(super) fn session(&self) -> Option<Session> {
+        match (&self.agent, &self.shell) {
+            (Agent::There(session), _) => Some(Session::Agent(session.clone())),
+            (_, Shell::There(shell)) => Some(Session::Shell(shell.clone())),
+            (_, Shell::Awaited | Shell::Lost(_)) => None,
+        }
+    }
+
+    /// Why there is no way any more, if so.
+    fn lost(&self) -> Option<Arc<SessionError>> {
+        match (&self.agent, &self.shell) {
+            (Agent::There(_), _) | (_, Shell::There(_)) => None,
+            (Agent::Lost(why), _) | (Agent::Awaited, Shell::Lost(why)) => Some(Arc::clone(why)),
+            (Agent::Awaited, Shell::Awaited) => None,
+        }
+    }
+
+    /// The host's end of hvc0.
+    pub(super) fn hvc0(&self) -> &Arc<UnixStream> {
+        &self.hvc0
+    }
+}
+
+impl Machine {
+    /// Starts it if need be and waits for a way into the guest.
+    pub(super) async fn session(&self) -> Result<Session> {
+        match &*self.inner.state.borrow() {
+            State::Running(run) => {
+                if let Some(session) = run.access.session() {
+                    return Ok(session);
+                }
+            }
+            State::Ended(end) => return Err(self.ended_error(end)),
+            State::Off => {}
+        }
+        let _step = self.nested("waiting for the VM to finish booting");
+        self.start(false).await?;
+        let began = Instant::now();
+        let session = self.unless_ended(self.await_session()).await?;
+        self.log("connected to guest root shell");
+        self.log(format_args!("(connecting took {:.2} seconds)", began.elapsed().as_secs_f64()));
+        Ok(session)
+    }
+
+    async fn await_session(&self) -> Result<Session> {
+        let mut state = self.inner.state.subscribe();
+        loop {
+            let access = match &*state.borrow_and_update() {
+                State::Running(run) => Some(run.access.clone()),
+                State::Off | State::Ended(_) => None,
+            };
+            if let Some(access) = access {
+                if let Some(session) = access.session() {
+                    return Ok(session);
+                }
+                if let Some(why) = access.lost() {
+                    return Err(self.access_lost(why.into()).await);
+                }
+            }
+            // The sender lives in self.
+            let _ = state.changed().await;
+        }
+    }
+
+    /// Connects to the agent, and again when it went away: as a service it may be restarted.
+    pub(super) async fn attend_agent(&self, stream: UnixStream) -> Infallible {
+        for count in 1.. {
+            let error = match AgentSession::connect(&stream, count > 1).await {
+                Ok(session) => self.attend_session(session).await,
+                Err(error) => error,
+            };
+            self.inner.log.warning(format_args!("no agent: {}", chain(&error)));
+            if error.is_final() || count == MAX_SESSIONS {
+                self.set_access(|access| access.agent = Agent::Lost(Arc::new(error)));
+                break;
+            }
+        }
+        // Only another start of the guest can help, and that comes with another stream.
+        std::future::pending().await
+    }
+
+    async fn attend_session(&self, session: AgentSession) -> SessionError {
+        for warning in session.warnings() {
+            self.inner.log.warning(warning);
+        }
+        self.set_access(|access| access.agent = Agent::There(session.clone()));
+        let error = session.lost().await;
+        self.set_access(|access| access.agent = Agent::Awaited);
+        error
+    }
+
+    /// Reads hvc0 until the backdoor's shell is there; from then on calls do.
+    pub(super) async fn attend_backdoor(&self, hvc0: &UnixStream) -> Infallible {
+        // Without an answer there is no backdoor, which most guests can do without.
+        match ShellSession::connect(hvc0).await {
+            Ok(shell) => self.set_access(|access| access.shell = Shell::There(shell)),
+            Err(error) => tracing::debug!(machine = self.name(), "no backdoor: {}", chain(&error)),
+        }
+        std::future::pending().await
+    }
+
+    /// Makes an error of a session one of the machine.
+    pub(super) async fn session_error(&self, what: String, error: SessionError) -> Error {
+        let machine = self.name().to_owned();
+        if !error.lost() {
+            return MachineError::Agent { machine, what, source: error.into() }.into();
+        }
+        let error = Arc::new(error);
+        if matches!(*error, SessionError::Shell(_)) {
+            self.set_access(|access| access.shell = Shell::Lost(Arc::clone(&error)));
+        }
+        self.access_lost(error.into()).await
+    }
+
+    /// There is no way into the guest any more. If the guest is about to end, that is the better reason: it is waited
+    /// for a moment.
+    async fn access_lost(&self, source: Box<dyn std::error::Error + Send + Sync>) -> Error {
+        let mut state = self.inner.state.subscribe();
+        match timeout(END_AFTER_LOSS, self.ended(&mut state)).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                let machine = self.name().to_owned();
+                MachineError::AgentLost { machine, source, tail: self.tail() }.into()
+            }
+        }
+    }
+
+    fn set_access(&self, change: impl FnOnce(&mut Access)) {
+        let mut told = None;
+        self.inner.state.send_if_modified(|state| match state {
+            State::Running(run) => {
+                change(&mut run.access);
+                if let (false, Some(session)) = (run.access.told, run.access.session()) {
+                    run.access.told = true;
+                    told = Some(session);
+                }
+                true
+            }
+            State::Off | State::Ended(_) => false,
+        });
+        if let Some(session) = told {
+            self.log(format_args!("commands go through {}", session.description()));
+        }
+    }
+}

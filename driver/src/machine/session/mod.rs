@@ -1,0 +1,173 @@
+//! The way into the guest: firn's agent, or the shell that NixOS's test instrumentation starts on hvc0.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::agent::{AgentError, Entry, FileInfo, Lost, ProtocolError};
+
+mod agent;
+mod shell;
+#[cfg(test)]
+mod tests;
+
+pub(super) use agent::AgentSession;
+pub(super) use shell::ShellSession;
+
+use agent::SILENCE;
+use shell::ShellError;
+
+/// Most bytes of a command's output that are kept: a guest must not fill the host's memory.
+const MAX_OUTPUT: usize = 256 << 20;
+
+/// A command for the guest's shell, whose standard error goes to the console.
+#[derive(Clone, Debug)]
+pub(super) struct Command {
+    pub(super) script: String,
+    /// After this long it is killed.
+    pub(super) timeout: Option<Duration>,
+}
+
+/// A way into the guest. Clones are handles to the same one.
+#[derive(Clone)]
+pub(super) enum Session {
+    /// firn's own program in the guest: any number of calls at once.
+    Agent(AgentSession),
+    /// The backdoor: one call after the other.
+    Shell(ShellSession),
+}
+
+/// A call through a session failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SessionError {
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error("the agent has not said a word for {} seconds", SILENCE.as_secs())]
+    Silent,
+    #[error(transparent)]
+    Shell(#[from] ShellError),
+    #[error("the command printed more than {} MiB", MAX_OUTPUT >> 20)]
+    TooMuchOutput,
+}
+
+impl SessionError {
+    /// Whether the session itself is gone.
+    pub(super) fn lost(&self) -> bool {
+        match self {
+            Self::Silent | Self::Agent(AgentError::Lost(_) | AgentError::Version { .. }) => true,
+            Self::Shell(error) => error.lost(),
+            Self::Agent(_) | Self::TooMuchOutput => false,
+        }
+    }
+
+    /// Whether this end of the session cannot be used again.
+    pub(super) fn is_final(&self) -> bool {
+        use AgentError::{Lost as Gone, Version};
+        use ProtocolError::NoGreeting;
+        match self {
+            Self::Agent(Gone(lost)) => {
+                matches!(lost, Lost::Closed | Lost::Io(_) | Lost::Garbage(NoGreeting { .. }))
+            }
+            Self::Agent(Version { .. }) => true,
+            Self::Shell(error) => error.lost(),
+            Self::Agent(_) | Self::Silent | Self::TooMuchOutput => false,
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, SessionError>;
+
+/// Passes a call on to whichever way it is.
+macro_rules! each {
+    ($self:ident, $session:ident => $call:expr) => {
+        match $self {
+            Self::Agent($session) => $call,
+            Self::Shell($session) => $call,
+        }
+    };
+}
+
+impl Session {
+    /// What the log calls it.
+    pub(super) fn description(&self) -> &'static str {
+        match self {
+            Self::Agent(_) => "firn's agent",
+            Self::Shell(_) => "the backdoor shell; no agent answered",
+        }
+    }
+
+    /// Starts a command and leaves it alone.
+    pub(super) async fn spawn(&self, command: Command) -> Result<()> {
+        each!(self, session => session.spawn(command).await)
+    }
+
+    /// Runs a command until its standard output is closed; answers its status as a shell gives it, and what it
+    /// printed there. Calls `lingering` if the output is still open `patience` after the command has exited, where
+    /// that can be seen.
+    pub(super) async fn run(
+        &self,
+        command: Command,
+        patience: Duration,
+        lingering: impl FnOnce(),
+    ) -> Result<(i32, Vec<u8>)> {
+        match self {
+            Self::Agent(session) => session.run(command, patience, lingering).await,
+            Self::Shell(session) => session.run(&command).await,
+        }
+    }
+
+    /// Has the guest power off cleanly; answers when it has begun to.
+    pub(super) async fn power_off(&self) -> Result<()> {
+        each!(self, session => session.power_off().await)
+    }
+
+    /// Has the guest restart cleanly; answers when it has begun to.
+    pub(super) async fn reboot(&self) -> Result<()> {
+        each!(self, session => session.reboot().await)
+    }
+
+    /// Writes the guest's dirty data back.
+    pub(super) async fn sync(&self) -> Result<()> {
+        each!(self, session => session.sync().await)
+    }
+
+    /// Writes a file with these permission bits, and makes missing parents.
+    pub(super) async fn write_file(
+        &self,
+        path: &Path,
+        mode: u32,
+        source: &mut (impl AsyncRead + Unpin + Send),
+    ) -> Result<()> {
+        each!(self, session => session.write_file(path, mode, source).await)
+    }
+
+    /// Reads a file.
+    pub(super) async fn read_file(
+        &self,
+        path: &Path,
+        target: &mut (impl AsyncWrite + Unpin + Send),
+    ) -> Result<()> {
+        each!(self, session => session.read_file(path, target).await)
+    }
+
+    /// Makes a directory with these permission bits, and missing parents.
+    pub(super) async fn make_directory(&self, path: &Path, mode: u32) -> Result<()> {
+        each!(self, session => session.make_directory(path, mode).await)
+    }
+
+    /// Makes a symbolic link.
+    pub(super) async fn symlink(&self, path: &Path, target: &Path) -> Result<()> {
+        each!(self, session => session.symlink(path, target).await)
+    }
+
+    /// What is at `path`.
+    pub(super) async fn stat(&self, path: &Path, follow: bool) -> Result<FileInfo> {
+        each!(self, session => session.stat(path, follow).await)
+    }
+
+    /// What is in a directory.
+    pub(super) async fn list(&self, path: &Path) -> Result<Vec<Entry>> {
+        each!(self, session => session.list(path).await)
+    }
+}

@@ -1,0 +1,388 @@
+//! A session with the backdoor: a root shell that reads commands from hvc0, raw and without echo.
+//!
+//! Each call writes one line and reads three: a marker, the output as one line of base64, and the status. The marker
+//! lets the next call find its own answer after one that was given up.
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::timeout;
+
+use super::agent::cloned;
+use super::{Command, MAX_OUTPUT, Result, SessionError};
+use crate::agent::{BytePath, Entry, FileInfo, FileKind};
+
+#[cfg(test)]
+mod tests;
+
+/// What the guest's service prints before its shell takes commands.
+const BANNER: &[u8] = b"Spawning backdoor root shell...";
+/// Longest line that is looked at before the banner.
+const MAX_LINE: usize = 64 << 10;
+/// Bytes of a file that travel in one call.
+const CHUNK: usize = 1 << 20;
+/// How much longer than a command's own timeout its answer may take. Emulated guests are slow.
+const GRACE: Duration = Duration::from_secs(60);
+/// How long a command that ignores SIGTERM lives after its timeout, in seconds; the agent does the same.
+const KILL_AFTER: u32 = 2;
+
+/// Why a call through the shell failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ShellError {
+    #[error("the guest closed the backdoor's console")]
+    Closed,
+    #[error("the backdoor's console failed")]
+    Io(#[source] Arc<io::Error>),
+    #[error("the backdoor shell does not answer: it is gone, or something else reads its console")]
+    Mute,
+    #[error("the backdoor shell answered what is no answer: {0:?}")]
+    Garbage(String),
+    #[error("a command cannot contain a NUL byte")]
+    Nul,
+    #[error("in the guest: {what} failed with status {status}")]
+    Refused { what: String, status: i32 },
+    #[error("on the host")]
+    Local(#[source] io::Error),
+}
+
+impl ShellError {
+    /// Whether the shell can no longer be used.
+    pub(super) fn lost(&self) -> bool {
+        matches!(self, Self::Closed | Self::Io(_) | Self::Mute | Self::Garbage(_))
+    }
+}
+
+impl From<io::Error> for ShellError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(Arc::new(error))
+    }
+}
+
+/// A session with the backdoor. Clones are handles to the same one.
+#[derive(Clone)]
+pub(crate) struct ShellSession {
+    line: Arc<Mutex<Line>>,
+}
+
+/// The console, of which one call at a time has the use.
+struct Line {
+    reader: BufReader<OwnedReadHalf>,
+    /// A call that is given up must not leave half a line behind, so a task of its own writes.
+    writer: mpsc::UnboundedSender<Vec<u8>>,
+    calls: u64,
+}
+
+impl ShellSession {
+    /// Waits for the backdoor's shell at the other end of `stream`, which is left open.
+    pub(crate) async fn connect(stream: &UnixStream) -> Result<Self> {
+        let (reader, writer) = cloned(stream).map_err(ShellError::from)?.into_split();
+        let mut reader = BufReader::new(reader);
+        let mut seen = Vec::new();
+        // Whatever else comes before: a guest without a backdoor may use hvc0 for anything.
+        while !contains(&seen, BANNER) {
+            seen.clear();
+            read_line(&mut reader, MAX_LINE, &mut seen).await?;
+        }
+        let (sender, lines) = mpsc::unbounded_channel();
+        tokio::spawn(write_lines(writer, lines));
+        Ok(Self { line: Arc::new(Mutex::new(Line { reader, writer: sender, calls: 0 })) })
+    }
+
+    /// Starts a command and leaves it alone.
+    pub(super) async fn spawn(&self, command: Command) -> Result<()> {
+        let pipeline = format!("({} >/dev/null &)", shell(&command)?);
+        self.call(&pipeline, &[], command.timeout).await.map(drop)
+    }
+
+    /// Runs a command until its standard output is closed; answers its status and output.
+    pub(super) async fn run(&self, command: &Command) -> Result<(i32, Vec<u8>)> {
+        self.call(&shell(command)?, &[], command.timeout).await
+    }
+
+    /// Runs what must succeed.
+    async fn expect(&self, what: &str, script: String) -> Result<Vec<u8>> {
+        let (status, output) = self.run(&Command { script, timeout: None }).await?;
+        succeeded(what, status)?;
+        Ok(output)
+    }
+
+    pub(super) async fn power_off(&self) -> Result<()> {
+        self.spawn(Command { script: "poweroff".to_owned(), timeout: None }).await
+    }
+
+    pub(super) async fn reboot(&self) -> Result<()> {
+        self.spawn(Command { script: "reboot".to_owned(), timeout: None }).await
+    }
+
+    pub(super) async fn sync(&self) -> Result<()> {
+        self.expect("sync", "sync".to_owned()).await.map(drop)
+    }
+
+    pub(super) async fn write_file(
+        &self,
+        path: &Path,
+        mode: u32,
+        source: &mut (impl AsyncRead + Unpin + Send),
+    ) -> Result<()> {
+        let file = quote(path)?;
+        let what = || format!("write {}", path.display());
+        let parent = quote(parent(path))?;
+        self.expect(&what(), format!("mkdir -p -- {parent}; : >{file}")).await?;
+        let mut bytes = Vec::new();
+        loop {
+            bytes.clear();
+            let limit = u64::try_from(CHUNK).unwrap_or(u64::MAX);
+            (&mut *source).take(limit).read_to_end(&mut bytes).await.map_err(ShellError::Local)?;
+            if bytes.is_empty() {
+                break;
+            }
+            let payload = BASE64.encode(&bytes);
+            // Whatever goes wrong, all of the payload must be read: the shell would take the rest for commands.
+            let pipeline = format!(
+                "(set -o pipefail; head -c {} | {{ base64 -d >>{file} || {{ cat >/dev/null; false; }}; }})",
+                payload.len()
+            );
+            let (status, _) = self.call(&pipeline, payload.as_bytes(), None).await?;
+            succeeded(&what(), status)?;
+        }
+        self.expect(&what(), format!("chmod {mode:o} -- {file}")).await.map(drop)
+    }
+
+    pub(super) async fn read_file(
+        &self,
+        path: &Path,
+        target: &mut (impl AsyncWrite + Unpin + Send),
+    ) -> Result<()> {
+        let file = quote(path)?;
+        let what = format!("read {}", path.display());
+        let mut offset = 0_usize;
+        loop {
+            // A tail that its reader leaves is no failure.
+            let script = format!(
+                "set +o pipefail; test -r {file}; tail -c +{} -- {file} | head -c {CHUNK}",
+                offset + 1
+            );
+            let bytes = self.expect(&what, script).await?;
+            target.write_all(&bytes).await.map_err(ShellError::Local)?;
+            offset += bytes.len();
+            if bytes.len() < CHUNK {
+                return target.flush().await.map_err(|e| ShellError::Local(e).into());
+            }
+        }
+    }
+
+    pub(super) async fn make_directory(&self, path: &Path, mode: u32) -> Result<()> {
+        let dir = quote(path)?;
+        let script = format!("mkdir -p -- {dir}; chmod {mode:o} -- {dir}");
+        self.expect(&format!("make {}", path.display()), script).await.map(drop)
+    }
+
+    pub(super) async fn symlink(&self, path: &Path, target: &Path) -> Result<()> {
+        let parent = quote(parent(path))?;
+        let script =
+            format!("mkdir -p -- {parent}; ln -sfn -- {} {}", quote(target)?, quote(path)?);
+        self.expect(&format!("link {}", path.display()), script).await.map(drop)
+    }
+
+    pub(super) async fn stat(&self, path: &Path, follow: bool) -> Result<FileInfo> {
+        let follow = if follow { "-H" } else { "-P" };
+        let script = format!("find {follow} {} -maxdepth 0 {PRINT}", operand(path)?);
+        let what = format!("look at {}", path.display());
+        let output = self.expect(&what, script).await?;
+        let entry = parse_entries(&output)?.into_iter().next();
+        Ok(entry.ok_or_else(|| garbage(&output))?.info)
+    }
+
+    pub(super) async fn list(&self, path: &Path) -> Result<Vec<Entry>> {
+        let script = format!("find -H {} -mindepth 1 -maxdepth 1 {PRINT}", operand(path)?);
+        let output = self.expect(&format!("list {}", path.display()), script).await?;
+        parse_entries(&output)
+    }
+
+    /// Has the shell run `pipeline` with `payload` as what follows the line; answers its first part's status, and its
+    /// output.
+    async fn call(
+        &self,
+        pipeline: &str,
+        payload: &[u8],
+        limit: Option<Duration>,
+    ) -> Result<(i32, Vec<u8>)> {
+        let mut line = self.line.lock().await;
+        line.calls += 1;
+        let marker = format!("firn-{}", line.calls);
+        let mut bytes =
+            format!("echo {marker}; {pipeline} | (base64 -w 0; echo); echo ${{PIPESTATUS[0]}}\n")
+                .into_bytes();
+        bytes.extend(payload);
+        // The task that writes ends with the stream, and then reading says so.
+        let _ = line.writer.send(bytes);
+        let answer = line.answer(&marker);
+        match limit {
+            None => answer.await,
+            Some(limit) => timeout(limit.saturating_add(GRACE), answer)
+                .await
+                .unwrap_or(Err(ShellError::Mute.into())),
+        }
+    }
+}
+
+impl Line {
+    async fn answer(&mut self, marker: &str) -> Result<(i32, Vec<u8>)> {
+        let mut line = Vec::new();
+        while line != marker.as_bytes() {
+            line.clear();
+            // Up to the marker it may be the output of a call that was given up.
+            read_line(&mut self.reader, encoded(MAX_OUTPUT), &mut line).await?;
+        }
+        let mut output = Vec::new();
+        let whole = read_line(&mut self.reader, encoded(MAX_OUTPUT), &mut output).await?;
+        line.clear();
+        read_line(&mut self.reader, MAX_LINE, &mut line).await?;
+        if !whole {
+            return Err(SessionError::TooMuchOutput);
+        }
+        let status = std::str::from_utf8(&line).ok().and_then(|status| status.parse().ok());
+        let status = status.ok_or_else(|| garbage(&line))?;
+        let output = BASE64.decode(&output).map_err(|_| garbage(&output))?;
+        Ok((status, output))
+    }
+}
+
+/// How a status, 0 for success, ends what must succeed.
+fn succeeded(what: &str, status: i32) -> Result<()> {
+    match status {
+        0 => Ok(()),
+        status => Err(ShellError::Refused { what: what.to_owned(), status }.into()),
+    }
+}
+
+fn garbage(bytes: &[u8]) -> SessionError {
+    let shown = &bytes[..bytes.len().min(200)];
+    ShellError::Garbage(String::from_utf8_lossy(shown).into_owned()).into()
+}
+
+/// The length of so many bytes in base64.
+const fn encoded(length: usize) -> usize {
+    length.div_ceil(3) * 4
+}
+
+/// Reads a line to the end of `line`, without its end. Of one that is longer than `limit` only that much is kept, and
+/// the answer is false.
+async fn read_line(
+    reader: &mut BufReader<OwnedReadHalf>,
+    limit: usize,
+    line: &mut Vec<u8>,
+) -> Result<bool> {
+    loop {
+        let bytes = reader.fill_buf().await.map_err(ShellError::from)?;
+        if bytes.is_empty() {
+            return Err(ShellError::Closed.into());
+        }
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let part = &bytes[..end.unwrap_or(bytes.len())];
+        let room = limit.saturating_sub(line.len()).min(part.len());
+        let whole = room == part.len();
+        line.extend(&part[..room]);
+        let used = end.map_or(bytes.len(), |end| end + 1);
+        reader.consume(used);
+        if end.is_some() {
+            // A console that is not raw ends its lines as a terminal does.
+            if line.last() == Some(&b'\r') {
+                line.pop();
+            }
+            return Ok(whole && line.len() < limit);
+        }
+    }
+}
+
+async fn write_lines(mut writer: OwnedWriteHalf, mut lines: mpsc::UnboundedReceiver<Vec<u8>>) {
+    while let Some(line) = lines.recv().await {
+        if writer.write_all(&line).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn contains(text: &[u8], what: &[u8]) -> bool {
+    text.windows(what.len()).any(|window| window == what)
+}
+
+/// The directory that `path` is in.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        parent => parent.unwrap_or(path),
+    }
+}
+
+/// The first part of a pipeline that runs a command.
+fn shell(command: &Command) -> Result<String> {
+    let script = quote(format!("set -euo pipefail; {}", command.script))?;
+    let limit = command.timeout.map_or(String::new(), |limit| {
+        // 0 would mean none.
+        let seconds = limit.as_secs_f64().max(0.001);
+        format!("timeout -k {KILL_AFTER} {seconds} ")
+    });
+    // Its input is not the shell's: what it read of that would be missing there.
+    Ok(format!("{limit}bash -c {script} </dev/null"))
+}
+
+/// A word of the shell's language.
+fn quote(word: impl AsRef<std::ffi::OsStr>) -> Result<String> {
+    let bytes = word.as_ref().as_bytes();
+    if bytes.contains(&0) {
+        return Err(ShellError::Nul.into());
+    }
+    // Only text is sent, because the console's line is UTF-8 on the way; other bytes are written as escapes.
+    match std::str::from_utf8(bytes) {
+        Ok(text) => Ok(format!("'{}'", text.replace('\'', r"'\''"))),
+        Err(_) => {
+            let escaped: String = bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect();
+            Ok(format!("$'{escaped}'"))
+        }
+    }
+}
+
+/// A path that a program cannot take for an option.
+fn operand(path: &Path) -> Result<String> {
+    if path.as_os_str().as_bytes().starts_with(b"-") {
+        return quote(Path::new(".").join(path));
+    }
+    quote(path)
+}
+
+/// Has `find` print what [`parse_entries`] reads: kind, mode, size, name and link target of a file.
+const PRINT: &str = r"-printf '%y\0%m\0%s\0%f\0%l\0'";
+
+fn parse_entries(output: &[u8]) -> Result<Vec<Entry>> {
+    let fields: Vec<&[u8]> = output.split(|byte| *byte == 0).collect();
+    let number = |bytes: &[u8], radix| {
+        let number = std::str::from_utf8(bytes).ok();
+        number.and_then(|n| u64::from_str_radix(n, radix).ok()).ok_or_else(|| garbage(output))
+    };
+    let path = |bytes: &[u8]| BytePath::from(std::ffi::OsStr::from_bytes(bytes));
+    let entry = |fields: &[&[u8]]| {
+        let &[kind, mode, size, name, target] = fields else { return Err(garbage(output)) };
+        let kind = match kind {
+            b"f" => FileKind::File,
+            b"d" => FileKind::Directory,
+            b"l" => FileKind::Symlink,
+            _ => FileKind::Other,
+        };
+        let mode = u32::try_from(number(mode, 8)?).map_err(|_| garbage(output))?;
+        let target = (kind == FileKind::Symlink).then(|| path(target));
+        let info = FileInfo { kind, mode, size: number(size, 10)?, target };
+        Ok(Entry { name: path(name), info })
+    };
+    // What follows the last NUL is empty.
+    fields[..fields.len() - 1].chunks(5).map(entry).collect()
+}

@@ -1,0 +1,192 @@
+//! The backdoor's protocol against a real bash.
+
+use std::os::fd::OwnedFd;
+use std::process::{Child, Stdio};
+
+use tokio::time::Instant;
+
+use super::*;
+
+/// A backdoor as the guest's service is one, and the host's end of its console.
+struct Backdoor {
+    shell: Child,
+    console: UnixStream,
+}
+
+impl Backdoor {
+    fn start(before: &str) -> Self {
+        let (console, guest) = UnixStream::pair().expect("sockets");
+        let output = OwnedFd::from(guest.try_clone().expect("a descriptor"));
+        let script = format!("{before}echo 'Spawning backdoor root shell...'; exec bash --norc");
+        let shell = std::process::Command::new("bash")
+            .args(["-c", &script])
+            .stdin(OwnedFd::from(guest))
+            .stdout(output)
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("bash is there");
+        Self { shell, console }
+    }
+
+    async fn connect(&self) -> ShellSession {
+        ShellSession::connect(&self.console).await.expect("the shell is there")
+    }
+}
+
+impl Drop for Backdoor {
+    fn drop(&mut self) {
+        let _ = self.shell.kill();
+        let _ = self.shell.wait();
+    }
+}
+
+fn command(script: &str) -> Command {
+    Command { script: script.to_owned(), timeout: None }
+}
+
+#[tokio::test]
+async fn commands_have_their_status_and_output() {
+    let backdoor = Backdoor::start("echo noise; printf 'no line end: '; ");
+    let shell = backdoor.connect().await;
+    let run = async |script: &str| shell.run(&command(script)).await.expect("an answer");
+    assert_eq!(run("echo out; echo err >&2").await, (0, b"out\n".to_vec()));
+    assert_eq!(run("echo before; false; echo after").await, (1, b"before\n".to_vec()));
+    assert_eq!(run("exit 7").await.0, 7);
+    assert_eq!(run("kill -9 $$").await.0, 137);
+    assert_eq!(run("echo \"it's\" '$HOME'\necho two").await, (0, b"it's $HOME\ntwo\n".to_vec()));
+    assert_eq!(run("printf '\\377\\0x'").await, (0, b"\xff\0x".to_vec()));
+    assert_eq!(run("cat").await, (0, vec![]), "its input is not the shell's");
+    assert_eq!(run("nonsense $UNSET").await.0, 1, "unset variables are errors");
+    let long = run("head -c 3000000 /dev/zero").await;
+    assert_eq!((long.0, long.1.len()), (0, 3_000_000));
+}
+
+#[tokio::test]
+async fn a_command_past_its_time_is_killed() {
+    let backdoor = Backdoor::start("");
+    let shell = backdoor.connect().await;
+    let limit = Some(Duration::from_millis(200));
+    let began = Instant::now();
+    let slow = Command { script: "echo a; sleep 100".to_owned(), timeout: limit };
+    assert_eq!(shell.run(&slow).await.expect("an answer"), (124, b"a\n".to_vec()));
+    assert!(began.elapsed() < Duration::from_secs(20));
+    assert_eq!(shell.run(&command("echo b")).await.expect("an answer"), (0, b"b\n".to_vec()));
+}
+
+#[tokio::test]
+async fn a_call_that_is_given_up_does_not_disturb_the_next() {
+    let backdoor = Backdoor::start("");
+    let shell = backdoor.connect().await;
+    let slow = command("echo wrong; sleep 0.3; echo wrong");
+    timeout(Duration::from_millis(50), shell.run(&slow)).await.expect_err("it is slow");
+    assert_eq!(
+        shell.run(&command("echo right")).await.expect("an answer"),
+        (0, b"right\n".to_vec())
+    );
+}
+
+#[tokio::test]
+async fn a_detached_command_is_not_waited_for() {
+    let backdoor = Backdoor::start("");
+    let shell = backdoor.connect().await;
+    let began = Instant::now();
+    shell.spawn(command("sleep 50")).await.expect("it starts");
+    shell.run(&command("true")).await.expect("an answer");
+    assert!(began.elapsed() < Duration::from_secs(25));
+}
+
+#[tokio::test]
+async fn files_travel_whole() {
+    let backdoor = Backdoor::start("");
+    let shell = backdoor.connect().await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("it's/a new/file");
+    let bytes: Vec<u8> = (0..2_500_000_u32).map(|n| n.to_le_bytes()[(n % 3) as usize]).collect();
+    shell.write_file(&path, 0o640, &mut bytes.as_slice()).await.expect("it is written");
+    assert!(std::fs::read(&path).expect("it is there") == bytes);
+    let mut back = Vec::new();
+    shell.read_file(&path, &mut back).await.expect("it is read");
+    assert!(back == bytes);
+    let info = shell.stat(&path, false).await.expect("it is there");
+    assert_eq!((info.kind, info.mode, info.size), (FileKind::File, 0o640, 2_500_000));
+
+    let link = dir.path().join("it's/link");
+    shell.symlink(&link, Path::new("a new/file")).await.expect("it is made");
+    let info = shell.stat(&link, true).await.expect("it is there");
+    assert_eq!(info.kind, FileKind::File);
+    let mut names: Vec<_> = shell
+        .list(&dir.path().join("it's"))
+        .await
+        .expect("it is listed")
+        .into_iter()
+        .map(|entry| (entry.name.to_string(), entry.info.kind, entry.info.target))
+        .collect();
+    names.sort_by(|a, b| a.0.cmp(&b.0));
+    let target = Some(BytePath::from("a new/file"));
+    assert_eq!(
+        names,
+        [
+            ("a new".to_owned(), FileKind::Directory, None),
+            ("link".to_owned(), FileKind::Symlink, target)
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_written_leaves_the_shell_usable() {
+    let backdoor = Backdoor::start("");
+    let shell = backdoor.connect().await;
+    let bytes = vec![b'x'; 300_000];
+    let error = shell.write_file(Path::new("/proc/firn"), 0o644, &mut bytes.as_slice()).await;
+    assert!(matches!(error, Err(SessionError::Shell(ShellError::Refused { .. }))), "{error:?}");
+    // The directory can be opened for nothing, after the payload was sent.
+    let pipeline = "(head -c 8 | { base64 -d >>/proc || { cat >/dev/null; false; }; })";
+    let (status, _) = shell.call(pipeline, b"aGVsbG8=", None).await.expect("an answer");
+    assert_ne!(status, 0);
+    assert_eq!(shell.run(&command("echo on")).await.expect("an answer"), (0, b"on\n".to_vec()));
+    let error = shell.read_file(Path::new("/nowhere"), &mut Vec::new()).await;
+    assert!(matches!(error, Err(SessionError::Shell(ShellError::Refused { .. }))), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_shell_that_ends_is_noticed() {
+    let mut backdoor = Backdoor::start("");
+    let shell = backdoor.connect().await;
+    backdoor.shell.kill().expect("it runs");
+    backdoor.shell.wait().expect("it ends");
+    let error = shell.run(&command("true")).await.expect_err("it is gone");
+    assert!(error.lost() && error.is_final(), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_mute_shell_is_not_waited_for_longer_than_the_command() {
+    let (host, guest) = UnixStream::pair().expect("sockets");
+    (&guest).write_all_now(b"Spawning backdoor root shell...\n");
+    let shell = ShellSession::connect(&host).await.expect("the banner is there");
+    let slow = Command { script: "true".to_owned(), timeout: Some(Duration::from_secs(5)) };
+    let error = shell.run(&slow).await.expect_err("nobody answers");
+    assert!(matches!(error, SessionError::Shell(ShellError::Mute)) && error.lost(), "{error}");
+}
+
+#[tokio::test]
+async fn garbage_is_refused() {
+    for answer in ["firn-1\n???\n0\n", "firn-1\n\nzero\n"] {
+        let (host, guest) = UnixStream::pair().expect("sockets");
+        (&guest).write_all_now(b"Spawning backdoor root shell...\n");
+        (&guest).write_all_now(answer.as_bytes());
+        let shell = ShellSession::connect(&host).await.expect("the banner is there");
+        let error = shell.run(&command("true")).await.expect_err("it is no answer");
+        assert!(matches!(error, SessionError::Shell(ShellError::Garbage(_))), "{error}");
+    }
+}
+
+/// A blocking write of what fits into a socket's buffer.
+trait WriteNow {
+    fn write_all_now(self, bytes: &[u8]);
+}
+
+impl WriteNow for &UnixStream {
+    fn write_all_now(mut self, bytes: &[u8]) {
+        std::io::Write::write_all(&mut self, bytes).expect("it fits");
+    }
+}

@@ -1,0 +1,154 @@
+//! Waits for things that no event announces: ports, sockets, files, what a terminal shows.
+//!
+//! Over the agent the guest itself looks, many times a second; over the backdoor's shell, which serves one call at a
+//! time, each look is a call, once a second.
+
+use std::time::Duration;
+
+use super::Machine;
+use super::exec::{ExecOptions, last_probe, quote};
+use super::session::Session;
+use crate::error::{Error, Result};
+use crate::retry::{retry, timed_out};
+
+/// Status of a command whose time was over.
+const TIMED_OUT: i32 = 124;
+/// A probe of a port that answers nothing is given up after so many seconds.
+const PROBE_SECONDS: u32 = 5;
+/// Defines `nap`: bash can wait by itself, other shells have to start a program.
+const NAP: &str = r#"nap() { sleep 0.05; }
+if [ -n "${BASH_VERSION-}" ]; then eval 'exec {tick}<> <(:); nap() { read -rt 0.01 -u "$tick" || :; }'; fi"#;
+
+impl Machine {
+    /// Waits until `path`, which the guest's shell expands, exists.
+    ///
+    /// # Errors
+    /// [`Error::Assertion`] if it does not within `timeout`; else as [`Machine::execute`].
+    pub async fn wait_for_file(&self, path: &str, timeout: Duration) -> Result<()> {
+        let _step = self.nested(format_args!("waiting for file '{path}'"));
+        self.wait_until(&format!("test -e {path}"), timeout).await
+    }
+
+    /// Waits until something listens on a TCP port of `address`.
+    ///
+    /// # Errors
+    /// As [`Self::wait_for_file`].
+    pub async fn wait_for_open_port(
+        &self,
+        port: u16,
+        address: &str,
+        timeout: Duration,
+    ) -> Result<()> {
+        let _step = self.nested(format_args!("waiting for TCP port {port} on {address}"));
+        self.wait_until(&probe_port(port, address), timeout).await
+    }
+
+    /// Waits until nothing listens on a TCP port of `address`.
+    ///
+    /// # Errors
+    /// As [`Self::wait_for_file`].
+    pub async fn wait_for_closed_port(
+        &self,
+        port: u16,
+        address: &str,
+        timeout: Duration,
+    ) -> Result<()> {
+        let _step =
+            self.nested(format_args!("waiting for TCP port {port} on {address} to be closed"));
+        self.wait_until(&format!("! {}", probe_port(port, address)), timeout).await
+    }
+
+    /// Waits until something listens on a UNIX socket, of datagrams or of streams.
+    ///
+    /// # Errors
+    /// As [`Self::wait_for_file`].
+    pub async fn wait_for_open_unix_socket(
+        &self,
+        path: &str,
+        is_datagram: bool,
+        timeout: Duration,
+    ) -> Result<()> {
+        let _step = self.nested(format_args!("waiting for UNIX socket {path}"));
+        let kind = if is_datagram { "-uU" } else { "-U" };
+        self.wait_until(&format!("nc -z {kind} {}", quote(path)), timeout).await
+    }
+
+    /// What a virtual terminal of the guest shows, a line each.
+    ///
+    /// # Errors
+    /// As [`Machine::succeed`].
+    pub async fn get_tty_text(&self, tty: &str) -> Result<String> {
+        let (device, screen) = (quote(&format!("/dev/tty{tty}")), quote(&format!("/dev/vcs{tty}")));
+        let command = format!("fold -w \"$(stty -F {device} size | cut -d' ' -f2)\" {screen}");
+        let (status, output) = self.execute(&command, ExecOptions::default()).await?;
+        if status != 0 {
+            return Err(Error::Assertion(format!("terminal {tty} cannot be read: {output}")));
+        }
+        Ok(output)
+    }
+
+    /// Waits until `find` finds something on a virtual terminal. `what` is for the log.
+    ///
+    /// # Errors
+    /// As [`Self::get_tty_text`]; [`Error::Assertion`] if it does not within `timeout`; and what `find` answers.
+    pub async fn wait_until_tty_matches(
+        &self,
+        tty: &str,
+        what: &str,
+        find: impl Fn(&str) -> Result<bool> + Sync,
+        timeout: Duration,
+    ) -> Result<()> {
+        let _step = self.nested(format_args!("waiting for {what} to appear on tty {tty}"));
+        let find = &find;
+        let probe = |last: bool| async move {
+            let text = self.get_tty_text(tty).await?;
+            if last {
+                self.log(format_args!(
+                    "last chance to match {what} on tty {tty}, which shows: {text}"
+                ));
+            }
+            Ok(find(&text)?.then_some(()))
+        };
+        retry(probe, timeout).await
+    }
+
+    /// Writes what a virtual terminal shows to the guest's journal, and so to the log.
+    ///
+    /// # Errors
+    /// As [`Machine::execute`].
+    pub async fn dump_tty_contents(&self, tty: &str) -> Result<()> {
+        let command = format!("fold -w 80 {} | systemd-cat", quote(&format!("/dev/vcs{tty}")));
+        self.execute(&command, ExecOptions::default()).await.map(drop)
+    }
+
+    /// Waits until a shell condition holds.
+    async fn wait_until(&self, condition: &str, timeout: Duration) -> Result<()> {
+        if let Session::Agent(_) = self.session().await? {
+            let watch = format!("{NAP}\nuntil {condition}; do nap; done");
+            match self.probe(&watch, timeout).await? {
+                0 => return Ok(()),
+                TIMED_OUT => {
+                    return match self.probe(condition, last_probe(timeout)).await? {
+                        0 => Ok(()),
+                        _ => Err(timed_out(timeout)),
+                    };
+                }
+                // The condition is nothing that the shell understands now: a pattern with too many matches, say.
+                _ => {}
+            }
+        }
+        let limit = last_probe(timeout);
+        let probe =
+            |_: bool| async move { Ok((self.probe(condition, limit).await? == 0).then_some(())) };
+        retry(probe, timeout).await
+    }
+
+    async fn probe(&self, script: &str, timeout: Duration) -> Result<i32> {
+        let options = ExecOptions { timeout: Some(timeout), ..ExecOptions::default() };
+        self.execute(script, options).await.map(|(status, _)| status)
+    }
+}
+
+fn probe_port(port: u16, address: &str) -> String {
+    format!("nc -z -w {PROBE_SECONDS} {} {port}", quote(address))
+}
