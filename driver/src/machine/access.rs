@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::power::END_AFTER_LOSS;
@@ -24,6 +25,8 @@ pub(super) struct Access {
     shell: Shell,
     /// The host's end of hvc0.
     hvc0: Arc<UnixStream>,
+    /// Tells who reads hvc0 that another shell will come.
+    left: Arc<Notify>,
     /// Whether the log says which way commands go.
     told: bool,
 }
@@ -50,7 +53,13 @@ enum Shell {
 
 impl Access {
     pub(super) fn new(hvc0: Arc<UnixStream>) -> Self {
-        Self { agent: Agent::Awaited, shell: Shell::Awaited, hvc0, told: false }
+        Self {
+            agent: Agent::Awaited,
+            shell: Shell::Awaited,
+            hvc0,
+            left: Arc::default(),
+            told: false,
+        }
     }
 
     /// The best way there is now.
@@ -71,13 +80,22 @@ impl Access {
         }
     }
 
-    /// The host's end of hvc0.
-    pub(super) fn hvc0(&self) -> &Arc<UnixStream> {
-        &self.hvc0
+    /// What tells who reads hvc0 that another shell will come.
+    pub(super) fn shell_left(&self) -> Arc<Notify> {
+        Arc::clone(&self.left)
     }
 }
 
 impl Machine {
+    /// The host's end of hvc0, on which the backdoor's root shell is: for whoever wants to talk to it alone.
+    ///
+    /// # Errors
+    /// If the machine does not run.
+    pub fn shell(&self) -> Result<UnixStream> {
+        let hvc0 = self.run()?.access.hvc0;
+        hvc0.try_clone().map_err(|e| MachineError::file("open", "hvc0")(e).into())
+    }
+
     /// Starts it if need be and waits for a way into the guest.
     pub(super) async fn session(&self) -> Result<Session> {
         match &*self.inner.state.borrow() {
@@ -145,14 +163,31 @@ impl Machine {
         error
     }
 
-    /// Reads hvc0 until the backdoor's shell is there; from then on calls do.
-    pub(super) async fn attend_backdoor(&self, hvc0: &UnixStream) -> Infallible {
-        // Without an answer there is no backdoor, which most guests can do without.
-        match ShellSession::connect(hvc0).await {
-            Ok(shell) => self.set_access(|access| access.shell = Shell::There(shell)),
-            Err(error) => tracing::debug!(machine = self.name(), "no backdoor: {}", chain(&error)),
+    /// Reads hvc0 until the backdoor's shell is there; from then on calls do, until that shell is left for another.
+    pub(super) async fn attend_backdoor(&self, hvc0: &UnixStream, left: &Notify) -> Infallible {
+        loop {
+            match ShellSession::connect(hvc0).await {
+                Ok(shell) => self.set_access(|access| access.shell = Shell::There(shell)),
+                // Without an answer there is no backdoor, which most guests can do without.
+                Err(error) => {
+                    tracing::debug!(machine = self.name(), "no backdoor: {}", chain(&error));
+                    return std::future::pending().await;
+                }
+            }
+            left.notified().await;
         }
-        std::future::pending().await
+    }
+
+    /// Waits until a session that is about to end has ended.
+    pub(super) async fn left(&self, session: &Session) {
+        match session {
+            Session::Agent(session) => drop(session.lost().await),
+            // Nothing tells of the end of a shell on a console; the next one says that it is there.
+            Session::Shell(_) => self.set_access(|access| {
+                access.shell = Shell::Awaited;
+                access.left.notify_one();
+            }),
+        }
     }
 
     /// Makes an error of a session one of the machine.

@@ -23,6 +23,7 @@ mod exec;
 mod files;
 mod monitor;
 mod power;
+mod qemu;
 mod serial;
 mod session;
 mod setup;
@@ -49,6 +50,7 @@ struct Inner {
     dirs: Dirs,
     log: Logger,
     console: Arc<Console>,
+    events: qemu::Events,
     /// Where its cards are plugged in, in the order of the node's vlans.
     ports: Vec<Arc<SwitchPort>>,
     state: watch::Sender<State>,
@@ -130,6 +132,7 @@ impl Machine {
                 source,
                 dirs,
                 console: Arc::new(Console::new()),
+                events: qemu::Events::new(),
                 ports,
                 state: watch::Sender::new(State::Off),
                 starting: Mutex::new(()),

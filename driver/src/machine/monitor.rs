@@ -1,7 +1,7 @@
 //! The seam to the monitor: its calls block, so they run on threads made for that.
 
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use firn_net_switch::{NetPort, SwitchPort};
@@ -20,6 +20,7 @@ const MAX_EVENTS: u32 = 1000;
 #[derive(Clone)]
 pub(super) struct Monitor {
     vm: Arc<Mutex<Vm>>,
+    paused: Arc<AtomicBool>,
 }
 
 /// What the host side of a machine is made of.
@@ -57,7 +58,7 @@ impl Monitor {
         })
         .await?;
         let vm = Arc::new(Mutex::new(vm));
-        Ok((Self { vm }, received))
+        Ok((Self { vm, paused: Arc::default() }, received))
     }
 
     /// Types into the serial console.
@@ -65,6 +66,25 @@ impl Monitor {
         let vm = Arc::clone(&self.vm);
         blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).serial_input(&bytes))
             .await
+    }
+
+    /// Stops all processors and devices until [`Self::resume`].
+    pub(super) async fn pause(&self) {
+        self.paused.store(true, Ordering::Relaxed);
+        let vm = Arc::clone(&self.vm);
+        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).pause()).await;
+    }
+
+    /// Goes on after [`Self::pause`].
+    pub(super) async fn resume(&self) {
+        let vm = Arc::clone(&self.vm);
+        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).resume()).await;
+        self.paused.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether it is paused.
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
     }
 
     /// Ends the machine: on return none of its threads is left.

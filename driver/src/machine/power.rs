@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::access::Access;
 use super::monitor::{Monitor, Wiring};
-use super::{Machine, Run, State};
+use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State};
 use crate::error::{End, MachineError, Result, chain};
 
 /// A guest that ends takes its agent with it, sometimes a moment before its end is seen.
@@ -71,6 +71,24 @@ impl Machine {
     /// If it cannot be started, or ends, or has ended by itself and no call has taken note of that yet.
     pub async fn connect(&self) -> Result<()> {
         self.session().await.map(drop)
+    }
+
+    /// Goes on from a backdoor in the initrd to the one of the system itself.
+    ///
+    /// # Errors
+    /// As [`Machine::wait_for_unit`].
+    pub async fn switch_root(&self) -> Result<()> {
+        self.wait_for_unit("initrd.target", None, DEFAULT_TIMEOUT).await?;
+        let session = self.session().await?;
+        let switch = "systemctl isolate --no-block initrd-switch-root.target";
+        let options = ExecOptions { check_output: false, ..ExecOptions::default() };
+        self.execute(switch, options).await?;
+        self.unless_ended(async {
+            self.left(&session).await;
+            Ok(())
+        })
+        .await?;
+        self.connect().await
     }
 
     /// Has the guest restart, and waits until it does; the guest may still come up when this returns.
@@ -233,6 +251,7 @@ impl Machine {
             let monitor = launched.monitor.clone();
             let end = self.attend(launched, &mut stopped).await;
             monitor.stop().await;
+            self.inner.events.ended(&end);
             if end != End::Reset || !allow_reboot {
                 break end;
             }
@@ -265,11 +284,15 @@ impl Machine {
     /// Serves a machine that runs until it ends, or shall.
     async fn attend(&self, launched: Launched, stopped: &mut watch::Receiver<bool>) -> End {
         let Launched { mut events, hvc0, agent, .. } = launched;
+        let left = match &*self.inner.state.borrow() {
+            State::Running(run) => run.access.shell_left(),
+            State::Off | State::Ended(_) => Arc::default(),
+        };
         tokio::select! {
             biased;
             _ = stopped.wait_for(|stop| *stop) => End::Stopped,
             end = self.attend_events(&mut events) => end,
-            never = self.attend_backdoor(&hvc0) => match never {},
+            never = self.attend_backdoor(&hvc0, &left) => match never {},
             never = self.attend_agent(agent) => match never {},
         }
     }

@@ -1,12 +1,17 @@
 //! A machine, in Python.
 
 use std::collections::BTreeMap;
+use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
+use pyo3::exceptions::{PyAttributeError, PyDeprecationWarning};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use serde_json::Value;
 
 use super::duration::Timeout;
+use super::errors::exception;
 use super::log::{PyLogger, PyStep};
 use super::wait::{wait, wait_through_signals};
 use crate::error::{MachineError, Result};
@@ -15,12 +20,36 @@ use crate::machine::{ExecOptions, Machine};
 /// What a call waits for at most, unless the script says otherwise.
 const DEFAULT: Timeout = Timeout(crate::machine::DEFAULT_TIMEOUT);
 
+/// How long an event of QEMU's machine protocol is waited for, unless the script says otherwise.
+const QMP_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// A machine of a test.
 #[pyclass(frozen, name = "Machine", module = "firn")]
 pub(super) struct PyMachine(pub(super) Machine);
 
 #[pymethods]
 impl PyMachine {
+    /// Names of upstream's that are still missing say so, instead of being unknown.
+    fn __getattr__(&self, py: Python<'_>, name: &str) -> PyResult<Py<PyAny>> {
+        let why = match name {
+            "send_key" | "send_chars" => "firn's machines have no keyboard yet",
+            "screenshot"
+            | "get_screen_text"
+            | "get_screen_text_variants"
+            | "wait_for_text"
+            | "wait_for_x"
+            | "wait_for_window"
+            | "get_window_names" => "firn's machines have no screen yet",
+            "process" => "it runs in firn's own process, and there is none to look at; see `pid`",
+            _ => {
+                let message = format!("a machine has no attribute `{name}`");
+                return Err(PyAttributeError::new_err(message));
+            }
+        };
+        let message = format!("{}: {name}: {why}", self.0.name());
+        Err(exception(py, &MachineError::Usage(message).into()))
+    }
+
     #[getter]
     fn name(&self) -> &str {
         self.0.name()
@@ -55,6 +84,23 @@ impl PyMachine {
     #[getter]
     fn out_dir(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         path(py, self.0.out_dir().to_owned())
+    }
+
+    /// The process that it runs in, if it runs: this one.
+    #[getter]
+    fn pid(&self) -> Option<u32> {
+        self.0.booted().then(std::process::id)
+    }
+
+    /// The root shell's socket. Python waits on it without making it blocking, which its other users would notice.
+    #[getter]
+    fn shell(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let shell = self.0.shell().map_err(|e| exception(py, &e))?;
+        let socket = py.import("socket")?;
+        let (family, kind) = (socket.getattr("AF_UNIX")?, socket.getattr("SOCK_STREAM")?);
+        let shell = socket.call_method1("socket", (family, kind, 0, shell.into_raw_fd()))?;
+        shell.call_method1("settimeout", (DEFAULT.0.as_secs(),))?;
+        Ok(shell.unbind())
     }
 
     #[getter]
@@ -313,6 +359,51 @@ impl PyMachine {
         wait(py, self.0.copy_from_machine(&source, &target_dir))
     }
 
+    #[pyo3(signature = (source, target_dir = PathBuf::new()))]
+    fn copy_from_vm(&self, py: Python<'_>, source: PathBuf, target_dir: PathBuf) -> PyResult<()> {
+        let category = py.get_type::<PyDeprecationWarning>();
+        PyErr::warn(py, &category, c"copy_from_vm is the old name of copy_from_machine", 1)?;
+        self.copy_from_machine(py, source, target_dir)
+    }
+
+    fn shell_interact(slf: Bound<'_, Self>) -> PyResult<()> {
+        interact(&slf, "shell")
+    }
+
+    fn console_interact(slf: Bound<'_, Self>) -> PyResult<()> {
+        interact(&slf, "console")
+    }
+
+    fn send_monitor_command(&self, py: Python<'_>, command: &str) -> PyResult<String> {
+        wait(py, self.0.send_monitor_command(command))
+    }
+
+    #[pyo3(signature = (event_filter, timeout = Timeout(QMP_TIMEOUT)))]
+    fn wait_for_qmp_event(
+        &self,
+        py: Python<'_>,
+        event_filter: Py<PyAny>,
+        timeout: Timeout,
+    ) -> PyResult<Py<PyAny>> {
+        let filter = |event: &Value| {
+            let taken = Python::attach(|py: Python<'_>| {
+                event_filter.bind(py).call1((to_python(py, event)?,))?.is_truthy()
+            });
+            taken.map_err(|e| MachineError::Usage(format!("the event filter failed: {e}")).into())
+        };
+        let event = wait(py, self.0.wait_for_qmp_event(filter, timeout.0))?;
+        to_python(py, &event)
+    }
+
+    #[getter]
+    fn qmp_client(&self) -> PyQmpClient {
+        PyQmpClient(self.0.clone())
+    }
+
+    fn switch_root(&self, py: Python<'_>) -> PyResult<()> {
+        wait(py, self.0.switch_root())
+    }
+
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.shutdown())
     }
@@ -342,7 +433,31 @@ impl PyMachine {
     }
 }
 
-fn seconds(timeout: Option<Timeout>) -> Option<std::time::Duration> {
+/// QEMU's machine protocol, as far as firn has the same thing.
+#[pyclass(frozen, name = "QmpClient", module = "firn")]
+pub(super) struct PyQmpClient(Machine);
+
+#[pymethods]
+impl PyQmpClient {
+    #[pyo3(signature = (command, args = None))]
+    fn send(&self, py: Python<'_>, command: &str, args: Option<Py<PyAny>>) -> PyResult<Py<PyAny>> {
+        let arguments: String = py.import("json")?.call_method1("dumps", (args,))?.extract()?;
+        let arguments = serde_json::from_str(&arguments).unwrap_or(Value::Null);
+        let answer = wait(py, self.0.send_qmp(command, &arguments))?;
+        to_python(py, &answer)
+    }
+}
+
+/// A machine whose terminal is the user's for a while.
+fn interact(machine: &Bound<'_, PyMachine>, with: &str) -> PyResult<()> {
+    machine.py().import("firn.interact")?.call_method1(with, (machine,)).map(drop)
+}
+
+fn to_python(py: Python<'_>, value: &Value) -> PyResult<Py<PyAny>> {
+    Ok(py.import("json")?.call_method1("loads", (value.to_string(),))?.unbind())
+}
+
+fn seconds(timeout: Option<Timeout>) -> Option<Duration> {
     timeout.map(|timeout| timeout.0)
 }
 

@@ -161,7 +161,7 @@ async fn a_shell_that_ends_is_noticed() {
 #[tokio::test(start_paused = true)]
 async fn a_mute_shell_is_not_waited_for_longer_than_the_command() {
     let (host, guest) = UnixStream::pair().expect("sockets");
-    (&guest).write_all_now(b"Spawning backdoor root shell...\n");
+    say(&guest, b"Spawning backdoor root shell...\n");
     let shell = ShellSession::connect(&host).await.expect("the banner is there");
     let slow = Command { script: "true".to_owned(), timeout: Some(Duration::from_secs(5)) };
     let error = shell.run(&slow).await.expect_err("nobody answers");
@@ -172,21 +172,16 @@ async fn a_mute_shell_is_not_waited_for_longer_than_the_command() {
 async fn garbage_is_refused() {
     for answer in ["firn-1\n???\n0\n", "firn-1\n\nzero\n"] {
         let (host, guest) = UnixStream::pair().expect("sockets");
-        (&guest).write_all_now(b"Spawning backdoor root shell...\n");
-        (&guest).write_all_now(answer.as_bytes());
+        say(&guest, b"Spawning backdoor root shell...\n");
+        say(&guest, answer.as_bytes());
         let shell = ShellSession::connect(&host).await.expect("the banner is there");
         let error = shell.run(&command("true")).await.expect_err("it is no answer");
         assert!(matches!(error, SessionError::Shell(ShellError::Garbage(_))), "{error}");
     }
 }
 
-/// A blocking write of what fits into a socket's buffer.
-trait WriteNow {
-    fn write_all_now(self, bytes: &[u8]);
-}
-
-impl WriteNow for &UnixStream {
-    fn write_all_now(mut self, bytes: &[u8]) {
-        std::io::Write::write_all(&mut self, bytes).expect("it fits");
-    }
+/// Writes what fits into a socket's buffer.
+fn say(mut stream: &UnixStream, bytes: &[u8]) {
+    use std::io::Write;
+    stream.write_all(bytes).expect("it fits");
 }
