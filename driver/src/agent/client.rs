@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use firn_guest_agent::protocol::{
-    Decoder, Frame, Greeting, GreetingKind, Item, ProtocolError, RESYNC_PADDING, Ready,
+    Condition, Decoder, Frame, Greeting, GreetingKind, Item, ProtocolError, RESYNC_PADDING, Ready,
     ReceiveWindow, RequestId, ToAgent, ToHost, VERSION, WINDOW, WINDOW_MESSAGES, encode,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -149,6 +149,14 @@ impl AgentClient {
         let interval_ms = u32::try_from(interval.as_millis()).unwrap_or(u32::MAX);
         self.shared.send(0, ToAgent::Heartbeat { interval_ms }).ok();
         self.shared.heartbeat.subscribe()
+    }
+
+    /// Waits until something holds in the guest. Dropping this gives the wait up.
+    ///
+    /// # Errors
+    /// [`AgentError::Refused`] if the guest cannot look.
+    pub async fn wait(&self, condition: Condition) -> Result<(), AgentError> {
+        Request::begin(self, ToAgent::Wait(condition))?.finish().await
     }
 
     /// Writes all dirty data of the guest back to its disks.

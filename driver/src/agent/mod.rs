@@ -16,8 +16,8 @@ use std::io;
 use std::sync::Arc;
 
 pub use firn_guest_agent::protocol::{
-    BytePath, Entry, ExecRequest, Exit, Failure, FileInfo, FileKind, Program, ProtocolError, Ready,
-    StderrMode, Stream,
+    BytePath, Condition, Entry, ExecRequest, Exit, Failure, FileInfo, FileKind, Program,
+    ProtocolError, Ready, StderrMode, Stream,
 };
 use thiserror::Error;
 

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use super::Machine;
 use super::exec::{ExecOptions, last_probe, quote};
-use super::session::Session;
+use super::session::{AgentSession, Session};
+use crate::agent::Condition;
 use crate::error::{Error, Result};
 use crate::retry::{retry, timed_out};
 
@@ -15,6 +16,8 @@ use crate::retry::{retry, timed_out};
 const TIMED_OUT: i32 = 124;
 /// A probe of a port that answers nothing is given up after so many seconds.
 const PROBE_SECONDS: u32 = 5;
+/// How long a single look by the agent may take.
+const LOOK: Duration = Duration::from_secs(2);
 /// Defines `nap`: bash can wait by itself, other shells have to start a program.
 const NAP: &str = r#"nap() { sleep 0.05; }
 if [ -n "${BASH_VERSION-}" ]; then eval 'exec {tick}<> <(:); nap() { read -rt 0.01 -u "$tick" || :; }'; fi"#;
@@ -26,7 +29,11 @@ impl Machine {
     /// [`Error::Assertion`] if it does not within `timeout`; else as [`Machine::execute`].
     pub async fn wait_for_file(&self, path: &str, timeout: Duration) -> Result<()> {
         let _step = self.nested(format_args!("waiting for file '{path}'"));
-        self.wait_until(&format!("test -e {path}"), timeout).await
+        // What a shell would not change the agent can watch.
+        let plain = path.starts_with('/')
+            && path.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+@:,".contains(c));
+        let condition = plain.then(|| Condition::Exists(path.into()));
+        self.wait_until(condition, &format!("test -e {path}"), timeout).await
     }
 
     /// Waits until something listens on a TCP port of `address`.
@@ -40,7 +47,8 @@ impl Machine {
         timeout: Duration,
     ) -> Result<()> {
         let _step = self.nested(format_args!("waiting for TCP port {port} on {address}"));
-        self.wait_until(&probe_port(port, address), timeout).await
+        let condition = Condition::PortOpen { host: address.to_owned(), port };
+        self.wait_until(Some(condition), &probe_port(port, address), timeout).await
     }
 
     /// Waits until nothing listens on a TCP port of `address`.
@@ -55,7 +63,9 @@ impl Machine {
     ) -> Result<()> {
         let _step =
             self.nested(format_args!("waiting for TCP port {port} on {address} to be closed"));
-        self.wait_until(&format!("! {}", probe_port(port, address)), timeout).await
+        let condition = Condition::PortClosed { host: address.to_owned(), port };
+        let script = format!("! {}", probe_port(port, address));
+        self.wait_until(Some(condition), &script, timeout).await
     }
 
     /// Waits until something listens on a UNIX socket, of datagrams or of streams.
@@ -70,7 +80,8 @@ impl Machine {
     ) -> Result<()> {
         let _step = self.nested(format_args!("waiting for UNIX socket {path}"));
         let kind = if is_datagram { "-uU" } else { "-U" };
-        self.wait_until(&format!("nc -z {kind} {}", quote(path)), timeout).await
+        let condition = Condition::SocketOpen { path: path.into(), datagram: is_datagram };
+        self.wait_until(Some(condition), &format!("nc -z {kind} {}", quote(path)), timeout).await
     }
 
     /// What a virtual terminal of the guest shows, a line each.
@@ -121,14 +132,24 @@ impl Machine {
         self.execute(&command, ExecOptions::default()).await.map(drop)
     }
 
-    /// Waits until a shell condition holds.
-    async fn wait_until(&self, condition: &str, timeout: Duration) -> Result<()> {
-        if let Session::Agent(_) = self.session().await? {
-            let watch = format!("{NAP}\nuntil {condition}; do nap; done");
+    /// Waits until a condition holds that the agent can watch, or else a shell can: `script` says the same.
+    async fn wait_until(
+        &self,
+        condition: Option<Condition>,
+        script: &str,
+        timeout: Duration,
+    ) -> Result<()> {
+        if let Session::Agent(agent) = self.session().await? {
+            if let Some(condition) = condition
+                && self.watched(&agent, condition, timeout).await?
+            {
+                return Ok(());
+            }
+            let watch = format!("{NAP}\nuntil {script}; do nap; done");
             match self.probe(&watch, timeout).await? {
                 0 => return Ok(()),
                 TIMED_OUT => {
-                    return match self.probe(condition, last_probe(timeout)).await? {
+                    return match self.probe(script, last_probe(timeout)).await? {
                         0 => Ok(()),
                         _ => Err(timed_out(timeout)),
                     };
@@ -139,8 +160,30 @@ impl Machine {
         }
         let limit = last_probe(timeout);
         let probe =
-            |_: bool| async move { Ok((self.probe(condition, limit).await? == 0).then_some(())) };
+            |_: bool| async move { Ok((self.probe(script, limit).await? == 0).then_some(())) };
         retry(probe, timeout).await
+    }
+
+    /// Has the agent wait; false if it cannot.
+    async fn watched(
+        &self,
+        agent: &AgentSession,
+        condition: Condition,
+        timeout: Duration,
+    ) -> Result<bool> {
+        // A wait without a budget is a look, which takes its time too.
+        let budget = if timeout.is_zero() { LOOK } else { timeout };
+        let wait = self.unless_ended(async { Ok(agent.wait(condition).await) });
+        match tokio::time::timeout(budget, wait).await {
+            Err(_) => Err(timed_out(timeout)),
+            Ok(answer) => match answer? {
+                Ok(()) => Ok(true),
+                Err(error) if error.lost() => {
+                    Err(self.session_error("cannot wait".to_owned(), error).await)
+                }
+                Err(_) => Ok(false),
+            },
+        }
     }
 
     async fn probe(&self, script: &str, timeout: Duration) -> Result<i32> {

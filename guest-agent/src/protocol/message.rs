@@ -212,6 +212,34 @@ impl Entry {
     }
 }
 
+/// What can be waited for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Condition {
+    /// There is something at the path; symbolic links are followed.
+    Exists(BytePath),
+    /// Something listens on the TCP port.
+    PortOpen {
+        /// An address, `localhost`, or a name of `/etc/hosts`.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// Nothing listens on the TCP port.
+    PortClosed {
+        /// As for `PortOpen`.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// Something listens on the UNIX socket.
+    SocketOpen {
+        /// The socket.
+        path: BytePath,
+        /// Whether it is one of datagrams.
+        datagram: bool,
+    },
+}
+
 /// Why a request failed, in words; the request itself is known to the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
@@ -318,6 +346,8 @@ pub enum ToAgent {
     Eof,
     /// For any request: so many more bytes, by [`ToHost::cost`], may be sent.
     Credit(u32),
+    /// Request: wait until something holds. Answer: `Done`, when it does.
+    Wait(Condition),
 }
 
 /// From agent to host.

@@ -44,14 +44,14 @@ pub use codec::{Decoder, Item, ProtocolError, encode};
 pub use flow::{ReceiveWindow, SendWindow};
 pub use greeting::{GREETING_LEN, Greeting, GreetingKind};
 pub use message::{
-    BytePath, Entry, ExecRequest, Exit, Failure, FileInfo, FileKind, Program, Ready, StderrMode,
-    Stream, ToAgent, ToHost,
+    BytePath, Condition, Entry, ExecRequest, Exit, Failure, FileInfo, FileKind, Program, Ready,
+    StderrMode, Stream, ToAgent, ToHost,
 };
 
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. Both sides must have the same one: agent and driver are built together.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The name of the virtio-console port that the agent serves.
 pub const PORT_NAME: &str = "org.firn.agent";

@@ -24,7 +24,10 @@ fn files_and_ports() {
 
         timed_out(machine.wait_for_open_port(80, "localhost", SHORT).await.unwrap_err());
         machine.wait_for_closed_port(80, "localhost", Duration::ZERO).await.unwrap();
-        machine.succeed(&["(sleep 0.2; exec httpd -f -p 80) >/dev/null 2>&1 &"], None).await.unwrap();
+        machine
+            .succeed(&["(sleep 0.2; exec httpd -f -p 80) >/dev/null 2>&1 &"], None)
+            .await
+            .unwrap();
         machine.wait_for_open_port(80, "localhost", PATIENCE).await.unwrap();
         timed_out(machine.wait_for_closed_port(80, "localhost", SHORT).await.unwrap_err());
         machine.succeed(&["(sleep 0.2; killall httpd) >/dev/null 2>&1 &"], None).await.unwrap();

@@ -12,8 +12,8 @@ use tokio::time::{sleep, timeout};
 
 use super::{Command, MAX_OUTPUT, Result, SessionError};
 use crate::agent::{
-    AgentClient, AgentError, Entry, Exec, ExecEvent, ExecRequest, FileInfo, Lost, StderrMode,
-    Stream,
+    AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest, FileInfo, Lost,
+    StderrMode, Stream,
 };
 
 /// How often the agent shall say that it is alive.
@@ -150,6 +150,11 @@ impl AgentSession {
             Ok(output.finish())
         };
         self.attend(run).await
+    }
+
+    /// Waits until something holds.
+    pub(crate) async fn wait(&self, condition: Condition) -> Result<()> {
+        self.attend(async { Ok(self.client.wait(condition).await?) }).await
     }
 
     pub(super) async fn power_off(&self) -> Result<()> {

@@ -1,4 +1,4 @@
-//! File requests, each on a thread of its own: any of them may block for as long as a file system likes.
+//! File requests and waits, each on a thread of its own: any of them may block for as long as a file system likes.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
@@ -10,12 +10,13 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread;
 
 use firn_guest_agent::protocol::{
-    BytePath, Entry, Failure, FileInfo, FileKind, MAX_CHUNK, MESSAGE_COST, MIN_CHUNK,
+    BytePath, Condition, Entry, Failure, FileInfo, FileKind, MAX_CHUNK, MESSAGE_COST, MIN_CHUNK,
     ReceiveWindow, RequestId, SendWindow, ToAgent, ToHost, WINDOW,
 };
 
 use crate::failure::{Context, failure};
 use crate::outbox::Outbox;
+use crate::watch::Watch;
 
 /// Entries of a directory are sent in messages of about this cost.
 const LIST_BATCH: usize = 32 * 1024;
@@ -40,7 +41,7 @@ impl Transfer {
     }
 }
 
-/// Starts a worker for a request of the family `WriteFile` to `Sync`.
+/// Starts a worker for a request of the family `WriteFile` to `Sync`, or for `Wait`.
 pub fn start(id: RequestId, request: ToAgent, outbox: Arc<Outbox>) -> Result<Transfer, Failure> {
     let (sender, inbox) = channel();
     let queued = Arc::new(AtomicU32::new(0));
@@ -110,8 +111,23 @@ impl Worker {
                 nix::unistd::sync();
                 Ok(())
             }
+            ToAgent::Wait(condition) => self.wait(&condition),
             _ => Err(failure("not a file request").into()),
         }
+    }
+
+    fn wait(&mut self, condition: &Condition) -> Result<(), End> {
+        let mut watch = Watch::new(condition)?;
+        while !watch.holds() {
+            watch.pause();
+            match self.inbox.try_recv() {
+                Ok(ToAgent::Cancel) | Err(TryRecvError::Disconnected) => {
+                    return Err(End::Cancelled);
+                }
+                Ok(_) | Err(TryRecvError::Empty) => {}
+            }
+        }
+        Ok(())
     }
 
     fn write(&mut self, path: &Path, mode: u32) -> Result<(), End> {

@@ -16,6 +16,7 @@ mod port;
 mod power;
 mod session;
 mod signals;
+mod watch;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;

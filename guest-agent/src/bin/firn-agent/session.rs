@@ -148,7 +148,8 @@ impl Session {
             | ToAgent::List { .. }
             | ToAgent::MakeDirectory { .. }
             | ToAgent::Symlink { .. }
-            | ToAgent::Sync => {
+            | ToAgent::Sync
+            | ToAgent::Wait(_) => {
                 files::start(id, message, Arc::clone(&self.outbox)).map(Work::Transfer)
             }
             _ => return Err("not the beginning of a request"),

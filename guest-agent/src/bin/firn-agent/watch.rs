@@ -1,0 +1,194 @@
+//! Looks whether something holds that the host waits for.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use firn_guest_agent::protocol::{Condition, Failure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+
+use crate::failure::failure;
+
+/// Between two looks at a port or socket, of whose opening the kernel tells nobody.
+const INTERVAL: Duration = Duration::from_millis(5);
+/// Between two looks at a file: inotify sees nothing of what other systems do on a shared file system.
+const FILE_INTERVAL_MS: u16 = 20;
+/// How long a port may take to answer.
+const CONNECT: Duration = Duration::from_secs(1);
+
+/// A condition, and what is needed to look at it.
+pub enum Watch {
+    File { path: PathBuf, events: Option<Events> },
+    Port { addresses: Vec<SocketAddr>, open: bool },
+    Socket { path: PathBuf, datagram: bool },
+}
+
+/// Tells of changes in the directory that is nearest to a path.
+pub struct Events {
+    inotify: Inotify,
+    watched: Option<(PathBuf, WatchDescriptor)>,
+}
+
+impl Watch {
+    /// Prepares to look.
+    pub fn new(condition: &Condition) -> Result<Self, Failure> {
+        Ok(match condition {
+            Condition::Exists(path) => {
+                Self::File { path: path.as_path().to_owned(), events: Events::new() }
+            }
+            Condition::PortOpen { host, port } => {
+                Self::Port { addresses: addresses(host, *port)?, open: true }
+            }
+            Condition::PortClosed { host, port } => {
+                Self::Port { addresses: addresses(host, *port)?, open: false }
+            }
+            Condition::SocketOpen { path, datagram } => {
+                Self::Socket { path: path.as_path().to_owned(), datagram: *datagram }
+            }
+        })
+    }
+
+    /// Whether it holds now.
+    pub fn holds(&mut self) -> bool {
+        match self {
+            Self::File { path, events } => {
+                // Watched before the look, or a change between both would be missed.
+                if let Some(events) = events {
+                    events.watch_near(path);
+                }
+                path.exists()
+            }
+            Self::Port { addresses, open } => {
+                let listens = |address| TcpStream::connect_timeout(address, CONNECT).is_ok();
+                addresses.iter().any(listens) == *open
+            }
+            Self::Socket { path, datagram: false } => UnixStream::connect(path).is_ok(),
+            Self::Socket { path, datagram: true } => {
+                UnixDatagram::unbound().is_ok_and(|socket| socket.connect(path).is_ok())
+            }
+        }
+    }
+
+    /// Waits until another look is worth while.
+    pub fn pause(&self) {
+        match self {
+            Self::File { events: Some(events), .. } => events.wait(),
+            Self::File { .. } | Self::Port { .. } | Self::Socket { .. } => thread::sleep(INTERVAL),
+        }
+    }
+}
+
+impl Events {
+    fn new() -> Option<Self> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
+        Some(Self { inotify, watched: None })
+    }
+
+    /// Watches the nearest directory above `path` that there is.
+    fn watch_near(&mut self, path: &Path) {
+        let Some(near) = path.ancestors().skip(1).find(|above| above.is_dir()) else { return };
+        if self.watched.as_ref().is_some_and(|(watched, _)| watched == near) {
+            return;
+        }
+        if let Some((_, watch)) = self.watched.take() {
+            self.inotify.rm_watch(watch).ok();
+        }
+        let news =
+            AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_DELETE_SELF;
+        self.watched =
+            self.inotify.add_watch(near, news).ok().map(|watch| (near.to_owned(), watch));
+    }
+
+    fn wait(&self) {
+        let mut fds = [PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(FILE_INTERVAL_MS)).ok();
+        // What happened does not matter: the path is looked at.
+        self.inotify.read_events().ok();
+    }
+}
+
+/// The addresses of a host. A static program has no resolver; what it cannot find out is an error.
+fn addresses(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
+    let found = match host.parse() {
+        Ok(address) => vec![address],
+        Err(_) if host == "localhost" => {
+            vec![Ipv6Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into()]
+        }
+        Err(_) => in_hosts(&std::fs::read_to_string("/etc/hosts").unwrap_or_default(), host),
+    };
+    if found.is_empty() {
+        return Err(failure(format!("{host} is no address, nor a name of /etc/hosts")));
+    }
+    Ok(found.into_iter().map(|address| SocketAddr::new(address, port)).collect())
+}
+
+/// The addresses that a hosts file has for a name.
+fn in_hosts(file: &str, name: &str) -> Vec<IpAddr> {
+    let address = |line: &str| {
+        let mut words = line.split('#').next()?.split_whitespace();
+        let address = words.next()?.parse().ok()?;
+        words.any(|word| word == name).then_some(address)
+    };
+    file.lines().filter_map(address).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    fn holds(condition: &Condition) -> bool {
+        Watch::new(condition).unwrap_or_else(|e| panic!("{e}")).holds()
+    }
+
+    #[test]
+    fn names_are_found_in_the_hosts_file() {
+        let file = "127.0.0.1 localhost\n# 10.0.0.1 b\n10.0.0.2 a b # c\nnonsense b\nfd00::2 b";
+        let expected: [IpAddr; 2] = ["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()];
+        assert_eq!(in_hosts(file, "b"), expected);
+        assert!(in_hosts(file, "c").is_empty());
+        assert!(addresses("no.such.name.invalid", 1).is_err());
+    }
+
+    #[test]
+    fn ports_and_sockets_are_tried() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let host = || "localhost".to_owned();
+        assert!(holds(&Condition::PortOpen { host: host(), port }));
+        assert!(!holds(&Condition::PortClosed { host: host(), port }));
+        drop(listener);
+        assert!(!holds(&Condition::PortOpen { host: host(), port }));
+        assert!(holds(&Condition::PortClosed { host: "127.0.0.1".to_owned(), port }));
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let open = |datagram| Condition::SocketOpen { path: (&path).into(), datagram };
+        assert!(!holds(&open(false)));
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(holds(&open(false)) && !holds(&open(true)));
+        drop(listener);
+        assert!(!holds(&open(false)));
+    }
+
+    #[test]
+    fn a_file_is_seen_wherever_its_way_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/c");
+        let mut watch = Watch::new(&Condition::Exists((&path).into())).unwrap();
+        assert!(!watch.holds());
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        assert!(!watch.holds());
+        let writer = thread::spawn(move || std::fs::write(path, "").unwrap());
+        while !watch.holds() {
+            watch.pause();
+        }
+        writer.join().unwrap();
+    }
+}
