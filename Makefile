@@ -1,5 +1,6 @@
 # make demo    two machines ping each other
 # make test    every test; guests run in the carrier where KVM cannot be used
+# make conformance  the NixOS test driver's API, case by case, and README's table of it
 # make lint    formatting, clippy, mypy, ruff
 # make bench   what a boot costs, in instructions, counted in the carrier
 # make clean   removes what was built here; kits stay in ~/.cache/firn
@@ -12,7 +13,7 @@ FIRN := $(VENV)/firn
 RUN_IN = FIRN_AGENT="$(abspath $(VENV)/firn-agent)" \
 	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(abspath $(FIRN)) carrier exec $(1) --"
 
-.PHONY: demo test lint bench clean build setup kit
+.PHONY: demo test conformance lint bench clean build setup kit
 
 demo: kit
 	$(FIRN) test tests/examples/ping/test.toml
@@ -21,14 +22,19 @@ test: kit
 	cargo test --release --workspace --exclude firn-tests
 	$(VENV)/pip install -q mypy pexpect
 	$(VENV)/python -m unittest discover -s driver/python/tests
+	$(VENV)/python tests/conformance/conformance.py run
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
 	$(call RUN_IN,--if-needed) cargo test --release -p firn-tests --test guest -- --test-threads=1
+
+conformance: kit
+	$(VENV)/python tests/conformance/conformance.py run --write
 
 bench: kit
 	$(call RUN_IN,--exact) cargo bench -p firn-tests --bench boot
 
 lint: setup $(VENV)/python
 	cargo fmt --all --check
+	python3 tests/conformance/conformance.py table --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy -p firn --features python -- -D warnings
 	$(VENV)/pip install -q mypy ruff types-pexpect

@@ -32,6 +32,12 @@ pub struct Args {
     /// Seconds the whole test may take, instead of what the file says
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     global_timeout: Option<u32>,
+    /// A JUnit report, in the output directory: a test case for each subtest
+    #[arg(long, value_name = "FILE")]
+    junit_xml: Option<PathBuf>,
+    /// What the log shows at least: debug, info, warning or error
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = ["debug", "info", "warning", "error"])]
+    log_level: String,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -79,6 +85,10 @@ fn runner(args: &Args, python: &Path, kits: &[Kit]) -> Vec<OsString> {
     if let Some(seconds) = args.global_timeout {
         argv.extend(["--global-timeout".into(), seconds.to_string().into()]);
     }
+    if let Some(file) = &args.junit_xml {
+        argv.extend(["--junit-xml".into(), file.into()]);
+    }
+    argv.extend(["--log-level".into(), args.log_level.clone().into()]);
     argv.extend(["--".into(), args.file.clone().into()]);
     argv
 }

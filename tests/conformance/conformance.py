@@ -1,0 +1,313 @@
+#!/usr/bin/env python3
+"""Which names of the NixOS test driver's API do what they should.
+
+A family of the API is a test script in scripts/. Each of its behaviours is a subtest, called
+`NAME: what` or, for wrong use and for failures, `NAME, wrongly: what`; each name has both kinds.
+The script's machines are in comments at its beginning:
+
+    #: none: NAME         a machine that cannot boot, for what needs none
+    #: [nodes.NAME]       lines of a firn test file
+
+Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
+is read from the JUnit report; `firn check` looks at them too. A script with
+`#: ways: agent backdoor` is run once over each of the ways into a guest.
+
+    conformance.py run [FAMILY…]    run them; with --write keep the outcome in results.json
+    conformance.py table [--check]  write the README's table, or look whether it is as it should be
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent.parent / "README.md"
+RESULTS = HERE / "results.json"
+BIN = Path(sys.executable).parent
+CASE = re.compile(r"(?P<name>[\w.-]+)(?P<wrong>, wrongly)?: (?P<what>.+)")
+BEGIN = "<!-- made by tests/conformance/conformance.py from its results -->"
+END = "<!-- end -->"
+
+#: The command line's names, and the tests of driver/python/tests that show them: right and wrong.
+COMMANDS = {
+    "--config": ("test_nixos.test_names", "test_nixos.test_bad_configuration"),
+    "--start-scripts": ("test_nixos.test_without_configuration", "test_nixos.test_usage"),
+    "--vlans": ("test_nixos.test_without_configuration", "test_nixos.test_create_machine"),
+    "--keep-machine-state": ("test_nixos.test_keep_machine_state", "test_nixos.test_two_runs"),
+    "--interactive": ("test_nixos.test_interactive", "test_nixos.test_interactive"),
+    "--debug-hook-attach": ("test_nixos.test_breakpoint", "test_nixos.test_breakpoint"),
+    "--global-timeout": ("test_nixos.test_global_timeout", "test_nixos.test_usage"),
+    "--output_directory": ("test_nixos.test_names", "test_nixos.test_usage"),
+    "--junit-xml": ("test_nixos.test_reports", "test_nixos.test_reports"),
+    "--log-level": ("test_nixos.test_log", "test_nixos.test_usage"),
+    "--dump-vsocks": ("test_nixos.test_vsocks", "test_nixos.test_vsocks"),
+    "LOGFILE": ("test_nixos.test_reports", "test_nixos.test_reports"),
+    "generate-driver-symbols": ("test_nixos.test_names", "test_check.test_bad"),
+    "machine": ("test_nixos.test_alias", "test_nixos.test_alias"),
+    "rebuild": ("test_nixos.test_interactive", "test_nixos.test_interactive"),
+    "test_script": ("test_nixos.test_interactive", "test_nixos.test_failures"),
+    "run_tests": ("test_nixos.test_names", "test_nixos.test_failures"),
+}
+
+
+@dataclass
+class Family:
+    """A script, and what its comments and subtests say."""
+
+    name: str
+    path: Path
+    title: str
+    nodes: str
+    none: list[str] = field(default_factory=list)
+    ways: list[str] = field(default_factory=list)
+    cases: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> "Family":
+        """Read a script."""
+        text = path.read_text()
+        told = [line[2:].strip() for line in text.splitlines() if line.startswith("#:")]
+        title = text.splitlines()[0].removeprefix("#").strip().rstrip(".")
+        new = cls(path.stem, path, title, "")
+        lines = []
+        for line in told:
+            key, _, value = line.partition(":")
+            if key == "none":
+                new.none.append(value.strip())
+            elif key == "ways":
+                new.ways = value.split()
+            else:
+                lines.append(line)
+        new.nodes = "\n".join(lines)
+        new.ways = new.ways or ["agent"]
+        new.cases = cases(text)
+        return new
+
+
+def cases(text: str) -> list[str]:
+    """Give the names of a script's subtests."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    named = sorted(
+        (node.lineno, node.args[0].value)
+        for node in calls
+        if isinstance(node.func, ast.Name)
+        and node.func.id == "subtest"
+        and isinstance(node.args[0], ast.Constant)
+    )
+    return [str(name) for _, name in named]
+
+
+def families() -> list[Family]:
+    """Read all scripts."""
+    return [Family.read(path) for path in sorted((HERE / "scripts").glob("*.py"))]
+
+
+def incomplete(all_cases: Iterable[str]) -> list[str]:
+    """Give what is missing: names without a right or a wrong use, cases with odd names."""
+    right, wrong, found = set(), set(), []
+    for case in all_cases:
+        if match := CASE.fullmatch(case):
+            (wrong if match["wrong"] else right).add(match["name"])
+        else:
+            found.append(f"`{case}` is neither `NAME: what` nor `NAME, wrongly: what`")
+    found += [f"{name} has no case of right use" for name in sorted(wrong - right)]
+    return found + [f"{name} has no case of wrong use" for name in sorted(right - wrong)]
+
+
+def command(family: Family, way: str, directory: Path) -> list[str]:
+    """Write the test of a family, and give the command that runs it."""
+    report = ["--junit-xml", "junit.xml", "-o", str(directory)]
+    if family.none:
+        vms = {}
+        for name in family.none:
+            file = directory / f"run-{name}-vm"
+            spec = {"firn": 1, "name": name, "kernel": str(family.path)}
+            file.write_text(f"#!{BIN}/firn run\n{json.dumps(spec)}\n")
+            vms[name] = {"start_script": str(file)}
+        config = directory / "config.json"
+        told = {"vms": vms, "vlans": [1], "test_script": str(family.path)}
+        config.write_text(json.dumps(told))
+        driver = str(BIN / "nixos-test-driver")
+        return [driver, "--accel", "none", "--config", str(config), *report]
+    file = directory / "test.toml"
+    nodes = family.nodes
+    if way == "backdoor":
+        # A guest without an agent has the root shell on hvc0 only.
+        nodes = re.sub(
+            r"^(\[nodes\.[\w-]+\])$",
+            rf"\1\ncmdline = '{cmdline('systemd')} systemd.mask=firn-agent.service'",
+            nodes,
+            flags=re.M,
+        )
+    head = f"global_timeout = 600\ntest_script_file = {json.dumps(str(family.path))}\n"
+    file.write_text(head + nodes + "\n")
+    return [str(BIN / "firn"), "test", str(file), *report]
+
+
+def check(family: Family) -> bool:
+    """Lint and type-check a script."""
+    with tempfile.TemporaryDirectory() as name:
+        command(family, "agent", Path(name))
+        config = Path(name, "config.json" if family.none else "test.toml")
+        return (
+            subprocess.run([BIN / "firn", "check", "--config", config], check=False).returncode == 0
+        )
+
+
+def cmdline(kit: str) -> str:
+    """Give the kernel arguments of a kit."""
+    built = subprocess.run(
+        [BIN / "firn", "kit", "build", kit], capture_output=True, text=True, check=True
+    )
+    manifest = Path(built.stdout.strip().splitlines()[-1]) / "manifest.json"
+    return str(json.loads(manifest.read_text())["cmdline"])
+
+
+def run_family(family: Family, way: str) -> dict[str, bool]:
+    """Run a script one way; give which cases have passed."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        environment = os.environ | {"TMPDIR": name} if family.none else None
+        done = subprocess.run(
+            command(family, way, directory),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            env=environment,
+        )
+        report = directory / "junit.xml"
+        outcome = {}
+        if report.is_file() and report.stat().st_size:
+            for case in ET.parse(report).getroot().iter("testcase"):
+                outcome[str(case.get("name"))] = case.find("failure") is None
+    passed = {case: outcome.get(case, False) for case in family.cases}
+    if done.returncode != 0 or not all(passed.values()):
+        print(done.stdout)
+        print(f"{family.name} over {way}: exit status {done.returncode}")
+    return passed
+
+
+def run_commands() -> dict[str, bool]:
+    """Run the tests of the command line; give which cases have passed."""
+    tests = sorted({test for pair in COMMANDS.values() for test in pair})
+    wanted = [word for test in tests for word in ("-k", "*" + test.replace(".", ".*."))]
+    directory = HERE.parent.parent / "driver/python/tests"
+    done = subprocess.run(
+        [sys.executable, "-m", "unittest", "discover", "-v", "-s", str(directory), *wanted],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    good = set()
+    # A test's name, then its description, behind which the outcome stands.
+    for match in re.finditer(r"^(\w+) \((\w+)\.[\w.]+\)\n.* \.\.\. ok$", done.stderr, re.M):
+        good.add(f"{match[2]}.{match[1]}")
+    passed = {}
+    for name, (right, wrong) in COMMANDS.items():
+        passed[f"{name}: on the command line"] = right in good
+        passed[f"{name}, wrongly: on the command line"] = wrong in good
+    if not all(passed.values()):
+        print(done.stderr)
+    return passed
+
+
+def run(wanted: list[str], write: bool) -> int:
+    """Run families; the answer is the exit status."""
+    results: dict[str, dict[str, dict[str, bool]]] = {}
+    unclean = 0
+    for family in families():
+        if wanted and family.name not in wanted:
+            continue
+        unclean += not check(family)
+        results[family.name] = {way: run_family(family, way) for way in family.ways}
+    if not wanted or "commands" in wanted:
+        results["command-line"] = {"agent": run_commands()}
+    failed = 0
+    for name, ways in results.items():
+        for way, passed in ways.items():
+            bad = [case for case, good in passed.items() if not good]
+            failed += len(bad)
+            print(f"{name} over {way}: {len(passed) - len(bad)} of {len(passed)} pass")
+            for case in bad:
+                print(f"    FAILED {case}")
+    if write:
+        kept = json.loads(RESULTS.read_text()) if wanted and RESULTS.is_file() else {}
+        RESULTS.write_text(json.dumps(kept | results, indent=1, sort_keys=True) + "\n")
+        table(check=False)
+    return 1 if failed or unclean else 0
+
+
+def lines(results: dict[str, dict[str, dict[str, bool]]]) -> list[str]:
+    """Make the table: a row for each family, with its names and how many of its cases pass."""
+    titles = {family.name: family.title for family in families()} | {
+        "command-line": "The command line and the prompt"
+    }
+    made = ["| | names | over the agent | over the root shell |", "|---|---|---|---|"]
+    for name, ways in sorted(results.items(), key=lambda item: titles.get(item[0], "")):
+        names: dict[str, None] = {}
+        counts: dict[str, str] = defaultdict(str)
+        for way, passed in ways.items():
+            counts[way] = f"{sum(passed.values())} of {len(passed)}"
+            for case in passed:
+                if match := CASE.fullmatch(case):
+                    names[f"`{match['name']}`"] = None
+        row = [titles.get(name, name), ", ".join(names), counts["agent"], counts["backdoor"]]
+        made.append("| " + " | ".join(row) + " |")
+    return made
+
+
+def table(check: bool) -> int:
+    """Write the README's table, or look whether it and the results fit the scripts."""
+    results = json.loads(RESULTS.read_text())
+    found = incomplete(case for family in families() for case in family.cases)
+    for family in families():
+        kept = results.get(family.name, {})
+        for way in family.ways:
+            if sorted(kept.get(way, {})) != sorted(set(family.cases)):
+                found.append(f"results.json does not fit {family.name} over {way}: run it")
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        found.append(f"README.md has no place for the table: {BEGIN} … {END}")
+    else:
+        fresh = "\n".join([before + BEGIN, "", *lines(results), "", END]) + after
+        if not check:
+            README.write_text(fresh)
+        elif fresh != text:
+            found.append("README.md has another table than results.json makes: `make table`")
+    for problem in found:
+        print(problem, file=sys.stderr)
+    return 1 if found else 0
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Run the conformance list.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="run families")
+    runner.add_argument("family", nargs="*", help="all, unless some are named")
+    runner.add_argument("--write", action="store_true", help="keep the outcome")
+    tabler = commands.add_parser("table", help="write the README's table")
+    tabler.add_argument("--check", action="store_true", help="only look whether it is right")
+    args = parser.parse_args()
+    if args.command == "table":
+        return table(args.check)
+    return run(args.family, args.write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+# Polling conditions while a guest runs.
+#: [nodes.machine]
+import time
+
+from test_driver.errors import RequestedAssertionFailed
+
+machine.connect()
+limit = 0.0
+
+
+@polling_condition(seconds_interval=0.5)
+def in_time() -> bool:
+    return time.monotonic() < limit
+
+
+def ended_by_condition(wait) -> None:
+    global limit
+    limit = time.monotonic() + 1
+    with t.assertRaisesRegex(RequestedAssertionFailed, "Polling condition failed: in_time"):
+        with in_time:
+            wait()
+    # What was waited for would have taken much longer.
+    t.assertLess(time.monotonic() - limit, 20)
+
+
+with subtest("polling_condition: holds while a command runs"):
+    limit = time.monotonic() + 60
+    with in_time:
+        t.assertEqual(machine.succeed("sleep 1; echo done"), "done\n")
+
+with subtest("polling_condition: may call the machine"):
+
+    @polling_condition(seconds_interval=0)
+    def responds() -> None:
+        machine.succeed("true")
+
+    with responds:
+        machine.succeed("sleep 2")
+
+with subtest("polling_condition, wrongly: ends a command"):
+    ended_by_condition(lambda: machine.succeed("sleep 60"))
+
+with subtest("polling_condition, wrongly: ends wait_until_succeeds"):
+    ended_by_condition(lambda: machine.wait_until_succeeds("false"))
+
+with subtest("polling_condition, wrongly: ends wait_until_fails"):
+    ended_by_condition(lambda: machine.wait_until_fails("true"))
+
+with subtest("polling_condition, wrongly: ends wait_for_console_text"):
+    ended_by_condition(lambda: machine.wait_for_console_text("never printed"))
+
+with subtest("polling_condition, wrongly: ends wait_for_shutdown"):
+    ended_by_condition(machine.wait_for_shutdown)
+
+with subtest("polling_condition: the machine still works"):
+    machine.succeed("true")

@@ -1,0 +1,180 @@
+# What groups, repeats and checks the parts of a script.
+#: none: machine
+import datetime
+import time
+
+from test_driver.errors import RequestedAssertionFailed
+
+with subtest("subtest: nests"):
+    with subtest("subtest: inner"):
+        pass
+
+with subtest("subtest, wrongly: an exception comes through"):
+    with t.assertRaisesRegex(ValueError, "^mine$"):
+        with log.nested("not a case of its own"):
+            raise ValueError("mine")
+
+with subtest("retry: until true"):
+    calls = []
+
+    def third(last: bool) -> bool:
+        calls.append(last)
+        return len(calls) == 2
+
+    retry(third, timeout=30)
+    t.assertEqual(calls, [False, False])
+
+with subtest("retry: a last call with True"):
+    calls.clear()
+    retry(lambda last: calls.append(last) or last, datetime.timedelta(milliseconds=100))
+    t.assertEqual(calls, [False, True])
+
+with subtest("retry: no time, one call"):
+    calls.clear()
+    retry(lambda last: calls.append(last) or True, timeout=0)
+    t.assertEqual(calls, [True])
+
+with subtest("retry, wrongly: an error after the time"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 0.1 seconds"):
+        retry(lambda last: False, timeout=0.1)
+
+with subtest("retry, wrongly: a bool is no duration"):
+    with t.assertRaises(TypeError):
+        retry(lambda last: True, timeout=True)
+
+with subtest("t: asserts"):
+    t.assertEqual(1, 1)
+    t.assertIn("a", "abc")
+
+with subtest("t, wrongly: failing raises the error that scripts know"):
+    try:
+        t.assertIn("x", "abc")
+    except RequestedAssertionFailed as error:
+        t.assertIsInstance(error, AssertionError)
+    else:
+        raise ValueError("it did not fail")
+
+with subtest("polling_condition: holds, and counts None as true"):
+    checks = []
+
+    @polling_condition(seconds_interval=0)
+    def none() -> None:
+        checks.append(None)
+
+    with none:
+        machine.shutdown()
+    t.assertTrue(checks)
+
+with subtest("polling_condition: checked only within its block"):
+    checks.clear()
+    machine.shutdown()
+    t.assertEqual(checks, [])
+
+with subtest("polling_condition: its description"):
+
+    @polling_condition
+    def documented() -> bool:
+        """so it is"""
+        return True
+
+    @polling_condition(description="given")
+    def described() -> bool:
+        """not this"""
+        return True
+
+    t.assertEqual(none.description, "none")
+    t.assertEqual(documented.description, "so it is")
+    t.assertEqual(described.description, "given")
+
+with subtest("polling_condition: not entered again by what it calls"):
+
+    @polling_condition(seconds_interval=0)
+    def calls_machine() -> bool:
+        machine.shutdown()
+        return True
+
+    with calls_machine:
+        machine.shutdown()
+
+with subtest("polling_condition: wait"):
+    there = time.monotonic() + 0.1
+
+    @polling_condition
+    def late() -> bool:
+        return time.monotonic() > there
+
+    late.wait(timeout=30)
+
+with subtest("polling_condition, wrongly: a command within a block that fails"):
+
+    @polling_condition(seconds_interval=0)
+    def never() -> bool:
+        return False
+
+    with t.assertRaisesRegex(RequestedAssertionFailed, "Polling condition failed: never"):
+        with never:
+            machine.shutdown()
+
+with subtest("polling_condition, wrongly: raising is failing"):
+
+    @polling_condition(seconds_interval=0)
+    def raises() -> bool:
+        raise ValueError("no")
+
+    with t.assertRaisesRegex(RequestedAssertionFailed, "Polling condition failed: raises"):
+        with raises:
+            machine.shutdown()
+
+with subtest("polling_condition, wrongly: retry ends"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "Polling condition failed: never"):
+        with never:
+            retry(lambda last: False)
+
+with subtest("polling_condition, wrongly: wait ends after its time"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 0.1 seconds"):
+        never.wait(timeout=0.1)
+
+with subtest("create_machine: of a file's content"):
+    made = create_machine({"firn": 1, "name": "made", "kernel": "/no/kernel"})
+    t.assertEqual(made.name, "made")
+    t.assertFalse(made.booted)
+
+with subtest("create_machine, wrongly: it cannot start without a kernel"):
+    with t.assertRaisesRegex(Exception, "/no/kernel"):
+        made.start()
+
+with subtest("create_machine, wrongly: a name that is taken"):
+    with t.assertRaisesRegex(Exception, "there is a machine made already"):
+        create_machine({"firn": 1, "name": "made", "kernel": "/no/kernel"})
+
+with subtest("create_machine, wrongly: what is no machine file"):
+    with t.assertRaisesRegex(ValueError, "is no machine file of firn, it is a program"):
+        create_machine("/bin/sh")
+
+with subtest("log: messages and steps"):
+    with log.nested("step"):
+        log.info("info")
+        log.warning("warning")
+        log.debug("debug")
+        log.log("about", {"machine": "machine"})
+
+with subtest("log, wrongly: a message is text"):
+    with t.assertRaises(TypeError):
+        log.info(4)  # type: ignore
+
+with subtest("serial_stdout_on: shows guests' lines"):
+    serial_stdout_on()
+    log.log_serial("shown", "machine")
+
+with subtest("serial_stdout_on, wrongly: takes no arguments"):
+    with t.assertRaises(TypeError):
+        serial_stdout_on(True)  # type: ignore
+
+with subtest("serial_stdout_off: hides them"):
+    serial_stdout_off()
+    log.log_serial("hidden", "machine")
+    serial_stdout_on()
+
+with subtest("serial_stdout_off, wrongly: takes no arguments"):
+    with t.assertRaises(TypeError):
+        serial_stdout_off(True)  # type: ignore
