@@ -10,6 +10,7 @@ from pathlib import Path
 from firn._firn import Test, in_carrier_if_needed
 from firn.driver import Settings
 from firn.runner import Options, guarded
+from firn.terminal import with_terminal
 
 #: The names of every script, without machines and vlans.
 SYMBOLS = (
@@ -181,6 +182,9 @@ def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) 
     if agent.is_file():
         os.environ.setdefault("FIRN_AGENT", str(agent))
     command = [sys.executable, "-P", "-m", "firn.nixos", "--accel", "none", *arguments]
+    terminal = args.interactive and sys.stdin.isatty()
+    if terminal:
+        command = with_terminal(command)
     writable = [args.output_directory, *test.writable]
     if args.keep_machine_state:
         # What shall outlive the run must not stay in the carrier.
@@ -190,7 +194,7 @@ def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) 
     log = os.environ.get("LOGFILE")
     if log and log != os.devnull:
         writable.append(Path(log).absolute().parent)
-    status = in_carrier_if_needed(args.accel, command, writable)
+    status = in_carrier_if_needed(args.accel, command, writable, terminal)
     if status == 128 + signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)

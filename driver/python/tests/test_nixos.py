@@ -450,6 +450,20 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         self.assertTrue((self.dir / ".nixos-test-history").is_file())
         self.assertEqual(list(self.state.iterdir()), [])
 
+    def test_terminal(self) -> None:
+        """A command that has none gets a terminal: what the prompt has in a carrier."""
+        code = "import os; print(os.get_terminal_size(), input()); os._exit(3)"
+        done = subprocess.run(
+            [sys.executable, "-m", "firn.terminal", "50", "150", sys.executable, "-c", code],
+            input="typed\n",
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        self.assertEqual(done.returncode, 3, done.stderr)
+        self.assertIn("os.terminal_size(columns=150, lines=50) typed", done.stdout)
+
 
 def prompt(number: int) -> str:
     """Match IPython's prompt, with whatever moves the cursor and sets colours."""
