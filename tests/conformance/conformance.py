@@ -6,6 +6,7 @@ A family of the API is a test script in scripts/. Each of its behaviours is a su
 The script's machines are in comments at its beginning:
 
     #: none: NAME         a machine that cannot boot, for what needs none
+    #: file: NAME         a machine file that boots the micro kit
     #: [nodes.NAME]       lines of a firn test file
 
 Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
@@ -69,6 +70,7 @@ class Family:
     title: str
     nodes: str
     none: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
     cases: list[str] = field(default_factory=list)
 
@@ -82,8 +84,8 @@ class Family:
         lines = []
         for line in told:
             key, _, value = line.partition(":")
-            if key == "none":
-                new.none.append(value.strip())
+            if key in ("none", "file"):
+                (new.none if key == "none" else new.files).append(value.strip())
             elif key == "ways":
                 new.ways = value.split()
             else:
@@ -127,18 +129,20 @@ def incomplete(all_cases: Iterable[str]) -> list[str]:
 def command(family: Family, way: str, directory: Path) -> list[str]:
     """Write the test of a family, and give the command that runs it."""
     report = ["--junit-xml", "junit.xml", "-o", str(directory)]
-    if family.none:
+    if family.none or family.files:
         vms = {}
-        for name in family.none:
+        for name in family.none + family.files:
             file = directory / f"run-{name}-vm"
             spec = {"firn": 1, "name": name, "kernel": str(family.path)}
+            if name in family.files:
+                spec |= bootable()
             file.write_text(f"#!{BIN}/firn run\n{json.dumps(spec)}\n")
             vms[name] = {"start_script": str(file)}
         config = directory / "config.json"
         told = {"vms": vms, "vlans": [1], "test_script": str(family.path)}
         config.write_text(json.dumps(told))
-        driver = str(BIN / "nixos-test-driver")
-        return [driver, "--accel", "none", "--config", str(config), *report]
+        driver = [str(BIN / "nixos-test-driver"), "--config", str(config), *report]
+        return driver if family.files else [*driver, "--accel", "none"]
     file = directory / "test.toml"
     nodes = family.nodes
     if way == "backdoor":
@@ -158,26 +162,47 @@ def check(family: Family) -> bool:
     """Lint and type-check a script."""
     with tempfile.TemporaryDirectory() as name:
         command(family, "agent", Path(name))
-        config = Path(name, "config.json" if family.none else "test.toml")
+        config = Path(name, "test.toml" if family.nodes else "config.json")
         return (
             subprocess.run([BIN / "firn", "check", "--config", config], check=False).returncode == 0
         )
 
 
-def cmdline(kit: str) -> str:
-    """Give the kernel arguments of a kit."""
+def bootable() -> dict[str, object]:
+    """Give what a machine file says to boot the micro kit."""
+    kit = kit_directory("micro")
+    return {
+        "memory": 256,
+        "kernel": str(kit / "vmlinux"),
+        "initrd": [str(kit / "initrd")],
+        "cmdline": f"{cmdline('micro')} ${{QEMU_KERNEL_PARAMS:-}}",
+        "disks": [{"image": "${NIX_DISK_IMAGE:-made.img}", "size": 16, "serial": "root"}],
+        "shares": [
+            {"tag": "shared", "source": "${SHARED_DIR:-${TMPDIR}/xchg}"},
+            {"tag": "xchg", "source": "${TMPDIR}/xchg"},
+        ],
+        "nets": [{"vlan": 1}],
+    }
+
+
+def kit_directory(kit: str) -> Path:
+    """Build a kit if need be, and say where it is."""
     built = subprocess.run(
         [BIN / "firn", "kit", "build", kit], capture_output=True, text=True, check=True
     )
-    manifest = Path(built.stdout.strip().splitlines()[-1]) / "manifest.json"
-    return str(json.loads(manifest.read_text())["cmdline"])
+    return Path(built.stdout.strip().splitlines()[-1])
+
+
+def cmdline(kit: str) -> str:
+    """Give the kernel arguments of a kit."""
+    return str(json.loads((kit_directory(kit) / "manifest.json").read_text())["cmdline"])
 
 
 def run_family(family: Family, way: str) -> dict[str, bool]:
     """Run a script one way; give which cases have passed."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        environment = os.environ | {"TMPDIR": name} if family.none else None
+        environment = None if family.nodes else os.environ | {"TMPDIR": name}
         done = subprocess.run(
             command(family, way, directory),
             stdin=subprocess.DEVNULL,
