@@ -64,6 +64,17 @@ pub enum MachineError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The user network could not do something.
+    #[error("{machine}: {what}")]
+    Network {
+        /// Which machine.
+        machine: String,
+        /// What was to be done.
+        what: String,
+        /// Why it was not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The call needs a machine that runs.
     #[error("{machine} is not running")]
     NotRunning {

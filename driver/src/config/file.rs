@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use firn_net_switch::gateway::Forward;
 use firn_vmm::spec::{
     CachePolicy, DiskCreateSpec, DiskFormat, MAX_CORES, MIN_MEMORY_MIB, VsockSpec,
 };
@@ -17,6 +18,7 @@ use toml::Spanned;
 use crate::kit::{KitName, STORE_TAG};
 
 use super::machine_file::format_by_name;
+use super::network::{RawForward, SenselessForward, UserNetwork};
 use super::report::{ConfigError, Report};
 use super::{
     DiskConfig, DiskImage, EXCHANGE_TAG, MAX_DISK_MIB, MAX_LABEL, MAX_MEMORY_MIB, MAX_NAME,
@@ -44,6 +46,9 @@ struct RawNode {
     cmdline: Option<String>,
     memory_size: Option<Spanned<u64>>,
     cores: Option<Spanned<u64>>,
+    user_network: Option<Spanned<bool>>,
+    restrict_network: Option<Spanned<bool>>,
+    forward_ports: Option<Vec<Spanned<RawForward>>>,
     vlans: Option<Vec<Spanned<i64>>>,
     #[serde(default)]
     disks: Vec<RawDisk>,
@@ -251,6 +256,11 @@ impl Reader<'_> {
             memory_mib,
             // `within` has checked the range.
             cores: u8::try_from(cores).unwrap_or(MAX_CORES),
+            user_network: self.user_network(
+                raw.user_network.is_none_or(Spanned::into_inner),
+                raw.restrict_network,
+                raw.forward_ports,
+            )?,
             vlans: match raw.vlans {
                 Some(vlans) => self.vlans(vlans)?,
                 None => vec![1],
@@ -280,6 +290,38 @@ impl Reader<'_> {
         Err(self
             .bad(value.span(), format!("`{key}` is {number}"))
             .help(format!("allowed: {low} to {high} {unit}")))
+    }
+
+    fn user_network(
+        &self,
+        wanted: bool,
+        restrict: Option<Spanned<bool>>,
+        forwards: Option<Vec<Spanned<RawForward>>>,
+    ) -> Result<Option<UserNetwork>, Report> {
+        if wanted {
+            let forwards = forwards.unwrap_or_default();
+            return Ok(Some(UserNetwork {
+                restrict: restrict.is_some_and(Spanned::into_inner),
+                forwards: forwards.iter().map(|raw| self.forward(raw)).collect::<Result<_, _>>()?,
+            }));
+        }
+        let forward = forwards.iter().flatten().next();
+        let useless = restrict
+            .map(|restrict| ("restrict_network", restrict.span()))
+            .or(forward.map(|forward| ("forward_ports", forward.span())));
+        match useless {
+            None => Ok(None),
+            Some((key, span)) => Err(self
+                .bad(span, format!("`{key}` is for the user network"))
+                .help("leave out `user_network = false`")),
+        }
+    }
+
+    fn forward(&self, raw: &Spanned<RawForward>) -> Result<Forward, Report> {
+        raw.get_ref().forward().map_err(|SenselessForward { key, problem }| {
+            let message = format!("`{key}` of a forwarded port makes no sense");
+            self.bad(raw.span(), message).help(problem)
+        })
     }
 
     fn vlans(&self, raw: Vec<Spanned<i64>>) -> Result<Vec<u8>, Report> {

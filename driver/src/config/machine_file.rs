@@ -14,7 +14,8 @@
 //!   "cmdline": "console=ttyS0 ${KERNEL_PARAMS:-}",
 //!   "disks": [{ "image": "${NIX_DISK_IMAGE:-server.qcow2}", "size": 1024, "label": "nixos" }],
 //!   "shares": [{ "tag": "xchg", "source": "${TMPDIR}/xchg" }],
-//!   "nets": [{ "vlan": 1, "mac": "52:54:00:12:01:01" }]
+//!   "nets": [{ "vlan": 1, "mac": "52:54:00:12:01:01" }],
+//!   "user_network": { "forward_ports": [{ "host": { "port": 8080 }, "guest": { "port": 80 } }] }
 //! }
 //! ```
 //!
@@ -37,6 +38,7 @@ use serde::Deserialize;
 use crate::kit::KitName;
 
 use super::expand::Variables;
+use super::network::{RawForward, SenselessForward, UserNetwork};
 use super::report::{ConfigError, Report};
 use super::{
     DiskConfig, DiskImage, MAX_DISK_MIB, MAX_LABEL, MAX_MEMORY_MIB, MAX_NAME, MAX_NUMBER,
@@ -58,6 +60,7 @@ pub struct MachineFile {
     cores: u8,
     vlans: Vec<u8>,
     macs: BTreeMap<u8, [u8; 6]>,
+    user_network: Option<UserNetwork>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -83,6 +86,7 @@ struct RawMachine {
     disks: Vec<RawDisk>,
     #[serde(default)]
     nets: Vec<RawNet>,
+    user_network: Option<RawUserNetwork>,
     vsock: Option<RawVsock>,
     #[serde(default = "yes")]
     rng: bool,
@@ -121,6 +125,15 @@ struct RawDisk {
 struct RawNet {
     vlan: u8,
     mac: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawUserNetwork {
+    #[serde(default)]
+    restrict: bool,
+    #[serde(default)]
+    forward_ports: Vec<RawForward>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -313,6 +326,7 @@ impl MachineFile {
             cmdline: Some(format!("{params} {cmdline}").trim().to_owned()),
             memory_mib: raw.memory,
             cores: self.cores,
+            user_network: self.user_network.clone(),
             vlans: self.vlans.clone(),
             macs: self.macs.clone(),
             disks: disks.collect::<Result<_, E>>()?,
@@ -443,7 +457,21 @@ impl Checker<'_> {
                 macs.insert(net.vlan, self.mac(&format!("nets[{at}].mac"), mac)?);
             }
         }
-        Ok(MachineFile { path: self.path.to_owned(), raw, cores, vlans, macs })
+        let user_network =
+            raw.user_network.as_ref().map(|net| self.user_network(net)).transpose()?;
+        Ok(MachineFile { path: self.path.to_owned(), raw, cores, vlans, macs, user_network })
+    }
+
+    fn user_network(&self, raw: &RawUserNetwork) -> Checked<UserNetwork> {
+        let forward = |(at, forward): (usize, &RawForward)| {
+            forward.forward().map_err(|SenselessForward { key, problem }| {
+                let message =
+                    format!("`user_network.forward_ports[{at}].{key}` makes no sense: {problem}");
+                ConfigError::Key { path: self.path.to_owned(), message }
+            })
+        };
+        let forwards = raw.forward_ports.iter().enumerate().map(forward);
+        Ok(UserNetwork { restrict: raw.restrict, forwards: forwards.collect::<Result<_, _>>()? })
     }
 
     fn name(&self, key: &str, name: &str) -> Checked {

@@ -13,10 +13,12 @@ mod driver_file;
 mod expand;
 mod file;
 mod machine_file;
+mod network;
 mod report;
 
 pub use expand::Variables;
 pub use machine_file::MachineFile;
+pub use network::UserNetwork;
 pub use report::ConfigError;
 
 #[cfg(test)]
@@ -92,6 +94,8 @@ pub struct NodeConfig {
     pub memory_mib: u64,
     /// Number of vCPUs.
     pub cores: u8,
+    /// Its first card, eth0: the way to the host and beyond.
+    pub user_network: Option<UserNetwork>,
     /// The vlans it is on; the guest's interface on the first is eth1, on the next eth2.
     pub vlans: Vec<u8>,
     /// The addresses of its cards by their vlans, where they are not made from the numbers of vlan and node.

@@ -37,6 +37,7 @@ fn a_short_file_is_filled_up() {
             cmdline: None,
             memory_mib: 512,
             cores: 1,
+            user_network: Some(UserNetwork::default()),
             vlans: vec![1],
             macs: BTreeMap::new(),
             disks: vec![],
@@ -75,6 +76,58 @@ vsock = { cid = 3, socket = 'run/sock' }";
     for cid in [0_u64, 2, 4_294_967_295, 1 << 40] {
         let text = refused(&node(&format!("vsock = {{ cid = {cid}, socket = '/s' }}")));
         assert!(text.contains(&format!("`cid` is {cid}")), "{text}");
+    }
+}
+
+#[test]
+fn the_user_network_is_described_as_in_nixos() {
+    let network = |lines: &str| read(&node(lines)).expect("valid").nodes.remove(0).user_network;
+    assert_eq!(network("user_network = false"), None);
+    assert_eq!(network("user_network = true"), Some(UserNetwork::default()));
+    let lines = "restrict_network = true
+[[nodes.machine1.forward_ports]]
+host.port = 2222
+guest.port = 22
+[[nodes.machine1.forward_ports]]
+from = 'guest'
+proto = 'udp'
+host = { address = '192.0.2.1', port = 53 }
+guest = { address = '10.0.2.100', port = 5353 }
+[[nodes.machine1.forward_ports]]
+host = { address = '::1', port = 0 }
+guest = { address = 'fd00::5054:ff:fe12:3456', port = 80 }";
+    let UserNetwork { restrict, forwards } = network(lines).expect("there is one");
+    assert!(restrict);
+    let said: Vec<_> = forwards
+        .iter()
+        .map(|f| format!("{:?} {} {} {}", f.from, f.protocol, f.host, f.guest))
+        .collect();
+    assert_eq!(
+        said,
+        [
+            "Host TCP 127.0.0.1:2222 10.0.2.15:22",
+            "Guest UDP 192.0.2.1:53 10.0.2.100:5353",
+            "Host TCP [::1]:0 [fd00::5054:ff:fe12:3456]:80",
+        ]
+    );
+}
+
+#[test]
+fn forwards_that_make_no_sense() {
+    let forward =
+        |lines: &str| refused(&node(&format!("[[nodes.machine1.forward_ports]]\n{lines}")));
+    assert!(forward("host.port = 1\nguest.port = 0").contains("`guest.port` of a forwarded port"));
+    let text = forward("from = 'guest'\nhost.port = 1\nguest.port = 1");
+    assert!(text.contains("`guest.address`") && text.contains("such as 10.0.2.100"), "{text}");
+    let text = forward("from = 'guest'\nhost.port = 0\nguest = { address = '10.0.2.9', port = 1 }");
+    assert!(text.contains("`host.port`") && text.contains("1 to 65535"), "{text}");
+    let text = forward("from = 'both'\nhost.port = 1\nguest.port = 1");
+    assert!(text.contains("unknown variant `both`, expected `host` or `guest`"), "{text}");
+    let text = forward("host.port = 65536\nguest.port = 1");
+    assert!(text.contains("65536"), "{text}");
+    for key in ["restrict_network = true", "forward_ports = [{ host.port = 1, guest.port = 1 }]"] {
+        let text = refused(&node(&format!("user_network = false\n{key}")));
+        assert!(text.contains("is for the user network"), "{text}");
     }
 }
 

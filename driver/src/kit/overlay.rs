@@ -15,6 +15,8 @@ pub struct MachineConfig {
     pub hosts: Vec<Host>,
     /// Its network cards.
     pub interfaces: Vec<Interface>,
+    /// Whom it asks for names.
+    pub dns: Vec<IpAddr>,
     /// What it mounts when it boots, in this order.
     pub mounts: Vec<Mount>,
 }
@@ -37,6 +39,8 @@ pub struct Interface {
     pub mac: [u8; 6],
     /// Its addresses, each with the length of its network's prefix.
     pub addresses: Vec<(IpAddr, u8)>,
+    /// Who passes on what is for no network that it is on.
+    pub gateway: Option<IpAddr>,
 }
 
 /// A share that is mounted when the machine boots.
@@ -59,8 +63,8 @@ pub struct OverlayError {
     problem: &'static str,
 }
 
-/// The archive that tells a machine of the micro kit who it is: `/etc/hostname`, `/etc/hosts`, `/etc/firn/network`
-/// (lines `NAME MAC ADDRESS/PREFIX...`) and `/etc/firn/mounts` (lines `TAG MOUNTPOINT OPTIONS`), which the kit's boot
+/// The archive that tells a machine of the micro kit who it is: `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf`, `/etc/firn/network`
+/// (lines `NAME MAC ADDRESS/PREFIX... via=GATEWAY`) and `/etc/firn/mounts` (lines `TAG MOUNTPOINT OPTIONS`), which the kit's boot
 /// script reads.
 ///
 /// # Errors
@@ -73,6 +77,8 @@ pub fn machine_overlay(config: &MachineConfig) -> Result<Vec<u8>, OverlayError> 
     let hostname = word("host name", &config.hostname, 64)?;
     archive.file("etc/hostname", 0o644, format!("{hostname}\n").as_bytes());
     archive.file("etc/hosts", 0o644, hosts(&config.hosts)?.as_bytes());
+    let resolv: String = config.dns.iter().map(|dns| format!("nameserver {dns}\n")).collect();
+    archive.file("etc/resolv.conf", 0o644, resolv.as_bytes());
     archive.file("etc/firn/network", 0o644, network(&config.interfaces)?.as_bytes());
     archive.file("etc/firn/mounts", 0o644, mounts(&config.mounts)?.as_bytes());
     Ok(archive.finish())
@@ -117,6 +123,9 @@ fn network(interfaces: &[Interface]) -> Result<String, OverlayError> {
                 });
             }
             addresses.push_str(&format!(" {address}/{prefix}"));
+        }
+        if let Some(gateway) = interface.gateway {
+            addresses.push_str(&format!(" via={gateway}"));
         }
         text.push_str(&format!(
             "{name} {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}{addresses}\n"

@@ -1,6 +1,6 @@
 //! A machine of a test, as its script sees it.
 //!
-//! A file for each family of calls: `power` (start to release), `exec`, `files`, `console`. A call that waits
+//! A file for each family of calls: `power` (start to release), `exec`, `files`, `console`, `network`. A call that waits
 //! for the guest is ended at once when the guest ends ([`Machine::unless_ended`]).
 
 use std::fmt::Display;
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use firn_net_switch::SwitchPort;
+use firn_net_switch::gateway::Gateway;
 use tokio::sync::{Mutex, watch};
 
 use crate::config::{NodeConfig, Variables};
@@ -22,6 +23,7 @@ mod console;
 mod exec;
 mod files;
 mod monitor;
+mod network;
 mod power;
 mod qemu;
 mod serial;
@@ -51,8 +53,10 @@ struct Inner {
     log: Logger,
     console: Arc<Console>,
     events: qemu::Events,
-    /// Where its cards are plugged in, in the order of the node's vlans.
+    /// Where its cards on vlans are plugged in, in the order of the node's vlans.
     ports: Vec<Arc<SwitchPort>>,
+    /// The user network of a machine that runs.
+    gateway: std::sync::Mutex<Option<Arc<Gateway>>>,
     state: watch::Sender<State>,
     /// Held while the machine is being started, so that two callers do not both do it.
     starting: Mutex<()>,
@@ -134,6 +138,7 @@ impl Machine {
                 console: Arc::new(Console::new()),
                 events: qemu::Events::new(),
                 ports,
+                gateway: std::sync::Mutex::default(),
                 state: watch::Sender::new(State::Off),
                 starting: Mutex::new(()),
             }),

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use firn_net_switch::{NetPort, SwitchPort};
+use firn_net_switch::NetPort;
 use firn_vmm::device::serial::InputFull;
 use firn_vmm::spec::MachineSpec;
 use firn_vmm::vm::{Event, HostSide, Vm, VmError};
@@ -27,7 +27,7 @@ pub(super) struct Monitor {
 pub(super) struct Wiring {
     pub(super) console: Arc<Console>,
     pub(super) console_ports: Vec<UnixStream>,
-    pub(super) nets: Vec<Arc<SwitchPort>>,
+    pub(super) nets: Vec<Arc<dyn NetPort>>,
 }
 
 impl Monitor {
@@ -49,7 +49,7 @@ impl Monitor {
             }),
             serial: Box::new(ConsoleWriter(wiring.console)),
             console_ports: wiring.console_ports,
-            nets: wiring.nets.into_iter().map(|port| port as Arc<dyn NetPort>).collect(),
+            nets: wiring.nets,
         };
         let vm = blocking(move || {
             let mut vm = Vm::new(&spec, host)?;

@@ -40,7 +40,14 @@ impl Machine {
         }
         self.log("starting vm");
         self.inner.console.restart();
-        let launched = self.launch().await?;
+        self.open_user_network().await?;
+        let launched = match self.launch().await {
+            Ok(launched) => launched,
+            Err(error) => {
+                self.close_user_network().await;
+                return Err(error);
+            }
+        };
         let (stop, stopped) = watch::channel(false);
         self.inner.state.send_replace(State::Running(Run {
             monitor: launched.monitor.clone(),
@@ -227,7 +234,7 @@ impl Machine {
         let wiring = Wiring {
             console: Arc::clone(&self.inner.console),
             console_ports: vec![hvc0_guest, agent_guest],
-            nets: self.inner.ports.clone(),
+            nets: self.nets(),
         };
         let (monitor, events) =
             Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;
@@ -278,6 +285,7 @@ impl Machine {
         if end != End::Stopped {
             self.log(&end);
         }
+        self.close_user_network().await;
         self.inner.state.send_replace(State::Ended(Arc::new(end)));
     }
 

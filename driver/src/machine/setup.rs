@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use firn_guest_agent::protocol::PORT_NAME;
+use firn_net_switch::gateway::{CARD_MAC, DNS_V4, GATEWAY_V4, GUEST_V4};
 use firn_vmm::spec::{
     CachePolicy, ConsolePortSpec, DiskCreateSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec,
     ShareSpec,
@@ -98,7 +99,16 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
         name: format!("eth{}", at + 1),
         mac: node.mac(*vlan),
         addresses: vec![(node.ipv4(*vlan).into(), 24), (node.ipv6(*vlan).into(), 64)],
+        gateway: None,
     };
+    // What DHCP would say, without a client to start.
+    let user = node.user_network.iter().map(|_| Interface {
+        name: "eth0".to_owned(),
+        mac: CARD_MAC,
+        addresses: vec![(GUEST_V4.into(), 24)],
+        gateway: Some(GATEWAY_V4.into()),
+    });
+    let vlans = node.vlans.iter().enumerate().map(interface);
     let mount = |tag: &str, mount_point: &str, read_only: bool| Mount {
         tag: tag.to_owned(),
         mount_point: mount_point.to_owned(),
@@ -112,7 +122,8 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
     MachineConfig {
         hostname: node.name.clone(),
         hosts: hosts.to_vec(),
-        interfaces: node.vlans.iter().enumerate().map(interface).collect(),
+        interfaces: user.chain(vlans).collect(),
+        dns: node.user_network.iter().map(|_| DNS_V4.into()).collect(),
         mounts: own.into_iter().chain(asked).collect(),
     }
 }
@@ -151,7 +162,7 @@ impl Machine {
                 ConsolePortSpec { name: None },
                 ConsolePortSpec { name: Some(PORT_NAME.to_owned()) },
             ],
-            nets: node.vlans.iter().map(|vlan| NetSpec { mac: node.mac(*vlan) }).collect(),
+            nets: nets(node),
             shares: own.chain(node.shares.iter().map(share)).collect(),
             disks: (0..)
                 .zip(&node.disks)
@@ -162,6 +173,13 @@ impl Machine {
             vsock: node.vsock.clone(),
         })
     }
+}
+
+/// The cards: that of the user network first, as in NixOS.
+fn nets(node: &NodeConfig) -> Vec<NetSpec> {
+    let user = node.user_network.iter().map(|_| CARD_MAC);
+    let vlans = node.vlans.iter().map(|vlan| node.mac(*vlan));
+    user.chain(vlans).map(|mac| NetSpec { mac }).collect()
 }
 
 /// The disk at place `at`. Empty disks are made in `state`, where they outlive the machine's restarts.
@@ -225,9 +243,12 @@ mod tests {
             .iter()
             .map(|card| (card.name.as_str(), card.mac[4], card.mac[5]))
             .collect();
-        assert_eq!(cards, [("eth1", 2, 2), ("eth2", 1, 2)]);
+        assert_eq!(cards, [("eth0", 0x34, 0x56), ("eth1", 2, 2), ("eth2", 1, 2)]);
+        assert_eq!(told.interfaces[0].gateway, Some(GATEWAY_V4.into()));
+        let macs: Vec<_> = nets(&nodes[1]).iter().map(|net| net.mac).collect();
+        assert_eq!(macs, told.interfaces.iter().map(|card| card.mac).collect::<Vec<_>>());
         let addresses: Vec<_> =
-            told.interfaces[1].addresses.iter().map(|(ip, bits)| format!("{ip}/{bits}")).collect();
+            told.interfaces[2].addresses.iter().map(|(ip, bits)| format!("{ip}/{bits}")).collect();
         assert_eq!(addresses, ["192.168.1.2/24", "2001:db8:1::2/64"]);
         let mounts: Vec<_> = told
             .mounts

@@ -424,6 +424,12 @@ impl PyMachine {
         wait(py, self.0.release())
     }
 
+    /// Returns the host's port: with 0 the system chooses it.
+    #[pyo3(signature = (host_port = 8080, guest_port = 80))]
+    fn forward_port(&self, py: Python<'_>, host_port: u16, guest_port: u16) -> PyResult<u16> {
+        wait(py, self.0.forward_port(host_port, guest_port))
+    }
+
     fn block(&self, py: Python<'_>) {
         py.detach(|| self.0.block());
     }

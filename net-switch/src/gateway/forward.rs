@@ -44,16 +44,20 @@ impl Inner {
             Protocol::Tcp => {
                 let listener = TcpListener::bind(host).await.map_err(failed)?;
                 let bound = listener.local_addr().map_err(failed)?;
-                self.runtime.spawn(Arc::clone(self).forward_connections(listener, guest));
+                self.listen(Arc::clone(self).forward_connections(listener, guest));
                 Ok(bound)
             }
             Protocol::Udp => {
                 let socket = UdpSocket::bind(host).await.map_err(failed)?;
                 let bound = socket.local_addr().map_err(failed)?;
-                self.runtime.spawn(Arc::clone(self).forward_datagrams(Arc::new(socket), guest));
+                self.listen(Arc::clone(self).forward_datagrams(Arc::new(socket), guest));
                 Ok(bound)
             }
         }
+    }
+
+    fn listen(&self, listener: impl Future<Output = ()> + Send + 'static) {
+        lock(&self.listeners).push(self.runtime.spawn(listener));
     }
 
     fn forward_from_guest(

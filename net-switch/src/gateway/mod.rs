@@ -37,6 +37,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
 
 use crate::lock;
 use crate::offload::sanitize;
@@ -189,7 +190,7 @@ pub struct GatewayStats {
     pub reserved: usize,
 }
 
-/// The user network of one card. Dropping it ends all that goes through it.
+/// The user network of one card. Dropping it, or [`Self::close`], ends all that goes through it.
 ///
 /// It works on the runtime it was made in, which must have I/O and time enabled.
 pub struct Gateway {
@@ -212,6 +213,8 @@ struct Inner {
     connections: Connections,
     datagrams: Datagrams,
     questions: Arc<Semaphore>,
+    /// The tasks that listen on the host's ports.
+    listeners: Mutex<Vec<JoinHandle<()>>>,
     closed: watch::Sender<bool>,
 }
 
@@ -237,6 +240,7 @@ impl Gateway {
             connections: Connections::new(),
             datagrams: Datagrams::default(),
             questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
+            listeners: Mutex::default(),
             closed: watch::Sender::new(false),
         });
         let gateway = Self { inner };
@@ -256,6 +260,16 @@ impl Gateway {
         Inner::forward(&self.inner, forward).await
     }
 
+    /// Ends all that goes through it. On return its ports of the host are free.
+    pub async fn close(&self) {
+        self.inner.close();
+        let listeners = std::mem::take(&mut *lock(&self.inner.listeners));
+        for listener in listeners {
+            // It has ended, or its runtime has.
+            let _ = listener.await;
+        }
+    }
+
     /// How much goes on at present.
     #[must_use]
     pub fn stats(&self) -> GatewayStats {
@@ -270,8 +284,7 @@ impl Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        self.inner.closed.send_replace(true);
-        self.inner.hang_up();
+        self.inner.close();
     }
 }
 
@@ -396,7 +409,12 @@ impl Inner {
         *lock(&self.reassembly) = Reassembly::default();
     }
 
-    /// Waits until the gateway is dropped.
+    fn close(&self) {
+        self.closed.send_replace(true);
+        self.hang_up();
+    }
+
+    /// Waits until the gateway is closed.
     async fn closed(&self) {
         // The sender lives in self.
         let _ = self.closed.subscribe().wait_for(|closed| *closed).await;

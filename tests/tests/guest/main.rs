@@ -13,5 +13,6 @@ mod run;
 mod shares;
 mod systemd;
 mod trouble;
+mod usernet;
 mod vsock;
 mod waits;

@@ -52,10 +52,14 @@ fn machines_on_one_vlan_reach_each_other_and_no_others() {
 }
 
 async fn cards_have_their_names_and_addresses(a: &Machine, b: &Machine, c: &Machine) {
+    /// That of the user network.
+    const USER: &str = "eth0 52:54:00:12:34:56";
+
     let cards = "cd /sys/class/net; for card in eth*; do echo $card $(cat $card/address); done";
-    assert_eq!(output(a, cards).await, "eth1 52:54:00:12:01:01");
-    assert_eq!(output(b, cards).await, "eth1 52:54:00:12:01:02\neth2 52:54:00:12:02:02");
-    assert_eq!(output(c, cards).await, "eth1 52:54:00:12:02:03");
+    assert_eq!(output(a, cards).await, format!("{USER}\neth1 52:54:00:12:01:01"));
+    let both = format!("{USER}\neth1 52:54:00:12:01:02\neth2 52:54:00:12:02:02");
+    assert_eq!(output(b, cards).await, both);
+    assert_eq!(output(c, cards).await, format!("{USER}\neth1 52:54:00:12:02:03"));
 }
 
 /// Even if `a` and `c` believe that they are on one network and know each other's hardware address.

@@ -39,6 +39,7 @@ fn a_short_file() {
         cmdline: Some(String::new()),
         memory_mib: 256,
         cores: 1,
+        user_network: None,
         vlans: vec![],
         macs: BTreeMap::new(),
         disks: vec![],

@@ -19,13 +19,16 @@ fn config() -> MachineConfig {
                     ("192.168.1.1".parse().unwrap(), 24),
                     ("2001:db8:1::1".parse().unwrap(), 64),
                 ],
+                gateway: Some("192.168.1.254".parse().unwrap()),
             },
             Interface {
                 name: "eth2".into(),
                 mac: [0x52, 0x54, 0, 0x12, 2, 0xff],
                 addresses: vec![],
+                gateway: None,
             },
         ],
+        dns: vec!["10.0.2.3".parse().unwrap(), "fd00::3".parse().unwrap()],
         mounts: vec![
             Mount { tag: "host".into(), mount_point: "/host".into(), options: "ro".into() },
             Mount {
@@ -53,8 +56,9 @@ fn writes_what_the_boot_script_reads() {
     );
     assert_eq!(
         text("etc/firn/network"),
-        "eth2 52:54:00:12:02:ff\neth1 52:54:00:12:01:01 192.168.1.1/24 2001:db8:1::1/64\n"
+        "eth2 52:54:00:12:02:ff\neth1 52:54:00:12:01:01 192.168.1.1/24 2001:db8:1::1/64 via=192.168.1.254\n"
     );
+    assert_eq!(text("etc/resolv.conf"), "nameserver 10.0.2.3\nnameserver fd00::3\n");
     assert_eq!(text("etc/firn/mounts"), "host /host ro\nmy\\ share /tmp/a\\ b\\\\c rw\n");
 }
 

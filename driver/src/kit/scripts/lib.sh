@@ -50,7 +50,10 @@ set_up_network() {
     echo 0 >"/proc/sys/net/ipv6/conf/$name/accept_dad"
     ip link set "$name" up
     for address in $addresses; do
-      ip addr add "$address" dev "$name"
+      case $address in
+      via=*) ip route add default via "${address#via=}" ;;
+      *) ip addr add "$address" dev "$name" ;;
+      esac
     done
   done </etc/firn/network
 }
