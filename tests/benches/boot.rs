@@ -5,12 +5,11 @@
 
 use std::fs::File;
 use std::io::{self, Cursor, Write};
-use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::mpsc;
 
 use firn::kit::Kit;
-use firn_tests::{micro, with_machines};
+use firn_tests::{from_archive, micro, with_machines};
 use firn_vmm::spec::MachineSpec;
 use firn_vmm::vm::{Event, HostSide, Vm};
 use nix::sys::resource::{UsageWho, getrusage};
@@ -114,20 +113,4 @@ fn reference_initrd(kit: &Kit) -> Vec<u8> {
         (cpio::NewcBuilder::new(name).mode(mode), Cursor::new(content))
     });
     cpio::write_cpio(entries, Vec::new()).expect("memory can be written")
-}
-
-fn from_archive(archive: &Path, name: &str) -> Option<Vec<u8>> {
-    let mut file = File::open(archive).ok()?;
-    loop {
-        let mut reader = cpio::NewcReader::new(file).ok()?;
-        if reader.entry().is_trailer() {
-            return None;
-        }
-        let mut content = Vec::new();
-        io::copy(&mut reader, &mut content).ok()?;
-        if reader.entry().name() == name {
-            return Some(content);
-        }
-        file = reader.finish().ok()?;
-    }
 }

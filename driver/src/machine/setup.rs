@@ -101,12 +101,13 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
         addresses: vec![(node.ipv4(*vlan).into(), 24), (node.ipv6(*vlan).into(), 64)],
         gateway: None,
     };
-    // What DHCP would say, without a client to start.
+    // Where no client is started, what DHCP would say.
+    let told = node.kit == KitName::Micro;
     let user = node.user_network.iter().map(|_| Interface {
         name: "eth0".to_owned(),
         mac: CARD_MAC,
-        addresses: vec![(GUEST_V4.into(), 24)],
-        gateway: Some(GATEWAY_V4.into()),
+        addresses: told.then_some((GUEST_V4.into(), 24)).into_iter().collect(),
+        gateway: told.then_some(GATEWAY_V4.into()),
     });
     let vlans = node.vlans.iter().enumerate().map(interface);
     let mount = |tag: &str, mount_point: &str, read_only: bool| Mount {

@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::net::Shutdown;
 use std::pin::pin;
+use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::io::Interest;
@@ -11,6 +12,9 @@ use tokio::time::{Instant, sleep_until};
 
 use super::stack::{Phase, Stack};
 use super::table::Entry;
+
+/// The timer's resolution.
+const LEAST_DELAY: Duration = Duration::from_millis(1);
 
 /// The host's side of a connection.
 struct Host {
@@ -45,7 +49,7 @@ pub(super) async fn relay(mut entry: Entry, mut stack: Stack, stream: TcpStream)
         }
         let delay = stack.delay();
         if let Some(delay) = delay {
-            timer.as_mut().reset(Instant::now() + delay);
+            timer.as_mut().reset(Instant::now() + delay.max(LEAST_DELAY));
         }
         let interest = host.interest(&stack);
         tokio::select! {

@@ -1,0 +1,224 @@
+//! How fast one TCP connection of a guest goes through the user network, and through QEMU's with
+//! the same kernel, guest and processor. Run by `make bench` in a carrier whose clock is the number
+//! of executed instructions; elsewhere it shows seconds.
+
+use std::io::{Cursor, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use firn::kit::Kit;
+use firn_net_switch::NetPort;
+use firn_net_switch::gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
+use firn_tests::{from_archive, micro};
+use firn_vmm::spec::{MachineSpec, NetSpec};
+use firn_vmm::vm::{Event, HostSide, Vm};
+
+/// What is sent each way, in bytes.
+const TRANSFER: usize = 64 << 20;
+/// A transfer that hangs is given up.
+const PATIENCE: Duration = Duration::from_secs(300);
+const MEMORY_MIB: u64 = 512;
+
+/// Fetches a file, serves it, and restarts when it was fetched.
+const SCRIPT: &str = r#"#!/bin/busybox sh
+export PATH=/bin
+busybox mkdir -p /proc /tmp
+busybox mount -t proc proc /proc
+busybox mount -t tmpfs tmpfs /tmp
+while read -r module; do busybox insmod "$module"; done </etc/firn/modules
+busybox ip link set lo up
+busybox ip link set eth0 up
+busybox ip addr add 10.0.2.15/24 dev eth0
+read -r arguments </proc/cmdline
+for argument in $arguments; do
+  case $argument in port=*) port=${argument#port=} ;; esac
+done
+busybox wget -q -O /tmp/data "http://10.0.2.2:$port/"
+busybox httpd -p 80 -h /tmp
+busybox wget -q -O /dev/null "http://10.0.2.2:$port/"
+busybox reboot -f
+"#;
+
+fn main() {
+    let kit = micro();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let initrd = dir.path().join("initrd");
+    std::fs::write(&initrd, guest(&kit)).expect("the initrd can be written");
+    println!("{TRANSFER} bytes by TCP               to the guest  from the guest  (seconds)");
+    let firn = measure("firn", |port| Firn::start(&kit, &initrd, port));
+    let qemu = measure("QEMU's user network", |port| Qemu::start(&kit, &initrd, port));
+    println!("{:<30} {:>12.1} {:>15.1}", "QEMU / firn", qemu.0 / firn.0, qemu.1 / firn.1);
+}
+
+/// A monitor that runs the guest; dropping it ends it.
+trait Monitor {
+    /// Where the guest's port 80 is on the host.
+    fn forwarded(&self) -> u16;
+}
+
+fn measure<M: Monitor>(name: &str, start: impl FnOnce(u16) -> M) -> (f64, f64) {
+    let host = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let port = host.local_addr().expect("it is bound").port();
+    let monitor = start(port);
+    let to_guest = send(&host);
+    // Asks again when it serves what it got.
+    let (mut ready, _) = host.accept().expect("the guest connects");
+    let from_guest = receive(monitor.forwarded());
+    ready.write_all(b"HTTP/1.0 200 OK\r\n\r\n").expect("the guest is there");
+    println!("{name:<30} {to_guest:>12.2} {from_guest:>15.2}");
+    (to_guest, from_guest)
+}
+
+/// Sends the guest a file, and waits until it has it.
+fn send(host: &TcpListener) -> f64 {
+    let data = vec![0x5a; TRANSFER];
+    let (mut stream, _) = host.accept().expect("the guest connects");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let mut request = [0; 1024];
+    let _ = stream.read(&mut request).expect("the guest asks");
+    let began = Instant::now();
+    write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {TRANSFER}\r\n\r\n").expect("sent");
+    stream.write_all(&data).expect("sent");
+    stream.shutdown(std::net::Shutdown::Write).expect("ended");
+    while stream.read(&mut request).is_ok_and(|count| count > 0) {}
+    began.elapsed().as_secs_f64()
+}
+
+/// Fetches the file from the guest.
+fn receive(port: u16) -> f64 {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("it is forwarded");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let began = Instant::now();
+    stream.write_all(b"GET /data HTTP/1.0\r\n\r\n").expect("sent");
+    let (mut buffer, mut sum) = (vec![0; 1 << 18], 0);
+    loop {
+        match stream.read(&mut buffer).expect("the guest sends") {
+            0 => break,
+            count => sum += count,
+        }
+    }
+    assert!(sum >= TRANSFER, "{sum} bytes");
+    began.elapsed().as_secs_f64()
+}
+
+fn cmdline(kit: &Kit, port: u16) -> String {
+    format!("{} port={port}", kit.manifest.cmdline)
+}
+
+struct Firn {
+    _vm: Vm,
+    _gateway: Arc<Gateway>,
+    forwarded: SocketAddr,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Firn {
+    fn start(kit: &Kit, initrd: &Path, port: u16) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let (gateway, forwarded) = runtime.block_on(async {
+            let gateway = Gateway::new(GatewaySpec::default()).await.expect("a gateway");
+            let forward = Forward {
+                from: Side::Host,
+                protocol: Protocol::Tcp,
+                host: (Ipv4Addr::LOCALHOST, 0).into(),
+                guest: (GUEST_V4, 80).into(),
+            };
+            let forwarded = gateway.forward(forward).await.expect("a port");
+            (Arc::new(gateway), forwarded)
+        });
+        let spec: MachineSpec = serde_json::from_value(serde_json::json!({
+            "name": "m", "cores": 1, "memory_mib": MEMORY_MIB, "kernel": kit.vmlinux(),
+            "initrd": [initrd], "cmdline": cmdline(kit, port), "nets": [NetSpec { mac: CARD_MAC }],
+        }))
+        .expect("a spec");
+        let host = HostSide {
+            events: Box::new(|event| {
+                assert!(matches!(event, Event::Booting | Event::Reset), "{event:?}");
+            }),
+            serial: Box::new(std::io::sink()),
+            console_ports: Vec::new(),
+            nets: vec![Arc::clone(&gateway) as Arc<dyn NetPort>],
+        };
+        let mut vm = Vm::new(&spec, host).expect("the machine can be made");
+        vm.start().expect("it starts");
+        Self { _vm: vm, _gateway: gateway, forwarded, _runtime: runtime }
+    }
+}
+
+impl Monitor for Firn {
+    fn forwarded(&self) -> u16 {
+        self.forwarded.port()
+    }
+}
+
+struct Qemu {
+    child: Child,
+    forwarded: u16,
+}
+
+impl Qemu {
+    fn start(kit: &Kit, initrd: &Path, port: u16) -> Self {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let forwarded = free.local_addr().expect("it is bound").port();
+        drop(free);
+        let child = Command::new("qemu-system-x86_64")
+            .args(["-M", "microvm,rtc=on", "-enable-kvm", "-cpu", "host", "-nodefaults"])
+            .args(["-display", "none", "-no-reboot", "-m", &format!("{MEMORY_MIB}M")])
+            .arg("-kernel")
+            .arg(kit.vmlinux())
+            .arg("-initrd")
+            .arg(initrd)
+            .args(["-append", &cmdline(kit, port)])
+            .args(["-netdev", &format!("user,id=net,hostfwd=tcp:127.0.0.1:{forwarded}-:80")])
+            .args(["-device", "virtio-net-device,netdev=net", "-serial", "null"])
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("QEMU is installed");
+        Self { child, forwarded }
+    }
+}
+
+impl Monitor for Qemu {
+    fn forwarded(&self) -> u16 {
+        self.forwarded
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The busybox and the drivers of the kit, with the script.
+fn guest(kit: &Kit) -> Vec<u8> {
+    let content = |name: &str| from_archive(&kit.initrd(), name).expect("the kit has it");
+    let list = content("etc/firn/modules");
+    let modules = String::from_utf8(list.clone()).expect("paths");
+    let mut entries = vec![
+        ("bin".to_owned(), 0o040_755, Vec::new()),
+        ("etc".to_owned(), 0o040_755, Vec::new()),
+        ("etc/firn".to_owned(), 0o040_755, Vec::new()),
+        ("lib".to_owned(), 0o040_755, Vec::new()),
+        ("lib/modules".to_owned(), 0o040_755, Vec::new()),
+        ("bin/busybox".to_owned(), 0o100_755, content("bin/busybox")),
+        ("etc/firn/modules".to_owned(), 0o100_644, list),
+        ("init".to_owned(), 0o100_755, SCRIPT.into()),
+    ];
+    for module in modules.lines() {
+        let name = module.trim_start_matches('/');
+        entries.push((name.to_owned(), 0o100_644, content(name)));
+    }
+    let entries = entries.into_iter().map(|(name, mode, content)| {
+        (cpio::NewcBuilder::new(&name).mode(mode), Cursor::new(content))
+    });
+    cpio::write_cpio(entries, Vec::new()).expect("memory can be written")
+}
