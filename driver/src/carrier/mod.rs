@@ -43,6 +43,11 @@ const MEMORY_MIB: u64 = 9 << 10;
 const MOUNT_WRITABLE: &str = "mkdir -p \"/mnt$2\" && \
     exec mount -t 9p -o rw,trans=virtio,version=9p2000.L,cache=mmap,msize=512000 \"$1\" \"/mnt$2\"";
 
+/// Loads what the kit has for disks and mounts the disk with the letter of the first argument at the second.
+const MOUNT_DISK: &str = "while read -r module; do \
+    [ -d \"/sys/module/$(basename \"$module\" .ko)\" ] || insmod \"$module\" || exit; done < /etc/firn/on-demand; \
+    exec mount -t ext4 -o ro \"/dev/vd$1\" \"/mnt$2\"";
+
 /// Processors unless something else is asked for. With two, under load, guests went wrong that no device had touched:
 /// of transfers of 100 MiB one in four ended with a flipped bit in a CR3, a triple fault or a locked-up carrier. With
 /// one, ten of ten passed and took no longer. QEMU 7.2 multi-threads AMD-V with nested paging, which is the likely cause.
@@ -162,6 +167,10 @@ impl Carrier {
     /// When QEMU is missing or fails, or what it boots does not work. It is gone then.
     pub async fn start(kit: &Kit, options: &Options) -> Result<Self, CarrierError> {
         let writable = command::writable_roots(&options.writable)?;
+        // A guest that boots from a store reads thousands of files, and over 9p that takes ten times as long. Without a
+        // usable kit there is none to be read.
+        let store = kit::lookup(KitName::Systemd).ok().flatten();
+        let store = store.and_then(|kit| Some((kit.store_image()?, kit.store()?)));
         let machine = Machine {
             kernel: kit.vmlinux(),
             initrd: kit.initrd(),
@@ -174,12 +183,16 @@ impl Carrier {
                 .enumerate()
                 .map(|(n, path)| (format!("w{n}"), path))
                 .collect(),
+            disks: store.iter().map(|(image, _)| image.clone()).collect(),
         };
         let (qemu, port) = Qemu::start(&machine)?;
         let client = connect(&qemu, port).await?;
         let carrier = Self { client, qemu };
         for (tag, path) in &machine.writable {
-            carrier.mount(tag, path).await?;
+            carrier.mount(MOUNT_WRITABLE, tag, path).await?;
+        }
+        if let Some((_, mount_point)) = &store {
+            carrier.mount(MOUNT_DISK, "a", mount_point).await?;
         }
         Ok(carrier)
     }
@@ -215,13 +228,13 @@ impl Carrier {
         }
     }
 
-    async fn mount(&self, tag: &str, path: &Path) -> Result<(), CarrierError> {
+    async fn mount(&self, script: &str, tag: &str, path: &Path) -> Result<(), CarrierError> {
         let failed = |message: String| CarrierError::Writable {
             path: path.to_owned(),
             source: io::Error::other(message),
         };
         let path = path.to_str().ok_or_else(|| failed("its name is not UTF-8".to_owned()))?;
-        let mount = ExecRequest::argv(["/bin/sh", "-c", MOUNT_WRITABLE, "sh", tag, path]);
+        let mount = ExecRequest::argv(["/bin/sh", "-c", script, "sh", tag, path]);
         let done = self.or_ended(self.client.exec_collect(mount)).await?;
         match done.exit.success() {
             true => Ok(()),

@@ -39,6 +39,8 @@ pub(super) struct Machine {
     pub(super) exact: bool,
     /// Directories of the host the guest may write, by their 9p tag.
     pub(super) writable: Vec<(String, PathBuf)>,
+    /// Images that are its disks, read-only, in the order in which it finds them.
+    pub(super) disks: Vec<PathBuf>,
 }
 
 impl Machine {
@@ -70,6 +72,9 @@ impl Machine {
         for (tag, path) in &self.writable {
             args.share(tag, path, false);
         }
+        for (at, path) in self.disks.iter().enumerate() {
+            args.disk(&format!("disk{at}"), path);
+        }
         args.0
     }
 }
@@ -93,15 +98,27 @@ impl Arguments {
             backend.extend_from_slice(b",readonly=on");
         }
         backend.extend_from_slice(b",path=");
-        for &byte in path.as_os_str().as_bytes() {
-            backend.push(byte);
-            if byte == b',' {
-                // QEMU takes two commas for one that does not end the value.
-                backend.push(byte);
-            }
-        }
+        push_value(&mut backend, path);
         self.add("-fsdev", OsString::from_vec(backend));
         self.add("-device", format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"));
+    }
+
+    fn disk(&mut self, id: &str, image: &Path) {
+        let mut drive = format!("if=none,id={id},format=raw,readonly=on,file=").into_bytes();
+        push_value(&mut drive, image);
+        self.add("-drive", OsString::from_vec(drive));
+        self.add("-device", format!("virtio-blk-pci,drive={id}"));
+    }
+}
+
+/// Adds a path to an option's value.
+fn push_value(option: &mut Vec<u8>, path: &Path) {
+    for &byte in path.as_os_str().as_bytes() {
+        option.push(byte);
+        if byte == b',' {
+            // QEMU takes two commas for one that does not end the value.
+            option.push(byte);
+        }
     }
 }
 
@@ -276,6 +293,7 @@ mod tests {
             cores: 3,
             exact,
             writable: vec![("w0".into(), "/work/a,b".into())],
+            disks: vec!["/cache/a,b.img".into()],
         }
     }
 
@@ -293,6 +311,8 @@ mod tests {
             "local,id=root,security_model=none,multidevs=remap,readonly=on,path=/"
         );
         assert_eq!(shares[1], "local,id=w0,security_model=none,multidevs=remap,path=/work/a,,b");
+        let disks = value_of(&arguments, "-drive");
+        assert_eq!(disks, ["if=none,id=disk0,format=raw,readonly=on,file=/cache/a,,b.img"]);
         assert_eq!(value_of(&arguments, "-smp"), ["3"]);
         assert_eq!(value_of(&arguments, "-m"), ["2048M"]);
     }
@@ -310,6 +330,7 @@ mod tests {
         let mut machine = machine(false);
         machine.kernel = "/no/such/kernel".into();
         machine.writable.clear();
+        machine.disks.clear();
         let (qemu, _port) = Qemu::start(&machine).unwrap();
         let error = qemu.ended().await.to_string();
         assert!(error.contains("exit status: 1") && error.contains("/no/such/kernel"), "{error}");

@@ -13,7 +13,8 @@ use std::process::{Command, Stdio};
 use super::modules::{self, ModuleTree};
 use super::{KitError, agent};
 
-/// What no guest reads: documentation, translations, data of package tools, and what other inits start.
+/// What no guest reads: documentation, translations, data of package tools, what other inits start, and what looks for
+/// hardware and configuration that a virtual machine does not have.
 const PRUNED: &[&str] = &[
     "boot",
     "etc/apt",
@@ -32,7 +33,31 @@ const PRUNED: &[&str] = &[
     "etc/sv",
     "etc/ufw",
     "etc/X11",
+    "usr/lib/systemd/system-generators/systemd-getty-generator",
+    "usr/lib/systemd/system-generators/systemd-gpt-auto-generator",
+    "usr/lib/systemd/system-generators/systemd-hibernate-resume-generator",
+    "usr/lib/systemd/system-generators/systemd-rc-local-generator",
+    "usr/lib/systemd/system-generators/systemd-run-generator",
+    "usr/lib/systemd/system-generators/systemd-system-update-generator",
+    "usr/lib/systemd/system-generators/systemd-sysv-generator",
+    "usr/lib/systemd/system-generators/systemd-tpm2-generator",
     "usr/lib/udev/hwdb.d",
+    "usr/lib/udev/rules.d/60-autosuspend.rules",
+    "usr/lib/udev/rules.d/60-cdrom_id.rules",
+    "usr/lib/udev/rules.d/60-fido-id.rules",
+    "usr/lib/udev/rules.d/60-infiniband.rules",
+    "usr/lib/udev/rules.d/60-persistent-alsa.rules",
+    "usr/lib/udev/rules.d/60-persistent-storage-mtd.rules",
+    "usr/lib/udev/rules.d/60-persistent-storage-tape.rules",
+    "usr/lib/udev/rules.d/60-persistent-v4l.rules",
+    "usr/lib/udev/rules.d/60-sensor.rules",
+    "usr/lib/udev/rules.d/70-camera.rules",
+    "usr/lib/udev/rules.d/70-joystick.rules",
+    "usr/lib/udev/rules.d/70-memory.rules",
+    "usr/lib/udev/rules.d/75-probe_mtd.rules",
+    "usr/lib/udev/rules.d/78-sound-card.rules",
+    "usr/lib/udev/rules.d/90-iocost.rules",
+    "usr/lib/udev/rules.d/96-e2scrub.rules",
     "usr/share/apport",
     "usr/share/bash-completion",
     "usr/share/bug",
@@ -55,6 +80,7 @@ const PRUNED: &[&str] = &[
 /// Units that a package wants at every boot, and that have nothing to do in a machine whose system is made anew for
 /// each boot. They can still be started.
 const UNWANTED: &[&str] = &[
+    "local-fs.target.wants/run-lock.mount",
     "local-fs.target.wants/tmp.mount",
     "multi-user.target.wants/systemd-ask-password-wall.path",
     "getty.target.wants/getty-static.service",
@@ -63,8 +89,15 @@ const UNWANTED: &[&str] = &[
     "sockets.target.wants/systemd-pcrextend.socket",
     "sockets.target.wants/systemd-pcrlock.socket",
     "sockets.target.wants/systemd-sysext.socket",
+    "sysinit.target.wants/dev-hugepages.mount",
+    "sysinit.target.wants/dev-mqueue.mount",
     "sysinit.target.wants/kmod-static-nodes.service",
     "sysinit.target.wants/ldconfig.service",
+    "sysinit.target.wants/proc-sys-fs-binfmt_misc.automount",
+    "sysinit.target.wants/sys-fs-fuse-connections.mount",
+    "sysinit.target.wants/sys-kernel-config.mount",
+    "sysinit.target.wants/sys-kernel-debug.mount",
+    "sysinit.target.wants/sys-kernel-tracing.mount",
     "sysinit.target.wants/systemd-ask-password-console.path",
     "sysinit.target.wants/systemd-binfmt.service",
     "sysinit.target.wants/systemd-firstboot.service",
@@ -78,6 +111,8 @@ const UNWANTED: &[&str] = &[
     "sysinit.target.wants/systemd-pcrphase.service",
     "sysinit.target.wants/systemd-random-seed.service",
     "sysinit.target.wants/systemd-sysusers.service",
+    "sysinit.target.wants/systemd-tmpfiles-setup-dev-early.service",
+    "sysinit.target.wants/systemd-tmpfiles-setup-dev.service",
     "sysinit.target.wants/systemd-tpm2-setup-early.service",
     "sysinit.target.wants/systemd-tpm2-setup.service",
     "sysinit.target.wants/systemd-update-done.service",
@@ -182,7 +217,7 @@ impl<'a> Debian<'a> {
     }
 
     /// Makes unpacked packages in `root` a system for Linux `release`.
-    pub(super) fn set_up(root: &'a Path, release: &str) -> Result<Self, KitError> {
+    pub(super) fn set_up(root: &'a Path, release: &str) -> Result<(), KitError> {
         let this = Self { root };
         this.select_modules(release)?;
         for path in PRUNED {
@@ -198,10 +233,33 @@ impl<'a> Debian<'a> {
         this.run("usr/bin/kmod", "depmod", |depmod| depmod.arg("-b").arg(root).arg(release))?;
         this.make_users()?;
         // Without root it does without chroot.
-        this.run("usr/sbin/ldconfig", "ldconfig", |ldconfig| {
-            ldconfig.args(["-X", "-r"]).arg(root)
-        })?;
-        Ok(this)
+        this.run("usr/sbin/ldconfig", "ldconfig", |ldconfig| ldconfig.args(["-X", "-r"]).arg(root))
+    }
+
+    /// The tree that is there already.
+    pub(super) const fn at(root: &'a Path) -> Self {
+        Self { root }
+    }
+
+    /// Writes an ext4 image of `store`, without what would need more kernel modules to read it.
+    pub(super) fn make_image(&self, store: &Path, image: &Path) -> Result<(), KitError> {
+        // Half of it again for ext4's own structures; the file has holes where nothing is.
+        let kib = tree_size(store)? * 3 / 2 / 1024 + 8192;
+        self.run("usr/sbin/mke2fs", "mke2fs", |mke2fs| {
+            mke2fs.args([
+                "-q",
+                "-t",
+                "ext4",
+                "-O",
+                "^has_journal,^metadata_csum",
+                "-m",
+                "0",
+                "-b",
+                "4096",
+                "-d",
+            ]);
+            mke2fs.arg(store).arg(image).arg(format!("{kib}k"))
+        })
     }
 
     /// Replaces the package's modules, which are packed and for all machines there are, by those of use here.
@@ -283,4 +341,18 @@ impl<'a> Debian<'a> {
         };
         removed.map_err(KitError::io("remove", path))
     }
+}
+
+/// Bytes that the files below `dir` take in blocks of 4 KiB.
+fn tree_size(dir: &Path) -> Result<u64, KitError> {
+    let mut size = 0;
+    for entry in fs::read_dir(dir).map_err(KitError::io("list", dir))? {
+        let entry = entry.map_err(KitError::io("list", dir))?;
+        let metadata = entry.metadata().map_err(KitError::io("look at", entry.path()))?;
+        size += metadata.len().next_multiple_of(4096);
+        if metadata.is_dir() {
+            size += tree_size(&entry.path())?;
+        }
+    }
+    Ok(size)
 }

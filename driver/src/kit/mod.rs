@@ -11,7 +11,7 @@
 //!   apt/                 apt's package lists
 //!   staging/             what is being built; leftovers of killed builds are removed by the next one
 //!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json; of the kit `systemd`: debian/
-//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of the kit `systemd`: store/
+//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of the kit `systemd`: store/, store.img
 //! ```
 //!
 //! Everything here blocks; async callers use `spawn_blocking`.
@@ -49,7 +49,7 @@ use base::Base;
 use cache::Cache;
 
 /// Raised whenever a kit's layout changes, so that older ones are not taken for it.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// The kernel arguments that fit the micro kit's kernel and initrd under firn's monitor.
 ///
@@ -60,8 +60,12 @@ const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests noka
                              i8042.noaux i8042.nomux i8042.dumbkbd";
 
 /// As [`MICRO_CMDLINE`], for the systemd kit; the console comes behind them.
+///
+/// `lsm` leaves out access control by path names, as NixOS does; `rcu_expedited` has mounts and modules not wait for
+/// the next tick.
 const SYSTEMD_PARAMS: &str = "panic=1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check i8042.noaux \
-                              i8042.nomux i8042.dumbkbd net.ifnames=0";
+                              i8042.nomux i8042.dumbkbd net.ifnames=0 lsm=landlock,yama,bpf audit=0 mitigations=off \
+                              rcupdate.rcu_expedited=1 8250.nr_uarts=1";
 
 /// As [`MICRO_CMDLINE`], for QEMU's software emulation. Nobody is protected from anybody in the carrier, and what
 /// mitigations do is slow to emulate.
@@ -236,7 +240,8 @@ const CARRIER: Recipe = Recipe {
         "overlay",
         "tun",
     ],
-    on_demand: &[],
+    // ext4 asks for crc32c by name, whether it will use it or not.
+    on_demand: &["virtio_blk", "crc32c_generic", "ext4"],
     boot: include_str!("scripts/carrier.sh"),
     cmdline: CARRIER_CMDLINE,
 };
@@ -267,6 +272,12 @@ impl Kit {
     #[must_use]
     pub fn initrd(&self) -> PathBuf {
         self.dir.join("initrd")
+    }
+
+    /// An ext4 image of the store, for machines that can read a disk faster than a directory of their host.
+    #[must_use]
+    pub fn store_image(&self) -> Option<PathBuf> {
+        self.manifest.store.then(|| self.dir.join(system::IMAGE))
     }
 
     /// The directory to be shared as [`STORE_TAG`], of kits that have one.
@@ -572,11 +583,14 @@ fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, K
         archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
         list.push_str(&format!("/{path}\n"));
     }
+    archive.file("etc/firn/modules", 0o644, list.as_bytes());
+    list.clear();
     for module in &base.info.on_demand {
         let path = format!("lib/modules/{module}.ko");
         archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
+        list.push_str(&format!("/{path}\n"));
     }
-    archive.file("etc/firn/modules", 0o644, list.as_bytes());
+    archive.file("etc/firn/on-demand", 0o644, list.as_bytes());
     Ok(archive.finish())
 }
 

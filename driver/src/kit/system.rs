@@ -13,6 +13,7 @@ use std::path::Path;
 
 use super::archive::Archive;
 use super::base::Base;
+use super::debian::Debian;
 use super::{KitError, link};
 
 /// The argument of the kernel that names the guest's first process after the initrd.
@@ -21,8 +22,11 @@ pub(super) const INIT: &str = "init=/nix/store/toplevel/init";
 /// The tag of the share that holds the store.
 pub const STORE_TAG: &str = "nix-store";
 
+/// The image of the store, beside it.
+pub(super) const IMAGE: &str = "store.img";
+
 /// The commands of busybox that stage 2 calls.
-const APPLETS: &[&str] = &["sh", "chmod", "cp", "cpio", "ln", "mkdir", "mount"];
+const APPLETS: &[&str] = &["sh", "chmod", "cp", "cpio", "ln", "mkdir", "mknod", "mount"];
 
 const STAGE_2: &str = include_str!("systemd/stage-2.sh");
 const BACKDOOR: &str = include_str!("systemd/backdoor.sh");
@@ -52,6 +56,11 @@ const FILES: &[(&str, u32, &str)] = &[
         0o644,
         include_str!("systemd/sshd-keygen.conf"),
     ),
+    (
+        "etc/systemd/system/systemd-udev-trigger.service.d/firn.conf",
+        0o644,
+        include_str!("systemd/udev-trigger.conf"),
+    ),
     ("etc/udev/udev.conf", 0o644, ""),
 ];
 
@@ -73,6 +82,8 @@ const LINKS: &[(&str, &str)] = &[
     ("etc/systemd/system/serial-getty@hvc0.service", "/dev/null"),
     ("etc/systemd/system/serial-getty@ttyS0.service", "/dev/null"),
     ("etc/systemd/system/tmp.mount", "/dev/null"),
+    // logind asks for it; a machine with a screen has it by udev.
+    ("etc/systemd/system/modprobe@drm.service", "/dev/null"),
     (
         "etc/systemd/system/ssh.service.requires/sshd-keygen.service",
         "/usr/lib/systemd/system/sshd-keygen.service",
@@ -136,7 +147,8 @@ pub(super) fn make_store(
         link(&kit.join(file), &toplevel.join(file))?;
     }
     write(&toplevel.join("init"), 0o555, STAGE_2.as_bytes())?;
-    write(&toplevel.join("kernel-params"), 0o444, kernel_params.as_bytes())
+    write(&toplevel.join("kernel-params"), 0o444, kernel_params.as_bytes())?;
+    Debian::at(&base.dir.join("debian")).make_image(&store, &kit.join(IMAGE))
 }
 
 /// The archive of the files that each boot has its own copy of.

@@ -104,10 +104,19 @@ fn systemd_base(cache: &Cache) -> PathBuf {
     fs::create_dir_all(dir.join("modules")).unwrap();
     fs::create_dir_all(dir.join("debian/etc/pam.d")).unwrap();
     fs::create_dir_all(dir.join("debian/usr/bin")).unwrap();
-    for file in ["kernel", "vmlinux", "busybox", "debian/usr/bin/true", "debian/etc/profile"] {
+    let programs = ["kernel", "vmlinux", "busybox", "debian/usr/bin/true"];
+    for file in programs.into_iter().chain(["debian/etc/profile"]) {
         fs::write(dir.join(file), file).unwrap();
     }
     std::os::unix::fs::symlink("usr/bin", dir.join("debian/bin")).unwrap();
+    // Stands in for the program that would make the image, which is run by the tree's linker.
+    let linker = dir.join("debian/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2");
+    fs::create_dir_all(linker.parent().unwrap()).unwrap();
+    fs::create_dir_all(dir.join("debian/usr/sbin")).unwrap();
+    fs::write(dir.join("debian/usr/sbin/mke2fs"), "no static program").unwrap();
+    let script = "#!/bin/sh\nwhile [ $# -gt 3 ]; do shift; done\nls \"$1\" > \"$2\"\n";
+    fs::write(&linker, script).unwrap();
+    fs::set_permissions(&linker, fs::Permissions::from_mode(0o755)).unwrap();
     let info = base::Info {
         kernel_release: "6.12.0-amd64".into(),
         packages: [("systemd".to_owned(), "257".to_owned())].into(),
@@ -139,6 +148,8 @@ fn the_systemd_kit_has_a_store() {
         kit.manifest.cmdline,
         format!("{params} init=/nix/store/toplevel/init console=ttyS0")
     );
+    let image = fs::read_to_string(kit.store_image().unwrap()).unwrap();
+    assert_eq!(image, "debian\nfirn\ntoplevel\n");
     // The base's files, not copies of them.
     let inode = |path: PathBuf| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
     assert_eq!(inode(store.join("debian/usr/bin/true")), inode(base.join("debian/usr/bin/true")));

@@ -3,11 +3,16 @@
 
 export PATH=/nix/store/firn/busybox
 cd /
-cpio -idmu </nix/store/firn/root.cpio
+cpio --quiet -idmu </nix/store/firn/root.cpio
 mount -o bind /nix/store/debian/usr /usr
 for dir in bin lib lib64 sbin; do
   ln -s "usr/$dir" "$dir"
 done
+# Opening one of these loads its driver.
+mkdir /dev/net
+mknod -m 666 /dev/net/tun c 10 200
+mknod -m 600 /dev/loop-control c 10 237
+
 ln -s /nix/store/toplevel /run/booted-system
 ln -s /nix/store/toplevel /run/current-system
 
