@@ -18,13 +18,19 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{
+    Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
 
 /// Guest memory as mapped into this process.
 ///
 /// The bitmap type is the one virtiofsd's FUSE server wants; the whole monitor uses it so that
 /// there is one memory type. Without a bitmap installed it costs nothing but a lock read.
 pub type MemoryMap = GuestMemoryMmap<BitmapMmapRegion>;
+
+type Region = GuestRegionMmap<BitmapMmapRegion>;
 
 /// A shared handle on guest memory.
 pub type Memory = Arc<MemoryMap>;
@@ -51,6 +57,8 @@ pub const VIRTIO_MMIO_SIZE: u32 = 0x1000;
 pub const IOAPIC_START: u32 = 0xfec0_0000;
 /// Registers of the local APIC after reset (Intel SDM 3, 11.4.1).
 pub const LAPIC_START: u32 = 0xfee0_0000;
+/// Size of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 /// Three pages that KVM on Intel needs for itself (`KVM_SET_TSS_ADDR`).
 pub const KVM_TSS_START: usize = 0xfffb_d000;
 
@@ -64,7 +72,7 @@ pub enum MemoryError {
         mib: u64,
         /// Why it failed.
         #[source]
-        source: vm_memory::mmap::FromRangesError,
+        source: FromRangesError,
     },
     /// madvise failed.
     #[error("cannot keep guest memory out of child processes")]
@@ -94,12 +102,66 @@ pub fn allocate(mib: u64) -> Result<Memory, MemoryError> {
         let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
         parts.push((GuestAddress(start), len));
     }
-    let memory =
-        MemoryMap::from_ranges(&parts).map_err(|source| MemoryError::Map { mib, source })?;
-    for region in memory.iter() {
-        keep_from_children(region).map_err(MemoryError::DontFork)?;
+    let map = |source| MemoryError::Map { mib, source };
+    let mut regions = Vec::new();
+    for (start, len) in parts {
+        let region = aligned_region(start, len).map_err(map)?;
+        keep_from_children(&region).map_err(MemoryError::DontFork)?;
+        regions.push(region);
     }
+    let memory = MemoryMap::from_regions(regions).map_err(|source| map(source.into()))?;
     Ok(Arc::new(memory))
+}
+
+/// Maps `len` bytes for the guest's address `start`, a multiple of [`HUGE_PAGE`], at such a multiple too where that
+/// can be had: otherwise KVM maps no huge pages, and the guest exits for each 4 KiB that it touches for the first time.
+fn aligned_region(start: GuestAddress, len: usize) -> Result<Region, FromRangesError> {
+    // Another thread may take the gap. It is quick that way, not wrong.
+    for _ in 0..4 {
+        let gap = Gap::open(len);
+        let mapping = MmapRegion::new(len)?;
+        drop(gap);
+        if mapping.as_ptr().addr().is_multiple_of(HUGE_PAGE) {
+            return Region::new(mapping, start).ok_or(FromRangesError::InvalidGuestRegion);
+        }
+    }
+    Region::new(MmapRegion::new(len)?, start).ok_or(FromRangesError::InvalidGuestRegion)
+}
+
+/// A gap in this process's address space that begins at a multiple of [`HUGE_PAGE`]. Linux maps at the highest address
+/// that has room, so what is mapped next, and is as long as the gap, fills it.
+struct Gap {
+    /// What is reserved on both sides, until this is dropped.
+    reserved: [(*mut libc::c_void, usize); 2],
+}
+
+impl Gap {
+    fn open(len: usize) -> Option<Self> {
+        let whole = len.checked_add(2 * HUGE_PAGE)?;
+        let (none, flags) =
+            (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        // SAFETY: a new mapping, wherever the kernel likes, touches nothing that exists.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), whole, none, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return None;
+        }
+        let before = base.addr().next_multiple_of(HUGE_PAGE) - base.addr();
+        let gap = base.wrapping_byte_add(before);
+        let behind = (gap.wrapping_byte_add(len), whole - before - len);
+        // SAFETY: the range lies in the mapping made above (`before` is less than HUGE_PAGE), which nobody else knows.
+        unsafe { libc::munmap(gap, len) };
+        Some(Self { reserved: [(base, before), behind] })
+    }
+}
+
+impl Drop for Gap {
+    fn drop(&mut self) {
+        for (start, len) in self.reserved {
+            // SAFETY: the range is what is left of the mapping that `open` made, and nobody else knows it. With a
+            // length of 0 the call fails, which does no harm.
+            unsafe { libc::munmap(start, len) };
+        }
+    }
 }
 
 /// The last address at which a guest of this memory may have its initrd: below the hole.
@@ -109,10 +171,32 @@ pub fn low_end(memory: &MemoryMap) -> u64 {
 
 /// A script may fork (Python's subprocess does): without this every page that the guest writes
 /// until the child's exec would be copied.
-fn keep_from_children(region: &vm_memory::GuestRegionMmap<BitmapMmapRegion>) -> io::Result<()> {
+fn keep_from_children(region: &Region) -> io::Result<()> {
     // SAFETY: the range is exactly one mapping that `region` owns, and MADV_DONTFORK changes
     // nothing about it in this process.
     let status =
         unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTFORK) };
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn huge_pages_fit() {
+        // Tests beside this one map memory too, and may be quicker.
+        let aligned = (0..16).any(|_| {
+            let memory = allocate(3 * 1024 + 4).expect("address space");
+            memory.iter().all(|region| region.as_ptr().addr().is_multiple_of(HUGE_PAGE))
+        });
+        assert!(aligned);
+    }
+
+    #[test]
+    fn memory_that_cannot_be_had_is_refused() {
+        for mib in [u64::MAX, 1 << 43, 1 << 40] {
+            assert!(allocate(mib).is_err());
+        }
+    }
 }
