@@ -75,6 +75,17 @@ pub enum MachineError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The machine is not one that can do this, or KVM does not.
+    #[error("{machine}: {what}")]
+    Monitor {
+        /// Which machine.
+        machine: String,
+        /// What was to be done.
+        what: &'static str,
+        /// Why it was not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The call needs a machine that runs.
     #[error("{machine} is not running")]
     NotRunning {
@@ -121,6 +132,9 @@ pub enum End {
     /// The guest's kernel panicked.
     #[error("panicked: {0}")]
     Panicked(String),
+    /// The guest halted without powering off: its processors wait for nothing.
+    #[error("halted")]
+    Halted,
     /// A processor can execute no more.
     #[error("died: vCPU {vcpu}: {reason}")]
     VcpuDied {

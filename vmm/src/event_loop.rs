@@ -8,7 +8,8 @@ use std::thread::{Builder, JoinHandle};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-type Subscriber = Box<dyn MutEventSubscriber + Send>;
+/// What the loop serves.
+pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
 /// The loop before its thread runs.
 pub struct EventLoop {

@@ -13,15 +13,19 @@
 //! 0x1_0000_0000 memory past 3 GiB
 //! ```
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
-    Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
+    Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, MmapRegion,
 };
 
 /// Guest memory as mapped into this process.
@@ -34,6 +38,10 @@ type Region = GuestRegionMmap<BitmapMmapRegion>;
 
 /// A shared handle on guest memory.
 pub type Memory = Arc<MemoryMap>;
+
+const PAGE: usize = 4096;
+/// How much is copied at once between memory and a file.
+const CHUNK: usize = 256 * PAGE;
 
 /// Where the conventional memory of the PC ends and its extended BIOS data area would begin.
 pub const LOW_END: u64 = 0x9_fc00;
@@ -167,6 +175,91 @@ impl Drop for Gap {
 /// The last address at which a guest of this memory may have its initrd: below the hole.
 pub fn low_end(memory: &MemoryMap) -> u64 {
     memory.iter().next().map_or(0, |region| region.last_addr().raw_value() + 1)
+}
+
+/// Makes all memory zero again, as after [`allocate`].
+///
+/// # Errors
+/// The host refuses.
+pub fn clear(memory: &MemoryMap) -> io::Result<()> {
+    for region in memory.iter() {
+        // SAFETY: the range is exactly one private anonymous mapping that `region` owns: this
+        // keeps it mapped and only empties it. Nobody holds references into guest memory.
+        let status =
+            unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTNEED) };
+        if status != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Writes all memory to an empty file, one region after the other; pages of zeros become holes.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn save(memory: &MemoryMap, file: &File) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    let mut end = 0;
+    for region in memory.iter() {
+        let start = end;
+        end += region.len();
+        for offset in (0..region.len()).step_by(CHUNK) {
+            let len = usize::try_from(region.len() - offset).map_or(CHUNK, |rest| rest.min(CHUNK));
+            let chunk = &mut buffer[..len];
+            region.read_slice(chunk, MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+            for (page, content) in (start + offset..).step_by(PAGE).zip(chunk.chunks(PAGE)) {
+                if content.iter().any(|byte| *byte != 0) {
+                    file.write_all_at(content, page)?;
+                }
+            }
+        }
+    }
+    file.set_len(end)
+}
+
+/// Reads into fresh memory what [`save`] has written.
+///
+/// # Errors
+/// The file cannot be read, or is not as large as the memory.
+pub fn load(memory: &MemoryMap, file: &File) -> io::Result<()> {
+    let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
+    let found = file.metadata()?.len();
+    if found != size {
+        return Err(io::Error::other(format!("it has {found} bytes, the machine {size}")));
+    }
+    let mut buffer = vec![0; CHUNK];
+    let mut start = 0;
+    for region in memory.iter() {
+        let end = start + region.len();
+        let mut at = start;
+        while let Some(data) = next_data(file, at)?.filter(|data| *data < end) {
+            at = data;
+            let len = usize::try_from(end - at).map_or(CHUNK, |rest| rest.min(CHUNK));
+            file.read_exact_at(&mut buffer[..len], at)?;
+            for (offset, content) in (at - start..).step_by(PAGE).zip(buffer[..len].chunks(PAGE)) {
+                if content.iter().any(|byte| *byte != 0) {
+                    region
+                        .write_slice(content, MemoryRegionAddress(offset))
+                        .map_err(io::Error::other)?;
+                }
+            }
+            at += len as u64;
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+/// The first page at `from` or behind it that is no hole of `file`.
+fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    let offset = i64::try_from(from).map_err(io::Error::other)?;
+    match lseek(file, offset, Whence::SeekData) {
+        Ok(data) => Ok(u64::try_from(data).ok().map(|data| data.max(from) & !(PAGE as u64 - 1))),
+        // There is none.
+        Err(Errno::ENXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// A script may fork (Python's subprocess does): without this every page that the guest writes

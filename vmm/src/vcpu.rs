@@ -5,12 +5,16 @@ use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::time::Duration;
 
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::Bus;
+use crate::device::boot_timer::{BootTimer, stage};
 
 /// What all vCPUs of a machine dispatch their exits to.
 #[derive(Default)]
@@ -21,6 +25,9 @@ pub struct Buses {
     pub mmio: Bus,
 }
 
+/// The interrupt flag of RFLAGS.
+const INTERRUPTS_ON: u64 = 1 << 9;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
     Run,
@@ -28,8 +35,27 @@ enum Target {
     Stop,
 }
 
+/// A look at all vCPUs: whether any of them can ever execute anything again.
+struct Look {
+    round: u64,
+    /// How many have yet to say.
+    waiting: usize,
+    dead: usize,
+}
+
+/// How a vCPU's run ended, if nothing went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The group was stopped.
+    Stopped,
+    /// It is the one that found that all vCPUs are halted for good.
+    Halted,
+}
+
 struct Members {
     target: Target,
+    look: Option<Look>,
+    rounds: u64,
     /// Threads that are in their loop, by pthread id.
     threads: Vec<libc::pthread_t>,
     /// How many of them wait for the target to change.
@@ -40,7 +66,8 @@ struct Members {
 pub struct Group {
     members: Mutex<Members>,
     changed: Condvar,
-    /// Set whenever the target is not `Run`: what each vCPU looks at between two exits.
+    /// Set whenever the target is not `Run`, and during a look: what each vCPU reads between two
+    /// exits.
     interrupted: AtomicBool,
 }
 
@@ -49,7 +76,13 @@ impl Default for Group {
     fn default() -> Group {
         install_handler();
         Group {
-            members: Mutex::new(Members { target: Target::Run, threads: Vec::new(), parked: 0 }),
+            members: Mutex::new(Members {
+                target: Target::Run,
+                look: None,
+                rounds: 0,
+                threads: Vec::new(),
+                parked: 0,
+            }),
             changed: Condvar::new(),
             interrupted: AtomicBool::new(false),
         }
@@ -70,6 +103,13 @@ impl Group {
         }
     }
 
+    /// Lets vCPUs join and run again after a stop; to be called when all threads have ended.
+    pub fn rearm(&self) {
+        let mut members = self.members();
+        members.target = Target::Run;
+        self.interrupted.store(false, Ordering::SeqCst);
+    }
+
     /// Lets paused vCPUs go on.
     pub fn resume(&self) {
         drop(self.set_target(Target::Run));
@@ -79,15 +119,60 @@ impl Group {
         let mut members = self.members();
         if members.target != Target::Stop {
             members.target = target;
-            self.interrupted.store(target != Target::Run, Ordering::SeqCst);
+            let interrupted = target != Target::Run || members.look.is_some();
+            self.interrupted.store(interrupted, Ordering::SeqCst);
         }
+        self.kick(&members);
+        members
+    }
+
+    fn kick(&self, members: &Members) {
         for &thread in &members.threads {
             // SAFETY: a thread is in the list only while it runs: it takes itself out, under the
             // lock held here, before it ends.
             unsafe { libc::pthread_kill(thread, SIGRTMIN()) };
         }
         self.changed.notify_all();
-        members
+    }
+
+    /// Has all vCPUs say whether they are halted for good. KVM does not tell of that: with its own
+    /// interrupt controller a halted vCPU stays in KVM_RUN.
+    pub fn look(&self) {
+        let mut members = self.members();
+        if members.target != Target::Run || members.look.is_some() || members.threads.is_empty() {
+            return;
+        }
+        members.rounds += 1;
+        let (round, waiting) = (members.rounds, members.threads.len());
+        members.look = Some(Look { round, waiting, dead: 0 });
+        self.interrupted.store(true, Ordering::SeqCst);
+        self.kick(&members);
+    }
+
+    /// The look that is going on, if it is a later one than `last`.
+    fn look_after(&self, last: u64) -> Option<u64> {
+        self.members().look.as_ref().map(|look| look.round).filter(|&round| round > last)
+    }
+
+    /// A vCPU says how it is; true if it is the last one, and all are dead.
+    fn report(&self, round: u64, dead: bool) -> bool {
+        let mut members = self.members();
+        let Some(look) = members.look.as_mut().filter(|look| look.round == round) else {
+            return false;
+        };
+        look.waiting = look.waiting.saturating_sub(1);
+        look.dead += usize::from(dead);
+        if look.waiting > 0 {
+            return false;
+        }
+        let all_dead = look.dead == members.threads.len();
+        self.end_look(&mut members);
+        all_dead
+    }
+
+    fn end_look(&self, members: &mut Members) {
+        members.look = None;
+        self.interrupted.store(members.target != Target::Run, Ordering::SeqCst);
     }
 
     fn members(&self) -> MutexGuard<'_, Members> {
@@ -97,13 +182,19 @@ impl Group {
     fn join(&self) {
         // SAFETY: has no preconditions.
         let this = unsafe { libc::pthread_self() };
-        self.members().threads.push(this);
+        let mut members = self.members();
+        members.threads.push(this);
+        // It would lack this one's answer.
+        self.end_look(&mut members);
     }
 
     fn leave(&self) {
         // SAFETY: has no preconditions.
         let this = unsafe { libc::pthread_self() };
-        self.members().threads.retain(|&thread| thread != this);
+        let mut members = self.members();
+        members.threads.retain(|&thread| thread != this);
+        self.end_look(&mut members);
+        drop(members);
         self.changed.notify_all();
     }
 
@@ -120,18 +211,61 @@ impl Group {
     }
 }
 
-/// One vCPU.
-pub struct Vcpu {
-    fd: VcpuFd,
-    index: u8,
-    buses: Arc<Buses>,
+/// Looks at the vCPUs now and then; see [`Group::look`]. There is no event for what it looks for.
+pub struct DeadWatch {
+    timer: TimerFd,
     group: Arc<Group>,
 }
 
+/// How often vCPUs are looked at: it costs each of them an exit.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+
+impl DeadWatch {
+    /// A watch on the vCPUs of `group`.
+    ///
+    /// # Errors
+    /// The process has no file descriptors left.
+    pub fn new(group: Arc<Group>) -> io::Result<DeadWatch> {
+        let mut timer = TimerFd::new()?;
+        timer.reset(LOOK_INTERVAL, Some(LOOK_INTERVAL))?;
+        Ok(DeadWatch { timer, group })
+    }
+}
+
+impl MutEventSubscriber for DeadWatch {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(error) = ops.add(Events::new(&self.timer, EventSet::IN)) {
+            tracing::error!(?error, "cannot watch a timer");
+        }
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        // How many times it has run out does not matter.
+        let _ = self.timer.wait();
+        self.group.look();
+    }
+}
+
+/// One vCPU.
+pub struct Vcpu {
+    /// Locked by the vCPU's thread but while it is parked.
+    fd: Mutex<VcpuFd>,
+    index: u8,
+    buses: Arc<Buses>,
+    group: Arc<Group>,
+    timer: Arc<BootTimer>,
+}
+
 impl Vcpu {
-    /// Takes a vCPU whose registers are set.
-    pub fn new(fd: VcpuFd, index: u8, buses: Arc<Buses>, group: Arc<Group>) -> Vcpu {
-        Vcpu { fd, index, buses, group }
+    /// Takes vCPU number `index`.
+    pub fn new(
+        fd: VcpuFd,
+        index: u8,
+        buses: Arc<Buses>,
+        group: Arc<Group>,
+        timer: Arc<BootTimer>,
+    ) -> Vcpu {
+        Vcpu { fd: Mutex::new(fd), index, buses, group, timer }
     }
 
     /// Its index.
@@ -139,12 +273,26 @@ impl Vcpu {
         self.index
     }
 
+    /// KVM's hand on it; waits until it is parked, or its thread has ended.
+    pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the guest know that it has stood still, so that its watchdogs do not take that for a
+    /// lockup.
+    pub fn tell_of_pause(&self) {
+        // A guest that does not use kvm-clock cannot be told.
+        if let Err(error) = self.fd().kvmclock_ctrl() {
+            tracing::debug!(vcpu = self.index, %error, "KVM_KVMCLOCK_CTRL");
+        }
+    }
+
     /// Runs on the calling thread until the group stops.
     ///
     /// # Errors
     /// Why the vCPU cannot go on, as a sentence for people.
-    pub fn run(&mut self) -> Result<(), String> {
-        KVM_RUN.set(self.fd.get_kvm_run());
+    pub fn run(&self) -> Result<Ending, String> {
+        KVM_RUN.set(self.fd().get_kvm_run());
         self.group.join();
         let result = self.run_loop();
         self.group.leave();
@@ -152,28 +300,35 @@ impl Vcpu {
         result
     }
 
-    fn run_loop(&mut self) -> Result<(), String> {
+    fn run_loop(&self) -> Result<Ending, String> {
+        let mut fd = self.fd();
+        let mut last_look = 0;
+        self.timer.mark(stage::RUN);
+        let mut first_exit = true;
         loop {
             if self.group.interrupted.load(Ordering::SeqCst) {
-                self.finish_exit();
-                if !self.group.park() {
-                    return Ok(());
+                finish_exit(&mut fd);
+                if let Some(round) = self.group.look_after(last_look) {
+                    last_look = round;
+                    if self.group.report(round, is_dead(&fd)) {
+                        return Ok(Ending::Halted);
+                    }
                 }
+                drop(fd);
+                if !self.group.park() {
+                    return Ok(Ending::Stopped);
+                }
+                fd = self.fd();
             }
-            self.step()?;
+            self.step(&mut fd)?;
+            if std::mem::take(&mut first_exit) {
+                self.timer.mark(stage::KERNEL);
+            }
         }
     }
 
-    /// Lets KVM finish the instruction of the last exit, without going on to the next: until then
-    /// the registers are those of its middle.
-    fn finish_exit(&mut self) {
-        self.fd.set_kvm_immediate_exit(1);
-        let _ = self.fd.run();
-        self.fd.set_kvm_immediate_exit(0);
-    }
-
-    fn step(&mut self) -> Result<(), String> {
-        let reason = match self.fd.run() {
+    fn step(&self, fd: &mut VcpuFd) -> Result<(), String> {
+        let reason = match fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.buses.ports.write(u64::from(port), data);
                 return Ok(());
@@ -192,36 +347,53 @@ impl Vcpu {
             }
             Ok(VcpuExit::Intr) => return Ok(()),
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
-                self.fd.set_kvm_immediate_exit(0);
+                fd.set_kvm_immediate_exit(0);
                 return Ok(());
             }
             Ok(VcpuExit::Shutdown) => "triple fault".to_owned(),
-            Ok(VcpuExit::InternalError) => self.internal_error(),
+            Ok(VcpuExit::InternalError) => internal_error(fd),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
                 format!("the processor refused to enter the guest: reason {reason:#x}, CPU {cpu}")
             }
             Ok(exit) => format!("unexpected exit {exit:?}"),
             Err(error) => format!("KVM_RUN: {}", io::Error::from(error)),
         };
-        Err(format!("{reason}{}", self.where_it_stood()))
+        let place = fd.get_regs().map_or(String::new(), |regs| format!(" at {:#x}", regs.rip));
+        Err(format!("{reason}{place}"))
     }
+}
 
-    fn internal_error(&mut self) -> String {
-        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM fills `internal`; it
-        // is plain integers.
-        let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
-        let meaning = match suberror {
-            kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => "cannot emulate an instruction",
-            kvm_bindings::KVM_INTERNAL_ERROR_SIMUL_EX => "simultaneous exceptions",
-            kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => "cannot deliver an event",
-            _ => "unknown",
-        };
-        format!("KVM internal error {suberror} ({meaning})")
-    }
+/// Lets KVM finish the instruction of the last exit, without going on to the next: until then the
+/// registers are those of its middle.
+fn finish_exit(fd: &mut VcpuFd) {
+    fd.set_kvm_immediate_exit(1);
+    let _ = fd.run();
+    fd.set_kvm_immediate_exit(0);
+}
 
-    fn where_it_stood(&self) -> String {
-        self.fd.get_regs().map_or(String::new(), |regs| format!(" at {:#x}", regs.rip))
+/// Whether a vCPU can execute nothing any more: it is halted with interrupts off, or was never
+/// started. (A non-maskable interrupt would wake it, but nothing here sends one.)
+fn is_dead(fd: &VcpuFd) -> bool {
+    match fd.get_mp_state().map(|state| state.mp_state) {
+        Ok(kvm_bindings::KVM_MP_STATE_HALTED) => {
+            fd.get_regs().is_ok_and(|regs| regs.rflags & INTERRUPTS_ON == 0)
+        }
+        Ok(kvm_bindings::KVM_MP_STATE_UNINITIALIZED) => true,
+        _ => false,
     }
+}
+
+fn internal_error(fd: &mut VcpuFd) -> String {
+    // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM fills `internal`; it is
+    // plain integers.
+    let suberror = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+    let meaning = match suberror {
+        kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => "cannot emulate an instruction",
+        kvm_bindings::KVM_INTERNAL_ERROR_SIMUL_EX => "simultaneous exceptions",
+        kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => "cannot deliver an event",
+        _ => "unknown",
+    };
+    format!("KVM internal error {suberror} ({meaning})")
 }
 
 thread_local! {

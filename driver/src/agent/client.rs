@@ -38,7 +38,7 @@ const UNCOUNTED_MESSAGES: usize = 8;
 pub struct AgentClient {
     pub(super) shared: Arc<Shared>,
     ready: Arc<Ready>,
-    _tasks: Arc<Tasks>,
+    tasks: Arc<Tasks>,
 }
 
 /// Ends the tasks when nobody can use them any more.
@@ -117,7 +117,7 @@ impl AgentClient {
         let reading = tokio::spawn(read(Arc::clone(&shared), reader, decoder));
         let writing =
             tokio::spawn(write(Arc::clone(&shared), writer, control_queue, contents_queue));
-        Ok(Self { shared, ready: Arc::new(ready), _tasks: Arc::new(Tasks([reading, writing])) })
+        Ok(Self { shared, ready: Arc::new(ready), tasks: Arc::new(Tasks([reading, writing])) })
     }
 
     /// What the agent said of itself and the guest when it was ready.
@@ -134,6 +134,13 @@ impl AgentClient {
             // The sender lives in `self`.
             Ok(None) | Err(_) => Lost::Closed,
         }
+    }
+
+    /// Ends the connection for all clones and requests, as if the agent had closed it. The stream's other clones can
+    /// be used for another one.
+    pub fn close(&self) {
+        self.tasks.0.iter().for_each(JoinHandle::abort);
+        self.shared.lose(Lost::Closed);
     }
 
     /// Why the agent is lost, if it is.

@@ -158,7 +158,7 @@ const MICRO: Recipe = Recipe {
         "button",
         "pvpanic_mmio",
     ],
-    on_demand: &["virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
+    on_demand: &["evdev", "virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
     boot: include_str!("scripts/micro.sh"),
     cmdline: MICRO_CMDLINE,
 };

@@ -62,6 +62,16 @@ impl Access {
         }
     }
 
+    /// Ends all sessions, because the guest is gone.
+    pub(super) fn close(&self) {
+        if let Agent::There(session) = &self.agent {
+            session.client().close();
+        }
+        if let Shell::There(shell) = &self.shell {
+            shell.close();
+        }
+    }
+
     /// The best way there is now.
     pub(super) fn session(&self) -> Option<Session> {
         match (&self.agent, &self.shell) {
@@ -137,9 +147,9 @@ impl Machine {
     }
 
     /// Connects to the agent, and again when it went away: as a service it may be restarted.
-    pub(super) async fn attend_agent(&self, stream: UnixStream) -> Infallible {
+    pub(super) async fn attend_agent(&self, stream: &UnixStream, again: bool) -> Infallible {
         for count in 1.. {
-            let error = match AgentSession::connect(&stream, count > 1).await {
+            let error = match AgentSession::connect(stream, again || count > 1).await {
                 Ok(session) => self.attend_session(session).await,
                 Err(error) => error,
             };
@@ -149,7 +159,7 @@ impl Machine {
                 break;
             }
         }
-        // Only another start of the guest can help, and that comes with another stream.
+        // Only another start of the guest can help.
         std::future::pending().await
     }
 

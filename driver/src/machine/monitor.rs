@@ -13,7 +13,7 @@ use tokio::task::spawn_blocking;
 
 use super::console::{Console, ConsoleWriter};
 
-/// Most events of a machine, beside the one that ends it, that are told.
+/// Most events of a machine, beside those that begin and end a boot, that are told.
 const MAX_EVENTS: u32 = 1000;
 
 /// A running virtual machine. Clones are handles to the same one; [`Monitor::stop`] ends it.
@@ -40,7 +40,14 @@ impl Monitor {
         let count = AtomicU32::new(0);
         let host = HostSide {
             events: Box::new(move |event| {
-                let last = matches!(event, Event::PowerOff | Event::Reset | Event::VcpuDied { .. });
+                let last = matches!(
+                    event,
+                    Event::Booting
+                        | Event::PowerOff
+                        | Event::Reset
+                        | Event::Halted
+                        | Event::VcpuDied { .. }
+                );
                 // A guest could break and reset its devices for ever.
                 if last || count.fetch_add(1, Ordering::Relaxed) < MAX_EVENTS {
                     // Nobody listens any more once the machine is being stopped.
@@ -85,6 +92,24 @@ impl Monitor {
     /// Whether it is paused.
     pub(super) fn is_paused(&self) -> bool {
         self.paused.load(Ordering::Relaxed)
+    }
+
+    /// Puts the machine of a guest that has reset it back to where it was before its start.
+    pub(super) async fn reset(&self) -> Result<(), VmError> {
+        let vm = Arc::clone(&self.vm);
+        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).reset()).await
+    }
+
+    /// Starts it after [`Self::reset`].
+    pub(super) async fn start(&self) -> Result<(), VmError> {
+        let vm = Arc::clone(&self.vm);
+        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).start()).await
+    }
+
+    /// Presses the power button.
+    pub(super) async fn power_button(&self) -> Result<(), VmError> {
+        let vm = Arc::clone(&self.vm);
+        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).power_button()).await
     }
 
     /// Ends the machine: on return none of its threads is left.

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use firn_vmm::vm::Event;
+use firn_vmm::vm::{Event, VmError};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
@@ -190,6 +190,18 @@ impl Machine {
         }
     }
 
+    /// Presses the power button: a guest with systemd-logind, or another that listens, powers off.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub async fn press_power_button(&self) -> Result<()> {
+        let pressed = self.run()?.monitor.power_button().await;
+        pressed.map_err(|error| {
+            let (machine, what) = (self.name().to_owned(), "cannot press the power button");
+            MachineError::Monitor { machine, what, source: error.into() }.into()
+        })
+    }
+
     /// Pulls the cable of the first vlan.
     pub fn block(&self) {
         self.set_link(false);
@@ -254,30 +266,19 @@ impl Machine {
             let log = self.inner.log.clone();
             async move { console.show(machine.name(), &log, finished).await }
         });
+        let mut again = false;
         let end = loop {
-            let monitor = launched.monitor.clone();
-            let end = self.attend(launched, &mut stopped).await;
-            monitor.stop().await;
+            let end = self.attend(&mut launched, &mut stopped, again).await;
             self.inner.events.ended(&end);
             if end != End::Reset || !allow_reboot {
+                launched.monitor.stop().await;
                 break end;
             }
             self.log("rebooting");
-            match self.launch().await {
-                Ok(next) => launched = next,
-                Err(error) => break End::Failed(chain(&error)),
+            if let Err(error) = self.reset(&launched).await {
+                break End::Failed(chain(&error));
             }
-            let monitor = launched.monitor.clone();
-            let access = Access::new(Arc::clone(&launched.hvc0));
-            self.inner.state.send_if_modified(|state| match state {
-                State::Running(run) => {
-                    run.monitor = monitor;
-                    run.access = access;
-                    run.boots += 1;
-                    true
-                }
-                State::Off | State::Ended(_) => false,
-            });
+            again = true;
         };
         // The console's last lines come before whatever is said about the end.
         finish.send_replace(true);
@@ -289,9 +290,32 @@ impl Machine {
         self.inner.state.send_replace(State::Ended(Arc::new(end)));
     }
 
-    /// Serves a machine that runs until it ends, or shall.
-    async fn attend(&self, launched: Launched, stopped: &mut watch::Receiver<bool>) -> End {
-        let Launched { mut events, hvc0, agent, .. } = launched;
+    /// Starts a machine again whose guest has reset it: the same one, with its disks and host's ends.
+    async fn reset(&self, launched: &Launched) -> std::result::Result<(), VmError> {
+        launched.monitor.reset().await?;
+        // Whoever waits for the guest that is gone learns of it before the next one says anything.
+        let access = Access::new(Arc::clone(&launched.hvc0));
+        self.inner.state.send_if_modified(|state| match state {
+            State::Running(run) => {
+                run.access.close();
+                run.access = access;
+                run.boots += 1;
+                true
+            }
+            State::Off | State::Ended(_) => false,
+        });
+        launched.monitor.start().await
+    }
+
+    /// Serves a machine that runs until it ends, or shall. The agent's port may hold bytes of an earlier boot if it
+    /// runs `again`.
+    async fn attend(
+        &self,
+        launched: &mut Launched,
+        stopped: &mut watch::Receiver<bool>,
+        again: bool,
+    ) -> End {
+        let Launched { events, hvc0, agent, .. } = launched;
         let left = match &*self.inner.state.borrow() {
             State::Running(run) => run.access.shell_left(),
             State::Off | State::Ended(_) => Arc::default(),
@@ -299,17 +323,20 @@ impl Machine {
         tokio::select! {
             biased;
             _ = stopped.wait_for(|stop| *stop) => End::Stopped,
-            end = self.attend_events(&mut events) => end,
-            never = self.attend_backdoor(&hvc0, &left) => match never {},
-            never = self.attend_agent(agent) => match never {},
+            end = self.attend_events(events) => end,
+            never = self.attend_backdoor(hvc0, &left) => match never {},
+            never = self.attend_agent(agent, again) => match never {},
         }
     }
 
     async fn attend_events(&self, events: &mut mpsc::UnboundedReceiver<Event>) -> End {
+        // What the vCPUs of an earlier boot had to say is over.
+        while !matches!(events.recv().await, None | Some(Event::Booting)) {}
         while let Some(event) = events.recv().await {
             match event {
                 Event::PowerOff => return End::PoweredOff,
                 Event::Reset => return End::Reset,
+                Event::Halted => return End::Halted,
                 Event::VcpuDied { vcpu, reason } => return End::VcpuDied { vcpu, reason },
                 Event::Panic { message } => {
                     let reset = async {

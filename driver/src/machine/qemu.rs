@@ -52,7 +52,7 @@ impl Events {
     pub(super) fn ended(&self, end: &End) {
         let by = |guest: bool, reason: &str| json!({"guest": guest, "reason": reason});
         match end {
-            End::PoweredOff => self.tell("SHUTDOWN", &by(true, "guest-shutdown")),
+            End::PoweredOff | End::Halted => self.tell("SHUTDOWN", &by(true, "guest-shutdown")),
             End::Reset => self.tell("RESET", &by(true, "guest-reset")),
             End::Panicked(_) => self.tell("GUEST_PANICKED", &json!({"action": "shutdown"})),
             End::Stopped => self.tell("SHUTDOWN", &by(false, "host-signal")),

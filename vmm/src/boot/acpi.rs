@@ -2,7 +2,8 @@
 //! probe for (ACPI 6.5, 4.1), with every device announced in the DSDT.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -132,7 +133,7 @@ fn dsdt(devices: &[MmioDevice]) -> Vec<u8> {
         &Package::new(vec![&power::SLEEP_TYPE_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]),
     );
     table.append_slice(&bytes(&sleep_type));
-    table.append_slice(&bytes(&Scope::new("_SB_".into(), vec![&SerialPort])));
+    table.append_slice(&bytes(&Scope::new("_SB_".into(), vec![&SerialPort, &PowerButton])));
     for (index, device) in devices.iter().enumerate() {
         let device = VirtioMmio { index, device: *device };
         table.append_slice(&bytes(&Scope::new("_SB_".into(), vec![&device])));
@@ -156,6 +157,46 @@ impl Aml for SerialPort {
                         &Interrupt::new(true, true, false, false, serial::GSI),
                     ]),
                 ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The power button, and the generic event device that says when it is pressed.
+struct PowerButton;
+
+/// What [`PowerButton`] is told by `Notify` (ACPI 6.5, table 5.180).
+const PRESSED: u8 = 0x80;
+
+impl Aml for PowerButton {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        Device::new(
+            "PWRB".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0C0C")),
+                &Name::new("_UID".into(), &aml::ZERO),
+            ],
+        )
+        .to_aml_bytes(sink);
+        let button: aml::Path = "PWRB".into();
+        Device::new(
+            "GED_".into(),
+            vec![
+                &Name::new("_HID".into(), &"ACPI0013"),
+                &Name::new("_UID".into(), &aml::ZERO),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&Interrupt::new(
+                        true,
+                        true,
+                        false,
+                        false,
+                        power::BUTTON_GSI,
+                    )]),
+                ),
+                // The argument is the interrupt, and there is one only.
+                &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&button, &PRESSED)]),
             ],
         )
         .to_aml_bytes(sink);

@@ -1,5 +1,6 @@
 //! Devices that are not virtio.
 
+pub mod boot_timer;
 pub mod panic;
 pub mod power;
 pub mod serial;

@@ -1,5 +1,5 @@
 //! The registers by which a guest ends itself: ACPI sleep control, ACPI reset and the reset line
-//! of the keyboard controller.
+//! of the keyboard controller. The power button has none: its interrupt says it all.
 
 use std::sync::Arc;
 
@@ -17,6 +17,9 @@ pub const RESET: u16 = PORT + 2;
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type that the DSDT's `\_S5_` names for power-off.
 pub const SLEEP_TYPE_OFF: u8 = 5;
+
+/// The interrupt of the generic event device (ACPI 6.5, 5.6.9) that reports the power button.
+pub const BUTTON_GSI: u32 = 5;
 
 /// Bit 5 of the sleep control register: enter the state that bits 2 to 4 name.
 const SLEEP_ENABLE: u8 = 1 << 5;

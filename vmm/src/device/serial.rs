@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial};
+use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -25,7 +26,8 @@ const MAX_PENDING: usize = 64 << 10;
 #[error("the guest does not read its serial console: {MAX_PENDING} bytes are waiting")]
 pub struct InputFull;
 
-struct Line(EventFd);
+#[derive(Clone)]
+struct Line(Arc<EventFd>);
 
 impl Trigger for Line {
     type E = io::Error;
@@ -35,20 +37,112 @@ impl Trigger for Line {
     }
 }
 
+type Uart = Serial<Line, NoEvents, Output>;
+
 struct State {
-    uart: Serial<Line, NoEvents, Box<dyn Write + Send>>,
+    uart: Uart,
     /// Input that has found no room in the UART's 64-byte buffer yet.
     pending: VecDeque<u8>,
 }
 
+/// Where the guest's output goes: it outlives each UART.
+#[derive(Clone)]
+struct Output(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).flush()
+    }
+}
+
+/// What [`SerialPort::save`] keeps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialPortState {
+    /// The 16550A's registers in the order of [`SerialState`]'s fields.
+    registers: [u8; 9],
+    in_buffer: Vec<u8>,
+    pending: Vec<u8>,
+}
+
 /// The serial port.
-pub struct SerialPort(Mutex<State>);
+pub struct SerialPort {
+    state: Mutex<State>,
+    line: Line,
+    output: Output,
+}
 
 impl SerialPort {
     /// A port that raises `interrupt` and writes what the guest sends to `output`.
     pub fn new(interrupt: EventFd, output: Box<dyn Write + Send>) -> SerialPort {
-        let uart = Serial::new(Line(interrupt), output);
-        SerialPort(Mutex::new(State { uart, pending: VecDeque::new() }))
+        let (line, output) = (Line(Arc::new(interrupt)), Output(Arc::new(Mutex::new(output))));
+        let uart = Serial::new(line.clone(), output.clone());
+        SerialPort { state: Mutex::new(State { uart, pending: VecDeque::new() }), line, output }
+    }
+
+    /// Back to the state after power-on.
+    pub fn reset(&self) {
+        let mut state = self.state();
+        state.uart = Serial::new(self.line.clone(), self.output.clone());
+        state.pending.clear();
+    }
+
+    /// The registers, and the input that waits.
+    pub fn save(&self) -> SerialPortState {
+        let state = self.state();
+        let uart = state.uart.state();
+        SerialPortState {
+            registers: [
+                uart.baud_divisor_low,
+                uart.baud_divisor_high,
+                uart.interrupt_enable,
+                uart.interrupt_identification,
+                uart.line_control,
+                uart.line_status,
+                uart.modem_control,
+                uart.modem_status,
+                uart.scratch,
+            ],
+            in_buffer: uart.in_buffer,
+            pending: state.pending.iter().copied().collect(),
+        }
+    }
+
+    /// Takes back what [`SerialPort::save`] gave.
+    pub fn restore(&self, saved: &SerialPortState) {
+        let [
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+        ] = saved.registers;
+        let uart = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer: saved.in_buffer.clone(),
+        };
+        let mut state = self.state();
+        // It interrupts by itself if something is pending.
+        match Serial::from_state(&uart, self.line.clone(), NoEvents, self.output.clone()) {
+            Ok(uart) => state.uart = uart,
+            Err(error) => tracing::warn!(?error, "the serial port starts anew"),
+        }
+        state.pending = saved.pending.iter().copied().take(MAX_PENDING).collect();
     }
 
     /// Types `bytes` into the port.
@@ -67,7 +161,7 @@ impl SerialPort {
 
     fn state(&self) -> MutexGuard<'_, State> {
         // The state is plain registers: a panic elsewhere leaves them usable.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

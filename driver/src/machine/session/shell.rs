@@ -14,7 +14,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::timeout;
 
 use super::agent::cloned;
@@ -71,6 +71,8 @@ impl From<io::Error> for ShellError {
 #[derive(Clone)]
 pub(crate) struct ShellSession {
     line: Arc<Mutex<Line>>,
+    /// Whether its guest is gone.
+    closed: Arc<watch::Sender<bool>>,
 }
 
 /// The console, of which one call at a time has the use.
@@ -94,7 +96,13 @@ impl ShellSession {
         }
         let (sender, lines) = mpsc::unbounded_channel();
         tokio::spawn(write_lines(writer, lines));
-        Ok(Self { line: Arc::new(Mutex::new(Line { reader, writer: sender, calls: 0 })) })
+        let line = Arc::new(Mutex::new(Line { reader, writer: sender, calls: 0 }));
+        Ok(Self { line, closed: Arc::new(watch::Sender::new(false)) })
+    }
+
+    /// Ends all calls, now and later, because the guest is gone.
+    pub(crate) fn close(&self) {
+        self.closed.send_replace(true);
     }
 
     /// Starts a command and leaves it alone.
@@ -211,6 +219,21 @@ impl ShellSession {
     /// Has the shell run `pipeline` with `payload` as what follows the line; answers its first part's status, and its
     /// output.
     async fn call(
+        &self,
+        pipeline: &str,
+        payload: &[u8],
+        limit: Option<Duration>,
+    ) -> Result<(i32, Vec<u8>)> {
+        let mut closed = self.closed.subscribe();
+        tokio::select! {
+            biased;
+            // The sender lives in self.
+            _ = closed.wait_for(|closed| *closed) => Err(ShellError::Closed.into()),
+            answer = self.call_open(pipeline, payload, limit) => answer,
+        }
+    }
+
+    async fn call_open(
         &self,
         pipeline: &str,
         payload: &[u8],

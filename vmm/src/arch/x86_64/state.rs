@@ -1,0 +1,182 @@
+//! Everything KVM knows of a vCPU and of the interrupt controllers, as plain data.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_debugregs,
+    kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// `IA32_TIME_STAMP_COUNTER` and `IA32_TSC_ADJUST` (Intel SDM 4, table 2-2).
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_ADJUST: u32 = 0x3b;
+/// `IA32_TSC_DEADLINE`: KVM takes it only once the local APIC's timer has that mode and the TSC is
+/// right.
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Most MSRs that KVM handles in one call (`MAX_IO_MSRS` in arch/x86/kvm/x86.c).
+const MAX_MSRS: usize = 256;
+
+/// KVM refused a part of the state.
+#[derive(Debug, Error)]
+#[error("{operation}")]
+pub struct StateError {
+    operation: &'static str,
+    source: kvm_ioctls::Error,
+}
+
+fn kvm(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
+    move |source| StateError { operation, source }
+}
+
+/// One vCPU.
+#[derive(Serialize, Deserialize)]
+pub struct VcpuState {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    /// Index and value.
+    msrs: Vec<(u32, u64)>,
+    events: kvm_vcpu_events,
+}
+
+/// What becomes of a vCPU's time stamp counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tsc {
+    /// It runs on as it is: the saved one does not matter.
+    Keep,
+    /// It is the saved one and so many ticks more.
+    Advance(u64),
+}
+
+/// The MSRs that are part of a vCPU's state, as this host's KVM lists them.
+///
+/// # Errors
+/// KVM does not say.
+pub fn msr_indices(kvm_fd: &Kvm) -> Result<Vec<u32>, StateError> {
+    let list = kvm_fd.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
+    Ok(list.as_slice().to_vec())
+}
+
+impl VcpuState {
+    /// Reads the state of a vCPU that does not run.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, StateError> {
+        // The first, because it may change the others: it takes in INIT and SIPI that wait.
+        let mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?;
+        Ok(VcpuState {
+            mp_state,
+            regs: vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?,
+            sregs: vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
+            xsave: vcpu.get_xsave().map_err(kvm("KVM_GET_XSAVE"))?,
+            xcrs: vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?,
+            debug_regs: vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?,
+            lapic: vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?,
+            msrs: read_msrs(vcpu, msrs)?,
+            events: vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))?,
+        })
+    }
+
+    /// Gives this state to a vCPU that does not run and has the same CPUID.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn restore(&self, vcpu: &VcpuFd, tsc: Tsc) -> Result<(), StateError> {
+        vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
+        vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
+        vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
+        // SAFETY: larger states need features that a process has to ask for, which this one never
+        // does; the structure holds all others.
+        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(kvm("KVM_SET_XSAVE"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
+        vcpu.set_debug_regs(&self.debug_regs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
+        vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
+        self.write_msrs(vcpu, tsc)?;
+        vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
+    }
+
+    fn write_msrs(&self, vcpu: &VcpuFd, tsc: Tsc) -> Result<(), StateError> {
+        let value = |&(index, value): &(u32, u64)| match (index, tsc) {
+            (MSR_TSC | MSR_TSC_ADJUST, Tsc::Keep) => None,
+            (MSR_TSC, Tsc::Advance(ticks)) => Some((index, value.wrapping_add(ticks))),
+            _ => Some((index, value)),
+        };
+        let (last, mut entries): (Vec<_>, Vec<_>) =
+            self.msrs.iter().filter_map(value).partition(|msr| msr.0 == MSR_TSC_DEADLINE);
+        entries.extend(last);
+        let mut rest = entries.as_slice();
+        while !rest.is_empty() {
+            let entries = rest[..rest.len().min(MAX_MSRS)].iter();
+            let entries: Vec<_> = entries.map(|&(index, data)| msr(index, data)).collect();
+            let taken = vcpu.set_msrs(&msr_list(&entries)?).map_err(kvm("KVM_SET_MSRS"))?;
+            rest = &rest[taken.min(entries.len())..];
+            if taken < entries.len() {
+                // KVM lists some that this processor can read but not write; none of them holds
+                // what a guest has put there.
+                tracing::debug!("KVM does not take MSR {:#x}", entries[taken].index);
+                rest = &rest[1..];
+            }
+        }
+        Ok(())
+    }
+}
+
+fn msr(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry { index, data, ..Default::default() }
+}
+
+fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
+    Msrs::from_entries(entries).map_err(|_| StateError {
+        operation: "too many MSRs",
+        source: kvm_ioctls::Error::new(libc::E2BIG),
+    })
+}
+
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateError> {
+    let mut values = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let count = rest.len().min(MAX_MSRS);
+        let entries: Vec<_> = rest[..count].iter().map(|&index| msr(index, 0)).collect();
+        let mut list = msr_list(&entries)?;
+        let read = vcpu.get_msrs(&mut list).map_err(kvm("KVM_GET_MSRS"))?.min(count);
+        values.extend(list.as_slice()[..read].iter().map(|entry| (entry.index, entry.data)));
+        // KVM stops at one that this guest does not have.
+        rest = &rest[if read < count { read + 1 } else { read }..];
+    }
+    Ok(values)
+}
+
+/// The interrupt controllers that vCPUs share: both PICs and the IOAPIC.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct IrqchipState(Vec<kvm_irqchip>);
+
+impl IrqchipState {
+    /// Reads the state while no vCPU runs.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn save(vm: &VmFd) -> Result<IrqchipState, StateError> {
+        let chips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+        let read = |chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP")).map(|()| chip)
+        };
+        chips.into_iter().map(read).collect::<Result<_, _>>().map(IrqchipState)
+    }
+
+    /// Gives it back; before the vCPUs' own state, which has the interrupts that are on their way.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn restore(&self, vm: &VmFd) -> Result<(), StateError> {
+        self.0.iter().try_for_each(|chip| vm.set_irqchip(chip)).map_err(kvm("KVM_SET_IRQCHIP"))
+    }
+}

@@ -1,0 +1,242 @@
+//! Putting a machine together.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use firn_net_switch::NetPort;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Event, HostSide, VmError, host, kvm};
+use crate::arch::x86_64::cpuid::{self, Place};
+use crate::arch::x86_64::entry;
+use crate::boot::{acpi, kernel, params};
+use crate::device::boot_timer::{self, BootTimer};
+use crate::device::panic::PanicWatch;
+use crate::device::power;
+use crate::device::serial::{self, SerialPort};
+use crate::error::chain;
+use crate::interrupt::SharedLine;
+use crate::memory::{self, Memory};
+use crate::spec::{MAX_CORES, MIN_MEMORY_MIB, MachineSpec};
+use crate::vcpu::{Buses, Group};
+use crate::virtio::balloon::{Balloon, BalloonHandle};
+use crate::virtio::transport::mmio::MmioTransport;
+use crate::virtio::{VirtioDevice, blk, console, fs, net, rng, vsock};
+
+/// Pins of the IOAPIC that virtio devices share: the first ones are those of the PC's own devices,
+/// and the IOAPIC ends at pin 23.
+const VIRTIO_GSIS: std::ops::RangeInclusive<u32> = 6..=23;
+/// Most virtio devices. KVM takes 1,000 doorbells, of which a device has at most seven; nobody is
+/// known to want more than half as many.
+const MAX_DEVICES: usize = 128;
+
+/// Loads kernel, initrd and boot parameters into fresh memory; the kernel's entry point.
+pub(super) fn load_kernel(spec: &MachineSpec, memory: &Memory) -> Result<u64, VmError> {
+    let kernel = kernel::load_kernel(memory, &spec.kernel)?;
+    let initrd = kernel::load_initrd(memory, &spec.initrd, &kernel)?;
+    params::write(memory, &kernel, initrd, &spec.cmdline)?;
+    Ok(kernel.entry)
+}
+
+/// Writes what a PC's firmware would have left in memory.
+pub(super) fn write_firmware(
+    memory: &Memory,
+    cores: u8,
+    devices: &[acpi::MmioDevice],
+) -> Result<(), VmError> {
+    acpi::write(memory, cores, devices)?;
+    entry::write_tables(memory).map_err(entry::EntryError::from)?;
+    Ok(entry::write_reset_vector(memory).map_err(entry::EntryError::from)?)
+}
+
+/// What the types of the spec cannot say.
+pub(super) fn check(spec: &MachineSpec, host: &HostSide) -> Result<(), VmError> {
+    let fail = |problem| Err(VmError::Spec { machine: spec.name.clone(), problem });
+    if !(1..=MAX_CORES).contains(&spec.cores) {
+        return fail(format!("{} cores; allowed are 1 to {MAX_CORES}", spec.cores));
+    }
+    if spec.memory_mib < MIN_MEMORY_MIB {
+        return fail(format!(
+            "{} MiB of memory; allowed are {MIN_MEMORY_MIB} MiB and more",
+            spec.memory_mib
+        ));
+    }
+    if spec.console_ports.len() != host.console_ports.len() {
+        return fail("the host's side does not match the console ports".to_owned());
+    }
+    if spec.nets.len() != host.nets.len() {
+        return fail("the host's side does not match the network cards".to_owned());
+    }
+    for (index, share) in spec.shares.iter().enumerate() {
+        if spec.shares[..index].iter().any(|other| other.tag == share.tag) {
+            return fail(format!("two shares have the tag {:?}", share.tag));
+        }
+    }
+    Ok(())
+}
+
+/// A virtual machine without memory or vCPUs.
+pub(super) fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, VmError> {
+    let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
+    vm.set_tss_address(memory::KVM_TSS_START).map_err(kvm("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
+    Ok(vm)
+}
+
+pub(super) fn attach_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the region is one mapping of exactly this size, and `Vm` drops its memory after
+        // the VM and its vCPUs.
+        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+pub(super) fn attach_serial(
+    vm: &VmFd,
+    buses: &mut Buses,
+    output: Box<dyn Write + Send>,
+    events: Arc<dyn Fn(Event) + Send + Sync>,
+) -> Result<Arc<SerialPort>, VmError> {
+    let interrupt = EventFd::new(EFD_NONBLOCK).map_err(host("cannot make an eventfd"))?;
+    vm.register_irqfd(&interrupt, serial::GSI).map_err(kvm("KVM_IRQFD"))?;
+    let output = PanicWatch::new(output, move |message| events(Event::Panic { message }));
+    let serial = Arc::new(SerialPort::new(interrupt, Box::new(output)));
+    buses.ports.claim(u64::from(serial::PORT), u64::from(serial::PORTS), serial.clone())?;
+    Ok(serial)
+}
+
+pub(super) fn attach_boot_timer(buses: &mut Buses, timer: Arc<BootTimer>) -> Result<(), VmError> {
+    Ok(buses.ports.claim(u64::from(boot_timer::PORT), 1, timer)?)
+}
+
+pub(super) fn attach_power(
+    buses: &mut Buses,
+    group: Arc<Group>,
+    events: Arc<dyn Fn(Event) + Send + Sync>,
+) -> Result<(), VmError> {
+    power::attach(&mut buses.ports, move |request| {
+        group.request_stop();
+        events(match request {
+            power::Request::PowerOff => Event::PowerOff,
+            power::Request::Reset => Event::Reset,
+        });
+    })?;
+    Ok(())
+}
+
+/// The virtio devices in the order in which the guest finds them.
+pub(super) fn build_devices(
+    spec: &MachineSpec,
+    console_ports: Vec<UnixStream>,
+    nets: Vec<Arc<dyn NetPort>>,
+) -> Result<Vec<Box<dyn VirtioDevice>>, VmError> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    if !spec.console_ports.is_empty() {
+        devices.push(Box::new(console::Console::new(&spec.console_ports, console_ports)?));
+    }
+    if spec.rng {
+        devices.push(Box::new(rng::Rng::new()));
+    }
+    for (card, port) in spec.nets.iter().zip(nets) {
+        let card = net::Net::new(card, port).map_err(host("cannot make an eventfd"))?;
+        devices.push(Box::new(card));
+    }
+    for share in &spec.shares {
+        devices.push(Box::new(fs::Fs::new(share)?));
+    }
+    for disk in &spec.disks {
+        devices.push(Box::new(blk::Blk::new(disk, spec.cores)?));
+    }
+    if let Some(spec) = &spec.vsock {
+        devices.push(Box::new(vsock::Vsock::new(spec)?));
+    }
+    Ok(devices)
+}
+
+pub(super) fn add_balloon(
+    spec: &MachineSpec,
+    devices: &mut Vec<Box<dyn VirtioDevice>>,
+) -> Result<Option<BalloonHandle>, VmError> {
+    if !spec.balloon {
+        return Ok(None);
+    }
+    let balloon = Balloon::new().map_err(host("cannot make an eventfd"))?;
+    let handle = balloon.handle();
+    devices.push(Box::new(balloon));
+    Ok(Some(handle))
+}
+
+pub(super) fn check_count(spec: &MachineSpec, wanted: usize) -> Result<(), VmError> {
+    if wanted > MAX_DEVICES {
+        let problem = format!("{wanted} virtio devices; allowed are at most {MAX_DEVICES}");
+        return Err(VmError::Spec { machine: spec.name.clone(), problem });
+    }
+    Ok(())
+}
+
+pub(super) struct Attached {
+    pub(super) transports: Vec<Arc<MmioTransport>>,
+    pub(super) announced: Vec<acpi::MmioDevice>,
+}
+
+pub(super) fn attach_devices(
+    vm: &Arc<VmFd>,
+    buses: &mut Buses,
+    memory: &Memory,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    events: &Arc<dyn Fn(Event) + Send + Sync>,
+) -> Result<Attached, VmError> {
+    let mut attached = Attached { transports: Vec::new(), announced: Vec::new() };
+    let addresses = (0..).map(|index| memory::VIRTIO_MMIO_START + index * memory::VIRTIO_MMIO_SIZE);
+    let lines: Vec<_> = VIRTIO_GSIS.map(|gsi| SharedLine::new(vm.clone(), gsi)).collect();
+    for ((index, device), address) in devices.into_iter().enumerate().zip(addresses) {
+        let line = &lines[index % lines.len()];
+        let sharer = u8::try_from(index / lines.len()).unwrap_or(u8::MAX);
+        let events = events.clone();
+        let on_failure = Arc::new(move |device: &str, error: &crate::virtio::DeviceError| {
+            let (device, reason) = (device.to_owned(), chain(error));
+            tracing::warn!(device, reason, "device failed");
+            events(Event::DeviceFailed { device, reason });
+        });
+        let transport = MmioTransport::new(device, memory.clone(), line.pin(sharer), on_failure)
+            .map_err(host("cannot make an eventfd"))?;
+        let transport = Arc::new(transport);
+        transport.connect(vm, address).map_err(kvm("KVM_IOEVENTFD"))?;
+        let size = u64::from(memory::VIRTIO_MMIO_SIZE);
+        buses.mmio.claim(u64::from(address), size, transport.clone())?;
+        attached.transports.push(transport);
+        attached.announced.push(acpi::MmioDevice { address, gsi: line.gsi() });
+    }
+    Ok(attached)
+}
+
+/// Makes the vCPUs as they are after power-on.
+pub(super) fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, cores: u8) -> Result<Vec<VcpuFd>, VmError> {
+    let supported = kvm_fd
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let tsc_deadline = kvm_fd.check_extension(Cap::TscDeadlineTimer);
+    let mut vcpus = Vec::new();
+    for index in 0..cores {
+        let fd = vm.create_vcpu(u64::from(index)).map_err(kvm("KVM_CREATE_VCPU"))?;
+        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+        let place = Place { vcpu: index, cores, tsc_khz, tsc_deadline };
+        let cpuid = cpuid::adapt(&supported, place);
+        fd.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
+        entry::set_msrs(&fd)?;
+        vcpus.push(fd);
+    }
+    Ok(vcpus)
+}

@@ -1,0 +1,438 @@
+//! One machine: put together here, and only here.
+//!
+//! ```text
+//! new, restore --> Built --start()--> Running --stop()--> Stopped
+//!                    ^                   |
+//!                    +----- reset() -----+
+//! ```
+
+mod build;
+mod state;
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+
+use firn_net_switch::NetPort;
+use kvm_ioctls::{Kvm, VmFd};
+use thiserror::Error;
+
+use crate::arch::x86_64::entry;
+use crate::arch::x86_64::state::StateError;
+use crate::boot::{acpi, kernel, params};
+use crate::bus::Overlap;
+use crate::device::boot_timer::{BootTimer, Mark};
+use crate::device::power;
+use crate::device::serial::{InputFull, SerialPort};
+use crate::event_loop::{EventLoop, EventThread, Subscriber};
+use crate::memory::{self, Memory};
+use crate::spec::MachineSpec;
+use crate::vcpu::{Buses, DeadWatch, Ending, Group, Vcpu};
+use crate::virtio::balloon::BalloonHandle;
+use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
+use crate::virtio::{blk, console, fs, vsock};
+pub use state::VmState;
+
+/// What happens to a running machine. More kinds will come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// Its vCPUs have started.
+    Booting,
+    /// Its kernel has panicked.
+    Panic {
+        /// The kernel's reason.
+        message: String,
+    },
+    /// It has asked to be started again; its vCPUs have ended.
+    Reset,
+    /// It has powered off; its vCPUs have ended.
+    PowerOff,
+    /// It has halted for good: all vCPUs wait with interrupts off; they have ended.
+    Halted,
+    /// A vCPU cannot go on; all have ended.
+    VcpuDied {
+        /// Which.
+        vcpu: u8,
+        /// Why, as a sentence for people.
+        reason: String,
+    },
+    /// A device has been taken from the guest because of what the guest did to it.
+    DeviceFailed {
+        /// The device's name.
+        device: String,
+        /// What the guest did.
+        reason: String,
+    },
+}
+
+/// The host's ends of what a machine is connected to.
+pub struct HostSide {
+    /// Hears of everything that happens to the machine, on the machine's threads: it must not
+    /// block, nor call back into the machine.
+    pub events: Box<dyn Fn(Event) + Send + Sync>,
+    /// Takes what the guest writes to its serial console, on a vCPU's thread and often byte by
+    /// byte: it must not block.
+    pub serial: Box<dyn Write + Send>,
+    /// One for each of [`MachineSpec::console_ports`].
+    pub console_ports: Vec<UnixStream>,
+    /// One for each of [`MachineSpec::nets`].
+    pub nets: Vec<Arc<dyn NetPort>>,
+}
+
+/// A machine could not be built or driven.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// The spec asks for something that cannot be.
+    #[error("machine {machine}: {problem}")]
+    Spec {
+        /// The machine.
+        machine: String,
+        /// What is wrong, and what would be right.
+        problem: String,
+    },
+    /// KVM refused a call.
+    #[error("KVM: {operation}")]
+    Kvm {
+        /// The call.
+        operation: &'static str,
+        /// Why.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// There is no guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::MemoryError),
+    /// A kernel or initrd cannot be used.
+    #[error(transparent)]
+    Image(#[from] kernel::ImageError),
+    /// The boot parameters are wrong.
+    #[error(transparent)]
+    Params(#[from] params::ParamsError),
+    /// The ACPI tables cannot be written.
+    #[error(transparent)]
+    Acpi(#[from] acpi::AcpiError),
+    /// A vCPU cannot be set up.
+    #[error("vCPU")]
+    Entry(#[from] entry::EntryError),
+    /// Two devices want the same addresses.
+    #[error(transparent)]
+    Bus(#[from] Overlap),
+    /// A share cannot be served.
+    #[error(transparent)]
+    Share(#[from] fs::FsError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] blk::BlkError),
+    /// A vsock device cannot be served.
+    #[error(transparent)]
+    Vsock(#[from] vsock::VsockError),
+    /// The state of the processors cannot be read or written.
+    #[error("cannot save or restore processors")]
+    State(#[from] StateError),
+    /// A saved machine does not fit.
+    #[error("machine {machine}: cannot be restored: {problem}")]
+    Saved {
+        /// The machine.
+        machine: String,
+        /// What does not fit.
+        problem: String,
+    },
+    /// A console cannot be served.
+    #[error("console")]
+    Console(#[from] console::ConsoleError),
+    /// The host is out of something.
+    #[error("{operation}")]
+    Host {
+        /// What was tried.
+        operation: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn kvm(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {
+    move |source| VmError::Kvm { operation, source }
+}
+
+fn host(operation: &'static str) -> impl Fn(io::Error) -> VmError {
+    move |source| VmError::Host { operation, source }
+}
+
+/// How far a machine has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nothing runs, and [`Vm::start`] can come.
+    Built,
+    Running,
+    /// Its threads wait.
+    Paused,
+    /// For good.
+    Stopped,
+}
+
+/// One machine. Dropping it stops it and leaves nothing behind.
+pub struct Vm {
+    spec: MachineSpec,
+    phase: Phase,
+    vcpu_threads: Vec<JoinHandle<()>>,
+    /// Until the first start.
+    event_loop: Option<EventLoop>,
+    /// Ends when dropped.
+    event_thread: Option<EventThread>,
+    vcpus: Vec<Arc<Vcpu>>,
+    group: Arc<Group>,
+    serial: Arc<SerialPort>,
+    transports: Vec<Arc<MmioTransport>>,
+    /// What the guest's ACPI tables list.
+    announced: Vec<acpi::MmioDevice>,
+    balloon: Option<BalloonHandle>,
+    timer: Arc<BootTimer>,
+    events: Arc<dyn Fn(Event) + Send + Sync>,
+    kvm: Kvm,
+    // Last, so that they are dropped last: the vCPUs and devices above use them.
+    vm: Arc<VmFd>,
+    memory: Memory,
+}
+
+impl Vm {
+    /// Builds a machine: everything is allocated and loaded, nothing runs.
+    ///
+    /// # Errors
+    /// What is wrong with the spec, its files or the host.
+    pub fn new(spec: &MachineSpec, host_side: HostSide) -> Result<Vm, VmError> {
+        build::check(spec, &host_side)?;
+        let memory = memory::allocate(spec.memory_mib)?;
+        let entry = build::load_kernel(spec, &memory)?;
+        let vm = Vm::assemble(spec, host_side, memory)?;
+        vm.prepare_entry(entry)?;
+        Ok(vm)
+    }
+
+    /// Everything but what is in memory and in the first vCPU's registers.
+    fn assemble(spec: &MachineSpec, host_side: HostSide, memory: Memory) -> Result<Vm, VmError> {
+        let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
+        let vm = Arc::new(build::create_vm(&kvm_fd)?);
+        build::attach_memory(&vm, &memory)?;
+        let group = Arc::new(Group::default());
+        let timer = Arc::new(BootTimer::default());
+        let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(host_side.events);
+
+        let mut buses = Buses::default();
+        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, events.clone())?;
+        build::attach_power(&mut buses, group.clone(), events.clone())?;
+        build::attach_boot_timer(&mut buses, timer.clone())?;
+        let mut devices = build::build_devices(spec, host_side.console_ports, host_side.nets)?;
+        let balloon = build::add_balloon(spec, &mut devices)?;
+        build::check_count(spec, devices.len())?;
+        let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
+
+        let subscribers = attached
+            .transports
+            .iter()
+            .map(|transport| Box::new(MmioEvents(transport.clone())) as Subscriber);
+        let look = DeadWatch::new(group.clone()).map_err(host("cannot make a timer"))?;
+        let subscribers = subscribers.chain([Box::new(look) as Subscriber]);
+        let event_loop = EventLoop::new(subscribers).map_err(host("cannot watch devices"))?;
+        let buses = Arc::new(buses);
+        let vcpus = (0..).zip(build::create_vcpus(&kvm_fd, &vm, spec.cores)?);
+        let vcpus = vcpus
+            .map(|(index, fd)| Vcpu::new(fd, index, buses.clone(), group.clone(), timer.clone()))
+            .map(Arc::new)
+            .collect();
+        Ok(Vm {
+            spec: spec.clone(),
+            phase: Phase::Built,
+            vcpu_threads: Vec::new(),
+            event_loop: Some(event_loop),
+            event_thread: None,
+            vcpus,
+            group,
+            serial,
+            transports: attached.transports,
+            announced: attached.announced,
+            balloon,
+            timer,
+            events,
+            kvm: kvm_fd,
+            vm,
+            memory,
+        })
+    }
+
+    /// Lets the first vCPU enter the kernel at `entry`.
+    fn prepare_entry(&self, entry: u64) -> Result<(), VmError> {
+        build::write_firmware(&self.memory, self.spec.cores, &self.announced)?;
+        if let Some(first) = self.vcpus.first() {
+            entry::set_registers(&first.fd(), entry, params::ZERO_PAGE)?;
+        }
+        Ok(())
+    }
+
+    /// Starts it: one thread a vCPU and one for the devices. Does nothing if it has started
+    /// before.
+    ///
+    /// # Errors
+    /// The process can have no more threads.
+    pub fn start(&mut self) -> Result<(), VmError> {
+        if self.phase != Phase::Built {
+            return Ok(());
+        }
+        let spawn_error = host("cannot start a thread");
+        if let Some(event_loop) = self.event_loop.take() {
+            let thread = event_loop.spawn(format!("{}-dev", self.spec.name));
+            self.event_thread = Some(thread.map_err(&spawn_error)?);
+        }
+        // Those of a restored machine wait for this.
+        for transport in &self.transports {
+            transport.resume();
+        }
+        (self.events)(Event::Booting);
+        self.phase = Phase::Running;
+        for vcpu in &self.vcpus {
+            match self.spawn_vcpu(vcpu.clone()) {
+                Ok(thread) => self.vcpu_threads.push(thread),
+                Err(error) => {
+                    self.stop();
+                    return Err(spawn_error(error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn spawn_vcpu(&self, vcpu: Arc<Vcpu>) -> io::Result<JoinHandle<()>> {
+        let events = self.events.clone();
+        let group = self.group.clone();
+        Builder::new().name(format!("{}-cpu{}", self.spec.name, vcpu.index())).spawn(move || {
+            let event = match vcpu.run() {
+                Ok(Ending::Stopped) => return,
+                Ok(Ending::Halted) => Event::Halted,
+                Err(reason) => Event::VcpuDied { vcpu: vcpu.index(), reason },
+            };
+            group.request_stop();
+            events(event);
+        })
+    }
+
+    /// Stops all vCPUs and devices; what is in flight is finished first. Nothing if it is not
+    /// running.
+    pub fn pause(&mut self) {
+        if self.phase != Phase::Running {
+            return;
+        }
+        self.group.pause();
+        for vcpu in &self.vcpus {
+            vcpu.tell_of_pause();
+        }
+        for transport in &self.transports {
+            transport.pause();
+        }
+        self.phase = Phase::Paused;
+    }
+
+    /// Goes on after [`Vm::pause`]. The guest's clock has not stood still.
+    pub fn resume(&mut self) {
+        if self.phase != Phase::Paused {
+            return;
+        }
+        for transport in &self.transports {
+            transport.resume();
+        }
+        self.group.resume();
+        self.phase = Phase::Running;
+    }
+
+    /// Presses the power button for a moment. What happens then is up to the guest.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn power_button(&self) -> Result<(), VmError> {
+        for level in [true, false] {
+            self.vm.set_irq_line(power::BUTTON_GSI, level).map_err(kvm("KVM_IRQ_LINE"))?;
+        }
+        Ok(())
+    }
+
+    /// Puts it back to where [`Vm::new`] left it, for another [`Vm::start`]: vCPUs, devices and
+    /// memory are as after power-on, the kernel is loaded again. Disks, and what else is on the
+    /// host's side, stay. Not after [`Vm::stop`].
+    ///
+    /// # Errors
+    /// The kernel or initrd cannot be loaded any more, or KVM refuses; it is stopped then.
+    pub fn reset(&mut self) -> Result<(), VmError> {
+        if self.phase == Phase::Stopped {
+            let problem = "it has been stopped".to_owned();
+            return Err(VmError::Spec { machine: self.spec.name.clone(), problem });
+        }
+        self.end_vcpus();
+        let renewed = self.renew();
+        match renewed {
+            Ok(()) => self.phase = Phase::Built,
+            Err(_) => self.stop(),
+        }
+        renewed
+    }
+
+    fn renew(&mut self) -> Result<(), VmError> {
+        for transport in &self.transports {
+            transport.reset();
+        }
+        self.serial.reset();
+        memory::clear(&self.memory).map_err(host("cannot clear guest memory"))?;
+        let entry = build::load_kernel(&self.spec, &self.memory)?;
+        self.power_on_state()?;
+        self.prepare_entry(entry)?;
+        self.timer.restart();
+        self.group.rearm();
+        Ok(())
+    }
+
+    fn end_vcpus(&mut self) {
+        self.group.request_stop();
+        for thread in self.vcpu_threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!(machine = self.spec.name, "a vCPU thread panicked");
+            }
+        }
+    }
+
+    /// Ends the machine as if its power went: on return none of its threads runs and its devices
+    /// have let go of everything outside. Nothing if it has ended.
+    pub fn stop(&mut self) {
+        self.end_vcpus();
+        self.event_thread = None;
+        self.event_loop = None;
+        for transport in &self.transports {
+            transport.reset();
+        }
+        self.phase = Phase::Stopped;
+    }
+
+    /// The host's hand on the balloon, if the spec has one.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.balloon.as_ref()
+    }
+
+    /// The stages of the boot that have been reached, in order.
+    pub fn boot_marks(&self) -> Vec<Mark> {
+        self.timer.marks()
+    }
+
+    /// Types `bytes` into the serial console.
+    ///
+    /// # Errors
+    /// The guest has left too much input unread.
+    pub fn serial_input(&self, bytes: &[u8]) -> Result<(), InputFull> {
+        self.serial.input(bytes)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
