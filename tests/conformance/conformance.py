@@ -147,12 +147,8 @@ def command(family: Family, way: str, directory: Path) -> list[str]:
     nodes = family.nodes
     if way == "backdoor":
         # A guest without an agent has the root shell on hvc0 only.
-        nodes = re.sub(
-            r"^(\[nodes\.[\w-]+\])$",
-            rf"\1\ncmdline = '{cmdline('systemd')} systemd.mask=firn-agent.service'",
-            nodes,
-            flags=re.M,
-        )
+        masked = f"cmdline = '{cmdline('systemd')} systemd.mask=firn-agent.service'"
+        nodes = re.sub(r'^kit = "systemd"$', rf"\g<0>\n{masked}", nodes, flags=re.M)
     head = f"global_timeout = 600\ntest_script_file = {json.dumps(str(family.path))}\n"
     file.write_text(head + nodes + "\n")
     return [str(BIN / "firn"), "test", str(file), *report]

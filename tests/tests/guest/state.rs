@@ -51,7 +51,9 @@ fn spec(dir: &Path, index: usize) -> MachineSpec {
             name: "eth1".to_owned(),
             mac,
             addresses: vec![(format!("192.168.1.{}", index + 1).parse().unwrap(), 24)],
+            gateway: None,
         }],
+        dns: Vec::new(),
         mounts: vec![Mount {
             tag: "s".to_owned(),
             mount_point: "/mnt/s".to_owned(),

@@ -1,0 +1,143 @@
+# Running commands.
+#: ways: agent backdoor
+#: [nodes.machine]
+#: kit = "systemd"
+import threading
+import time
+from datetime import timedelta
+
+from test_driver.errors import MachineError, RequestedAssertionFailed
+
+machine.wait_for_unit("multi-user.target")
+
+with subtest("execute: status and output, and no standard error"):
+    t.assertEqual(machine.execute("echo out; echo err >&2; exit 3"), (3, "out\n"))
+
+with subtest("execute: bash, with errexit, nounset and pipefail"):
+    t.assertEqual(machine.execute("[[ -n $BASH_VERSION ]] && echo {1..3}"), (0, "1 2 3\n"))
+    t.assertEqual(machine.execute("false; echo on"), (1, ""))
+    t.assertEqual(machine.execute("false | true")[0], 1)
+    t.assertNotEqual(machine.execute("echo $nothing")[0], 0)
+
+with subtest("execute: root's login environment, in /tmp"):
+    _, out = machine.execute('echo "$USER $HOME $DISPLAY $(pwd) <$PAGER> $(id -u)"')
+    t.assertEqual(out, "root /root :0.0 /tmp <> 0\n")
+
+with subtest("execute: several lines, quotes, many bytes, bytes that are no text"):
+    t.assertEqual(machine.execute("echo \"it's\"\necho '$x'"), (0, "it's\n$x\n"))
+    status, out = machine.execute("head -c 3000000 /dev/zero | tr '\\0' x")
+    t.assertEqual((status, len(out)), (0, 3_000_000))
+    t.assertEqual(machine.execute("printf 'a\\377b'"), (0, "a\ufffdb"))
+
+with subtest("execute: without its status, or without waiting"):
+    t.assertEqual(machine.execute("exit 4", check_return=False), (-1, ""))
+    began = time.monotonic()
+    t.assertEqual(machine.execute("sleep 100; echo late", check_output=False), (-2, ""))
+    t.assertLess(time.monotonic() - began, 50)
+
+with subtest("execute: waits until the output is closed"):
+    began = time.monotonic()
+    t.assertEqual(machine.execute("(sleep 3; echo late) & echo now"), (0, "now\nlate\n"))
+    t.assertGreater(time.monotonic() - began, 2.5)
+
+with subtest("execute: reads nothing"):
+    t.assertEqual(machine.execute("cat"), (0, ""))
+
+with subtest("execute, wrongly: past its time it is killed"):
+    t.assertEqual(machine.execute("echo a; sleep 1000", timeout=1), (124, "a\n"))
+    t.assertEqual(machine.execute("sleep 1000", timeout=timedelta(seconds=0.5))[0], 124)
+    t.assertEqual(machine.execute("echo on", timeout=None), (0, "on\n"))
+
+with subtest("execute, wrongly: killed by a signal"):
+    t.assertEqual(machine.execute("kill -9 $$")[0], 137)
+    t.assertEqual(machine.execute("echo on"), (0, "on\n"))
+
+with subtest("execute, wrongly: a bool is no duration"):
+    with t.assertRaises(TypeError):
+        machine.execute("true", timeout=True)
+
+with subtest("succeed: the outputs of all commands"):
+    t.assertEqual(machine.succeed("echo a", "echo b"), "a\nb\n")
+    t.assertEqual(machine.succeed("echo c", timeout=60), "c\n")
+
+with subtest("succeed, wrongly: says which command failed, and how"):
+    with t.assertRaisesRegex(
+        RequestedAssertionFailed, r"^command `exit 7` failed \(exit code 7\)$"
+    ):
+        machine.succeed("true", "exit 7", "touch /tmp/not-reached")
+    machine.fail("test -e /tmp/not-reached")
+    with t.assertRaisesRegex(RequestedAssertionFailed, r"exit code 124"):
+        machine.succeed("sleep 1000", timeout=1)
+
+with subtest("fail: the output of what fails"):
+    t.assertEqual(machine.fail("echo a; false", "echo b; exit 9"), "a\nb\n")
+
+with subtest("fail, wrongly: says which command succeeded"):
+    with t.assertRaisesRegex(
+        RequestedAssertionFailed, r"^command `echo fine` unexpectedly succeeded$"
+    ):
+        machine.fail("echo fine")
+
+with subtest("wait_until_succeeds: the output when it does"):
+    machine.succeed("rm -f /tmp/count")
+    out = machine.wait_until_succeeds("echo x >> /tmp/count; wc -l < /tmp/count | grep 3")
+    t.assertEqual(out, "3\n")
+
+with subtest("wait_until_succeeds: gives a try up that takes too long"):
+    machine.succeed("rm -f /tmp/tried")
+    machine.wait_until_succeeds(
+        "test -e /tmp/tried || { touch /tmp/tried; sleep 1000; }", attempt_timeout=1
+    )
+
+with subtest("wait_until_succeeds, wrongly: within its time only"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 2 seconds"):
+        machine.wait_until_succeeds("false", timeout=2)
+
+with subtest("wait_until_fails: the output when it does"):
+    machine.succeed("touch /tmp/there; (sleep 1; rm /tmp/there) >/dev/null 2>&1 &")
+    machine.wait_until_fails("test -e /tmp/there")
+
+with subtest("wait_until_fails, wrongly: within its time only"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 0 seconds"):
+        machine.wait_until_fails("true", timeout=0)
+
+with subtest("sleep: in the guest's time"):
+    before = float(machine.succeed("cut -d' ' -f1 /proc/uptime"))
+    machine.sleep(2)
+    t.assertGreater(float(machine.succeed("cut -d' ' -f1 /proc/uptime")) - before, 1.9)
+
+with subtest("sleep, wrongly: a text is no duration"):
+    with t.assertRaises(TypeError):
+        machine.sleep("2")  # type: ignore[arg-type] # ty: ignore[invalid-argument-type]
+
+with subtest("execute: from two threads"):
+    found = []
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(machine.succeed(f"sleep 0.2; echo {n}")))
+        for n in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    t.assertEqual(sorted(found), ["0\n", "1\n", "2\n"])
+
+with subtest("is_up: after a command it is"):
+    t.assertTrue(machine.is_up() and machine.booted and machine.connected)
+
+with subtest("connect: again is nothing"):
+    machine.connect()
+
+with subtest("crash: at once"):
+    machine.crash()
+    t.assertFalse(machine.booted)
+
+with subtest("is_up, wrongly: not once it has crashed"):
+    t.assertFalse(machine.is_up() or machine.connected)
+
+with subtest("connect, wrongly: a machine that does not run takes no console input"):
+    with t.assertRaisesRegex(MachineError, "is not running"):
+        machine.send_console("x")
+
+with subtest("crash, wrongly: what is off stays off"):
+    machine.crash()
