@@ -12,6 +12,9 @@ from firn.driver import Settings
 from firn.runner import Options, guarded
 from firn.terminal import with_terminal
 
+#: Set for the driver in a carrier, which shall not look for another.
+IN_CARRIER = "FIRN_IN_CARRIER"
+
 #: The names of every script, without machines and vlans.
 SYMBOLS = (
     "BaseMachine",
@@ -162,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         junit=args.junit_xml,
         log_level=args.log_level,
     )
-    if args.accel != "none":
+    if args.accel != "none" and IN_CARRIER not in os.environ:
         try:
             status = elsewhere(args, options, arguments)
         except (ValueError, RuntimeError, OSError) as error:
@@ -181,7 +184,7 @@ def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) 
     agent = Path(sys.executable).with_name("firn-agent")
     if agent.is_file():
         os.environ.setdefault("FIRN_AGENT", str(agent))
-    command = [sys.executable, "-P", "-m", "firn.nixos", "--accel", "none", *arguments]
+    command = ["env", f"{IN_CARRIER}=1", sys.executable, "-P", "-m", "firn.nixos", *arguments]
     terminal = args.interactive and sys.stdin.isatty()
     if terminal:
         command = with_terminal(command)

@@ -74,7 +74,7 @@ class NixosTestDriver(unittest.TestCase):
     def drive(self, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
         """Run the driver to its end; nothing may be left of it."""
         with self.spawn(*arguments, env=env) as process:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=120)
         left = [path.name for path in self.state.iterdir() if not path.name.startswith("kept")]
         self.assertEqual(left, [], "the run has left something behind")
         return process.returncode, out, err
@@ -449,6 +449,13 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         self.assertEqual(child.exitstatus, 0)
         self.assertTrue((self.dir / ".nixos-test-history").is_file())
         self.assertEqual(list(self.state.iterdir()), [])
+
+    def test_carrier(self) -> None:
+        """The carrier that is asked for runs the script, and starts no other in itself."""
+        config = self.config("print('ran in', os.environ['FIRN_IN_CARRIER'])\nt.fail('there')")
+        status, out, err = self.drive("--config", config, "--accel", "carrier")
+        self.assertEqual((status, out), (1, "ran in 1\n"), err)
+        self.assertIn("!!! RequestedAssertionFailed: there", err)
 
     def test_terminal(self) -> None:
         """A command that has none gets a terminal: what the prompt has in a carrier."""
