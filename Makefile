@@ -30,7 +30,7 @@ conformance: kit
 	$(VENV)/python tests/conformance/conformance.py run --write
 
 bench: kit
-	$(call RUN_IN,--exact) cargo bench -p firn-tests
+	$(call RUN_IN,--exact) cargo bench -p firn-tests --bench boot --bench network
 
 lint: setup $(VENV)/python
 	cargo fmt --all --check
