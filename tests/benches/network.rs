@@ -1,6 +1,6 @@
 //! How fast one TCP connection of a guest goes through the user network, and through QEMU's with
-//! the same kernel, guest and processor. Run by `make bench` in a carrier whose clock is the number
-//! of executed instructions; elsewhere it shows seconds.
+//! the same kernel, guest and processor, in seconds. What counts is the ratio of one run. Not for an
+//! exact carrier: there QEMU in QEMU hardly gets on.
 
 use std::io::{Cursor, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
