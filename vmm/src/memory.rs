@@ -274,6 +274,8 @@ fn keep_from_children(region: &Region) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
@@ -291,5 +293,31 @@ mod tests {
         for mib in [u64::MAX, 1 << 43, 1 << 40] {
             assert!(allocate(mib).is_err());
         }
+    }
+
+    #[test]
+    fn memory_goes_to_a_file_and_back_and_can_be_cleared() {
+        let memory = allocate(8).unwrap();
+        let written = [(0x1000, 1), (0x2fff, 2), (0x40_0000, 3), (0x7f_ffff, 4)];
+        for (address, value) in written {
+            memory.write_obj::<u8>(value, GuestAddress(address)).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        save(&memory, &file).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 8 << 20);
+        assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20, "zeros take no room");
+
+        let other = allocate(8).unwrap();
+        load(&other, &file).unwrap();
+        let mut pages = [vec![0; 8 << 20], vec![0; 8 << 20]];
+        memory.read_slice(&mut pages[0], GuestAddress(0)).unwrap();
+        other.read_slice(&mut pages[1], GuestAddress(0)).unwrap();
+        assert!(pages[0] == pages[1]);
+        assert!(written.iter().all(|&(at, value)| pages[1][usize::try_from(at).unwrap()] == value));
+
+        clear(&other).unwrap();
+        other.read_slice(&mut pages[1], GuestAddress(0)).unwrap();
+        assert!(pages[1].iter().all(|byte| *byte == 0));
+        assert!(load(&allocate(4).unwrap(), &file).is_err(), "another size");
     }
 }

@@ -164,7 +164,9 @@ impl IrqchipState {
     /// # Errors
     /// KVM refuses.
     pub fn save(vm: &VmFd) -> Result<IrqchipState, StateError> {
-        let chips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+        // The order in which they are restored: with an interrupt pending in the slave of before,
+        // the master would be given one that nobody raises.
+        let chips = [KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_IOAPIC];
         let read = |chip_id| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP")).map(|()| chip)
