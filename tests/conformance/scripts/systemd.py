@@ -61,7 +61,7 @@ with subtest("get_unit_info: all properties"):
 
 with subtest("get_unit_info, wrongly: of no unit"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "failed with exit code"):
-        machine.get_unit_info("slow.service", user="root")  # who has no manager here
+        machine.get_unit_info("slow.service", user="who-is-not-there")
 
 with subtest("get_unit_property: one property"):
     t.assertEqual(machine.get_unit_property("slow", "Type"), "notify")

@@ -19,7 +19,7 @@ fn thirty_six_devices_on_one_machine() {
     let socket = dir.path().join("vsock");
     let mut nodes = format!(
         "[nodes.other]\nvlans = [1, 2, 3, 4, 5, 6, 7, 8]\n[nodes.m]\n\
-         vlans = [1, 2, 3, 4, 5, 6, 7, 8]\nballoon = true\nempty_disks = {:?}\n\
+         vlans = [1, 2, 3, 4, 5, 6, 7, 8]\nuser_network = false\nballoon = true\nempty_disks = {:?}\n\
          vsock = {{ cid = 3, socket = {socket:?} }}\n",
         [8; 16],
     );
@@ -44,11 +44,11 @@ fn thirty_six_devices_on_one_machine() {
             for disk in a b c d e f g h i j k l m n o p; do \
             dd if=/tmp/data of=/dev/vd$disk bs=64k conv=fsync 2>/dev/null & done; \
             for n in 0 1 2 3 4 5; do \
-            cp /tmp/data /mnt/s$n/data & done; cp /tmp/data /host/data; cp /tmp/data /tmp/shared/data; \
+            cp /tmp/data /mnt/s$n/data & done; cp /tmp/data /tmp/xchg/data; cp /tmp/data /tmp/shared/data; \
             wait; sync; echo 3 >/proc/sys/vm/drop_caches; \
             for disk in a b c d e f g h i j k l m n o p; do \
             head -c 400000 /dev/vd$disk | cmp - /tmp/data && echo same; done; \
-            for dir in /mnt/s0 /mnt/s1 /mnt/s2 /mnt/s3 /mnt/s4 /mnt/s5 /host /tmp/shared; do \
+            for dir in /mnt/s0 /mnt/s1 /mnt/s2 /mnt/s3 /mnt/s4 /mnt/s5 /tmp/xchg /tmp/shared; do \
             cmp $dir/data /tmp/data && echo same; done; cat /mnt/s?/number";
         let found = output(m, command).await;
         assert_eq!(found.lines().filter(|line| *line == "same").count(), 24, "{found}");
