@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant as Clock};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{AnySocket, tcp, udp};
@@ -122,6 +123,9 @@ pub(in crate::gateway) struct Guest {
 
 impl Guest {
     pub fn new(spec: GatewaySpec) -> Self {
+        // Hosts commonly let a process have 1,024 files until it asks for more.
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, most.min(20_000), most).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()

@@ -203,7 +203,7 @@ fn a_guest_that_does_not_read_holds_up_only_its_own_connection() {
 
 #[test]
 fn many_connections_at_once() {
-    const COUNT: usize = 200;
+    const COUNT: usize = 1000;
     let mut guest = Guest::new(GatewaySpec::default());
     let (host, address) = listener();
     let server = thread::spawn(move || {
