@@ -13,7 +13,7 @@ use firn::log::Logger;
 use firn::{Driver, DriverOptions};
 
 /// No test here takes as long, even in a carrier on a loaded machine.
-const TIMEOUT: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The kit that guests boot by default. `make` has built it.
 pub fn micro() -> Kit {
