@@ -53,7 +53,7 @@ fn a_guest_reboots_in_the_same_machine() {
             seen.push(id);
             let command = "head -n 1 /dev/vda; cat /tmp/shared/said; ls /tmp/lost 2>/dev/null || true; \
                            nproc; ls /sys/bus/virtio/devices/*/driver -d | wc -l";
-            let expected = format!("round {round}\nround {round}\n2\n7");
+            let expected = format!("round {round}\nround {round}\n2\n8");
             assert_eq!(output(machine, &format!("({command})")).await, expected);
         }
         machine.shutdown().await.unwrap();
