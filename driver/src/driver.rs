@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use firn_vmm::spec::VsockSpec;
+use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
 use crate::config::{MachineFile, NodeConfig, TestConfig};
@@ -257,15 +258,11 @@ impl Driver {
     /// Starts all machines; does not wait for the guests to come up.
     ///
     /// # Errors
-    /// The first error of a start; the other machines are started all the same.
+    /// That of the first machine, in their order, that does not start; the others are started all the same.
     pub async fn start_all(&self) -> Result<()> {
         let _step = self.log.nested("start all VMs");
-        let mut starts = JoinSet::new();
-        for machine in &self.machines {
-            let machine = machine.clone();
-            starts.spawn(async move { machine.start(false).await });
-        }
-        starts.join_all().await.into_iter().collect()
+        let starts = self.machines.iter().map(|machine| machine.start(false));
+        join_all(starts).await.into_iter().collect()
     }
 
     /// Waits until all machines have powered off.
