@@ -52,14 +52,8 @@ enum Shell {
 }
 
 impl Access {
-    pub(super) fn new(hvc0: Arc<UnixStream>) -> Self {
-        Self {
-            agent: Agent::Awaited,
-            shell: Shell::Awaited,
-            hvc0,
-            left: Arc::default(),
-            told: false,
-        }
+    pub(super) fn new(hvc0: Arc<UnixStream>, left: Arc<Notify>) -> Self {
+        Self { agent: Agent::Awaited, shell: Shell::Awaited, hvc0, left, told: false }
     }
 
     /// Ends all sessions, because the guest is gone.
@@ -88,11 +82,6 @@ impl Access {
             (Agent::Lost(why), _) | (Agent::Awaited, Shell::Lost(why)) => Some(Arc::clone(why)),
             (Agent::Awaited, Shell::Awaited) => None,
         }
-    }
-
-    /// What tells who reads hvc0 that another shell will come.
-    pub(super) fn shell_left(&self) -> Arc<Notify> {
-        Arc::clone(&self.left)
     }
 }
 
@@ -197,6 +186,18 @@ impl Machine {
                 access.shell = Shell::Awaited;
                 access.left.notify_one();
             }),
+        }
+    }
+
+    /// Waits for a session's answer, or for the guest's end. `failed` says what could not be done.
+    pub(super) async fn answered<T>(
+        &self,
+        answer: impl Future<Output = std::result::Result<T, SessionError>>,
+        failed: impl FnOnce() -> String,
+    ) -> Result<T> {
+        match self.unless_ended(async { Ok(answer.await) }).await? {
+            Ok(value) => Ok(value),
+            Err(error) => Err(self.session_error(failed(), error).await),
         }
     }
 

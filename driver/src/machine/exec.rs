@@ -56,7 +56,8 @@ impl Machine {
         let command_line = Command { script: command.to_owned(), timeout: options.timeout };
         let run = async {
             if !options.check_output {
-                return Ok(session.spawn(command_line).await.map(|()| (-2, String::new())));
+                session.spawn(command_line).await?;
+                return Ok((-2, String::new()));
             }
             let lingering = || {
                 self.inner.log.warning(format_args!(
@@ -64,15 +65,11 @@ impl Machine {
                      waiting for that"
                 ));
             };
-            Ok(session.run(command_line, LINGER, lingering).await.map(|(status, output)| {
-                let status = if options.check_return { status } else { -1 };
-                (status, String::from_utf8_lossy(&output).into_owned())
-            }))
+            let (status, output) = session.run(command_line, LINGER, lingering).await?;
+            let status = if options.check_return { status } else { -1 };
+            Ok((status, String::from_utf8_lossy(&output).into_owned()))
         };
-        match self.unless_ended(run).await? {
-            Ok(answer) => Ok(answer),
-            Err(error) => Err(self.session_error(format!("cannot run `{command}`"), error).await),
-        }
+        self.answered(run, || format!("cannot run `{command}`")).await
     }
 
     /// Runs commands that must all exit with 0, and answers their outputs joined.

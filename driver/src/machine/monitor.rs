@@ -70,22 +70,18 @@ impl Monitor {
 
     /// Types into the serial console.
     pub(super) async fn serial_input(&self, bytes: Vec<u8>) -> Result<(), InputFull> {
-        let vm = Arc::clone(&self.vm);
-        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).serial_input(&bytes))
-            .await
+        self.with(move |vm| vm.serial_input(&bytes)).await
     }
 
     /// Stops all processors and devices until [`Self::resume`].
     pub(super) async fn pause(&self) {
         self.paused.store(true, Ordering::Relaxed);
-        let vm = Arc::clone(&self.vm);
-        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).pause()).await;
+        self.with(|vm| vm.pause()).await;
     }
 
     /// Goes on after [`Self::pause`].
     pub(super) async fn resume(&self) {
-        let vm = Arc::clone(&self.vm);
-        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).resume()).await;
+        self.with(|vm| vm.resume()).await;
         self.paused.store(false, Ordering::Relaxed);
     }
 
@@ -96,26 +92,28 @@ impl Monitor {
 
     /// Puts the machine of a guest that has reset it back to where it was before its start.
     pub(super) async fn reset(&self) -> Result<(), VmError> {
-        let vm = Arc::clone(&self.vm);
-        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).reset()).await
+        self.with(Vm::reset).await
     }
 
     /// Starts it after [`Self::reset`].
     pub(super) async fn start(&self) -> Result<(), VmError> {
-        let vm = Arc::clone(&self.vm);
-        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).start()).await
+        self.with(Vm::start).await
     }
 
     /// Presses the power button.
     pub(super) async fn power_button(&self) -> Result<(), VmError> {
-        let vm = Arc::clone(&self.vm);
-        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).power_button()).await
+        self.with(|vm| vm.power_button()).await
     }
 
     /// Ends the machine: on return none of its threads is left.
     pub(super) async fn stop(&self) {
+        self.with(Vm::stop).await;
+    }
+
+    /// Does something with the machine that blocks.
+    async fn with<T: Send + 'static>(&self, work: impl FnOnce(&mut Vm) -> T + Send + 'static) -> T {
         let vm = Arc::clone(&self.vm);
-        blocking(move || vm.lock().unwrap_or_else(PoisonError::into_inner).stop()).await;
+        blocking(move || work(&mut vm.lock().unwrap_or_else(PoisonError::into_inner))).await
     }
 }
 

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use firn_vmm::vm::{Event, VmError};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout;
 
 use super::access::Access;
 use super::monitor::{Monitor, Wiring};
+use super::session::Session;
 use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State};
 use crate::error::{End, MachineError, Result, chain};
 
@@ -25,6 +26,15 @@ struct Launched {
     /// The host's ends of the guest's console ports: hvc0, and the agent's.
     hvc0: Arc<UnixStream>,
     agent: UnixStream,
+    /// Tells who reads hvc0 that another shell will come.
+    left: Arc<Notify>,
+}
+
+impl Launched {
+    /// The ways into a guest that has just been started.
+    fn access(&self) -> Access {
+        Access::new(Arc::clone(&self.hvc0), Arc::clone(&self.left))
+    }
 }
 
 impl Machine {
@@ -52,7 +62,7 @@ impl Machine {
         self.inner.state.send_replace(State::Running(Run {
             monitor: launched.monitor.clone(),
             stop,
-            access: Access::new(Arc::clone(&launched.hvc0)),
+            access: launched.access(),
             allow_reboot,
             boots: 1,
         }));
@@ -66,10 +76,7 @@ impl Machine {
     /// As [`Machine::execute`].
     pub async fn sync(&self) -> Result<()> {
         let session = self.session().await?;
-        match self.unless_ended(async { Ok(session.sync().await) }).await? {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.session_error("cannot sync".to_owned(), error).await),
-        }
+        self.answered(session.sync(), || "cannot sync".to_owned()).await
     }
 
     /// Starts it if need be and waits until commands can be run in it.
@@ -137,14 +144,17 @@ impl Machine {
             return Ok(());
         }
         let session = self.session().await?;
-        // A guest that ended before it answered has the end it shall have, or `wait_for_shutdown` says so.
-        let asked =
-            self.unless_ended(async { Ok(session.power_off().await) }).await.unwrap_or(Ok(()));
-        match asked {
-            Err(error) if !error.lost() => {
+        self.ask_for_power_off(&session).await?;
+        self.wait_for_shutdown().await
+    }
+
+    /// Has the guest power off, without waiting for it. One that ends before it has answered does what it shall.
+    pub(super) async fn ask_for_power_off(&self, session: &Session) -> Result<()> {
+        match self.unless_ended(async { Ok(session.power_off().await) }).await {
+            Ok(Err(error)) if !error.lost() => {
                 Err(self.session_error("cannot power off".to_owned(), error).await)
             }
-            _ => self.wait_for_shutdown().await,
+            _ => Ok(()),
         }
     }
 
@@ -250,7 +260,7 @@ impl Machine {
         };
         let (monitor, events) =
             Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;
-        Ok(Launched { monitor, events, hvc0: Arc::new(hvc0), agent })
+        Ok(Launched { monitor, events, hvc0: Arc::new(hvc0), agent, left: Arc::default() })
     }
 
     /// Sees a machine through to its end; a task of its own.
@@ -271,15 +281,15 @@ impl Machine {
             let end = self.attend(&mut launched, &mut stopped, again).await;
             self.inner.events.ended(&end);
             if end != End::Reset || !allow_reboot {
-                launched.monitor.stop().await;
                 break end;
             }
             self.log("rebooting");
-            if let Err(error) = self.reset(&launched).await {
+            if let Err(error) = self.reset(&mut launched).await {
                 break End::Failed(chain(&error));
             }
             again = true;
         };
+        launched.monitor.stop().await;
         // The console's last lines come before whatever is said about the end.
         finish.send_replace(true);
         let _ = shown.await;
@@ -291,10 +301,11 @@ impl Machine {
     }
 
     /// Starts a machine again whose guest has reset it: the same one, with its disks and host's ends.
-    async fn reset(&self, launched: &Launched) -> std::result::Result<(), VmError> {
+    async fn reset(&self, launched: &mut Launched) -> std::result::Result<(), VmError> {
         launched.monitor.reset().await?;
         // Whoever waits for the guest that is gone learns of it before the next one says anything.
-        let access = Access::new(Arc::clone(&launched.hvc0));
+        launched.left = Arc::default();
+        let access = launched.access();
         self.inner.state.send_if_modified(|state| match state {
             State::Running(run) => {
                 run.access.close();
@@ -315,16 +326,12 @@ impl Machine {
         stopped: &mut watch::Receiver<bool>,
         again: bool,
     ) -> End {
-        let Launched { events, hvc0, agent, .. } = launched;
-        let left = match &*self.inner.state.borrow() {
-            State::Running(run) => run.access.shell_left(),
-            State::Off | State::Ended(_) => Arc::default(),
-        };
+        let Launched { events, hvc0, agent, left, .. } = launched;
         tokio::select! {
             biased;
             _ = stopped.wait_for(|stop| *stop) => End::Stopped,
             end = self.attend_events(events) => end,
-            never = self.attend_backdoor(hvc0, &left) => match never {},
+            never = self.attend_backdoor(hvc0, left) => match never {},
             never = self.attend_agent(agent, again) => match never {},
         }
     }

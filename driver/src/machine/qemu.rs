@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::Machine;
-use super::session::Command;
 use crate::error::{End, MachineError, Result};
 use crate::retry::timed_out;
 
@@ -164,11 +163,7 @@ impl Machine {
     async fn power_down(&self) -> Result<()> {
         let session = self.session().await?;
         self.inner.events.tell("POWERDOWN", &json!({}));
-        let command = Command { script: "poweroff".to_owned(), timeout: None };
-        match self.unless_ended(async { Ok(session.spawn(command).await) }).await? {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.session_error("cannot power off".to_owned(), error).await),
-        }
+        self.ask_for_power_off(&session).await
     }
 
     /// Upstream's names for network cards: virtio-net-pci.N is the one of the Nth vlan.

@@ -173,17 +173,14 @@ impl Machine {
     ) -> Result<bool> {
         // A wait without a budget is a look, which takes its time too.
         let budget = if timeout.is_zero() { LOOK } else { timeout };
-        let wait = self.unless_ended(async { Ok(agent.wait(condition).await) });
-        match tokio::time::timeout(budget, wait).await {
-            Err(_) => Err(timed_out(timeout)),
-            Ok(answer) => match answer? {
-                Ok(()) => Ok(true),
-                Err(error) if error.lost() => {
-                    Err(self.session_error("cannot wait".to_owned(), error).await)
-                }
-                Err(_) => Ok(false),
-            },
-        }
+        let wait = async {
+            match agent.wait(condition).await {
+                Err(error) if !error.lost() => Ok(false),
+                answer => answer.map(|()| true),
+            }
+        };
+        let wait = self.answered(wait, || "cannot wait".to_owned());
+        tokio::time::timeout(budget, wait).await.unwrap_or_else(|_| Err(timed_out(timeout)))
     }
 
     async fn probe(&self, script: &str, timeout: Duration) -> Result<i32> {

@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use super::agent::cloned;
 use super::{Command, MAX_OUTPUT, Result, SessionError};
 use crate::agent::{BytePath, Entry, FileInfo, FileKind};
+use crate::machine::exec;
 
 #[cfg(test)]
 mod tests;
@@ -359,7 +360,7 @@ fn shell(command: &Command) -> Result<String> {
     Ok(format!("{limit}bash -c {script} </dev/null"))
 }
 
-/// A word of the shell's language.
+/// A word of the shell's language, of any bytes but NUL.
 fn quote(word: impl AsRef<std::ffi::OsStr>) -> Result<String> {
     let bytes = word.as_ref().as_bytes();
     if bytes.contains(&0) {
@@ -367,7 +368,7 @@ fn quote(word: impl AsRef<std::ffi::OsStr>) -> Result<String> {
     }
     // Only text is sent, because the console's line is UTF-8 on the way; other bytes are written as escapes.
     match std::str::from_utf8(bytes) {
-        Ok(text) => Ok(format!("'{}'", text.replace('\'', r"'\''"))),
+        Ok(text) => Ok(exec::quote(text)),
         Err(_) => {
             let escaped: String = bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect();
             Ok(format!("$'{escaped}'"))
