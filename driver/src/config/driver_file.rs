@@ -179,7 +179,7 @@ mod tests {
             (format!(r#"{{{script}, "vlans": [1, 255]}}"#), "`vlans` has 255; allowed: 1 to 254"),
             (
                 format!(r#"{{{script}, "vms": {{"a": {{"start_script": "DIR/qemu"}}}}}}"#),
-                "/qemu is no machine file of firn, it is a start script for QEMU",
+                "/qemu is no machine file of firn, it is a start script for QEMU, whose machines are not there yet",
             ),
             (
                 format!(r#"{{{script}, "vms": {{"a b": {{"start_script": "DIR/run-vm"}}}}}}"#),

@@ -19,6 +19,8 @@
 //! }
 //! ```
 //!
+//! nix/machine-spec.nix writes such files for NixOS; what it writes is read here in a test.
+//!
 //! Paths and the command line may have variables in them ([`Variables`]), which are looked up at each start of the
 //! machine. Under a driver TMPDIR is the machine's state directory, SHARED_DIR the directory that all machines share,
 //! and relative paths start at the state directory; by hand they start where the file is run.
@@ -39,6 +41,7 @@ use crate::kit::KitName;
 
 use super::expand::Variables;
 use super::network::{RawForward, SenselessForward, UserNetwork};
+use super::qemu;
 use super::report::{ConfigError, Report};
 use super::{
     DiskConfig, DiskImage, MAX_DISK_MIB, MAX_LABEL, MAX_MEMORY_MIB, MAX_NAME, MAX_NUMBER,
@@ -80,6 +83,9 @@ struct RawMachine {
     cmdline: String,
     /// What it contains comes before `cmdline`.
     cmdline_file: Option<String>,
+    /// Options of QEMU that change the machine; for QEMU_OPTS.
+    #[serde(default)]
+    qemu_opts: String,
     #[serde(default)]
     shares: Vec<RawShare>,
     #[serde(default)]
@@ -134,6 +140,9 @@ struct RawUserNetwork {
     restrict: bool,
     #[serde(default)]
     forward_ports: Vec<RawForward>,
+    /// Options of QEMU's user network that change it; for QEMU_NET_OPTS.
+    #[serde(default)]
+    qemu_net_opts: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -251,12 +260,7 @@ impl MachineFile {
         variables: &Variables,
         base: &Path,
     ) -> Result<NodeConfig, ConfigError> {
-        let expand = |key: &str, text: &str| {
-            variables.expand(text).map_err(|error| ConfigError::Key {
-                path: self.path.clone(),
-                message: format!("`{key}`: {error}"),
-            })
-        };
+        let expand = |key: &str, text: &str| self.expand(variables, key, text);
         let params = match &self.raw.cmdline_file {
             None => String::new(),
             Some(file) => {
@@ -276,7 +280,43 @@ impl MachineFile {
         for path in places.chain(sources).chain(images).chain(sockets) {
             *path = base.join(&*path);
         }
+        let opts = expand("qemu_opts", &self.raw.qemu_opts)?;
+        let overrides = qemu::options(&opts).map_err(|error| self.key_error("qemu_opts", error))?;
+        let checker = Checker { path: &self.path };
+        if let Some(memory) = overrides.memory_mib {
+            checker.memory("qemu_opts: -m", memory)?;
+            node.memory_mib = memory;
+        }
+        if let Some(cores) = overrides.cores {
+            node.cores = checker.cores("qemu_opts: -smp", cores)?;
+        }
+        node.user_network = self.user_network(variables)?;
         Ok(node)
+    }
+
+    /// The user network as it shall be started now.
+    ///
+    /// # Errors
+    /// If a variable is not set, or asks for what there is not.
+    pub fn user_network(&self, variables: &Variables) -> Result<Option<UserNetwork>, ConfigError> {
+        let key = "user_network.qemu_net_opts";
+        let (Some(raw), Some(mut network)) = (&self.raw.user_network, self.user_network.clone())
+        else {
+            return Ok(None);
+        };
+        let opts = self.expand(variables, key, &raw.qemu_net_opts)?;
+        let options = qemu::net_options(&opts).map_err(|error| self.key_error(key, error))?;
+        network.restrict = options.restrict.unwrap_or(network.restrict);
+        network.forwards.extend(options.forwards);
+        Ok(Some(network))
+    }
+
+    fn expand(&self, variables: &Variables, key: &str, text: &str) -> Result<String, ConfigError> {
+        variables.expand(text).map_err(|error| self.key_error(key, error))
+    }
+
+    fn key_error(&self, key: &str, error: impl std::fmt::Display) -> ConfigError {
+        ConfigError::Key { path: self.path.clone(), message: format!("`{key}`: {error}") }
     }
 
     fn node_by<E>(
@@ -358,7 +398,7 @@ fn is_ours(text: &str) -> bool {
 fn describe(text: &str) -> &'static str {
     let script = text.starts_with("#!");
     if script && text.contains("qemu") {
-        "a start script for QEMU"
+        "a start script for QEMU, whose machines are not there yet"
     } else if script {
         "a script that is not firn's"
     } else if text.trim().is_empty() {
@@ -411,10 +451,8 @@ impl Checker<'_> {
                 format!("1 to {MAX_NUMBER}"),
             );
         }
-        self.within("memory", raw.memory, MIN_MEMORY_MIB, MAX_MEMORY_MIB, "MiB")?;
-        self.within("cores", raw.cores, 1, MAX_CORES.into(), "processors")?;
-        // Just checked.
-        let cores = u8::try_from(raw.cores).unwrap_or(MAX_CORES);
+        self.memory("memory", raw.memory)?;
+        let cores = self.cores("cores", raw.cores)?;
         for (at, share) in raw.shares.iter().enumerate() {
             let key = format!("shares[{at}].tag");
             if !is_tag(&share.tag) {
@@ -480,6 +518,16 @@ impl Checker<'_> {
         }
         let allowed = format!("1 to {MAX_NAME} of A-Z a-z 0-9 `-` `_`, not beginning with `-`");
         self.bad(key, format_args!("{name:?}"), allowed)
+    }
+
+    fn memory(&self, key: &str, mib: u64) -> Checked {
+        self.within(key, mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB, "MiB")
+    }
+
+    fn cores(&self, key: &str, cores: u64) -> Checked<u8> {
+        self.within(key, cores, 1, MAX_CORES.into(), "processors")?;
+        // Just checked.
+        Ok(u8::try_from(cores).unwrap_or(MAX_CORES))
     }
 
     fn within(&self, key: &str, value: u64, low: u64, high: u64, unit: &str) -> Checked {

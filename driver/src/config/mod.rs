@@ -14,6 +14,7 @@ mod expand;
 mod file;
 mod machine_file;
 mod network;
+mod qemu;
 mod report;
 
 pub use expand::Variables;

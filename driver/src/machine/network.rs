@@ -42,10 +42,13 @@ impl Machine {
 
     /// Makes the user network, if the machine has one and it is not there.
     pub(super) async fn open_user_network(&self) -> Result<()> {
-        let Some(network) = &self.inner.node.user_network else { return Ok(()) };
         if self.gateway().is_some() {
             return Ok(());
         }
+        let inner = &self.inner;
+        let Some(network) = inner.source.user_network(&inner.node, &inner.dirs)? else {
+            return Ok(());
+        };
         let spec = GatewaySpec {
             host_name: self.name().to_owned(),
             restrict: network.restrict,

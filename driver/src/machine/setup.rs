@@ -13,7 +13,9 @@ use firn_vmm::spec::{
 use tokio::fs;
 
 use super::{Dirs, Machine};
-use crate::config::{DiskConfig, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig};
+use crate::config::{
+    DiskConfig, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig, UserNetwork,
+};
 use crate::error::{MachineError, Result};
 use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
 
@@ -29,10 +31,7 @@ pub(crate) enum Source {
 impl Source {
     /// The machine as it shall be started now.
     fn resolve(&self, node: &NodeConfig, dirs: &Dirs) -> Result<Box<(NodeConfig, Boot)>> {
-        let start_error = |source: Box<dyn std::error::Error + Send + Sync>| MachineError::Start {
-            machine: node.name.clone(),
-            source,
-        };
+        let start_error = |source| start_error(node, source);
         let file = match self {
             Self::Node(boot) => return Ok(Box::new((node.clone(), boot.clone()))),
             Self::File(file) => file,
@@ -47,6 +46,27 @@ impl Source {
             .ok_or_else(|| start_error("its file names no kernel".into()))?;
         Ok(Box::new((node, boot)))
     }
+
+    /// The machine's user network as it shall be started now.
+    pub(super) fn user_network(
+        &self,
+        node: &NodeConfig,
+        dirs: &Dirs,
+    ) -> Result<Option<UserNetwork>> {
+        match self {
+            Self::Node(_) => Ok(node.user_network.clone()),
+            Self::File(file) => file
+                .user_network(&dirs.variables())
+                .map_err(|error| start_error(node, error.into()).into()),
+        }
+    }
+}
+
+fn start_error(
+    node: &NodeConfig,
+    source: Box<dyn std::error::Error + Send + Sync>,
+) -> MachineError {
+    MachineError::Start { machine: node.name.clone(), source }
 }
 
 /// What a machine boots.

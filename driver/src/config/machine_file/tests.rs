@@ -184,3 +184,130 @@ fn other_files_are_said_to_be_what_they_are() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("ours");
     assert_eq!(MachineFile::read(&path).expect("valid").name(), "server");
 }
+
+#[test]
+fn qemus_variables() {
+    let file = parse(
+        r#""memory": 512, "qemu_opts": "${QEMU_OPTS:-}",
+        "user_network": {"restrict": true, "qemu_net_opts": "${QEMU_NET_OPTS:-}",
+          "forward_ports": [{"host": {"port": 1}, "guest": {"port": 2}}]}"#,
+    )
+    .expect("valid");
+    let with = |options: &str, net_options: &str| {
+        let variables = variables().with("QEMU_OPTS", options).with("QEMU_NET_OPTS", net_options);
+        file.node(1, &variables, Path::new("/"))
+    };
+    let plain = with("", "").expect("nothing is asked for");
+    assert_eq!((plain.memory_mib, plain.cores), (512, 1));
+    let network = plain.user_network.expect("there is one");
+    assert!(network.restrict && network.forwards.len() == 1);
+    let changed = with("-m 1G -smp 3", "restrict=off,hostfwd=tcp::8080-:80").expect("allowed");
+    assert_eq!((changed.memory_mib, changed.cores), (1024, 3));
+    let network = changed.user_network.expect("there is one");
+    assert!(!network.restrict && network.forwards.len() == 2);
+    for (options, net_options, message) in [
+        ("-vga std", "", "`qemu_opts`: `-vga std` is not for firn; allowed: `-m SIZE`"),
+        ("-m 1", "", "`qemu_opts: -m` is 1; allowed: 64 to "),
+        ("-smp 33", "", "`qemu_opts: -smp` is 33; allowed: 1 to 32 processors"),
+        ("", "x=y", "`user_network.qemu_net_opts`: `x=y` is not for firn; allowed: `hostfwd="),
+    ] {
+        let error = with(options, net_options).expect_err(message).to_string();
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+/// What nix/machine-spec.nix makes of the nodes in tests/nix/fixtures.nix.
+fn golden(name: &str) -> Option<NodeConfig> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/nix/golden/{name}"));
+    let json = fs::read_to_string(path).expect("it was listed");
+    // The evaluation's errors are there too.
+    if serde_json::from_str::<Vec<String>>(&json).is_ok() {
+        return None;
+    }
+    let text = format!("#!/nix/store/hash-firn-0.1.0/bin/firn run\n{json}");
+    assert!(is_ours(&text));
+    let mut file = MachineFile::parse(&text, Path::new(name)).expect("Nix and we agree");
+    // It is not there.
+    let params = file.raw.cmdline_file.take().expect("each has one");
+    assert!(params.ends_with("/kernel-params"), "{params}");
+    let own = variables().with("HOME", "/root").with("QEMU_KERNEL_PARAMS", "last");
+    Some(file.node(254, &own, Path::new("/state")).expect("nothing is missing"))
+}
+
+#[test]
+fn what_nix_makes() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/nix/golden");
+    let names = fs::read_dir(dir).expect("it is there").map(|entry| entry.expect("readable"));
+    let nodes: BTreeMap<String, NodeConfig> = names
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().expect("UTF-8");
+            let node = golden(&name)?;
+            Some((name.trim_end_matches(".json").to_owned(), node))
+        })
+        .collect();
+    assert!(nodes.len() >= 12, "{} nodes", nodes.len());
+    let store = |name: &str| format!("/nix/store/00000000000000000000000000000000-{name}");
+
+    let plain = &nodes["plain"];
+    assert_eq!((plain.name.as_str(), plain.number), ("plain", 1));
+    assert_eq!(plain.kernel, Some(format!("{}/kernel", store("nixos-system-plain")).into()));
+    assert_eq!(plain.initrd, Some(vec![format!("{}/initrd", store("initrd")).into()]));
+    let cmdline = plain.cmdline.as_deref().expect("there is one");
+    assert!(cmdline.starts_with("init=/nix/store/") && cmdline.ends_with(" last"), "{cmdline}");
+    assert!(cmdline.contains(" console=ttyS0,115200n8 console=tty0 "), "{cmdline}");
+    let shares: Vec<_> = plain
+        .shares
+        .iter()
+        .map(|share| (share.tag.as_str(), share.source.to_str().expect("UTF-8"), share.read_only))
+        .collect();
+    assert_eq!(
+        shares,
+        [
+            ("nix-store", "/nix/store", true),
+            ("shared", "/shared", false),
+            ("xchg", "/state/xchg", false)
+        ]
+    );
+    assert_eq!(plain.shares[0].cache, CachePolicy::Always);
+    assert_eq!(plain.user_network, Some(UserNetwork::default()));
+
+    assert_eq!(nodes["two-vlans"].vlans, [2, 1]);
+    let named = &nodes["named-interfaces"];
+    assert_eq!((named.vlans.as_slice(), named.number), (&[3, 254][..], 17));
+    // What is written is what firn takes by itself.
+    assert_eq!(named.mac(254), [0x52, 0x54, 0, 0x12, 254, 17]);
+    assert!(nodes.values().all(|node| node.macs.len() == node.vlans.len()));
+
+    let disks = |name: &str| {
+        let images = nodes[name].disks.iter().filter_map(|disk| match disk {
+            DiskConfig::Image(image) => Some(image),
+            DiskConfig::Empty(_) => None,
+        });
+        images
+            .map(|image| {
+                let size = image.create.as_ref().map(|create| create.size_mib);
+                (image.path.display().to_string(), image.format, size, image.serial.as_deref())
+            })
+            .collect::<Vec<_>>()
+    };
+    let qcow2 = |path: &str, size, serial| (path.to_owned(), DiskFormat::Qcow2, size, serial);
+    assert_eq!(
+        disks("disks"),
+        [
+            qcow2("/state/./disks.qcow2", Some(4096), Some("root")),
+            qcow2("/state/empty0.qcow2", Some(512), None),
+            qcow2("/state/empty1.qcow2", Some(20), Some("journal")),
+        ]
+    );
+    assert_eq!(disks("tmpfs-root"), [qcow2("/state/empty0.qcow2", Some(64), None)]);
+    let image = (store("nix-store-image"), DiskFormat::Raw, None, None);
+    assert_eq!(disks("store-image")[1], image);
+    assert_eq!(
+        nodes["forwarded-ports"].user_network.as_ref().map(|net| net.forwards.len()),
+        Some(3)
+    );
+    assert!(nodes["restricted"].user_network.as_ref().is_some_and(|net| net.restrict));
+    assert_eq!(nodes["no-user-network"].user_network, None);
+    assert!(nodes["known-qemu-options"].balloon);
+    assert_eq!(nodes["own-settings"].vsock.as_ref().map(|vsock| vsock.cid), Some(7));
+}

@@ -1,0 +1,184 @@
+//! What QEMU's start scripts take from the environment and machines of NixOS go on to honour: the few options that
+//! mean something here. All others are errors: a machine that is not what was asked for helps nobody.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use firn_net_switch::gateway::{Forward, GUEST_V4, Protocol, Side};
+
+/// What options of QEMU change of a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Overrides {
+    pub(super) memory_mib: Option<u64>,
+    pub(super) cores: Option<u64>,
+}
+
+/// An option that means nothing here.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{is}` is not for firn; allowed: {allowed}")]
+pub(super) struct Foreign {
+    is: String,
+    allowed: &'static str,
+}
+
+const OPTIONS: &str = "`-m SIZE`, `-smp CORES`, `-cpu host`, `-cpu max`, `-nographic`, `-display none`, `-enable-kvm`";
+const NET_OPTIONS: &str = "`hostfwd=tcp:HOST:PORT-GUEST:PORT` or with udp, where both addresses may be missing, \
+                           and `restrict=on`";
+
+/// Reads options of QEMU, as QEMU_OPTS has them.
+pub(super) fn options(text: &str) -> Result<Overrides, Foreign> {
+    let mut words = text.split_whitespace();
+    let mut overrides = Overrides::default();
+    while let Some(word) = words.next() {
+        let foreign = |value: &str| Foreign {
+            is: format!("{word} {value}").trim_end().to_owned(),
+            allowed: OPTIONS,
+        };
+        if matches!(word, "-nographic" | "-enable-kvm") {
+            continue;
+        }
+        let value = words.next().unwrap_or_default();
+        match (word, value) {
+            ("-m", size) => {
+                overrides.memory_mib = Some(mebibytes(size).ok_or_else(|| foreign(value))?);
+            }
+            ("-smp", cores) => {
+                overrides.cores = Some(cores.parse().map_err(|_| foreign(value))?);
+            }
+            ("-cpu", "host" | "max") | ("-display", "none") => {}
+            _ => return Err(foreign(value)),
+        }
+    }
+    Ok(overrides)
+}
+
+/// A size as QEMU writes it, in MiB where it has no unit.
+fn mebibytes(size: &str) -> Option<u64> {
+    let unit = |letters: [char; 2], mebibytes: u64| {
+        let number: u64 = size.strip_suffix(letters)?.parse().ok()?;
+        number.checked_mul(mebibytes)
+    };
+    size.parse().ok().or_else(|| unit(['M', 'm'], 1)).or_else(|| unit(['G', 'g'], 1024))
+}
+
+/// What options of QEMU's user network ask for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct NetOptions {
+    pub(super) restrict: Option<bool>,
+    pub(super) forwards: Vec<Forward>,
+}
+
+/// Reads options of QEMU's user network, as QEMU_NET_OPTS has them: with commas between them.
+pub(super) fn net_options(text: &str) -> Result<NetOptions, Foreign> {
+    let mut options = NetOptions::default();
+    for option in text.split(',').filter(|option| !option.is_empty()) {
+        match option.split_once('=') {
+            Some(("restrict", "on" | "yes" | "y")) => options.restrict = Some(true),
+            Some(("restrict", "off" | "no" | "n")) => options.restrict = Some(false),
+            Some(("hostfwd", rule)) if let Some(forward) = forward(rule) => {
+                options.forwards.push(forward);
+            }
+            _ => return Err(Foreign { is: option.to_owned(), allowed: NET_OPTIONS }),
+        }
+    }
+    Ok(options)
+}
+
+/// Reads `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`.
+fn forward(rule: &str) -> Option<Forward> {
+    let (protocol, rest) = rule.split_once(':')?;
+    let protocol = match protocol {
+        "tcp" | "" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        _ => return None,
+    };
+    let (host, guest) = rest.split_once('-')?;
+    let end = |text: &str, default: Ipv4Addr| {
+        let (address, port) = text.split_once(':')?;
+        let address: IpAddr =
+            if address.is_empty() { default.into() } else { address.parse().ok()? };
+        Some(SocketAddr::new(address, port.parse().ok()?))
+    };
+    let (host, guest) = (end(host, Ipv4Addr::LOCALHOST)?, end(guest, GUEST_V4)?);
+    (guest.port() != 0).then_some(Forward { from: Side::Host, protocol, host, guest })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_changes_a_machine() {
+        for (text, memory_mib, cores) in [
+            ("", None, None),
+            ("  -nographic -display none\n-cpu max -enable-kvm", None, None),
+            ("-m 2048 -smp 4", Some(2048), Some(4)),
+            ("-m 512M", Some(512), None),
+            ("-m 1G -m 2g", Some(2048), None),
+        ] {
+            assert_eq!(options(text), Ok(Overrides { memory_mib, cores }), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_qemus() {
+        for (text, is) in [
+            ("-nographic -vga std", "-vga std"),
+            ("-snapshot", "-snapshot"),
+            ("-m", "-m"),
+            ("-m 2T", "-m 2T"),
+            ("-m 99999999999999999999G", "-m 99999999999999999999G"),
+            ("-m 18446744073709551615G", "-m 18446744073709551615G"),
+            ("-smp cores=2,threads=2", "-smp cores=2,threads=2"),
+            ("-cpu EPYC", "-cpu EPYC"),
+            ("disk.img", "disk.img"),
+        ] {
+            let error = options(text).expect_err(text).to_string();
+            let wanted = format!("`{is}` is not for firn; allowed: `-m SIZE`, ");
+            assert!(error.starts_with(&wanted), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_changes_a_user_network() {
+        let forward = |protocol, host: &str, guest: &str| Forward {
+            from: Side::Host,
+            protocol,
+            host: host.parse().expect("an address"),
+            guest: guest.parse().expect("an address"),
+        };
+        for (text, restrict, forwards) in [
+            ("", None, vec![]),
+            ("restrict=on", Some(true), vec![]),
+            (
+                ",hostfwd=tcp::2222-:22,restrict=off,hostfwd=udp:0.0.0.0:53-10.0.2.15:5353",
+                Some(false),
+                vec![
+                    forward(Protocol::Tcp, "127.0.0.1:2222", "10.0.2.15:22"),
+                    forward(Protocol::Udp, "0.0.0.0:53", "10.0.2.15:5353"),
+                ],
+            ),
+            ("hostfwd=::0-:80", None, vec![forward(Protocol::Tcp, "127.0.0.1:0", "10.0.2.15:80")]),
+        ] {
+            assert_eq!(net_options(text), Ok(NetOptions { restrict, forwards }), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_qemus_user_networks() {
+        for text in [
+            "net=10.0.3.0/24",
+            "restrict",
+            "restrict=perhaps",
+            "hostfwd=tcp::22",
+            "hostfwd=tcp::-:22",
+            "hostfwd=tcp::22-:0",
+            "hostfwd=tcp:localhost:22-:22",
+            "hostfwd=sctp::22-:22",
+            "hostfwd=tcp::65536-:22",
+            "guestfwd=tcp:10.0.2.100:80-cmd:cat",
+        ] {
+            let error = net_options(text).expect_err(text).to_string();
+            assert!(error.starts_with(&format!("`{text}` is not for firn; allowed: ")), "{error}");
+        }
+    }
+}

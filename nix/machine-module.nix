@@ -1,0 +1,156 @@
+# The NixOS side of a machine of firn: `system.build.vm` is a machine file instead of a start script
+# for QEMU, and the system finds what firn has. For nodes of tests (`test-module.nix` brings it) and
+# for any system that has nixpkgs' qemu-vm.nix.
+{
+  config,
+  lib,
+  modulesPath,
+  options,
+  pkgs,
+  ...
+}:
+let
+  cfg = config.virtualisation;
+  hostPkgs = cfg.host.pkgs;
+  inherit (config.system) name;
+  inherit (config.system.build) toplevel;
+
+  registration = hostPkgs.closureInfo { rootPaths = cfg.additionalPaths; };
+
+  # What nixpkgs itself tells QEMU follows from other options, which machine-spec.nix reads; what
+  # others tell it is what somebody wants of QEMU.
+  ofNixpkgs =
+    file:
+    let
+      modules = toString modulesPath;
+    in
+    lib.any (directory: lib.hasPrefix directory (toString file)) [
+      "${modules}/"
+      "${dirOf modules}/lib/"
+    ];
+  fromOthers =
+    option:
+    lib.concatMap (
+      definition: lib.optionals (!ofNixpkgs definition.file) definition.value
+    ) option.definitionsWithLocations;
+
+  machine = import ./machine-spec.nix {
+    inherit name toplevel registration;
+    node = cfg.test.nodeName or name;
+    number = cfg.test.nodeNumber or 1;
+    inherit (pkgs.stdenv.hostPlatform) system;
+    storeImage = if cfg.useNixStoreImage then storeImage else null;
+    virtualisation = cfg;
+    qemuOptions = fromOthers options.virtualisation.qemu.options;
+    qemuDrives = fromOthers options.virtualisation.qemu.drives;
+    qemuNetworkingOptions = fromOthers options.virtualisation.qemu.networkingOptions;
+  };
+
+  # As qemu-vm.nix makes it at each start, but made once.
+  storeImage =
+    let
+      closure = hostPkgs.closureInfo {
+        rootPaths = [
+          toplevel
+          registration
+        ];
+      };
+    in
+    hostPkgs.runCommand "nix-store-image" { nativeBuildInputs = [ hostPkgs.erofs-utils ]; } ''
+      cd ${builtins.storeDir}
+      sed 's|.*/||' ${closure}/store-paths |
+        tar --create --files-from=- |
+        mkfs.erofs --quiet -L nix-store -T 0 --force-uid=0 --force-gid=0 --tar=f "$out"
+    '';
+
+  script = hostPkgs.writeScript "run-${name}-vm" ''
+    #!${cfg.firn.package}/bin/firn run
+    ${builtins.toJSON machine.spec}
+  '';
+
+  leftToQemu = cfg.firn.fallback == "qemu" && machine.unsupported != [ ];
+in
+{
+  options.virtualisation.firn = {
+    package = lib.mkOption {
+      type = lib.types.package;
+      default = hostPkgs.firn or (hostPkgs.callPackage ./package.nix { });
+      defaultText = lib.literalMD "`firn` of the host's packages";
+      description = "The firn that runs this machine, and whose agent is in it.";
+    };
+
+    settings = lib.mkOption {
+      type = lib.types.attrsOf lib.types.anything;
+      default = { };
+      example = {
+        balloon = true;
+      };
+      description = ''
+        Keys of the machine file, which replace those made from other options: what only firn has.
+      '';
+    };
+
+    fallback = lib.mkOption {
+      type = lib.types.nullOr (lib.types.enum [ "qemu" ]);
+      default = null;
+      description = ''
+        What becomes of this machine if it asks for what firn cannot do: with null the evaluation
+        fails and says what that is, with "qemu" it stays as nixpkgs has it, for QEMU.
+      '';
+    };
+  };
+
+  config = lib.mkIf (!leftToQemu) {
+    system.build.vm = lib.mkForce (
+      hostPkgs.runCommand "firn-vm-${name}"
+        {
+          preferLocalBuild = true;
+          # By this the test framework finds the script.
+          meta.mainProgram = "run-${name}-vm";
+        }
+        ''
+          mkdir -p $out/bin
+          ln -s ${toplevel} $out/system
+          ln -s ${script} $out/bin/run-${name}-vm
+        ''
+    );
+
+    # Shares are virtio-fs, also where nixpkgs still mounts them by 9p. Stage 1 with systemd waits for
+    # no device of theirs, so the drivers have to be there; stage 1 without it ignores `x-` options.
+    boot.initrd.availableKernelModules = [
+      "virtio_mmio"
+      "virtiofs"
+    ];
+    virtualisation.fileSystems = lib.mapAttrs' (
+      tag: share:
+      lib.nameValuePair share.target {
+        device = lib.mkForce tag;
+        fsType = lib.mkForce "virtiofs";
+        options = lib.mkForce [
+          "x-systemd.requires=modprobe@virtio_mmio.service"
+          "x-systemd.requires=modprobe@virtiofs.service"
+        ];
+      }
+    ) cfg.sharedDirectories;
+
+    # There from the start of the system to its very end; the backdoor stays beside it.
+    systemd.services.firn-agent = {
+      description = "firn's agent";
+      wantedBy = [ "sysinit.target" ];
+      unitConfig.DefaultDependencies = false;
+      # Switching to another configuration must not cut the driver off.
+      restartIfChanged = false;
+      serviceConfig = {
+        # It waits for its port by itself.
+        ExecStart = "${cfg.firn.package.agent}/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
+        Restart = "always";
+        RestartSec = "100ms";
+        # Commands that it has started outlive it.
+        KillMode = "process";
+      };
+    };
+
+    # It would wait for a port that is QEMU's.
+    virtualisation.qemu.guestAgent.enable = lib.mkDefault false;
+  };
+}

@@ -1,0 +1,332 @@
+# From a NixOS node's options to firn's machine file: a function of plain attribute sets, which
+# needs neither nixpkgs nor a system. `tests/nix` evaluates it, and firn's parser reads what came
+# out.
+{
+  # `system.name`, which is also the name of the script that starts the machine.
+  name,
+  # What the test calls the node, for messages.
+  node ? name,
+  # The node's number among the test's nodes, from 1.
+  number ? 1,
+  # The guest's platform.
+  system,
+  # `system.build.toplevel`.
+  toplevel,
+  # The Nix database of what the guest has in its store: the closureInfo of `additionalPaths`.
+  registration,
+  # An image of the store, with `useNixStoreImage`.
+  storeImage ? null,
+  # `config.virtualisation`.
+  virtualisation,
+  # Those of `virtualisation.qemu`'s values that do not come from nixpkgs itself.
+  qemuOptions ? [ ],
+  qemuDrives ? [ ],
+  qemuNetworkingOptions ? [ ],
+}:
+let
+  inherit (builtins)
+    attrNames
+    attrValues
+    concatLists
+    concatMap
+    concatStringsSep
+    elem
+    elemAt
+    filter
+    genList
+    head
+    isList
+    isString
+    length
+    listToAttrs
+    match
+    replaceStrings
+    split
+    substring
+    toString
+    ;
+
+  cfg = virtualisation;
+  optional = condition: value: if condition then [ value ] else [ ];
+  optionalAttrs = condition: set: if condition then set else { };
+  imap = f: list: genList (i: f i (elemAt list i)) (length list);
+
+  # Shell text, as the options of shares and drives have it, in the syntax of machine files:
+  # `"$TMPDIR"/xchg` is `${TMPDIR}/xchg`. What only a shell can do is null.
+  fromShell =
+    text:
+    let
+      braced = concatStringsSep "" (
+        map (part: if isList part then "\${${head part}}" else part) (
+          split "\\$([A-Za-z_][A-Za-z0-9_]*)" text
+        )
+      );
+      plain = replaceStrings [ "\"" ] [ "" ] braced;
+      needsShell = match "(~.*|.*[][`'\\\\*?;|&<>()\n].*|.*[$]([^{].*)?)" plain != null;
+    in
+    # `split` drops the references to store paths; an empty part of the text has them all.
+    if needsShell then null else substring 0 0 text + plain;
+
+  hex =
+    byte:
+    let
+      digit = n: substring n 1 "0123456789abcdef";
+    in
+    digit (byte / 16) + digit (byte - byte / 16 * 16);
+
+  # The cards on the test's vlans, in the order in which nixpkgs hands them to QEMU: by name.
+  nets =
+    let
+      numbered = listToAttrs (
+        imap (i: vlan: {
+          name = "eth${toString (i + 1)}";
+          value = { inherit vlan; };
+        }) cfg.vlans
+      );
+    in
+    attrValues (numbered // cfg.interfaces);
+  vlans = map (net: net.vlan) nets;
+  vlansFit = builtins.all (vlan: vlan >= 1 && vlan <= 254) vlans;
+  vlansDiffer =
+    length (
+      attrNames (
+        listToAttrs (
+          map (vlan: {
+            name = toString vlan;
+            value = null;
+          }) vlans
+        )
+      )
+    ) == length vlans;
+
+  shares = map (
+    tag:
+    {
+      inherit tag;
+      source = fromShell cfg.sharedDirectories.${tag}.source;
+    }
+    // optionalAttrs (tag == "nix-store") {
+      # Nothing that is in the store ever changes.
+      read_only = true;
+      cache = "always";
+    }
+  ) (attrNames cfg.sharedDirectories);
+
+  diskImage = if cfg.diskImage == null then null else fromShell cfg.diskImage;
+  disks =
+    optional (cfg.diskImage != null) (
+      {
+        image = "\${NIX_DISK_IMAGE:-${diskImage}}";
+        size = cfg.diskSize;
+        serial = "root";
+      }
+      // optionalAttrs cfg.useDefaultFilesystems { label = "nixos"; }
+    )
+    ++ optional cfg.useNixStoreImage {
+      image = storeImage;
+      format = "raw";
+      read_only = true;
+    }
+    ++ imap (
+      i: empty:
+      let
+        # Just a size, or newer a set with one.
+        given = if builtins.isInt empty then { size = empty; } else empty;
+        serial = given.driveConfig.deviceExtraOpts.serial or null;
+      in
+      {
+        image = "\${TMPDIR}/empty${toString i}.qcow2";
+        inherit (given) size;
+      }
+      // optionalAttrs (serial != null) { inherit serial; }
+    ) cfg.emptyDiskImages
+    ++ map drive qemuDrives;
+
+  drive =
+    given:
+    let
+      inherit (driveOptions given) format serial readonly;
+    in
+    {
+      image = fromShell given.file;
+    }
+    // optionalAttrs (format != null) { inherit format; }
+    // optionalAttrs (serial != null) { inherit serial; }
+    // optionalAttrs (readonly == "on") { read_only = true; };
+  # What QEMU is told of a drive, without what has no meaning here.
+  driveOptions =
+    given:
+    {
+      format = null;
+      serial = null;
+      readonly = null;
+    }
+    // removeAttrs ((given.driveExtraOpts or { }) // (given.deviceExtraOpts or { })) [
+      "bootindex"
+      "cache"
+      "werror"
+    ];
+
+  forwardPort =
+    forward:
+    let
+      end =
+        side: { inherit (side) port; } // optionalAttrs (side.address != "") { inherit (side) address; };
+    in
+    {
+      inherit (forward) from proto;
+      host = end forward.host;
+      guest = end forward.guest;
+    };
+  # Tests without it set `networkingOptions` to the empty list.
+  hasUserNetwork = cfg.qemu.networkingOptions != [ ];
+
+  # The kernel's name in the environment, which a shell has to be able to spell.
+  kernelVariable =
+    "NIXPKGS_QEMU_KERNEL_"
+    + concatStringsSep "" (map (part: if isList part then "_" else part) (split "[^A-Za-z0-9]" name));
+
+  # Options of QEMU that ask for what a firn machine is anyway, or can be.
+  knownOptions = {
+    "-cpu host" = { };
+    "-cpu max" = { };
+    "-device virtio-rng-pci" = { };
+    "-display none" = { };
+    "-nographic" = { };
+    "-device virtio-balloon" = {
+      balloon = true;
+    };
+    "-device virtio-balloon-pci" = {
+      balloon = true;
+    };
+  };
+  # They come as single words, or as several in one string: one string for each option and its
+  # value.
+  givenOptions = filter (text: isString text && match " *" text == null) (
+    split " *\n" (replaceStrings [ " -" ] [ "\n-" ] (" " + concatStringsSep " " qemuOptions))
+  );
+  fromOptions = builtins.foldl' (spec: text: spec // knownOptions.${text} or { }) { } givenOptions;
+
+  # What firn cannot do: the option, and why.
+  because =
+    condition: option: reason:
+    optional condition "node ${node}: ${option} ${reason}";
+  unsupported = concatLists [
+    (because (
+      system != "x86_64-linux"
+    ) "nixpkgs.hostPlatform" "is ${system}, and firn has machines of x86_64-linux only")
+    (because cfg.useBootLoader "virtualisation.useBootLoader"
+      "is not for firn, which has no firmware and starts the kernel itself"
+    )
+    (because cfg.useEFIBoot "virtualisation.useEFIBoot" "is not for firn, which has no firmware")
+    (because (
+      !cfg.directBoot.enable && !cfg.useBootLoader
+    ) "virtualisation.directBoot.enable" "is false, and firn can only start the kernel itself")
+    (because (cfg.bios or null != null) "virtualisation.bios" "is not for firn, which has no firmware")
+    (because cfg.tpm.enable "virtualisation.tpm.enable" "asks for a TPM, which firn does not have")
+    (because (cfg.useHostCerts or false
+    ) "virtualisation.useHostCerts" "is not there yet with firn: nothing copies the certificates")
+    (because (
+      cfg.credentials or { } != { }
+    ) "virtualisation.credentials" "is not there yet with firn: nothing hands them to systemd")
+    (because (cfg.qemu.diskInterface != "virtio") "virtualisation.qemu.diskInterface"
+      "is ${cfg.qemu.diskInterface}, and firn has virtio disks only"
+    )
+    (because (
+      cfg.cores > 32
+    ) "virtualisation.cores" "is ${toString cfg.cores}, and a machine of firn has at most 32")
+    (because (!vlansFit) "virtualisation.vlans" "has a number that is not one of 1 to 254")
+    (because (!vlansDiffer) "virtualisation.vlans"
+      "and virtualisation.interfaces have a vlan twice, and firn has one card on each"
+    )
+    (because (
+      cfg.diskImage != null && diskImage == null
+    ) "virtualisation.diskImage" "is ${cfg.diskImage}, which only a shell understands")
+    (concatMap (
+      share:
+      because (share.source == null) "virtualisation.sharedDirectories.${share.tag}.source"
+        "is ${cfg.sharedDirectories.${share.tag}.source}, which only a shell understands"
+    ) shares)
+    (concatMap (
+      text:
+      because (
+        !(knownOptions ? ${text})
+      ) "virtualisation.qemu.options" "has `${text}`, which is QEMU's and not firn's"
+    ) givenOptions)
+    (concatMap (
+      given:
+      let
+        unknown = filter (
+          key:
+          !(elem key [
+            "format"
+            "readonly"
+            "serial"
+          ])
+        ) (attrNames (driveOptions given));
+        inherit (driveOptions given) format;
+      in
+      because (
+        fromShell given.file == null
+      ) "virtualisation.qemu.drives" "has the file ${given.file}, which only a shell understands"
+      ++
+        because (unknown != [ ]) "virtualisation.qemu.drives"
+          "has `${concatStringsSep "`, `" unknown}`, which is QEMU's and not firn's"
+      ++ because (
+        !(elem format [
+          null
+          "raw"
+          "qcow2"
+        ])
+      ) "virtualisation.qemu.drives" "has the format ${toString format}, and firn reads raw and qcow2"
+    ) qemuDrives)
+    (because (hasUserNetwork && qemuNetworkingOptions != [ ]) "virtualisation.qemu.networkingOptions"
+      "is QEMU's: firn has its own user network, or with [ ] none"
+    )
+  ];
+in
+{
+  inherit unsupported;
+
+  spec =
+    if unsupported != [ ] then
+      throw (concatStringsSep "\n" unsupported)
+    else
+      {
+        firn = 1;
+        inherit
+          name
+          number
+          shares
+          disks
+          ;
+        inherit (cfg) cores;
+        memory = cfg.memorySize;
+        kernel = "\${${kernelVariable}:-${toplevel}/kernel}";
+        initrd = [ cfg.directBoot.initrd ];
+        # Known to the machine's start, not to its evaluation.
+        cmdline_file = "${toplevel}/kernel-params";
+        cmdline = concatStringsSep " " (
+          [
+            "init=${toplevel}/init"
+            "regInfo=${registration}/registration"
+          ]
+          ++ map (console: "console=${console}") cfg.qemu.consoles
+          ++ [ "\${QEMU_KERNEL_PARAMS:-}" ]
+        );
+        nets = map (net: {
+          inherit (net) vlan;
+          mac = "52:54:00:12:${hex net.vlan}:${hex number}";
+        }) nets;
+        qemu_opts = "\${QEMU_OPTS:-}";
+      }
+      // optionalAttrs hasUserNetwork {
+        user_network = {
+          restrict = cfg.restrictNetwork;
+          forward_ports = map forwardPort cfg.forwardPorts;
+          qemu_net_opts = "\${QEMU_NET_OPTS:-}";
+        };
+      }
+      // fromOptions
+      // cfg.firn.settings or { };
+}

@@ -1,0 +1,143 @@
+# firn as nixpkgs has packages: the command, the driver of NixOS tests with its Python package, and
+# in `agent` the agent for guests.
+{
+  lib,
+  rustPlatform,
+  python3Packages,
+  makeWrapper,
+  e2fsprogs,
+  glibc,
+  libcap_ng,
+  tesseract,
+  testers,
+  # What the test framework asks of its driver.
+  enableOCR ? false,
+  extraPythonPackages ? (_: [ ]),
+  # Accepted, and of no use: firn has no QEMU, and no containers.
+  qemu_pkg ? null,
+  enableNspawn ? false,
+}:
+let
+  inherit (lib.importTOML ../Cargo.toml) workspace;
+
+  common = {
+    inherit (workspace.package) version;
+    src = lib.fileset.toSource {
+      root = ../.;
+      fileset = lib.fileset.unions [
+        ../Cargo.lock
+        ../Cargo.toml
+        ../driver
+        ../guest-agent
+        ../net-switch
+        # A member of the workspace, so cargo wants to read it.
+        ../tests/Cargo.toml
+        ../tests/benches
+        ../tests/src
+        ../tests/tests
+        ../vmm
+      ];
+    };
+    # What the packages' tests need is here only in part, and `make test` runs them.
+    doCheck = false;
+    meta = {
+      description = "Runs NixOS tests in one process, without QEMU";
+      license = [
+        lib.licenses.asl20
+        lib.licenses.mit
+      ];
+      # Those that its monitor knows.
+      platforms = [ "x86_64-linux" ];
+      mainProgram = "firn";
+    };
+  };
+  cargoLock.lockFile = ../Cargo.lock;
+
+  agent = rustPlatform.buildRustPackage (
+    common
+    // {
+      inherit cargoLock;
+      pname = "firn-agent";
+      cargoBuildFlags = [
+        "-p"
+        "firn-guest-agent"
+      ];
+      buildType = "agent";
+      # Guests may have any libc, or none.
+      env.RUSTFLAGS = "-C target-feature=+crt-static";
+      buildInputs = [ glibc.static ];
+    }
+  );
+
+  command = rustPlatform.buildRustPackage (
+    common
+    // {
+      inherit cargoLock;
+      pname = "firn-command";
+      cargoBuildFlags = [
+        "-p"
+        "firn"
+      ];
+      buildType = "dist";
+      buildInputs = [ libcap_ng ];
+    }
+  );
+
+  # It makes ext4 file systems on new disks, and reads screens.
+  path = lib.makeBinPath ([ e2fsprogs ] ++ lib.optional enableOCR tesseract);
+in
+python3Packages.buildPythonApplication (
+  common
+  // {
+    pname = "firn";
+    pyproject = true;
+    buildAndTestSubdir = "driver";
+    cargoDeps = rustPlatform.importCargoLock cargoLock;
+    nativeBuildInputs = [
+      makeWrapper
+      rustPlatform.cargoSetupHook
+      rustPlatform.maturinBuildHook
+    ];
+    buildInputs = [ libcap_ng ];
+    dependencies = [
+      python3Packages.ipython
+      python3Packages.remote-pdb
+    ]
+    ++ extraPythonPackages python3Packages;
+
+    pythonImportsCheck = [
+      "firn"
+      "test_driver"
+    ];
+    makeWrapperArgs = [
+      "--prefix"
+      "PATH"
+      ":"
+      path
+      "--set-default"
+      "FIRN_AGENT"
+      "${agent}/bin/firn-agent"
+    ];
+    postFixup = ''
+      buildPythonPath "$out $pythonPath"
+      makeWrapper ${command}/bin/firn $out/bin/firn \
+        --prefix PATH : ${path} \
+        --prefix PYTHONPATH : "$program_PYTHONPATH" \
+        --set-default FIRN_AGENT ${agent}/bin/firn-agent \
+        --set-default FIRN_PYTHON ${python3Packages.python.interpreter}
+    '';
+
+    passthru = {
+      inherit agent;
+      # As `testers.runNixOSTest`, with firn.
+      runNixOSTest =
+        test:
+        testers.runNixOSTest {
+          imports = [
+            ./test-module.nix
+            test
+          ];
+        };
+    };
+  }
+)

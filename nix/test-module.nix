@@ -1,0 +1,32 @@
+# The test framework's side: every machine of the test is one of firn. All else of the framework
+# stays as it is; `pkgs.nixos-test-driver`, which it calls, has to be firn's (`overlay.nix`).
+{
+  config,
+  lib,
+  options,
+  hostPkgs,
+  ...
+}:
+let
+  inherit (lib) throwIfNot;
+  checked =
+    module:
+    throwIfNot (options ? pythonTestDriverPackage)
+      "firn needs nixpkgs of March 2026 or newer, whose test framework takes another driver"
+      (
+        throwIfNot ((hostPkgs.nixos-test-driver.pname or null) == "firn")
+          "test ${config.name}: its driver is not firn's; use `pkgs.firn.runNixOSTest` and firn's overlay"
+          (
+            throwIfNot (
+              (config.containers or { }) == { }
+            ) "test ${config.name}: containers are not there yet with firn, only nodes are" module
+          )
+      );
+in
+{
+  # Unlike `nodeDefaults` this reaches also specialisations that inherit nothing.
+  extraBaseNodeModules = checked {
+    imports = [ ./machine-module.nix ];
+    virtualisation.firn.package = lib.mkDefault hostPkgs.firn;
+  };
+}

@@ -1,0 +1,205 @@
+# Nodes as nixpkgs' options describe them, and what nix/machine-spec.nix makes of each: its machine
+# file, or the sentences that say why there is none.
+let
+  machineSpec = import ../../nix/machine-spec.nix;
+
+  inherit (import ./options.nix) storePath share defaults;
+
+  port = address: port: { inherit address port; };
+
+  # Replaces options, one level deep in sets such as `qemu`.
+  with' =
+    old: new:
+    old
+    // builtins.mapAttrs (
+      name: value:
+      if builtins.isAttrs value && name != "interfaces" then (old.${name} or { }) // value else value
+    ) new;
+
+  evaluate =
+    name: args:
+    machineSpec (
+      {
+        inherit name;
+        system = "x86_64-linux";
+        toplevel = storePath "nixos-system-${name}";
+        registration = storePath "closure-info";
+      }
+      // args
+      // {
+        virtualisation = with' (defaults name) (args.virtualisation or { });
+      }
+    );
+
+  supported = {
+    plain = { };
+    big = {
+      number = 200;
+      virtualisation = {
+        memorySize = 8192;
+        cores = 32;
+      };
+    };
+    two-vlans = {
+      number = 2;
+      virtualisation.vlans = [
+        2
+        1
+      ];
+    };
+    no-vlans.virtualisation.vlans = [ ];
+    named-interfaces = {
+      number = 17;
+      virtualisation = {
+        vlans = [ ];
+        interfaces = {
+          wan = {
+            vlan = 254;
+            assignIP = false;
+          };
+          lan = {
+            vlan = 3;
+            assignIP = true;
+          };
+        };
+      };
+    };
+    shares.virtualisation.sharedDirectories = {
+      home = share "$HOME/src" "/src";
+      data = share ''"''${DATA:-/var/empty}"'' "/data";
+      fixed = share "${storePath "source"}/tests" "/tests";
+    };
+    disks.virtualisation = {
+      diskSize = 4096;
+      emptyDiskImages = [
+        512
+        {
+          size = 20;
+          driveConfig.deviceExtraOpts.serial = "journal";
+        }
+      ];
+    };
+    tmpfs-root.virtualisation = {
+      diskImage = null;
+      emptyDiskImages = [ 64 ];
+    };
+    own-file-systems.virtualisation = {
+      useDefaultFilesystems = false;
+      diskImage = "$HOME/root.qcow2";
+    };
+    store-image = {
+      storeImage = storePath "nix-store-image";
+      virtualisation = {
+        useNixStoreImage = true;
+        emptyDiskImages = [ 64 ];
+        # `mountHostNixStore` is false then.
+        sharedDirectories = removeAttrs (defaults "").sharedDirectories [ "nix-store" ];
+      };
+    };
+    more-drives = {
+      qemuDrives = [
+        {
+          file = "${storePath "iso"}/nixos.iso";
+          driveExtraOpts = {
+            format = "raw";
+            readonly = "on";
+            werror = "report";
+          };
+          deviceExtraOpts.serial = "cd";
+        }
+        { file = ''"$TMPDIR"/second.qcow2''; }
+      ];
+    };
+    forwarded-ports.virtualisation.forwardPorts = [
+      {
+        from = "host";
+        proto = "tcp";
+        host = port "" 2222;
+        guest = port "" 22;
+      }
+      {
+        from = "host";
+        proto = "udp";
+        host = port "127.0.0.1" 5353;
+        guest = port "10.0.2.15" 53;
+      }
+      {
+        from = "guest";
+        proto = "tcp";
+        host = port "127.0.0.1" 80;
+        guest = port "10.0.2.10" 8080;
+      }
+    ];
+    restricted.virtualisation.restrictNetwork = true;
+    no-user-network.virtualisation.qemu.networkingOptions = [ ];
+    text-only.virtualisation.qemu.consoles = [
+      "tty0"
+      "ttyS0,115200n8"
+    ];
+    known-qemu-options.qemuOptions = [
+      "-cpu"
+      "max"
+      "-nographic -device virtio-balloon"
+    ];
+    own-settings.virtualisation.firn.settings = {
+      balloon = true;
+      vsock = {
+        cid = 7;
+        socket = "\${TMPDIR}/vsock";
+      };
+    };
+
+    other-name = {
+      name = "web-1";
+      node = "web.example";
+    };
+  };
+
+  unsupported = {
+    boot-loader.virtualisation = {
+      useBootLoader = true;
+      useEFIBoot = true;
+      directBoot.enable = false;
+    };
+    netboot.virtualisation.directBoot.enable = false;
+    bios.virtualisation.bios = storePath "qboot";
+    tpm.virtualisation.tpm.enable = true;
+    certificates.virtualisation.useHostCerts = true;
+    credentials.virtualisation.credentials.key.text = "secret";
+    arm.system = "aarch64-linux";
+    scsi.virtualisation.qemu.diskInterface = "scsi";
+    too-many-cores.virtualisation.cores = 64;
+    vlan-zero.virtualisation.vlans = [ 0 ];
+    vlan-twice.virtualisation.interfaces.more.vlan = 1;
+    shell-disk.virtualisation.diskImage = "$(mktemp)";
+    shell-share.virtualisation.sharedDirectories = {
+      a = share "`pwd`" "/a";
+      b = share "~/b" "/b";
+      c = share "$1/c" "/c";
+    };
+    qemu-options.qemuOptions = [
+      "-vga std"
+      "-device"
+      "usb-storage,drive=stick"
+      "-cpu host"
+    ];
+    drives.qemuDrives = [
+      {
+        file = "*.img";
+        driveExtraOpts.media = "cdrom";
+      }
+      {
+        file = "/disk.vmdk";
+        driveExtraOpts.format = "vmdk";
+      }
+    ];
+    networking.qemuNetworkingOptions = [ "-net nic,netdev=user.0,model=e1000" ];
+  };
+
+  referencesOf = value: builtins.attrNames (builtins.getContext (builtins.toJSON value));
+in
+builtins.mapAttrs (name: args: rec {
+  inherit (evaluate name args) spec;
+  references = referencesOf spec;
+}) supported
+// builtins.mapAttrs (name: args: { inherit (evaluate name args) unsupported; }) unsupported

@@ -1,0 +1,199 @@
+# The files in nix/ that are about nixpkgs, evaluated with nixpkgs.nix in its place: this shows that
+# they fit each other, and nothing about nixpkgs.
+#
+# A set of checks, each of them true.
+let
+  inherit (builtins)
+    all
+    attrNames
+    functionArgs
+    replaceStrings
+    tryEval
+    ;
+
+  pkgs = import <nixpkgs> { };
+  inherit (pkgs) lib;
+  extended = import <nixpkgs> { overlays = [ (import ../../nix/overlay.nix) ]; };
+
+  # A node's options, with `file` the one that asks something of QEMU.
+  machine =
+    { file, virtualisation }:
+    let
+      defined = value: {
+        definitionsWithLocations = [
+          {
+            file = "/nixpkgs/nixos/modules/virtualisation/qemu-vm.nix";
+            value = [ "-usb" ];
+          }
+          {
+            file = "/nixpkgs/nixos/lib/testing/network.nix, via option extraBaseNodeModules";
+            value = [ "-device virtio-net-pci" ];
+          }
+          {
+            inherit file value;
+          }
+        ];
+      };
+      none.definitionsWithLocations = [ ];
+      module = import ../../nix/machine-module.nix {
+        inherit lib pkgs;
+        modulesPath = "/nixpkgs/nixos/modules";
+        options.virtualisation.qemu = {
+          options = defined [ "-vga std" ];
+          drives = none;
+          networkingOptions = none;
+        };
+        config = {
+          system = {
+            name = "plain";
+            build.toplevel = "/nix/store/00000000000000000000000000000000-nixos-system-plain";
+          };
+          virtualisation = virtualisation // {
+            host.pkgs = extended;
+            additionalPaths = [ ];
+            firn = {
+              package = extended.firn;
+              settings = { };
+              fallback = null;
+            }
+            // virtualisation.firn or { };
+          };
+        };
+      };
+    in
+    module.config;
+  plain = (import ./options.nix).defaults "plain";
+  # `a` is asked for what firn cannot do, `b` is not.
+  a = machine {
+    file = "/home/nixos/modules/a.nix";
+    virtualisation = plain;
+  };
+  b = machine {
+    file = "/nixpkgs/nixos/modules/b.nix";
+    virtualisation = plain;
+  };
+  build = node: node.content.system.build.vm.force;
+
+  contains = text: part: replaceStrings [ part ] [ "" ] text != text;
+  testModule =
+    args:
+    (import ../../nix/test-module.nix (
+      {
+        inherit lib;
+        config.name = "a";
+        options.pythonTestDriverPackage = { };
+        hostPkgs = extended;
+      }
+      // args
+    )).extraBaseNodeModules;
+  throws = value: !(tryEval value).success;
+
+  flake = (import ../../flake.nix).outputs {
+    self = flake;
+    nixpkgs = {
+      inherit lib;
+      legacyPackages.x86_64-linux = pkgs;
+    };
+  };
+in
+{
+  overlay-replaces-the-driver-only =
+    attrNames (import ../../nix/overlay.nix extended pkgs) == [
+      "firn"
+      "nixos-test-driver"
+    ];
+
+  # The framework's call; all other arguments are packages.
+  package-takes-what-the-framework-passes =
+    let
+      arguments = functionArgs (import ../../nix/package.nix);
+    in
+    builtins.filter (name: arguments.${name}) (attrNames arguments) == [
+      "enableNspawn"
+      "enableOCR"
+      "extraPythonPackages"
+      "qemu_pkg"
+    ];
+
+  script-is-a-machine-file =
+    let
+      spec = builtins.fromJSON (builtins.readFile ./golden/plain.json);
+    in
+    contains (build b).script "#!/firn/bin/firn run\n${builtins.toJSON spec}\n";
+  framework-finds-the-script = (build b).attributes.meta.mainProgram == "run-plain-vm";
+  shares-are-virtio-fs =
+    let
+      inherit (b.content.virtualisation) fileSystems;
+    in
+    attrNames fileSystems == [
+      "/nix/.ro-store"
+      "/tmp/shared"
+      "/tmp/xchg"
+    ]
+    && fileSystems."/nix/.ro-store".device.force == "nix-store"
+    && all (mount: mount.fsType.force == "virtiofs") (builtins.attrValues fileSystems);
+  agent-is-a-service =
+    b.content.systemd.services.firn-agent.serviceConfig.ExecStart
+    == "/agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
+
+  what-others-ask-of-qemu-is-refused = a.condition && throws (build a).script;
+  or-left-to-qemu =
+    !(machine {
+      file = "/home/nixos/modules/a.nix";
+      virtualisation = plain // {
+        firn.fallback = "qemu";
+      };
+    }).condition;
+  what-firn-can-do-is-not-left-to-qemu =
+    (machine {
+      file = "/nixpkgs/nixos/modules/b.nix";
+      virtualisation = plain // {
+        firn.fallback = "qemu";
+      };
+    }).condition;
+
+  test-gets-the-machine-module = (testModule { }).imports == [ ../../nix/machine-module.nix ];
+  test-needs-firns-driver = throws (testModule {
+    hostPkgs = pkgs;
+  });
+  test-needs-a-new-nixpkgs = throws (testModule {
+    options = { };
+  });
+  test-has-no-containers = throws (testModule {
+    config = {
+      name = "a";
+      containers.c = throw "it is not looked at";
+    };
+  });
+
+  flake-has-what-it-should =
+    attrNames flake == [
+      "checks"
+      "devShells"
+      "lib"
+      "nixosModules"
+      "overlays"
+      "packages"
+    ]
+    &&
+      attrNames flake.checks.x86_64-linux == [
+        "firn"
+        "ping"
+        "web"
+      ]
+    && flake.packages.x86_64-linux.default.outPath == "/firn"
+    && flake.lib.runNixOSTest pkgs "a test" == { test = "a test"; };
+  flake-runs-its-examples = all (name: (import flake.checks.x86_64-linux.${name}.test).name == name) [
+    "ping"
+    "web"
+  ];
+  examples-run-the-example =
+    let
+      example = (import ../../nix/examples/flake.nix).outputs {
+        nixpkgs = <nixpkgs>;
+        firn = flake;
+      };
+      test.test = ../../nix/examples/ping.nix;
+    in
+    example.checks.x86_64-linux.ping == test && import ../../nix/examples/default.nix == test;
+}
