@@ -1,5 +1,5 @@
-# A flake with a test. `nix flake check` runs it;
-# `nix build .#checks.x86_64-linux.ping.driverInteractive` makes the driver that gives a prompt.
+# A flake with a test. `nix build .#ping` runs it, as `nix flake check` does;
+# `nix build .#ping.driverInteractive` makes the driver that gives a prompt.
 {
   inputs = {
     nixpkgs.url = "github:NixOS/nixpkgs/nixos-unstable";
@@ -9,7 +9,11 @@
   };
 
   outputs =
-    { nixpkgs, firn, ... }:
+    {
+      self,
+      nixpkgs,
+      firn,
+    }:
     let
       pkgs = import nixpkgs {
         system = "x86_64-linux";
@@ -18,6 +22,7 @@
     in
     {
       # It was `pkgs.testers.runNixOSTest`.
-      checks.x86_64-linux.ping = pkgs.firn.runNixOSTest ./ping.nix;
+      packages.x86_64-linux.ping = pkgs.firn.runNixOSTest ./ping.nix;
+      checks = self.packages;
     };
 }

@@ -7,6 +7,7 @@ The script's machines are in comments at its beginning:
 
     #: none: NAME         a machine that cannot boot, for what needs none
     #: file: NAME         a machine file that boots the micro kit
+    #: nix: NAME          one that nix/machine-spec.nix makes for the systemd kit
     #: [nodes.NAME]       lines of a firn test file
 
 Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
@@ -71,6 +72,7 @@ class Family:
     nodes: str
     none: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    nix: list[str] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
     cases: list[str] = field(default_factory=list)
 
@@ -84,8 +86,9 @@ class Family:
         lines = []
         for line in told:
             key, _, value = line.partition(":")
-            if key in ("none", "file"):
-                (new.none if key == "none" else new.files).append(value.strip())
+            names = {"none": new.none, "file": new.files, "nix": new.nix}
+            if key in names:
+                names[key].append(value.strip())
             elif key == "ways":
                 new.ways = value.split()
             else:
@@ -129,20 +132,22 @@ def incomplete(all_cases: Iterable[str]) -> list[str]:
 def command(family: Family, way: str, directory: Path) -> list[str]:
     """Write the test of a family, and give the command that runs it."""
     report = ["--junit-xml", "junit.xml", "-o", str(directory)]
-    if family.none or family.files:
+    if family.none or family.files or family.nix:
         vms = {}
-        for name in family.none + family.files:
+        for name in family.none + family.files + family.nix:
             file = directory / f"run-{name}-vm"
             spec = {"firn": 1, "name": name, "kernel": str(family.path)}
             if name in family.files:
                 spec |= bootable()
+            if name in family.nix:
+                spec = made_by_nix(name)
             file.write_text(f"#!{BIN}/firn run\n{json.dumps(spec)}\n")
             vms[name] = {"start_script": str(file)}
         config = directory / "config.json"
         told = {"vms": vms, "vlans": [1], "test_script": str(family.path)}
         config.write_text(json.dumps(told))
         driver = [str(BIN / "nixos-test-driver"), "--config", str(config), *report]
-        return driver if family.files else [*driver, "--accel", "none"]
+        return [*driver, "--accel", "none"] if family.none else driver
     file = directory / "test.toml"
     nodes = family.nodes
     if way == "backdoor":
@@ -179,6 +184,25 @@ def bootable() -> dict[str, object]:
         ],
         "nets": [{"vlan": 1}],
     }
+
+
+def made_by_nix(name: str) -> dict[str, object]:
+    """Give what the machine file of a node says whose system is the systemd kit."""
+    arguments = ["--argstr", "name", name, "--argstr", "store", kit_directory("systemd") / "store"]
+    made = subprocess.run(
+        [
+            "nix-instantiate",
+            "--eval",
+            "--strict",
+            "--json",
+            *arguments,
+            HERE.parent / "nix/kit.nix",
+        ],
+        env=os.environ | {"NIX_REMOTE": "dummy://"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return dict(json.loads(made.stdout))
 
 
 def kit_directory(kit: str) -> Path:

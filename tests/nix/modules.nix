@@ -190,6 +190,7 @@ in
   examples-run-the-example =
     let
       example = (import ../../nix/examples/flake.nix).outputs {
+        self = example;
         nixpkgs = <nixpkgs>;
         firn = flake;
       };

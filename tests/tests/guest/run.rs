@@ -1,15 +1,17 @@
 //! Machine files that are run by hand.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use firn_tests::{firn, micro};
+use firn_tests::{firn, micro, repository, systemd};
+use serde_json::Value;
 use tempfile::TempDir;
 
-/// A machine file whose guest has a shell on its serial console, and where it is run.
+/// A machine file, and where it is run.
 struct Place {
     cwd: TempDir,
     tmp: TempDir,
@@ -17,9 +19,17 @@ struct Place {
 }
 
 impl Place {
-    fn new() -> Self {
+    fn new(spec: &Value) -> Self {
         let (cwd, tmp) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let file = cwd.path().join("run-shell-vm");
+        let file = cwd.path().join("run-machine-vm");
+        let text = format!("#!{} run\n{spec}\n", firn().display());
+        fs::write(&file, text).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        Self { cwd, tmp, file }
+    }
+
+    /// The guest has a shell on its serial console.
+    fn with_shell() -> Self {
         let kit = micro();
         let spec = serde_json::json!({
             "firn": 1,
@@ -32,10 +42,7 @@ impl Place {
             "shares": [{ "tag": "xchg", "source": "${TMPDIR}/xchg" }],
             "nets": [{ "vlan": 1, "mac": "52:54:00:12:01:01" }],
         });
-        let text = format!("#!{} run\n{spec}\n", firn().display());
-        fs::write(&file, text).unwrap();
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
-        Self { cwd, tmp, file }
+        Self::new(&spec)
     }
 
     /// Runs the file itself.
@@ -68,7 +75,7 @@ fn read_until(out: &mut impl Read, wanted: &str) -> String {
 
 #[test]
 fn the_terminal_is_the_serial_console() {
-    let place = Place::new();
+    let place = Place::with_shell();
     let mut run = place.start();
     let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
     read_until(&mut screen, "# ");
@@ -83,11 +90,35 @@ fn the_terminal_is_the_serial_console() {
 
 #[test]
 fn ctrl_a_x_ends_it() {
-    let place = Place::new();
+    let place = Place::with_shell();
     let mut run = place.start();
     let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
     read_until(&mut screen, "# ");
     keys.write_all(b"\x01x").unwrap();
     assert_eq!(run.wait().unwrap().code(), Some(0));
     place.check();
+}
+
+/// As nix/machine-spec.nix makes it for a node whose system is the kit.
+#[test]
+fn what_nix_makes_boots() {
+    let store = systemd().store().unwrap();
+    let mut nix = Command::new("nix-instantiate");
+    nix.env("NIX_REMOTE", "dummy://").args(["--eval", "--strict", "--json"]);
+    nix.args(["--argstr", "name", "node", "--argstr", "store"]).arg(store);
+    let made = nix.arg(repository().join("tests/nix/kit.nix")).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let place = Place::new(&serde_json::from_slice(&made.stdout).unwrap());
+
+    let mut run = place.start();
+    let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
+    // The root shell says it on ttyS0 when the system is up.
+    let said = read_until(&mut screen, "connecting to host...");
+    assert!(said.contains("]: Reached target sysinit.target"), "{said}");
+    keys.write_all(b"\x01x").unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(0));
+    let kept = fs::read_dir(place.cwd.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let kept: BTreeSet<_> = kept.collect();
+    assert_eq!(kept, BTreeSet::from(["node.qcow2".into(), "run-machine-vm".into()]));
+    assert_eq!(fs::read_dir(place.tmp.path()).unwrap().count(), 0);
 }

@@ -1,0 +1,38 @@
+# The kit `systemd` as a node, whose store is `store` on the host.
+{ name, store }:
+let
+  inherit (import ./options.nix) defaults share;
+  options = defaults name;
+
+  # A NixOS system has the same paths in the guest as on the host.
+  guest = "/nix/store/toplevel";
+  host = "${store}/toplevel";
+in
+(import ../../nix/machine-spec.nix {
+  inherit name;
+  number = 5;
+  system = "x86_64-linux";
+  toplevel = guest;
+  registration = "/nix/store/none";
+  virtualisation = options // {
+    diskSize = 64;
+    emptyDiskImages = [
+      {
+        size = 20;
+        driveConfig.deviceExtraOpts.serial = "data";
+      }
+    ];
+    vlans = [
+      2
+      1
+    ];
+    sharedDirectories = options.sharedDirectories // {
+      nix-store = share store "/nix/.ro-store";
+    };
+    firn.settings = {
+      kernel = "${host}/kernel";
+      initrd = [ "${host}/initrd" ];
+      cmdline_file = "${host}/kernel-params";
+    };
+  };
+}).spec
