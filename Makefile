@@ -30,7 +30,7 @@ conformance: kit
 	$(VENV)/python tests/conformance/conformance.py run --write
 
 bench: kit
-	$(call RUN_IN,--exact) cargo bench -p firn-tests --bench boot
+	$(FIRN) bench boot --runs 3 --compare qemu-q35,qemu-microvm --output tests/bench/results
 	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench network
 
 lint: setup $(VENV)/python

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use firn::kit::Kit;
 use firn_net_switch::NetPort;
 use firn_net_switch::gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
-use firn_tests::{from_archive, micro};
+use firn_tests::micro;
 use firn_vmm::spec::{MachineSpec, NetSpec};
 use firn_vmm::vm::{Event, HostSide, Vm};
 
@@ -200,7 +200,7 @@ impl Drop for Qemu {
 
 /// The busybox and the drivers of the kit, with the script.
 fn guest(kit: &Kit) -> Vec<u8> {
-    let content = |name: &str| from_archive(&kit.initrd(), name).expect("the kit has it");
+    let content = |name: &str| kit.initrd_file(name).expect("the kit has it");
     let list = content("etc/firn/modules");
     let modules = String::from_utf8(list.clone()).expect("paths");
     let mut entries = vec![

@@ -2,7 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -86,23 +85,6 @@ pub fn noise(length: usize) -> Vec<u8> {
     }
     bytes.truncate(length);
     bytes
-}
-
-/// The content of a file in a cpio archive.
-pub fn from_archive(archive: &Path, name: &str) -> Option<Vec<u8>> {
-    let mut file = File::open(archive).ok()?;
-    loop {
-        let mut reader = cpio::NewcReader::new(file).ok()?;
-        if reader.entry().is_trailer() {
-            return None;
-        }
-        let mut content = Vec::new();
-        io::copy(&mut reader, &mut content).ok()?;
-        if reader.entry().name() == name {
-            return Some(content);
-        }
-        file = reader.finish().ok()?;
-    }
 }
 
 /// Writes to what cargo shows of a test when it fails, and only then.

@@ -15,6 +15,7 @@ use crate::error::chain;
 use crate::log::colours_wanted;
 
 pub(crate) mod accel;
+mod bench;
 mod carrier;
 mod check;
 mod doctor;
@@ -74,6 +75,7 @@ enum Command {
     Doctor(doctor::Args),
     Kit(kit::Args),
     Carrier(carrier::Args),
+    Bench(bench::Args),
 }
 
 /// Runs the command line of this process.
@@ -89,6 +91,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),
         Command::Carrier(args) => carrier::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     done.unwrap_or_else(|error| report(&error))
 }

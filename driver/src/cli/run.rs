@@ -72,7 +72,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// A test of nothing but the machine.
-fn test_of(file: MachineFile) -> TestConfig {
+pub(super) fn test_of(file: MachineFile) -> TestConfig {
     TestConfig {
         name: file.name().to_owned(),
         script: Script { text: String::new(), file: file.path().to_owned(), line: 1 },

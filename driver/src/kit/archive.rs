@@ -1,6 +1,6 @@
-//! Writes initrds: cpio archives in the `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
+//! Writes and reads initrds: cpio archives in the `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
 
-use std::fs::{self, DirEntry};
+use std::fs::{self, DirEntry, File};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -8,33 +8,33 @@ use std::path::Path;
 use cpio::newc::{self, ModeFileType};
 
 /// An archive that grows in memory. All files belong to root and date from 1970, so equal contents give equal bytes.
-pub(super) struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
     inode: u32,
 }
 
 impl Archive {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { bytes: Vec::new(), inode: 0 }
     }
 
     /// Adds a directory; its parent must be there already.
-    pub(super) fn dir(&mut self, path: &str, mode: u32) {
+    pub(crate) fn dir(&mut self, path: &str, mode: u32) {
         self.add(path, ModeFileType::Directory, mode, &[]);
     }
 
     /// Adds a regular file.
-    pub(super) fn file(&mut self, path: &str, mode: u32, contents: &[u8]) {
+    pub(crate) fn file(&mut self, path: &str, mode: u32, contents: &[u8]) {
         self.add(path, ModeFileType::Regular, mode, contents);
     }
 
     /// Adds a symbolic link to `target`.
-    pub(super) fn symlink(&mut self, path: &str, target: &str) {
+    pub(crate) fn symlink(&mut self, path: &str, target: &str) {
         self.add(path, ModeFileType::Symlink, 0o777, target.as_bytes());
     }
 
     /// Adds what is in the directory `from` below `path`, which must be there already.
-    pub(super) fn tree(&mut self, path: &str, from: &Path) -> io::Result<()> {
+    pub(crate) fn tree(&mut self, path: &str, from: &Path) -> io::Result<()> {
         let mut entries = fs::read_dir(from)?.collect::<io::Result<Vec<_>>>()?;
         entries.sort_by_key(DirEntry::file_name);
         for entry in entries {
@@ -57,7 +57,7 @@ impl Archive {
     }
 
     /// The archive's bytes, padded so that another archive may follow.
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         newc::trailer(&mut self.bytes).expect(IN_MEMORY);
         self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
         self.bytes
@@ -76,3 +76,20 @@ impl Archive {
 }
 
 const IN_MEMORY: &str = "a vector takes every write";
+
+/// The content of a file in the archive at `path`.
+pub(super) fn read(path: &Path, name: &str) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    loop {
+        let mut reader = newc::Reader::new(file)?;
+        if reader.entry().is_trailer() {
+            return Err(io::Error::new(io::ErrorKind::NotFound, format!("there is no {name}")));
+        }
+        let mut content = Vec::new();
+        io::copy(&mut reader, &mut content)?;
+        if reader.entry().name() == name {
+            return Ok(content);
+        }
+        file = reader.finish()?;
+    }
+}

@@ -18,7 +18,7 @@
 
 mod agent;
 mod apt;
-mod archive;
+pub(crate) mod archive;
 mod base;
 mod cache;
 mod debian;
@@ -55,9 +55,9 @@ const FORMAT: u32 = 3;
 ///
 /// `cryptomgr.notests` skips self-tests of ciphers (0.88 giga-instructions with Debian's kernel), `tsc=reliable` and
 /// `no_timer_check` skip the checking of clocks that KVM provides, the `i8042` ones skip the probing of a keyboard
-/// controller's ports.
+/// controller's ports; `firn.boot_timer` has the agent say when it runs.
 const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
-                             i8042.noaux i8042.nomux i8042.dumbkbd";
+                             i8042.noaux i8042.nomux i8042.dumbkbd firn.boot_timer";
 
 /// As [`MICRO_CMDLINE`], for the systemd kit; the console comes behind them.
 ///
@@ -256,6 +256,16 @@ pub struct Kit {
 }
 
 impl Kit {
+    /// The kit in a directory.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn open(dir: PathBuf) -> Result<Self, KitError> {
+        let manifest = dir.join("manifest.json");
+        let missing = KitError::io("read", manifest)(io::ErrorKind::NotFound.into());
+        open(dir)?.ok_or(missing)
+    }
+
     /// The kernel as Debian packs it, a bzImage.
     #[must_use]
     pub fn kernel(&self) -> PathBuf {
@@ -272,6 +282,14 @@ impl Kit {
     #[must_use]
     pub fn initrd(&self) -> PathBuf {
         self.dir.join("initrd")
+    }
+
+    /// The content of a file in the initrd, by its path without the leading slash.
+    ///
+    /// # Errors
+    /// If there is none, or the initrd cannot be read.
+    pub fn initrd_file(&self, name: &str) -> io::Result<Vec<u8>> {
+        archive::read(&self.initrd(), name)
     }
 
     /// An ext4 image of the store, for machines that can read a disk faster than a directory of their host.

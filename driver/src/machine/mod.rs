@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use firn_net_switch::SwitchPort;
 use firn_net_switch::gateway::Gateway;
+use firn_vmm::device::boot_timer::Mark;
 use tokio::sync::{Mutex, watch};
 
 use crate::config::{NodeConfig, Variables};
@@ -58,6 +59,8 @@ struct Inner {
     /// The user network of a machine that runs.
     gateway: std::sync::Mutex<Option<Arc<Gateway>>>,
     state: watch::Sender<State>,
+    /// Of the last boot that has ended.
+    boot_marks: std::sync::Mutex<Vec<Mark>>,
     /// Held while the machine is being started, so that two callers do not both do it.
     starting: Mutex<()>,
 }
@@ -140,6 +143,7 @@ impl Machine {
                 ports,
                 gateway: std::sync::Mutex::default(),
                 state: watch::Sender::new(State::Off),
+                boot_marks: std::sync::Mutex::default(),
                 starting: Mutex::new(()),
             }),
         })

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use firn_net_switch::NetPort;
+use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::device::serial::InputFull;
 use firn_vmm::spec::MachineSpec;
 use firn_vmm::vm::{Event, HostSide, Vm, VmError};
@@ -108,6 +109,11 @@ impl Monitor {
     /// Ends the machine: on return none of its threads is left.
     pub(super) async fn stop(&self) {
         self.with(Vm::stop).await;
+    }
+
+    /// When the boot reached which stage.
+    pub(super) async fn boot_marks(&self) -> Vec<Mark> {
+        self.with(|vm| vm.boot_marks()).await
     }
 
     /// Does something with the machine that blocks.

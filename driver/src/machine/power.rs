@@ -1,9 +1,10 @@
 //! From the start of a machine to its end.
 
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::vm::{Event, VmError};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout;
@@ -212,6 +213,12 @@ impl Machine {
         })
     }
 
+    /// When its last boot, if that has ended, reached which stage.
+    #[must_use]
+    pub fn boot_marks(&self) -> Vec<Mark> {
+        self.inner.boot_marks.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Pulls the cable of the first vlan.
     pub fn block(&self) {
         self.set_link(false);
@@ -290,6 +297,8 @@ impl Machine {
             again = true;
         };
         launched.monitor.stop().await;
+        *self.inner.boot_marks.lock().unwrap_or_else(PoisonError::into_inner) =
+            launched.monitor.boot_marks().await;
         // The console's last lines come before whatever is said about the end.
         finish.send_replace(true);
         let _ = shown.await;

@@ -16,7 +16,7 @@ use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
 use crate::config::{ConfigError, MachineFile, TestConfig};
 use crate::driver::{Driver, DriverOptions};
 use crate::error::{MachineError, chain};
-use crate::kit::{self, Kit};
+use crate::kit::{self, Kit, KitError};
 use crate::scratch::StatePlace;
 use crate::vlan::Vlan;
 
@@ -245,24 +245,16 @@ fn senseless(error: &ConfigError) -> PyErr {
 
 /// The kits that a test needs: those in `dirs`, others from the cache.
 fn kits_for(py: Python<'_>, test: &PyTest, dirs: Vec<PathBuf>) -> PyResult<Vec<Kit>> {
-    let opened = dirs.into_iter().map(open_kit).collect::<Result<Vec<_>, _>>();
-    let mut kits = opened.map_err(|e| exception(py, &e.into()))?;
+    let unusable = |e: KitError| exception(py, &MachineError::Usage(chain(&e)).into());
+    let mut kits =
+        dirs.into_iter().map(Kit::open).collect::<Result<Vec<_>, _>>().map_err(unusable)?;
     for name in Driver::kits_needed(&test.0) {
         if !kits.iter().any(|kit| kit.manifest.kit == name.as_str()) {
             let found = py.detach(|| kit::lookup(name));
-            kits.extend(found.map_err(|e| exception(py, &MachineError::Usage(chain(&e)).into()))?);
+            kits.extend(found.map_err(unusable)?);
         }
     }
     Ok(kits)
-}
-
-/// The kit in `dir`.
-fn open_kit(dir: PathBuf) -> Result<Kit, MachineError> {
-    let path = dir.join("manifest.json");
-    let json = std::fs::read(&path).map_err(MachineError::file("read", &path))?;
-    let manifest =
-        serde_json::from_slice(&json).map_err(|e| MachineError::file("read", &path)(e.into()))?;
-    Ok(Kit { dir, manifest })
 }
 
 async fn terminate(driver: Arc<Driver>, timeout: Duration) {
