@@ -1,7 +1,7 @@
 # make demo    two machines ping each other
 # make test    every test; guests run in the carrier where KVM cannot be used
 # make conformance  the NixOS test driver's API, case by case, and README's table of it
-# make lint    formatting, clippy, mypy, ruff
+# make lint    formatting, clippy, mypy, ruff, nixfmt
 # make bench   what a boot costs, in instructions, counted in the carrier; how fast the user network is
 # make clean   removes what was built here; kits stay in ~/.cache/firn
 
@@ -9,6 +9,7 @@ SHELL := /bin/bash -o pipefail
 TARGET := x86_64-unknown-linux-gnu
 VENV := .venv/bin
 FIRN := $(VENV)/firn
+NIX := $(wildcard flake.nix nix/*.nix nix/*/*.nix nix/*/*/*.nix tests/nix/*.nix)
 # Test binaries run through this: directly with KVM, else in one carrier each.
 RUN_IN = FIRN_AGENT="$(abspath $(VENV)/firn-agent)" \
 	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(abspath $(FIRN)) carrier exec $(1) --"
@@ -19,6 +20,7 @@ demo: kit
 	$(FIRN) test tests/examples/ping/test.toml
 
 test: kit
+	tests/nix/evaluate.py
 	cargo test --release --workspace --exclude firn-tests
 	$(VENV)/pip install -q mypy pexpect
 	$(VENV)/python -m unittest discover -s driver/python/tests
@@ -42,6 +44,10 @@ lint: setup $(VENV)/python
 	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
 	$(VENV)/ruff check --config driver/pyproject.toml driver/python tests
 	$(VENV)/ruff format --check --config driver/pyproject.toml driver/python tests
+	# Nothing is built: no store is needed.
+	NIX_REMOTE=dummy:// nix-instantiate --parse $(NIX) >/dev/null
+	cargo install --quiet --locked --debug --root target/nixfmt nixfmt_rs@0.5.3
+	target/nixfmt/bin/nixfmt --check $(NIX)
 
 kit: build
 	$(FIRN) kit build micro
