@@ -9,7 +9,7 @@ SHELL := /bin/bash -o pipefail
 TARGET := x86_64-unknown-linux-gnu
 VENV := .venv/bin
 FIRN := $(VENV)/firn
-NIX := $(wildcard flake.nix nix/*.nix nix/*/*.nix nix/*/*/*.nix tests/nix/*.nix)
+NIX := $(wildcard flake.nix nix/*.nix nix/*/*.nix tests/nix/*.nix)
 # Test binaries run through this: directly with KVM, else in one carrier each.
 RUN_IN = FIRN_AGENT="$(abspath $(VENV)/firn-agent)" \
 	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(abspath $(FIRN)) carrier exec $(1) --"

@@ -116,7 +116,7 @@ in
     );
 
     # Shares are virtio-fs, also where nixpkgs still mounts them by 9p. Stage 1 with systemd waits for
-    # no device of theirs, so the drivers have to be there; stage 1 without it ignores `x-` options.
+    # no device of theirs, so the drivers have to be there; stage 1 without it leaves `x-` options out.
     boot.initrd.availableKernelModules = [
       "virtio_mmio"
       "virtiofs"
@@ -127,6 +127,7 @@ in
         device = lib.mkForce tag;
         fsType = lib.mkForce "virtiofs";
         options = lib.mkForce [
+          "defaults"
           "x-systemd.requires=modprobe@virtio_mmio.service"
           "x-systemd.requires=modprobe@virtiofs.service"
         ];
