@@ -6,7 +6,6 @@ let
   inherit (builtins)
     all
     attrNames
-    functionArgs
     replaceStrings
     tryEval
     ;
@@ -86,6 +85,14 @@ let
       }
       // args
     )).extraBaseNodeModules;
+  # What the framework is called with.
+  testOf = test: {
+    imports = [
+      ../../nix/test-module.nix
+      test
+    ];
+  };
+  nameOf = called: (import (builtins.elemAt called.imports 1)).name;
   throws = value: !(tryEval value).success;
 
   flake = (import ../../flake.nix).outputs {
@@ -103,17 +110,24 @@ in
       "nixos-test-driver"
     ];
 
-  # The framework's call; all other arguments are packages.
+  # The framework's call.
   package-takes-what-the-framework-passes =
     let
-      arguments = functionArgs (import ../../nix/package.nix);
+      driver = extended.nixos-test-driver.override {
+        enableOCR = true;
+        extraPythonPackages = packages: [ packages.numpy ];
+        qemu_pkg = "/qemu";
+        enableNspawn = false;
+      };
     in
-    builtins.filter (name: arguments.${name}) (attrNames arguments) == [
-      "enableNspawn"
-      "enableOCR"
-      "extraPythonPackages"
-      "qemu_pkg"
-    ];
+    driver.pname == "firn"
+    && builtins.elem "/numpy" driver.dependencies
+    && !builtins.elem "/numpy" extended.firn.dependencies
+    && builtins.elem "/e2fsprogs:/tesseract" driver.makeWrapperArgs
+    && contains driver.postFixup " --set-default FIRN_AGENT /firn-agent/bin/firn-agent ";
+  package-has-the-sources = extended.firn.src == ../..;
+  package-is-of-this-version =
+    extended.firn.version == (lib.importTOML ../../Cargo.toml).workspace.package.version;
 
   script-is-a-machine-file =
     let
@@ -134,7 +148,7 @@ in
     && all (mount: mount.fsType.force == "virtiofs") (builtins.attrValues fileSystems);
   agent-is-a-service =
     b.content.systemd.services.firn-agent.serviceConfig.ExecStart
-    == "/agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
+    == "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
 
   what-others-ask-of-qemu-is-refused = a.condition && throws (build a).script;
   or-left-to-qemu =
@@ -182,8 +196,8 @@ in
         "web"
       ]
     && flake.packages.x86_64-linux.default.outPath == "/firn"
-    && flake.lib.runNixOSTest pkgs "a test" == { test = "a test"; };
-  flake-runs-its-examples = all (name: (import flake.checks.x86_64-linux.${name}.test).name == name) [
+    && flake.lib.runNixOSTest pkgs "a test" == testOf "a test";
+  flake-runs-its-examples = all (name: nameOf flake.checks.x86_64-linux.${name} == name) [
     "ping"
     "web"
   ];
@@ -194,7 +208,7 @@ in
         nixpkgs = <nixpkgs>;
         firn = flake;
       };
-      test.test = ../../nix/examples/ping.nix;
+      test = testOf ../../nix/examples/ping.nix;
     in
     example.checks.x86_64-linux.ping == test && import ../../nix/examples/default.nix == test;
 }

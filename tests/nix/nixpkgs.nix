@@ -22,6 +22,21 @@ let
       );
     nameValuePair = name: value: { inherit name value; };
     mapAttrs' = f: set: builtins.listToAttrs (builtins.attrValues (builtins.mapAttrs f set));
+    optional = condition: value: if condition then [ value ] else [ ];
+    makeBinPath = builtins.concatStringsSep ":";
+    importTOML = file: builtins.fromTOML (builtins.readFile file);
+    fileset = {
+      unions = paths: paths;
+      # As the real one, it refuses what is not there.
+      toSource =
+        { root, fileset }:
+        assert builtins.all builtins.pathExists fileset;
+        root;
+    };
+    licenses = {
+      asl20 = "Apache-2.0";
+      mit = "MIT";
+    };
     mkOption = option: option;
     literalMD = text: text;
     mkIf = condition: content: { inherit condition content; };
@@ -36,6 +51,9 @@ let
     };
   };
 
+  package =
+    attributes: attributes // attributes.passthru or { } // { outPath = "/${attributes.pname}"; };
+
   pkgs = {
     inherit lib;
     stdenv.hostPlatform.system = "x86_64-linux";
@@ -45,17 +63,44 @@ let
       outPath = text;
     };
     runCommand = name: attributes: script: { inherit name attributes script; };
-    callPackage = path: _: {
-      pname = "firn";
-      inherit path;
-      runNixOSTest = test: { inherit test; };
-      agent = "/agent";
-      outPath = "/firn";
+    e2fsprogs = "/e2fsprogs";
+    glibc.static = "/glibc-static";
+    libcap_ng = "/libcap-ng";
+    makeWrapper = "/make-wrapper";
+    tesseract = "/tesseract";
+    rustPlatform = {
+      buildRustPackage = package;
+      importCargoLock =
+        { lockFile }:
+        assert builtins.pathExists lockFile;
+        "/cargo-deps";
+      cargoSetupHook = "/cargo-setup-hook";
+      maturinBuildHook = "/maturin-build-hook";
     };
+    python3Packages = {
+      buildPythonApplication = package;
+      ipython = "/ipython";
+      remote-pdb = "/remote-pdb";
+      numpy = "/numpy";
+      python.interpreter = "/python3";
+    };
+    testers.runNixOSTest = test: test;
     extend =
       overlay:
       let
-        final = pkgs // overlay final pkgs;
+        callPackage =
+          path: arguments:
+          let
+            function = import path;
+            call =
+              arguments:
+              function (builtins.intersectAttrs (builtins.functionArgs function) final // arguments)
+              // {
+                override = more: call (arguments // more);
+              };
+          in
+          call arguments;
+        final = pkgs // { inherit callPackage; } // overlay final pkgs;
       in
       final;
   };
