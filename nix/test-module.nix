@@ -25,8 +25,5 @@ let
 in
 {
   # Unlike `nodeDefaults` this reaches also specialisations that inherit nothing.
-  extraBaseNodeModules = checked {
-    imports = [ ./machine-module.nix ];
-    virtualisation.firn.package = lib.mkDefault hostPkgs.firn;
-  };
+  extraBaseNodeModules = checked { imports = [ ./machine-module.nix ]; };
 }
