@@ -50,7 +50,7 @@
         in
         {
           default = pkgs.mkShell {
-            inputsFrom = [ self.packages.${system}.firn ];
+            inputsFrom = [ self.packages.${system}.firn.module ];
             packages = [
               pkgs.clippy
               pkgs.rustfmt

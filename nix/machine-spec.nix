@@ -87,17 +87,7 @@ let
     attrValues (numbered // cfg.interfaces);
   vlans = map (net: net.vlan) nets;
   vlansFit = builtins.all (vlan: vlan >= 1 && vlan <= 254) vlans;
-  vlansDiffer =
-    length (
-      attrNames (
-        listToAttrs (
-          map (vlan: {
-            name = toString vlan;
-            value = null;
-          }) vlans
-        )
-      )
-    ) == length vlans;
+  vlansDiffer = length (attrNames (builtins.groupBy toString vlans)) == length vlans;
 
   shares = map (
     tag:

@@ -83,61 +83,76 @@ let
     }
   );
 
+  # Made once: nothing of what the framework asks for goes into it.
+  module = python3Packages.buildPythonPackage (
+    common
+    // {
+      pname = "firn-python";
+      pyproject = true;
+      buildAndTestSubdir = "driver";
+      cargoDeps = rustPlatform.importCargoLock cargoLock;
+      nativeBuildInputs = [
+        rustPlatform.cargoSetupHook
+        rustPlatform.maturinBuildHook
+      ];
+      buildInputs = [ libcap_ng ];
+      dependencies = [
+        python3Packages.ipython
+        python3Packages.remote-pdb
+      ];
+      pythonImportsCheck = [
+        "firn"
+        "test_driver"
+      ];
+      # Its programs get what they need below.
+      dontWrapPythonPrograms = true;
+    }
+  );
+
   # It makes ext4 file systems on new disks, and reads screens.
   path = lib.makeBinPath ([ e2fsprogs ] ++ lib.optional enableOCR tesseract);
 in
-python3Packages.buildPythonApplication (
-  common
-  // {
-    pname = "firn";
-    pyproject = true;
-    buildAndTestSubdir = "driver";
-    cargoDeps = rustPlatform.importCargoLock cargoLock;
-    nativeBuildInputs = [
-      makeWrapper
-      rustPlatform.cargoSetupHook
-      rustPlatform.maturinBuildHook
-    ];
-    buildInputs = [ libcap_ng ];
-    dependencies = [
-      python3Packages.ipython
-      python3Packages.remote-pdb
-    ]
-    ++ extraPythonPackages python3Packages;
+python3Packages.buildPythonApplication {
+  pname = "firn";
+  inherit (common) version meta;
+  pyproject = false;
+  dontUnpack = true;
+  nativeBuildInputs = [ makeWrapper ];
+  dependencies = [ module ] ++ extraPythonPackages python3Packages;
 
-    pythonImportsCheck = [
-      "firn"
-      "test_driver"
-    ];
-    makeWrapperArgs = [
-      "--prefix"
-      "PATH"
-      ":"
-      path
-      "--set-default"
-      "FIRN_AGENT"
-      "${agent}/bin/firn-agent"
-    ];
-    postFixup = ''
-      buildPythonPath "$out $pythonPath"
-      makeWrapper ${command}/bin/firn $out/bin/firn \
-        --prefix PATH : ${path} \
-        --prefix PYTHONPATH : "$program_PYTHONPATH" \
-        --set-default FIRN_AGENT ${agent}/bin/firn-agent \
-        --set-default FIRN_PYTHON ${python3Packages.python.interpreter}
-    '';
+  installPhase = ''
+    runHook preInstall
+    install -D -m 755 -t $out/bin ${module}/bin/*
+    runHook postInstall
+  '';
+  makeWrapperArgs = [
+    "--prefix"
+    "PATH"
+    ":"
+    path
+    "--set-default"
+    "FIRN_AGENT"
+    "${agent}/bin/firn-agent"
+  ];
+  postFixup = ''
+    buildPythonPath "$out $pythonPath"
+    makeWrapper ${command}/bin/firn $out/bin/firn \
+      --prefix PATH : ${path} \
+      --prefix PYTHONPATH : "$program_PYTHONPATH" \
+      --set-default FIRN_AGENT ${agent}/bin/firn-agent \
+      --set-default FIRN_PYTHON ${python3Packages.python.interpreter}
+  '';
 
-    passthru = {
-      inherit agent;
-      # As `testers.runNixOSTest`, with firn.
-      runNixOSTest =
-        test:
-        testers.runNixOSTest {
-          imports = [
-            ./test-module.nix
-            test
-          ];
-        };
-    };
-  }
-)
+  passthru = {
+    inherit agent module;
+    # As `testers.runNixOSTest`, with firn.
+    runNixOSTest =
+      test:
+      testers.runNixOSTest {
+        imports = [
+          ./test-module.nix
+          test
+        ];
+      };
+  };
+}

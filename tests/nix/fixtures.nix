@@ -5,15 +5,15 @@ let
 
   inherit (import ./options.nix) storePath share defaults;
 
+  usualShares = (defaults "").sharedDirectories;
   port = address: port: { inherit address port; };
 
-  # Replaces options, one level deep in sets such as `qemu`.
+  # Replaces options, and those in these two sets one by one.
   with' =
     old: new:
     old
     // builtins.mapAttrs (
-      name: value:
-      if builtins.isAttrs value && name != "interfaces" then (old.${name} or { }) // value else value
+      name: value: if name == "qemu" || name == "directBoot" then old.${name} // value else value
     ) new;
 
   evaluate =
@@ -64,7 +64,7 @@ let
         };
       };
     };
-    shares.virtualisation.sharedDirectories = {
+    shares.virtualisation.sharedDirectories = usualShares // {
       home = share "$HOME/src" "/src";
       data = share ''"''${DATA:-/var/empty}"'' "/data";
       fixed = share "${storePath "source"}/tests" "/tests";
@@ -93,7 +93,7 @@ let
         useNixStoreImage = true;
         emptyDiskImages = [ 64 ];
         # `mountHostNixStore` is false then.
-        sharedDirectories = removeAttrs (defaults "").sharedDirectories [ "nix-store" ];
+        sharedDirectories = removeAttrs usualShares [ "nix-store" ];
       };
     };
     more-drives = {
@@ -172,7 +172,7 @@ let
     vlan-zero.virtualisation.vlans = [ 0 ];
     vlan-twice.virtualisation.interfaces.more.vlan = 1;
     shell-disk.virtualisation.diskImage = "$(mktemp)";
-    shell-share.virtualisation.sharedDirectories = {
+    shell-share.virtualisation.sharedDirectories = usualShares // {
       a = share "`pwd`" "/a";
       b = share "~/b" "/b";
       c = share "$1/c" "/c";

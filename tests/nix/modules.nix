@@ -123,9 +123,11 @@ in
     driver.pname == "firn"
     && builtins.elem "/numpy" driver.dependencies
     && !builtins.elem "/numpy" extended.firn.dependencies
+    # It is not built again for that.
+    && driver.module == extended.firn.module
     && builtins.elem "/e2fsprogs:/tesseract" driver.makeWrapperArgs
     && contains driver.postFixup " --set-default FIRN_AGENT /firn-agent/bin/firn-agent ";
-  package-has-the-sources = extended.firn.src == ../..;
+  package-has-the-sources = extended.firn.module.src == ../..;
   package-is-of-this-version =
     extended.firn.version == (lib.importTOML ../../Cargo.toml).workspace.package.version;
 

@@ -79,6 +79,7 @@ let
     };
     python3Packages = {
       buildPythonApplication = package;
+      buildPythonPackage = package;
       ipython = "/ipython";
       remote-pdb = "/remote-pdb";
       numpy = "/numpy";
