@@ -25,7 +25,8 @@ const MEMORY_MIB: u64 = 512;
 /// Fetches a file, serves it, and restarts when it was fetched.
 const SCRIPT: &str = r#"#!/bin/busybox sh
 export PATH=/bin
-busybox mkdir -p /proc /tmp
+busybox mkdir -p /dev /proc /tmp
+busybox mount -t devtmpfs devtmpfs /dev
 busybox mount -t proc proc /proc
 busybox mount -t tmpfs tmpfs /tmp
 while read -r module; do busybox insmod "$module"; done </etc/firn/modules
@@ -34,9 +35,13 @@ busybox ip link set eth0 up
 busybox ip addr add 10.0.2.15/24 dev eth0
 read -r arguments </proc/cmdline
 for argument in $arguments; do
-  case $argument in port=*) port=${argument#port=} ;; esac
+  case $argument in
+  port=*) port=${argument#port=} ;;
+  size=*) size=${argument#size=} ;;
+  esac
 done
-busybox wget -q -O /tmp/data "http://10.0.2.2:$port/"
+busybox dd if=/dev/zero of=/tmp/data bs=1048576 count=$size 2>/dev/null
+busybox wget -q -O /dev/null "http://10.0.2.2:$port/"
 busybox httpd -p 80 -h /tmp
 busybox wget -q -O /dev/null "http://10.0.2.2:$port/"
 busybox reboot -f
@@ -105,7 +110,7 @@ fn receive(port: u16) -> f64 {
 }
 
 fn cmdline(kit: &Kit, port: u16) -> String {
-    format!("{} port={port}", kit.manifest.cmdline)
+    format!("{} port={port} size={}", kit.manifest.cmdline, TRANSFER >> 20)
 }
 
 struct Firn {

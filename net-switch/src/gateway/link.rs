@@ -5,10 +5,12 @@ use std::net::IpAddr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use vm_memory::VolatileSlice;
+
 use super::GATEWAY_MAC;
-use super::wire::{ETHERNET, Envelope, Hop, IPV4, IPV6, MTU, Mac, finished, protocol};
-use crate::backlog::OwnedFrame;
+use super::wire::{ETHERNET, Envelope, Hop, IPV4, IPV6, MTU, Mac, protocol};
 use crate::lock;
+use crate::port::{Frame, Header};
 use crate::slot::Slot;
 
 /// Most addresses that are remembered. A guest has two or three; one that bridges others, some more.
@@ -49,8 +51,14 @@ impl Link {
     }
 
     /// Gives a frame to the guest's card. Without one, or without room, it is lost.
-    pub fn deliver(&self, mut frame: OwnedFrame) {
-        self.slot.call(|receiver| frame.lend(|frame| receiver.receive(frame)));
+    pub fn deliver(&self, header: Header, data: &mut [u8]) {
+        let data = [VolatileSlice::from(data)];
+        self.slot.call(|receiver| receiver.receive(&Frame { header, data: &data }));
+    }
+
+    /// Gives a frame on which nothing is left to do to the guest's card.
+    pub fn deliver_finished(&self, mut data: Vec<u8>) {
+        self.deliver(Header::default(), &mut data);
     }
 
     /// Sends a packet whose payload is complete, in fragments if it is too long for the link.
@@ -59,7 +67,7 @@ impl Link {
         if envelope.header_len() + payload.len() > MTU {
             self.send_fragments(hop, envelope, payload);
         } else if let Some(data) = envelope.frame(hop, payload) {
-            self.deliver(finished(data));
+            self.deliver_finished(data);
         }
     }
 
@@ -93,7 +101,7 @@ impl Link {
                 return;
             }
             data.extend(piece);
-            self.deliver(finished(data));
+            self.deliver_finished(data);
         }
     }
 }

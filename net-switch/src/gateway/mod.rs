@@ -48,7 +48,7 @@ use link::Link;
 use neighbour::ALL_NODES;
 use tcp::{Connections, Segment};
 use udp::Datagrams;
-use wire::{ArpRequest, Content, ETHERNET, Hop, Mac, Packet, finished, multicast_mac, protocol};
+use wire::{ArpRequest, Content, ETHERNET, Hop, Mac, Packet, multicast_mac, protocol};
 
 /// The address of the gateway, which is the host's loopback.
 pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
@@ -350,7 +350,7 @@ impl Inner {
         if !sender.is_unspecified() {
             self.link.learn(sender.into(), mac);
         }
-        self.link.deliver(finished(request.reply(GATEWAY_MAC)));
+        self.link.deliver_finished(request.reply(GATEWAY_MAC));
     }
 
     /// Takes a frame with an IP packet. `unsummed`: its checksum was left to the card.

@@ -4,9 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::wire::{ArpPacket, ArpRepr, EthernetAddress, Ipv4Packet, Ipv6Packet, UDP_HEADER_LEN};
 
-use crate::backlog::OwnedFrame;
 use crate::offload::{checksum, nonzero, sum};
-use crate::port::Header;
 
 /// An Ethernet address.
 pub(super) type Mac = [u8; 6];
@@ -315,11 +313,6 @@ pub(super) fn datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Option<
     payload.extend(data);
     complete(&Envelope::new(from.ip(), to.ip(), protocol::UDP), &mut payload, 6);
     Some(payload)
-}
-
-/// A frame on which nothing is left to do.
-pub(super) fn finished(data: Vec<u8>) -> OwnedFrame {
-    OwnedFrame { header: Header::default(), data }
 }
 
 /// A question by ARP for an IPv4 address, or somebody telling his own.

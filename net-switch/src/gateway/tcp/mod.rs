@@ -18,7 +18,7 @@ use super::icmp::Reason;
 use super::route::Target;
 use super::wire::{ETHERNET, Envelope, Mac, Packet, protocol};
 use super::{Inner, Protocol};
-use stack::Stack;
+use stack::{Buffers, Stack};
 pub(super) use table::Connections;
 use table::{Entry, Key};
 
@@ -126,7 +126,8 @@ impl Inner {
     async fn accept(self: &Arc<Self>, entry: Entry, mac: Mac, syn: &[u8], stream: TcpStream) {
         // What came meanwhile was the same again.
         entry.inbox.clear();
-        let stack = Stack::accept(Arc::clone(self), &entry, mac, syn);
+        let Some(mut buffers) = buffers(&entry, &stream) else { return };
+        let stack = Stack::accept(Arc::clone(self), entry.key, &mut buffers, mac, syn);
         relay::relay(entry, stack, stream).await;
     }
 
@@ -157,7 +158,8 @@ impl Inner {
         let mac = self.link.neighbour(guest.ip());
         let inner = Arc::clone(self);
         self.runtime.spawn(async move {
-            let stack = Stack::connect(inner, &entry, mac);
+            let Some(mut buffers) = buffers(&entry, &stream) else { return };
+            let stack = Stack::connect(inner, entry.key, &mut buffers, mac);
             relay::relay(entry, stack, stream).await;
         });
     }
@@ -194,6 +196,16 @@ impl Inner {
         let envelope = Envelope::new(remote.ip(), guest.ip(), protocol::TCP);
         self.link.send(mac, &envelope, &payload);
     }
+}
+
+/// The connection's buffers; without memory for them the host's side is reset.
+fn buffers(entry: &Entry, stream: &TcpStream) -> Option<Buffers> {
+    let buffers = Buffers::new(entry.buffer);
+    if let Err(error) = &buffers {
+        tracing::warn!(guest = %entry.key.guest, %error, "no memory for a connection");
+        relay::reset(stream);
+    }
+    buffers.ok()
 }
 
 /// Connects to the first address that takes a connection.

@@ -26,7 +26,7 @@ struct Host {
 }
 
 /// Serves a connection until it ends.
-pub(super) async fn relay(mut entry: Entry, mut stack: Stack, stream: TcpStream) {
+pub(super) async fn relay(mut entry: Entry, mut stack: Stack<'_>, stream: TcpStream) {
     // Whoever sends small pieces wants them sent; the guest's own stack has waited enough.
     let _ = stream.set_nodelay(true);
     let mut host = Host { stream, ended: false, told: false };
@@ -68,7 +68,7 @@ pub(super) fn reset(stream: &TcpStream) {
 
 impl Host {
     /// What has to happen on the host's side before bytes can move.
-    fn interest(&self, stack: &Stack) -> Option<Interest> {
+    fn interest(&self, stack: &Stack<'_>) -> Option<Interest> {
         let reads = (!self.ended && stack.has_room()).then_some(Interest::READABLE);
         let writes = stack.has_bytes().then_some(Interest::WRITABLE);
         match (reads, writes) {
@@ -78,7 +78,7 @@ impl Host {
     }
 
     /// Moves what can be moved.
-    fn exchange(&mut self, stack: &mut Stack) -> io::Result<()> {
+    fn exchange(&mut self, stack: &mut Stack<'_>) -> io::Result<()> {
         while stack.has_bytes() {
             let written = stack.take_bytes(|bytes| self.stream.try_write(bytes));
             match written {

@@ -1,7 +1,8 @@
 //! The guest's side of one connection: smoltcp with a single socket.
 //!
 //! A stack of its own for each connection costs two kilobytes and makes the work for a segment the
-//! same however many connections there are.
+//! same however many connections there are. Its buffers are mapped: only what is used of them takes up
+//! memory, and when the connection ends it is the system's again.
 //!
 //! Segmentation is left to the card: the stack is told that the guest takes segments of nearly
 //! 64 KiB, and frames carry the size that the guest really asked for.
@@ -11,14 +12,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant as Clock;
 
+use memmap2::MmapMut;
 use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{HardwareAddress, IpCidr, TcpPacket};
 
-use super::table::{Connection, Key};
-use crate::backlog::OwnedFrame;
+use super::table::Key;
 use crate::gateway::wire::{ETHERNET, Envelope, Hop, MTU, Mac, Packet, partial_checksum, protocol};
 use crate::gateway::{GATEWAY_MAC, Inner};
 use crate::port::Header;
@@ -49,20 +50,40 @@ pub(super) enum Phase {
     Ended,
 }
 
+/// The buffers of a connection.
+pub(super) struct Buffers(MmapMut);
+
+impl Buffers {
+    /// Buffers of `size` bytes.
+    ///
+    /// # Errors
+    /// There is no memory left.
+    pub fn new(size: usize) -> io::Result<Self> {
+        // One for each direction.
+        MmapMut::map_anon(2 * size).map(Self)
+    }
+}
+
 /// The guest's side of a connection.
-pub(super) struct Stack {
+pub(super) struct Stack<'a> {
     interface: Interface,
-    sockets: SocketSet<'static>,
+    sockets: SocketSet<'a>,
     socket: SocketHandle,
     cable: Cable,
     started: Clock,
 }
 
-impl Stack {
+impl<'a> Stack<'a> {
     /// Answers the guest's `syn`.
-    pub fn accept(inner: Arc<Inner>, connection: &Connection, mac: Mac, syn: &[u8]) -> Self {
-        let mut stack = Self::new(inner, connection, mac);
-        let remote = connection.key.remote;
+    pub fn accept(
+        inner: Arc<Inner>,
+        key: Key,
+        buffers: &'a mut Buffers,
+        mac: Mac,
+        syn: &[u8],
+    ) -> Self {
+        let mut stack = Self::new(inner, key, buffers, mac);
+        let remote = key.remote;
         // Fails if the port is zero or the socket is open: neither is so.
         let _ = stack.socket().listen((remote.ip(), remote.port()));
         stack.input(syn.to_vec());
@@ -70,9 +91,9 @@ impl Stack {
     }
 
     /// Connects to the guest.
-    pub fn connect(inner: Arc<Inner>, connection: &Connection, mac: Mac) -> Self {
-        let mut stack = Self::new(inner, connection, mac);
-        let Key { guest, remote } = connection.key;
+    pub fn connect(inner: Arc<Inner>, key: Key, buffers: &'a mut Buffers, mac: Mac) -> Self {
+        let mut stack = Self::new(inner, key, buffers, mac);
+        let Key { guest, remote } = key;
         let socket = stack.sockets.get_mut::<Socket>(stack.socket);
         let ends = |end: SocketAddr| (end.ip(), end.port());
         // A socket that could not connect is closed, which ends the connection.
@@ -80,15 +101,15 @@ impl Stack {
         stack
     }
 
-    fn new(inner: Arc<Inner>, connection: &Connection, mac: Mac) -> Self {
-        let own = connection.key.remote.ip();
+    fn new(inner: Arc<Inner>, key: Key, buffers: &'a mut Buffers, mac: Mac) -> Self {
+        let own = key.remote.ip();
         let hop = Hop { source: GATEWAY_MAC, destination: mac };
         let header = hop.header(own);
-        let mut cable = Cable { inner, header, input: None, mss: DEFAULT_MSS };
+        let (input, output) = (None, Vec::new());
+        let mut cable = Cable { inner, header, input, output, mss: DEFAULT_MSS };
         let mut config = Config::new(HardwareAddress::Ip);
         // Sequence numbers that nobody can guess; without entropy, still others each time.
-        config.random_seed =
-            getrandom::u64().unwrap_or_else(|_| u64::from(connection.key.guest.port()));
+        config.random_seed = getrandom::u64().unwrap_or_else(|_| u64::from(key.guest.port()));
         let mut interface = Interface::new(config, &mut cable, Instant::ZERO);
         interface.update_ip_addrs(|addresses| {
             let bits = if own.is_ipv4() { 32 } else { 128 };
@@ -100,8 +121,9 @@ impl Stack {
             IpAddr::V4(own) => interface.routes_mut().add_default_ipv4_route(own),
             IpAddr::V6(own) => interface.routes_mut().add_default_ipv6_route(own),
         };
-        let buffer = || SocketBuffer::new(vec![0; connection.buffer]);
-        let mut socket = Socket::new(buffer(), buffer());
+        let half = buffers.0.len() / 2;
+        let (receive, send) = buffers.0.split_at_mut(half);
+        let mut socket = Socket::new(SocketBuffer::new(receive), SocketBuffer::new(send));
         // Each round of work acknowledges all that came before it.
         socket.set_ack_delay(None);
         socket.set_nagle_enabled(false);
@@ -116,11 +138,11 @@ impl Stack {
         Instant::from_micros(i64::try_from(elapsed.as_micros()).unwrap_or(i64::MAX))
     }
 
-    fn socket(&mut self) -> &mut Socket<'static> {
+    fn socket(&mut self) -> &mut Socket<'a> {
         self.sockets.get_mut(self.socket)
     }
 
-    fn peek(&self) -> &Socket<'static> {
+    fn peek(&self) -> &Socket<'a> {
         self.sockets.get(self.socket)
     }
 
@@ -140,6 +162,8 @@ impl Stack {
         while self.interface.poll_egress(now, &mut self.cable, &mut self.sockets)
             != PollResult::None
         {}
+        // Most connections are idle for most of their life.
+        self.cable.output = Vec::new();
     }
 
     /// When [`Self::output`] has something to do although nothing happens.
@@ -226,6 +250,8 @@ struct Cable {
     /// The Ethernet header of frames to the guest.
     header: [u8; ETHERNET],
     input: Option<Vec<u8>>,
+    /// Where frames are put together: as long as the longest of a round.
+    output: Vec<u8>,
     /// The largest segment that the guest takes.
     mss: u16,
 }
@@ -267,19 +293,25 @@ struct Sender<'a>(&'a mut Cable);
 
 impl smoltcp::phy::TxToken for Sender<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
-        let mut data = Vec::with_capacity(ETHERNET + length);
-        data.extend(self.0.header);
-        data.resize(ETHERNET + length, 0);
-        let result = f(&mut data[ETHERNET..]);
-        self.0.send(data);
+        let Self(cable) = self;
+        let length = ETHERNET + length;
+        if cable.output.len() < length {
+            cable.output.resize(length, 0);
+        }
+        let (head, packet) = cable.output[..length].split_at_mut(ETHERNET);
+        head.copy_from_slice(&cable.header);
+        let result = f(packet);
+        cable.send(length);
         result
     }
 }
 
 impl Cable {
-    /// Sends a frame with a segment of smoltcp's, and leaves to the card what cards do.
-    fn send(&self, mut data: Vec<u8>) {
-        let Some((transport, envelope)) = transport(&data) else { return };
+    /// Sends the frame with a segment of smoltcp's that is in the first `length` bytes of
+    /// [`Self::output`], and leaves to the card what cards do.
+    fn send(&mut self, length: usize) {
+        let data = &mut self.output[..length];
+        let Some((transport, envelope)) = transport(data) else { return };
         let Ok(segment) = TcpPacket::new_checked(&mut data[transport..]) else { return };
         let headers = transport + usize::from(segment.header_len());
         let syn = segment.syn();
@@ -302,7 +334,7 @@ impl Cable {
             header.gso_size = self.mss;
             header.hdr_len = u16::try_from(headers).unwrap_or(u16::MAX);
         }
-        self.inner.link.deliver(OwnedFrame { header, data });
+        self.inner.link.deliver(header, data);
     }
 }
 

@@ -184,28 +184,45 @@ impl Guest {
 
     /// A TCP socket with buffers of `size` bytes.
     pub fn tcp(&mut self, size: usize) -> SocketHandle {
-        let buffer = || tcp::SocketBuffer::new(vec![0; size]);
+        // Not zero, so that it takes up its memory now.
+        let buffer = || tcp::SocketBuffer::new(vec![1; size]);
         self.sockets.add(tcp::Socket::new(buffer(), buffer()))
     }
 
     /// Begins to connect.
     pub fn begin(&mut self, to: SocketAddr) -> SocketHandle {
         let handle = self.tcp(256 << 10);
+        self.begin_by(handle, to);
+        handle
+    }
+
+    fn begin_by(&mut self, handle: SocketHandle, to: SocketAddr) {
         let port = self.port();
         let socket = self.sockets.get_mut::<tcp::Socket>(handle);
         let context = self.interface.context();
         socket.connect(context, (to.ip(), to.port()), port).unwrap();
-        handle
     }
 
     /// Connects; `None` if that is refused.
     #[track_caller]
     pub fn connect(&mut self, to: SocketAddr) -> Option<SocketHandle> {
         let handle = self.begin(to);
+        self.connected(handle).then_some(handle)
+    }
+
+    /// Connects by a socket that is there.
+    #[track_caller]
+    pub fn connect_by(&mut self, handle: SocketHandle, to: SocketAddr) {
+        self.begin_by(handle, to);
+        assert!(self.connected(handle));
+    }
+
+    #[track_caller]
+    fn connected(&mut self, handle: SocketHandle) -> bool {
         self.until(|sockets| match sockets.get::<tcp::Socket>(handle).state() {
-            tcp::State::Closed => Some(None),
+            tcp::State::Closed => Some(false),
             tcp::State::SynSent => None,
-            _ => Some(Some(handle)),
+            _ => Some(true),
         })
     }
 

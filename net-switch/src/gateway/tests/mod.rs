@@ -4,6 +4,7 @@ mod datagrams;
 mod forwards;
 mod guest;
 mod hostile;
+mod memory;
 mod tcp;
 
 use std::io::{Read, Write};
