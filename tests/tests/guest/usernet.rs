@@ -1,17 +1,23 @@
 //! The user network: the guest and programs of the host reach each other.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::thread;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use firn::Machine;
 use firn_tests::{noise, with_machines};
+use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// The size of what is transferred: odd, so that nothing comes out even.
+const TRANSFER: usize = 100 << 20 | 1;
+/// Connections at once.
+const MANY: usize = 1000;
 
 async fn output(machine: &Machine, command: &str) -> String {
     machine.succeed(&[command], None).await.unwrap().trim().to_owned()
@@ -125,6 +131,21 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+async fn datagrams_go_both_ways(machine: &Machine) {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = socket.local_addr().unwrap().port();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let server = thread::spawn(move || {
+        let mut buffer = [0; 100];
+        let (length, peer) = socket.recv_from(&mut buffer).unwrap();
+        socket.send_to(b"pong\n", peer).unwrap();
+        buffer[..length].to_vec()
+    });
+    let ask = format!("exec 3<>/dev/udp/10.0.2.2/{port}; echo ping >&3; head -c 5 <&3");
+    assert_eq!(output(machine, &ask).await, "pong");
+    assert_eq!(server.join().unwrap(), b"ping\n");
+}
+
 #[test]
 fn a_guest_that_restarts_leaves_nothing_behind() {
     with_machines("[nodes.m]", async |driver| {
@@ -153,4 +174,148 @@ fn a_guest_that_restarts_leaves_nothing_behind() {
         assert_eq!(output(machine, &format!("nc 10.0.2.2 {port} </dev/null")).await, "hello");
         server.join().unwrap();
     });
+}
+
+/// Runs a test of this file that is marked as ignored in a network namespace where there is nothing but loopback.
+fn in_a_namespace(test: &str) {
+    let mut unshare = Command::new("unshare");
+    // Users need a user namespace as well; root might be in a chroot, where there can be none.
+    unshare.arg("--net").args((!geteuid().is_root()).then_some("--map-root-user"));
+    unshare.args(["sh", "-c", "ip link set lo up && exec \"$@\"", "sh"]);
+    unshare.arg(std::env::current_exe().unwrap());
+    unshare.args(["--ignored", "--exact", "--nocapture", test]);
+    let output = unshare.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    text.lines().filter(|line| line.starts_with("figure: ")).for_each(|line| eprintln!("{line}"));
+}
+
+#[test]
+fn it_works_on_a_host_without_a_network() {
+    in_a_namespace("usernet::a_system_and_a_restricted_one");
+}
+
+#[test]
+#[ignore = "it_works_on_a_host_without_a_network runs it where there is no network"]
+fn a_system_and_a_restricted_one() {
+    let (chosen, before) = listener();
+    // Hardly anybody takes it in between, least of all in a namespace of its own.
+    drop(chosen);
+    let nodes = format!(
+        "[nodes.open]\nkit = 'systemd'\n[[nodes.open.forward_ports]]\nhost.port = {before}\nguest.port = 80\n\
+         [nodes.shut]\nrestrict_network = true"
+    );
+    with_machines(&nodes, async |driver| {
+        driver.start_all().await.unwrap();
+        let [open, shut] = driver.machines() else { panic!("two machines") };
+        has_its_lease_when_online(open).await;
+        let data = noise(TRANSFER);
+        let port = serve(data.clone());
+        fetches_from_the_host(open, port, &data).await;
+        for port in [before, open.forward_port(0, 80).await.unwrap()] {
+            let got = fetch(port, "/data").await;
+            assert!(got == data, "{} of {TRANSFER} bytes, or others", got.len());
+        }
+        datagrams_go_both_ways(open).await;
+        no_names_without_a_network(open).await;
+        many_connections(open).await;
+
+        shut.fail(&[&format!("wget -q -O - http://10.0.2.2:{port}/")], None).await.unwrap();
+        output(shut, "echo inside > /tmp/word; httpd -p 80 -h /tmp >/dev/null 2>&1").await;
+        let port = shut.forward_port(0, 80).await.unwrap();
+        assert_eq!(fetch(port, "/word").await, b"inside\n");
+    });
+}
+
+async fn has_its_lease_when_online(machine: &Machine) {
+    let at_once = "systemctl start network-online.target && ip -4 -o addr show eth0 && ip route";
+    let state = output(machine, at_once).await;
+    assert!(state.contains("10.0.2.15/24"), "{state}");
+    assert!(state.contains("default via 10.0.2.2 dev eth0 proto dhcp"), "{state}");
+}
+
+async fn fetches_from_the_host(machine: &Machine, port: u16, data: &[u8]) {
+    output(machine, "mkdir /tmp/web").await;
+    let fetch = format!("curl -sS -o /tmp/web/data http://10.0.2.2:{port}/");
+    output(machine, &fetch).await;
+    let sum = output(machine, "sha256sum </tmp/web/data").await;
+    assert_eq!(sum.split(' ').next(), Some(hex(&Sha256::digest(data)).as_str()));
+    output(machine, "systemd-run -q python3 -m http.server 80 -d /tmp/web").await;
+    machine.wait_for_open_port(80, "localhost", PATIENCE).await.unwrap();
+}
+
+/// There is nobody to ask, and that is said at once.
+async fn no_names_without_a_network(machine: &Machine) {
+    let began = Instant::now();
+    machine.fail(&["getent hosts name.example"], None).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
+/// Opens them all, then says a number on each and reads it back.
+const OPEN_MANY: &str = r#"
+ulimit -n 4096
+fds=()
+for i in $(seq MANY); do
+  exec {fd}<>/dev/tcp/10.0.2.2/PORT
+  fds+=("$fd")
+  echo "$i" >&"$fd"
+done
+sum=0
+for fd in "${fds[@]}"; do
+  read -r number <&"$fd"
+  sum=$((sum + number))
+  exec {fd}>&-
+done
+echo "$sum"
+"#;
+
+async fn many_connections(machine: &Machine) {
+    let before = own_memory();
+    let (host, port) = listener();
+    let server = serve_many(host);
+    let script = OPEN_MANY.replace("MANY", &MANY.to_string()).replace("PORT", &port.to_string());
+    let sum = output(machine, &script).await;
+    assert_eq!(sum, (MANY * (MANY + 1) / 2).to_string());
+    let during = tokio::task::spawn_blocking(|| server.join().unwrap()).await.unwrap();
+    // The gateway hears of the last ends a moment later.
+    let began = Instant::now();
+    while own_memory() > before + (4 << 10) {
+        let now = own_memory();
+        assert!(began.elapsed() < PATIENCE, "{before} KiB before, {now} KiB after");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let after = own_memory();
+    eprintln!(
+        "figure: {MANY} connections: {before} KiB before, {during} KiB during, {after} KiB after"
+    );
+}
+
+/// Takes all connections before it answers any. Returns what the process has in memory then.
+fn serve_many(host: TcpListener) -> JoinHandle<u64> {
+    thread::spawn(move || {
+        let streams: Vec<_> = (0..MANY).map(|_| host.accept().unwrap().0).collect();
+        let memory = own_memory();
+        for mut stream in streams {
+            let mut line = String::new();
+            BufReader::new(&stream).read_line(&mut line).unwrap();
+            stream.write_all(line.as_bytes()).unwrap();
+        }
+        memory
+    })
+}
+
+/// What this process has in memory without that of guests, in KiB.
+fn own_memory() -> u64 {
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let value = |line: &str| -> u64 { line.split_whitespace().nth(1).unwrap().parse().unwrap() };
+    let (mut guest, mut sum) = (false, 0);
+    for line in maps.lines() {
+        if line.starts_with("Size:") {
+            // No other mapping is nearly as large.
+            guest = value(line) >= 512 << 10;
+        } else if line.starts_with("Rss:") && !guest {
+            sum += value(line);
+        }
+    }
+    sum
 }
