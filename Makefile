@@ -3,6 +3,7 @@
 # make conformance  the NixOS test driver's API, case by case, and README's table of it
 # make lint    formatting, clippy, mypy, ruff, nixfmt
 # make bench   what a boot costs, in instructions, counted in the carrier; how fast the user network is
+# make fuzz    a million hostile inputs for each fuzz target; RUNS=N for another number
 # make clean   removes what was built here; kits stay in ~/.cache/firn
 
 SHELL := /bin/bash -o pipefail
@@ -14,7 +15,9 @@ NIX := $(wildcard flake.nix nix/*.nix nix/*/*.nix tests/nix/*.nix)
 RUN_IN = FIRN_AGENT="$(abspath $(VENV)/firn-agent)" \
 	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(abspath $(FIRN)) carrier exec $(1) --"
 
-.PHONY: demo test conformance lint bench clean build setup kit
+RUNS = 1000000
+
+.PHONY: fuzz demo test conformance lint bench clean build setup kit
 
 demo: kit
 	$(FIRN) test tests/examples/ping/test.toml
@@ -30,6 +33,9 @@ test: kit
 
 conformance: kit
 	$(VENV)/python tests/conformance/conformance.py run --write
+
+fuzz: setup
+	BOLERO_RANDOM_ITERATIONS=$(RUNS) cargo test --release -p firn-fuzz
 
 bench: kit
 	$(FIRN) bench boot --runs 3 --compare qemu-q35,qemu-microvm --output tests/bench/results
