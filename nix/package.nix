@@ -30,9 +30,10 @@ let
         ../driver
         ../guest-agent
         ../net-switch
-        # A member of the workspace, so cargo wants to read it.
+        # Members of the workspace, so cargo wants to read them.
         ../tests/Cargo.toml
         ../tests/benches
+        ../tests/fuzz
         ../tests/src
         ../tests/tests
         ../vmm

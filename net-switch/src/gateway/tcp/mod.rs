@@ -20,6 +20,8 @@ use super::wire::{ETHERNET, Envelope, Mac, Packet, protocol};
 use super::{Inner, Protocol};
 use stack::{Buffers, Stack};
 pub(super) use table::Connections;
+#[cfg(test)]
+pub(super) use table::MAX_HALF_OPEN;
 use table::{Entry, Key};
 
 /// How long the host may try to connect: what hosts of BSD descent wait. The guest, which has heard

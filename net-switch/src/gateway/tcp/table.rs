@@ -15,7 +15,7 @@ use crate::lock;
 /// Most connections.
 pub(super) const MAX_CONNECTIONS: usize = 4096;
 /// Most connections that one side has not answered yet.
-pub(super) const MAX_HALF_OPEN: usize = 512;
+pub(in crate::gateway) const MAX_HALF_OPEN: usize = 512;
 /// Bytes of buffers that connections share out. When they are gone, further ones get the least.
 const BUDGET: usize = 256 << 20;
 /// Each connection takes this part of what is left of the budget.

@@ -180,6 +180,39 @@ fn names_are_asked_of_the_hosts_resolvers() {
 }
 
 #[test]
+fn the_longest_answers_arrive_and_those_too_short_are_passed_over() {
+    let resolver = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let resolvers = Some(vec![resolver.local_addr().unwrap()]);
+    let mut guest = Guest::new(GatewaySpec { resolvers, ..GatewaySpec::default() });
+    // The longest that a datagram can have: the guest gets all of it.
+    let longest = [b"\x12\x34\x81\x80", &noise(65_503)[..]].concat();
+    let expected = longest.clone();
+    let server = thread::spawn(move || {
+        let (_, peer) = receive(&resolver);
+        resolver.send_to(&longest, peer).unwrap();
+        // To the next question: shorter than a header, and empty; then the answer.
+        let (_, peer) = receive(&resolver);
+        for answer in [&b""[..], b"\x12\x34\x81", b"\x12\x34\x81\x80 and so on"] {
+            resolver.send_to(answer, peer).unwrap();
+        }
+    });
+    let socket = guest.udp(4000);
+    guest.send_to(socket, QUERY, (DNS_V4, 53).into());
+    guest.until(|_| Some(()));
+    let mut reassembly = Reassembly::default();
+    let (_, payload) = std::iter::from_fn(|| guest.cable.card.find(|f| f.get(23) == Some(&17)))
+        .find_map(|frame| {
+            let packet = Packet::parse(&frame[14..]).unwrap();
+            reassembly.add(&packet, packet.fragment.unwrap(), Instant::now())
+        })
+        .unwrap();
+    assert!(payload[8..] == expected);
+    guest.send_to(socket, QUERY, (DNS_V4, 53).into());
+    assert_eq!(guest.receive_from(socket).0, b"\x12\x34\x81\x80 and so on");
+    server.join().unwrap();
+}
+
+#[test]
 fn without_a_resolver_questions_fail_at_once() {
     let closed = SocketAddr::from((Ipv4Addr::LOCALHOST, closed_udp_port()));
     for resolvers in [vec![], vec![closed]] {

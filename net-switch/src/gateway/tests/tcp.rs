@@ -1,11 +1,12 @@
 use std::cell::Cell;
 use std::io::ErrorKind;
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 
 use smoltcp::socket::tcp::{Socket, State};
 
 use super::guest::syn;
 use super::*;
+use crate::gateway::tcp::MAX_HALF_OPEN;
 
 /// Odd, and more than fits into all buffers together.
 const LARGE: usize = 6 << 20 | 1;
@@ -157,7 +158,7 @@ fn a_flood_of_syns_is_bounded() {
         }
     }
     let stats = guest.gateway().stats();
-    assert!(stats.connections <= 512, "{stats:?}");
+    assert!(stats.connections <= MAX_HALF_OPEN, "{stats:?}");
     assert!(stats.reserved <= 512 << 20, "{stats:?}");
     guest.gateway().detach();
     let began = Instant::now();
@@ -165,6 +166,52 @@ fn a_flood_of_syns_is_bounded() {
         assert!(began.elapsed() < PATIENCE, "{:?}", guest.gateway());
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[test]
+fn connections_that_the_guest_never_answers_are_bounded() {
+    const COUNT: usize = 700;
+    let guest = Guest::new(GatewaySpec::default());
+    let loopback = (Ipv4Addr::LOCALHOST, 0).into();
+    let spec = forward(Side::Host, Protocol::Tcp, loopback, (GUEST_V4, 80).into());
+    let bound = guest.runtime.block_on(guest.gateway().forward(spec)).unwrap();
+    // All are taken from the listener: more than may be half open are reset at once.
+    let (mut waiting, mut reset) = (Vec::new(), 0);
+    for _ in 0..COUNT {
+        waiting.push(TcpStream::connect(bound).unwrap());
+        while guest.cable.card.next(Duration::ZERO).is_some() {}
+    }
+    let began = Instant::now();
+    while waiting.len() > MAX_HALF_OPEN {
+        assert!(began.elapsed() < PATIENCE, "{} still wait", waiting.len());
+        waiting.retain_mut(|stream| {
+            stream.set_nonblocking(true).unwrap();
+            let error = stream.read(&mut [0]).unwrap_err();
+            reset += usize::from(error.kind() == ErrorKind::ConnectionReset);
+            error.kind() == ErrorKind::WouldBlock
+        });
+    }
+    assert_eq!((waiting.len(), reset), (MAX_HALF_OPEN, COUNT - MAX_HALF_OPEN));
+    assert_eq!(guest.gateway().stats().connections, MAX_HALF_OPEN);
+    // The others hear when the guest goes.
+    guest.gateway().detach();
+    for mut stream in waiting {
+        stream.set_nonblocking(false).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+}
+
+#[test]
+fn a_listener_that_dies_takes_its_connections_along() {
+    let mut guest = Guest::new(GatewaySpec::default());
+    let (host, address) = listener();
+    // Made by the system, and never accepted.
+    let socket = guest.connect(address).expect("somebody listens");
+    guest.send(socket, &noise(100_000));
+    drop(host);
+    guest.state(socket, State::Closed);
+    assert_eq!(guest.connect(address), None, "nobody listens any more");
+    settles(&mut guest);
 }
 
 #[test]
