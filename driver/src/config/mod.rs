@@ -14,7 +14,7 @@ mod expand;
 mod file;
 mod machine_file;
 mod network;
-mod qemu;
+pub(crate) mod qemu;
 mod report;
 
 pub use expand::Variables;

@@ -84,7 +84,7 @@ pub(super) fn net_options(text: &str) -> Result<NetOptions, Foreign> {
 }
 
 /// Reads `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`.
-fn forward(rule: &str) -> Option<Forward> {
+pub(crate) fn forward(rule: &str) -> Option<Forward> {
     let (protocol, rest) = rule.split_once(':')?;
     let protocol = match protocol {
         "tcp" | "" => Protocol::Tcp,

@@ -57,7 +57,14 @@ impl Machine {
         let failed = |source| self.network_error("cannot start its user network", source);
         let gateway = Gateway::new(spec).await.map_err(failed)?;
         for forward in &network.forwards {
-            let bound = gateway.forward(*forward).await.map_err(failed)?;
+            let bound = match gateway.forward(*forward).await {
+                Ok(bound) => bound,
+                Err(error) => {
+                    // So that the ports that it has got are free on return.
+                    gateway.close().await;
+                    return Err(failed(error));
+                }
+            };
             if forward.host.port() == 0 {
                 let guest = forward.guest;
                 self.log(format_args!("{bound} leads to {} port {guest}", forward.protocol));

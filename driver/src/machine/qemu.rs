@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::Machine;
+use crate::config;
 use crate::error::{End, MachineError, Result};
 use crate::retry::timed_out;
 
@@ -17,6 +18,7 @@ const MAX_EVENTS: usize = 1000;
 const HELP: &str = "\
 cont -- resume emulation
 help -- show this help
+hostfwd_add [tcp|udp]:[HOST]:PORT-[GUEST]:PORT -- forward a port of the host to the guest
 info name|status -- show the machine's name, or whether it runs
 quit -- end the machine at once
 set_link name on|off -- plug or pull a network card's cable; virtio-net-pci.1 is the first vlan's
@@ -84,6 +86,13 @@ impl Machine {
             ["system_powerdown"] => self.power_down().await?,
             ["set_link", card, "on"] => self.set_card(card, true)?,
             ["set_link", card, "off"] => self.set_card(card, false)?,
+            // Its first word may name a network; there is only one that can.
+            ["hostfwd_add", .., rule] => {
+                let forward = config::qemu::forward(rule).ok_or_else(|| {
+                    usage("hostfwd_add needs `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`")
+                })?;
+                self.forward(forward).await?;
+            }
             _ => return Err(self.no_command(command)),
         }
         Ok(String::new())

@@ -84,11 +84,32 @@ fn the_first_card_leads_to_the_host_and_back() {
         assert!(fs::read(machine.shared_dir().join("data")).unwrap() == data);
         let port = machine.forward_port(0, 80).await.unwrap();
         assert!(fetch(port, "/data").await == data);
+        // As QEMU's monitor has it; the port was free a moment ago.
+        let free = listener().1;
+        let add = format!("hostfwd_add net0 tcp::{free}-:80");
+        machine.send_monitor_command(&add).await.unwrap();
+        assert!(fetch(free, "/data").await == data);
+        machine.send_monitor_command("hostfwd_add tcp::80").await.unwrap_err();
         let error = machine.forward_port(port, 80).await.unwrap_err();
         assert!(firn::error::chain(&error).contains(&port.to_string()), "{error}");
         machine.shutdown().await.unwrap();
         // Free again.
         TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+    });
+}
+
+#[test]
+fn a_machine_whose_port_is_taken_does_not_start_and_keeps_none() {
+    let (_taken, port) = listener();
+    let (free, other) = listener();
+    drop(free);
+    let forward =
+        |port| format!("[[nodes.m.forward_ports]]\nhost.port = {port}\nguest.port = 80\n");
+    with_machines(&format!("[nodes.m]\n{}{}", forward(other), forward(port)), async |driver| {
+        let error = driver.machines()[0].start(false).await.unwrap_err();
+        let text = firn::error::chain(&error);
+        assert!(text.contains(&format!("TCP port {port} of 127.0.0.1")), "{text}");
+        TcpListener::bind((Ipv4Addr::LOCALHOST, other)).expect("what it had got is free again");
     });
 }
 
