@@ -28,8 +28,8 @@ impl Report {
     pub fn chart(&self) -> io::Result<String> {
         let (unit, scale) = self.unit.shown();
         let longest = self.rows.iter().map(|row| row.total.median).max().unwrap_or(1).max(1);
-        let width = (NAMES + BARS + NUMBERS).to_string();
-        let height = (HEADING + STEP * (self.rows.len() as u64)).to_string();
+        let size = (NAMES + BARS + NUMBERS, HEADING + STEP * (self.rows.len() as u64));
+        let (width, height) = (size.0.to_string(), size.1.to_string());
         let mut writer = Writer::new_with_indent(Cursor::new(Vec::new()), b' ', 1);
         writer
             .create_element("svg")
@@ -41,7 +41,7 @@ impl Report {
                 ("font-size", "14"),
             ])
             .write_inner_content(|writer| {
-                rect(writer, (0, 0), (NAMES + BARS + NUMBERS, HEADING + STEP * 100), "#ffffff")?;
+                rect(writer, (0, 0), size, "#ffffff")?;
                 let title = format!("A boot from exec to exit, in {unit}: less is better");
                 text(writer, (12, 24), "start", &title)?;
                 for (at, colour, what) in

@@ -48,6 +48,7 @@ Examples:
   firn test tests/examples/ping/test.toml
   firn test -o results my-test.toml    files that the script keeps go to results/
   firn carrier exec -- cargo test      run a command where KVM works
+  firn bench boot                      what does a boot cost?
 
 A test is a TOML file:
   name = \"ping\"
