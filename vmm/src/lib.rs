@@ -10,7 +10,7 @@ pub mod bus;
 pub mod device;
 pub mod error;
 mod event_loop;
-mod interrupt;
+pub mod interrupt;
 pub mod memory;
 pub mod probe;
 pub mod spec;
