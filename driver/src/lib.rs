@@ -15,6 +15,7 @@ pub mod machine;
 mod python;
 pub mod retry;
 pub mod scratch;
+pub mod ssh;
 mod terminal;
 pub mod vlan;
 

@@ -101,8 +101,8 @@ class Driver:
 
     def _show_backdoor(self) -> None:
         self.logger.info("SSH backdoor enabled, the machines can be accessed like this:")
-        for name, socket in sorted(self._run.vsock_sockets.items()):
-            self.logger.info(f"    {name}:  ssh -o User=root vsock-mux/{socket}")
+        for machine in sorted(self.machines, key=lambda machine: machine.name):
+            self.logger.info(f"    {machine.name}:  {machine.ssh_backdoor_command()}")
 
     @property
     def out_dir(self) -> Path:

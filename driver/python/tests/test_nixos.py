@@ -331,16 +331,22 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
 
     def test_vsocks(self) -> None:
         """The ssh backdoor is said, and scripts find the sockets."""
-        script = "print(driver.vhost_vsock.sockets['machine'].host)\n"
+        script = (
+            "print(driver.vhost_vsock.sockets['machine'].host)\n"
+            "print(machine.ssh_backdoor_command(1))\n"
+        )
         socket_path = self.state / "vm-state-machine/vsock"
-        line = f"    machine:  ssh -o User=root vsock-mux/{socket_path}\n"
+        proxy = Path("/usr/lib/systemd/systemd-ssh-proxy")
+        ssh = "ssh -o User=root vsock-mux/" if proxy.exists() else "firn ssh "
         for status, out, err in [
             self.run_script(script, "--dump-vsocks", "5"),
             self.drive("--config", self.config(script, enable_ssh_backdoor=True)),
         ]:
-            self.assertEqual((status, out), (0, f"{socket_path}\n"), err)
-            self.assertIn(line, err)
+            self.assertEqual((status, out), (0, f"{socket_path}\n{ssh}{socket_path}\n"), err)
+            self.assertIn(f"    machine:  {ssh}{socket_path}\n", err)
         self.assertIn("KeyError: 'machine'", self.run_script(script)[2])
+        script = "machine.ssh_backdoor_command(1)"
+        self.assertIn("machine has no vsock", self.run_script(script)[2])
 
     def test_breakpoint(self) -> None:
         """A breakpoint serves a debugger, if the hook is on."""

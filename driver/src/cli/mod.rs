@@ -22,6 +22,7 @@ mod doctor;
 mod kit;
 mod python;
 mod run;
+mod ssh;
 mod test;
 
 pub use accel::Accel;
@@ -71,6 +72,7 @@ enum Command {
     /// Run a test
     Test(test::Args),
     Run(run::Args),
+    Ssh(ssh::Args),
     Check(check::Args),
     /// Say what this host can do and what is missing
     Doctor(doctor::Args),
@@ -88,6 +90,7 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Test(args) => test::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Ssh(args) => ssh::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),

@@ -57,6 +57,11 @@ const FILES: &[(&str, u32, &str)] = &[
         include_str!("systemd/sshd-keygen.conf"),
     ),
     (
+        "etc/systemd/system/sshd-vsock@.service.d/firn.conf",
+        0o644,
+        include_str!("systemd/sshd-vsock.conf"),
+    ),
+    (
         "etc/systemd/system/systemd-udev-trigger.service.d/firn.conf",
         0o644,
         include_str!("systemd/udev-trigger.conf"),

@@ -129,6 +129,13 @@ impl PyMachine {
         wait(py, self.0.start(allow_reboot))
     }
 
+    /// The index is upstream's way to number CIDs; a machine here knows its own.
+    #[pyo3(signature = (index = None))]
+    fn ssh_backdoor_command(&self, py: Python<'_>, index: Option<u32>) -> PyResult<String> {
+        let _ = index;
+        self.0.ssh_backdoor_command().map_err(|error| exception(py, &error))
+    }
+
     fn connect(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.connect())
     }
