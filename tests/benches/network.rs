@@ -1,6 +1,7 @@
 //! How fast one TCP connection of a guest goes through the user network, and through QEMU's with
-//! the same kernel, guest and processor, in seconds. What counts is the ratio of one run. Not for an
-//! exact carrier: there QEMU in QEMU hardly gets on.
+//! the same kernel, guest and processor, in seconds: the best of a few rounds, as whatever else the
+//! machine does only makes them longer. What counts is the ratio of one run. With the argument `firn`
+//! QEMU is left out, as an exact carrier needs it, where QEMU in QEMU hardly gets on.
 
 use std::io::{Cursor, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -16,8 +17,9 @@ use firn_tests::micro;
 use firn_vmm::spec::{MachineSpec, NetSpec};
 use firn_vmm::vm::{Event, HostSide, Vm};
 
-/// What is sent each way, in bytes.
-const TRANSFER: usize = 64 << 20;
+/// What is sent each way in a round, in bytes.
+const TRANSFER: usize = 32 << 20;
+const ROUNDS: usize = 4;
 /// A transfer that hangs is given up.
 const PATIENCE: Duration = Duration::from_secs(300);
 const MEMORY_MIB: u64 = 512;
@@ -37,11 +39,15 @@ read -r arguments </proc/cmdline
 for argument in $arguments; do
   case $argument in
   port=*) port=${argument#port=} ;;
+  rounds=*) rounds=${argument#rounds=} ;;
   size=*) size=${argument#size=} ;;
   esac
 done
 busybox dd if=/dev/zero of=/tmp/data bs=1048576 count=$size 2>/dev/null
-busybox wget -q -O /dev/null "http://10.0.2.2:$port/"
+while [ $rounds -gt 0 ]; do
+  busybox wget -q -O /dev/null "http://10.0.2.2:$port/"
+  rounds=$((rounds - 1))
+done
 busybox httpd -p 80 -h /tmp
 busybox wget -q -O /dev/null "http://10.0.2.2:$port/"
 busybox reboot -f
@@ -54,6 +60,9 @@ fn main() {
     std::fs::write(&initrd, guest(&kit)).expect("the initrd can be written");
     println!("{TRANSFER} bytes by TCP               to the guest  from the guest  (seconds)");
     let firn = measure("firn", |port| Firn::start(&kit, &initrd, port));
+    if std::env::args().any(|argument| argument == "firn") {
+        return;
+    }
     let qemu = measure("QEMU's user network", |port| Qemu::start(&kit, &initrd, port));
     println!("{:<30} {:>12.1} {:>15.1}", "QEMU / firn", qemu.0 / firn.0, qemu.1 / firn.1);
 }
@@ -68,13 +77,17 @@ fn measure<M: Monitor>(name: &str, start: impl FnOnce(u16) -> M) -> (f64, f64) {
     let host = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
     let port = host.local_addr().expect("it is bound").port();
     let monitor = start(port);
-    let to_guest = send(&host);
-    // Asks again when it serves what it got.
+    let to_guest = best(|| send(&host));
+    // Asks again when it serves what it has.
     let (mut ready, _) = host.accept().expect("the guest connects");
-    let from_guest = receive(monitor.forwarded());
+    let from_guest = best(|| receive(monitor.forwarded()));
     ready.write_all(b"HTTP/1.0 200 OK\r\n\r\n").expect("the guest is there");
     println!("{name:<30} {to_guest:>12.2} {from_guest:>15.2}");
     (to_guest, from_guest)
+}
+
+fn best(mut round: impl FnMut() -> f64) -> f64 {
+    (0..ROUNDS).map(|_| round()).fold(f64::INFINITY, f64::min)
 }
 
 /// Sends the guest a file, and waits until it has it.
@@ -110,7 +123,8 @@ fn receive(port: u16) -> f64 {
 }
 
 fn cmdline(kit: &Kit, port: u16) -> String {
-    format!("{} port={port} size={}", kit.manifest.cmdline, TRANSFER >> 20)
+    let kernel = &kit.manifest.cmdline;
+    format!("{kernel} port={port} size={} rounds={ROUNDS}", TRANSFER >> 20)
 }
 
 struct Firn {

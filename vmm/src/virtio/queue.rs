@@ -109,8 +109,8 @@ pub struct VirtQueue {
     queue: Queue,
     memory: Memory,
     interrupt: Arc<dyn Interrupt>,
-    /// Chains were given back since the last [`VirtQueue::signal`].
-    unannounced: bool,
+    /// Chains given back since the last [`VirtQueue::signal`].
+    unannounced: u16,
 }
 
 /// The driver's wish in the available ring's flags not to be interrupted (virtio 1.2, 2.7.6).
@@ -130,7 +130,7 @@ impl VirtQueue {
         if !queue.is_valid::<MemoryMap>(&memory) {
             return Err(QueueError::BadRings);
         }
-        Ok(VirtQueue { index, queue, memory, interrupt, unannounced: false })
+        Ok(VirtQueue { index, queue, memory, interrupt, unannounced: 0 })
     }
 
     /// The guest memory that the queue's chains lie in.
@@ -207,8 +207,32 @@ impl VirtQueue {
     /// # Errors
     /// The rings are broken.
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.unannounced = true;
+        self.unannounced = self.unannounced.saturating_add(1);
         Ok(self.queue.add_used::<MemoryMap>(&self.memory, head, written)?)
+    }
+
+    /// Gives chains back, each with the bytes written into it, of which the guest must find all or
+    /// none: one that looks between two would lose what is spread over them (virtio 1.2, 5.1.6.4).
+    ///
+    /// # Errors
+    /// The rings are broken.
+    pub fn add_used_together(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some((&(head, written), others)) = chains.split_last() else { return Ok(()) };
+        let mut next = self.queue.next_used();
+        for &(head, written) in others {
+            let place = u64::from(next % self.queue.size());
+            // The ring was checked to lie in memory. It begins with flags and index.
+            let at = GuestAddress(self.queue.used_ring() + 4 + 8 * place);
+            let element = [u32::from(head).to_le(), written.to_le()];
+            self.memory
+                .write_obj(element, at)
+                .map_err(|error| QueueError::Access(virtio_queue::Error::GuestMemory(error)))?;
+            next = next.wrapping_add(1);
+            self.unannounced = self.unannounced.saturating_add(1);
+        }
+        // The last one's index makes them all the guest's.
+        self.queue.set_next_used(next);
+        self.add_used(head, written)
     }
 
     /// Interrupts the guest if it wants to hear of the chains given back since the last time.
@@ -216,7 +240,8 @@ impl VirtQueue {
     /// # Errors
     /// The rings are broken.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.unannounced) && self.wants_interrupt()? {
+        let added = std::mem::take(&mut self.unannounced);
+        if added > 0 && self.wants_interrupt(added)? {
             self.interrupt.queue(self.index);
         }
         Ok(())
@@ -231,18 +256,26 @@ impl VirtQueue {
         self.signal()
     }
 
-    fn wants_interrupt(&mut self) -> Result<bool, QueueError> {
-        // The library knows the event index only.
+    /// Whether the guest wants to hear of the last `added` chains. Of the library's own answer the
+    /// flag is no part, and it does not know of chains given back together.
+    fn wants_interrupt(&self, added: u16) -> Result<bool, QueueError> {
+        // The guest writes its wish, then looks at the used index: here it is the other way round.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
         if !self.queue.event_idx_enabled() {
-            fence(Ordering::SeqCst);
-            let flags = GuestAddress(self.queue.avail_ring());
-            let flags: u16 = self
-                .memory
-                .load(flags, Ordering::Relaxed)
-                .map_err(|error| QueueError::Access(virtio_queue::Error::GuestMemory(error)))?;
-            return Ok(u16::from_le(flags) & NO_INTERRUPT == 0);
+            return Ok(self.load(available)? & NO_INTERRUPT == 0);
         }
-        Ok(self.queue.needs_notification::<MemoryMap>(&self.memory)?)
+        // Behind flags, index and heads: it wants to hear once the index has passed this one.
+        let event = self.load(available + 4 + 2 * u64::from(self.queue.size()))?;
+        Ok(self.queue.next_used().wrapping_sub(event).wrapping_sub(1) < added)
+    }
+
+    /// Reads a number of the rings, which were checked to lie in memory.
+    fn load(&self, at: u64) -> Result<u16, QueueError> {
+        let value = self.memory.load(GuestAddress(at), Ordering::Relaxed);
+        value
+            .map(u16::from_le)
+            .map_err(|error| QueueError::Access(virtio_queue::Error::GuestMemory(error)))
     }
 }
 

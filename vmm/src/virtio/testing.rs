@@ -235,11 +235,15 @@ impl DriverQueue {
         head
     }
 
+    /// The used ring's index: how many chains came back, also those that were not looked at yet.
+    pub fn used_index(&self) -> u16 {
+        self.guest.memory.load(GuestAddress(self.used + 2), Ordering::Acquire).unwrap()
+    }
+
     /// The next chain that came back.
     pub fn used(&mut self) -> Option<Used> {
         let memory = &self.guest.memory;
-        let index: u16 = memory.load(GuestAddress(self.used + 2), Ordering::Acquire).unwrap();
-        if index == self.next_used {
+        if self.used_index() == self.next_used {
             return None;
         }
         let entry = self.used + 4 + 8 * u64::from(self.next_used % self.size);

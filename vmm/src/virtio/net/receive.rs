@@ -212,13 +212,14 @@ impl<'a> Room<'a> {
         let mut head = header::compose(&frame.header, buffers);
         let head = VolatileSlice::from(&mut head[..]);
         copy(std::iter::once(&head).chain(frame.data), &self.buffers);
-        let mut written = header::LEN + frame.total_len();
-        for (head, capacity) in self.chains {
-            let here = written.min(capacity);
-            written -= here;
-            queue.add_used(head, u32::try_from(here).unwrap_or(u32::MAX))?;
-        }
-        Ok(())
+        let mut left = header::LEN + frame.total_len();
+        let written = |&(head, capacity): &(u16, usize)| {
+            let here = left.min(capacity);
+            left -= here;
+            (head, u32::try_from(here).unwrap_or(u32::MAX))
+        };
+        let used: Vec<_> = self.chains.iter().map(written).collect();
+        queue.add_used_together(&used)
     }
 
     /// Takes one more chain, if there is one. Where it leaves guest memory, it ends.

@@ -270,6 +270,31 @@ fn a_frame_too_long_for_tiny_buffers_does_not_block_the_ring() {
 }
 
 #[test]
+fn the_guest_never_finds_part_of_a_frame() {
+    /// Chains of a frame, and frames that the ring has buffers for.
+    const PARTS: u16 = 32;
+    const FRAMES: u16 = 8;
+    for _ in 0..200 {
+        let mut bench = Bench::new(feature::ALL);
+        bench.give_buffers(usize::from(PARTS * FRAMES), 256);
+        let data = frame(usize::from(PARTS) * 256 - header::LEN);
+        let (wire, ring) = (&bench.wire, &bench.drivers[RX]);
+        thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                for _ in 0..FRAMES {
+                    assert_eq!(wire.deliver(Header::default(), &data), Delivery::Taken);
+                }
+            });
+            while !sender.is_finished() {
+                let index = ring.used_index();
+                assert_eq!(index % PARTS, 0, "{index}");
+            }
+        });
+        assert_eq!(bench.received().len(), usize::from(FRAMES));
+    }
+}
+
+#[test]
 fn the_guest_is_rung_only_when_it_wants_to_be() {
     let mut bench = Bench::new(feature::ALL | EVENT_IDX);
     bench.give_buffers(10, 256);
