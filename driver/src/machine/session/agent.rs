@@ -20,6 +20,8 @@ use crate::agent::{
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(10);
 /// After this long without a word the guest is taken for frozen. Hosts that emulate guests are slow, so it is long.
 pub(super) const SILENCE: Duration = Duration::from_secs(60);
+/// How many times it is waited for within that.
+const SILENCE_PIECES: u32 = 4;
 
 /// Where root's login environment is made.
 const PROFILE: &str = "/etc/profile";
@@ -72,8 +74,15 @@ impl AgentSession {
     async fn silence(&self) {
         let mut alive = self.alive.clone();
         alive.mark_unchanged();
-        // It cannot be closed while the client is there.
-        while let Ok(Ok(())) = timeout(SILENCE, alive.changed()).await {}
+        let mut silent = 0;
+        // In pieces, of which a clock that jumps ends only one: a host that was stopped for a minute has no silent guest.
+        while silent < SILENCE_PIECES {
+            // It cannot be closed while the client is there.
+            match timeout(SILENCE / SILENCE_PIECES, alive.changed()).await {
+                Ok(Ok(())) => silent = 0,
+                Ok(Err(_)) | Err(_) => silent += 1,
+            }
+        }
     }
 
     /// What the guest said went wrong while it came up.
