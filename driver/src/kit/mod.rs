@@ -55,9 +55,9 @@ const FORMAT: u32 = 3;
 ///
 /// `cryptomgr.notests` skips self-tests of ciphers (0.88 giga-instructions with Debian's kernel), `tsc=reliable` and
 /// `no_timer_check` skip the checking of clocks that KVM provides, the `i8042` ones skip the probing of a keyboard
-/// controller's ports; `firn.boot_timer` has the agent say when it runs.
+/// controller's ports.
 const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
-                             i8042.noaux i8042.nomux i8042.dumbkbd firn.boot_timer";
+                             i8042.noaux i8042.nomux i8042.dumbkbd";
 
 /// As [`MICRO_CMDLINE`], for the systemd kit; the console comes behind them.
 ///

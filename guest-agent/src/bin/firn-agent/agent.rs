@@ -15,7 +15,6 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
-use crate::boot_timer::{self, Stage};
 use crate::failure::Context;
 use crate::init::Setup;
 use crate::outbox::{HIGH, Outbox};
@@ -351,10 +350,7 @@ impl Agent {
         }
         let (init, boot, warnings) = (self.init, self.boot, &self.warnings);
         if let Some(session) = &mut self.session {
-            session.greet(|| {
-                boot_timer::mark(Stage::Ready);
-                describe(init, boot, warnings.clone())
-            });
+            session.greet(|| describe(init, boot, warnings.clone()));
         }
     }
 

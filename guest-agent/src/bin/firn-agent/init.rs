@@ -14,7 +14,6 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::set_cad_enabled;
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout};
 
-use crate::boot_timer::{self, Stage};
 use crate::failure::{Context, failure};
 
 /// Modules to load, one a line and in order: the path of an uncompressed `.ko`, then its parameters.
@@ -63,7 +62,6 @@ pub fn set_up() -> Setup {
     for mount in mounts() {
         mount_if_absent(&mount).unwrap_or_else(|failure| warnings.push(failure.message));
     }
-    boot_timer::mark(Stage::Init);
     attach_console().unwrap_or_else(|failure| warnings.push(failure.message));
     for (link, target) in [
         ("/dev/fd", "/proc/self/fd"),
