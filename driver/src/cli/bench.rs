@@ -12,7 +12,7 @@ use clap::{Subcommand, ValueEnum};
 use firn_vmm::device::boot_timer::{Mark, stage};
 use firn_vmm::probe;
 
-use super::run::test_of;
+use super::run::{options_here, runtime, test_of};
 use crate::bench::monitor::Run;
 use crate::bench::report::{Report, Unit};
 use crate::bench::{self, Guest, Monitor, Stage, Stages, Subject};
@@ -20,7 +20,6 @@ use crate::carrier;
 use crate::config::{ConfigError, MachineFile, TestConfig};
 use crate::driver::{Driver, DriverOptions};
 use crate::kit::{self, Kit, KitName};
-use crate::log::{Level, Logger};
 use crate::machine::Machine;
 
 /// Measure what firn does
@@ -294,20 +293,8 @@ fn once(args: &Once) -> Result<ExitCode> {
         KitName::Micro => Kit::open(args.kit.clone()),
         other => kit::build(other, &|line| eprintln!("{line}")),
     });
-    let here = std::env::current_dir().context("there is no current directory")?;
-    let options = DriverOptions {
-        out_dir: here.clone(),
-        kits: kits.collect::<Result<_, _>>()?,
-        log: Logger::stderr_from(Level::Warning),
-        base: Some(here),
-        ..DriverOptions::default()
-    };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .context("cannot start threads")?;
-    let stages = runtime.block_on(async {
+    let options = DriverOptions { kits: kits.collect::<Result<_, _>>()?, ..options_here()? };
+    let stages = runtime()?.block_on(async {
         let driver = Driver::new(&test, options)?;
         let outcome = match until_ready {
             true => until_connected(&driver).await,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -84,21 +85,31 @@ pub(super) fn test_of(file: MachineFile) -> TestConfig {
     }
 }
 
-fn here(file: MachineFile, state: Option<PathBuf>) -> Result<ExitCode> {
+/// Options of a driver for files that were written by hand: their paths start at the current directory, and their
+/// consoles are not in the log.
+pub(super) fn options_here() -> Result<DriverOptions> {
     let here = std::env::current_dir().context("there is no current directory")?;
-    let options = DriverOptions {
+    Ok(DriverOptions {
         out_dir: here.clone(),
-        // The console is on the terminal itself.
         log: Logger::stderr_from(Level::Warning),
-        state: state.map_or(StatePlace::New, StatePlace::Of),
         base: Some(here),
         ..DriverOptions::default()
-    };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    })
+}
+
+/// A runtime for a driver alone: one thread suffices, as the machines have their own.
+pub(super) fn runtime() -> Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
         .build()
-        .context("cannot start threads")?;
+        .context("cannot start threads")
+}
+
+fn here(file: MachineFile, state: Option<PathBuf>) -> Result<ExitCode> {
+    let state = state.map_or(StatePlace::New, StatePlace::Of);
+    let options = DriverOptions { state, ..options_here()? };
+    let runtime = runtime()?;
     let outcome = runtime.block_on(async {
         let driver = Driver::new(&test_of(file), options)?;
         let outcome = match driver.machines() {

@@ -147,6 +147,18 @@ fn flows_of_datagrams_are_bounded() {
 /// A question for the address of `a.b`.
 const QUERY: &[u8] = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x01a\x01b\0\0\x01\0\x01";
 
+/// What a datagram for the guest carries that is too long for one frame.
+fn in_fragments(guest: &Guest) -> Vec<u8> {
+    let mut reassembly = Reassembly::default();
+    let (_, payload) = std::iter::from_fn(|| guest.cable.card.find(|f| f.get(23) == Some(&17)))
+        .find_map(|frame| {
+            let packet = Packet::parse(&frame[14..]).unwrap();
+            reassembly.add(&packet, packet.fragment.unwrap(), Instant::now())
+        })
+        .unwrap();
+    payload[8..].to_vec()
+}
+
 #[test]
 fn names_are_asked_of_the_hosts_resolvers() {
     let resolver = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -168,14 +180,7 @@ fn names_are_asked_of_the_hosts_resolvers() {
     let socket = guest.udp(4000);
     guest.send_to(socket, QUERY, (DNS_V4, 53).into());
     guest.until(|_| Some(()));
-    let mut reassembly = Reassembly::default();
-    let (_, payload) = std::iter::from_fn(|| guest.cable.card.find(|f| f.get(23) == Some(&17)))
-        .find_map(|frame| {
-            let packet = Packet::parse(&frame[14..]).unwrap();
-            reassembly.add(&packet, packet.fragment.unwrap(), Instant::now())
-        })
-        .unwrap();
-    assert!(payload[8..] == expected);
+    assert!(in_fragments(&guest) == expected);
     server.join().unwrap();
 }
 
@@ -199,14 +204,7 @@ fn the_longest_answers_arrive_and_those_too_short_are_passed_over() {
     let socket = guest.udp(4000);
     guest.send_to(socket, QUERY, (DNS_V4, 53).into());
     guest.until(|_| Some(()));
-    let mut reassembly = Reassembly::default();
-    let (_, payload) = std::iter::from_fn(|| guest.cable.card.find(|f| f.get(23) == Some(&17)))
-        .find_map(|frame| {
-            let packet = Packet::parse(&frame[14..]).unwrap();
-            reassembly.add(&packet, packet.fragment.unwrap(), Instant::now())
-        })
-        .unwrap();
-    assert!(payload[8..] == expected);
+    assert!(in_fragments(&guest) == expected);
     guest.send_to(socket, QUERY, (DNS_V4, 53).into());
     assert_eq!(guest.receive_from(socket).0, b"\x12\x34\x81\x80 and so on");
     server.join().unwrap();
