@@ -3,6 +3,7 @@
 //! `systemd-stdio-bridge`, which every systemd brings, connects its standard input and output to the bus; the agent
 //! carries both.
 
+use std::borrow::Cow;
 use std::os::unix::net::UnixStream;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,6 +21,21 @@ const SYSTEMD: &str = "org.freedesktop.systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const ROOT: &str = "/org/freedesktop/systemd1";
+
+/// How the names of units end (systemd.unit(5)).
+const UNIT_TYPES: [&str; 11] = [
+    "service",
+    "socket",
+    "device",
+    "mount",
+    "automount",
+    "swap",
+    "target",
+    "path",
+    "timer",
+    "slice",
+    "scope",
+];
 
 /// Bytes moved at a time.
 const BUFFER: usize = 16 << 10;
@@ -84,12 +100,13 @@ impl Bus {
         Ok(Self { connection, bridge })
     }
 
-    /// Begins to watch a unit, which need not be loaded, nor exist.
+    /// Begins to watch a unit, which need not be loaded, nor exist. As for `systemctl` a name without a type is that of
+    /// a service.
     pub(super) async fn watch_unit(&self, unit: &str) -> Result<Changes> {
         let manager = self.manager().await?;
         // Without a subscriber systemd sends no signals.
         manager.call::<_, _, ()>("Subscribe", &()).await?;
-        let path: OwnedObjectPath = manager.call("LoadUnit", &(unit,)).await?;
+        let path: OwnedObjectPath = manager.call("LoadUnit", &(with_type(unit),)).await?;
         let signals = || MatchRule::builder().msg_type(Type::Signal).sender(SYSTEMD);
         let rules = [
             signals()
@@ -130,6 +147,13 @@ impl Bus {
             .cache_properties(CacheProperties::No)
             .build()
             .await?)
+    }
+}
+
+fn with_type(unit: &str) -> Cow<'_, str> {
+    match unit.rsplit_once('.') {
+        Some((_, kind)) if UNIT_TYPES.contains(&kind) => unit.into(),
+        _ => format!("{unit}.service").into(),
     }
 }
 

@@ -35,6 +35,7 @@ fn two_machines_come_up_whole() {
         commands_run_in_roots_environment(a).await;
         terminals_are_left_to_the_driver(a).await;
         journal_reaches_the_console(a).await;
+        systemd_itself_tells_of_its_units(a).await;
         a.shutdown().await.unwrap();
         assert!(!a.booted() && b.booted());
     });
@@ -84,6 +85,20 @@ async fn journal_reaches_the_console(machine: &Machine) {
     output(machine, "logger --tag test a line for the console").await;
     // Between name and text there may be a change of colour.
     console_shows(machine, "a line for the console").await;
+}
+
+async fn systemd_itself_tells_of_its_units(machine: &Machine) {
+    // Who would ask `systemctl` again and again fails.
+    output(machine, "mount --bind /bin/false $(realpath $(command -v systemctl))").await;
+    for (unit, name) in [("first", "first"), ("second.service", "second")] {
+        let run = "systemd-run --no-block --service-type=notify -p NotifyAccess=all";
+        let command =
+            format!("{run} --unit={name} sh -c 'sleep 2; systemd-notify --ready; sleep 1000'");
+        output(machine, &command).await;
+        machine.wait_for_unit(unit, None, PATIENCE).await.unwrap();
+    }
+    output(machine, "umount $(realpath $(command -v systemctl))").await;
+    assert_eq!(output(machine, "systemctl is-active first second").await, "active\nactive");
 }
 
 #[test]
