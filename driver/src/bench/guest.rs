@@ -85,13 +85,19 @@ impl Guest {
         Self { cmdline: format!("{} {LINGER}", self.cmdline), ..self.clone() }
     }
 
-    /// A machine file of it.
+    /// A machine file of it: with a source of entropy, a network card and a share of `share`, if there is one, else
+    /// with no device that not all monitors have.
     #[must_use]
-    pub fn machine_file(&self) -> String {
-        let machine = serde_json::json!({
+    pub fn machine_file(&self, share: Option<&Path>) -> String {
+        let mut machine = serde_json::json!({
             "firn": 1, "name": "machine", "memory": self.memory_mib, "cores": self.cores,
             "kernel": self.vmlinux, "initrd": [self.initrd], "cmdline": self.cmdline, "rng": false,
         });
+        if let Some(share) = share {
+            machine["rng"] = true.into();
+            machine["nets"] = serde_json::json!([{ "vlan": 1 }]);
+            machine["shares"] = serde_json::json!([{ "tag": "share", "source": share }]);
+        }
         format!("#!/usr/bin/firn run\n{machine}\n")
     }
 }

@@ -73,6 +73,8 @@ pub struct Sample {
 pub struct Subject {
     /// What the report calls it.
     pub name: String,
+    /// How many machines the command boots at once: more than one are copies of that of the subject before.
+    pub machines: u8,
     /// The command, and how it is to be watched.
     pub run: monitor::Run,
 }
@@ -82,6 +84,8 @@ pub struct Subject {
 pub struct Measured {
     /// What the report calls it.
     pub name: String,
+    /// How many machines it has; see [`Subject`].
+    pub machines: u8,
     /// Its runs.
     pub samples: Vec<Sample>,
     /// Resident memory of the process beside the guest's, in KiB, where that could be seen.
@@ -146,7 +150,8 @@ pub fn measure(
     for subject in subjects {
         progress(&format!("{}: memory", subject.name));
         let memory_kib = process::memory(subject)?;
-        all.push(Measured { name: subject.name.clone(), samples: Vec::new(), memory_kib });
+        let (name, machines) = (subject.name.clone(), subject.machines);
+        all.push(Measured { name, machines, samples: Vec::new(), memory_kib });
     }
     for run in 1..=runs {
         for (subject, measured) in subjects.iter().zip(&mut all) {

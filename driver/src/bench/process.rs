@@ -188,7 +188,7 @@ mod tests {
         let command: Vec<OsString> = ["sh", "-c", script].map(Into::into).into();
         let lingering = Some(command.clone());
         let run = Run { command, lingering, marks: None, memory_mib: 64 };
-        Subject { name: "a shell".to_owned(), run }
+        Subject { name: "a shell".to_owned(), machines: 1, run }
     }
 
     #[test]

@@ -62,6 +62,10 @@ pub struct Report {
 pub struct Row {
     /// What was booted, and by what.
     pub name: String,
+    /// How many machines at once.
+    pub machines: u8,
+    /// With more than one, how many times the work of one that is, in thousandths.
+    pub times_one: Option<u64>,
     /// When a stage was reached, since the exec.
     pub stages: Vec<(Stage, Figure)>,
     /// The processor's work in the guest and in the monitor.
@@ -78,7 +82,14 @@ impl Report {
     /// Sums up what was measured.
     #[must_use]
     pub fn new(unit: Unit, runs: usize, measured: &[Measured]) -> Self {
-        Self { unit, runs, rows: measured.iter().filter_map(Row::new).collect() }
+        let mut rows: Vec<Row> = Vec::new();
+        for mut row in measured.iter().filter_map(Row::new) {
+            let one = rows.iter().rfind(|row| row.machines == 1).filter(|_| row.machines > 1);
+            row.times_one =
+                one.map(|one| row.total.median.saturating_mul(1000) / one.total.median.max(1));
+            rows.push(row);
+        }
+        Self { unit, runs, rows }
     }
 
     /// As a table.
@@ -107,11 +118,23 @@ impl Report {
         columns.push(column("memory", &|row| {
             row.memory_kib.map_or("-".to_owned(), |kib| format!("{} MiB", scaled(kib, 1024, 1)))
         }));
-        format!(
+        let mut text = format!(
             "{unit}, median of {}: stages since exec, then the work of the whole process\n{}",
             self.runs,
             lay_out(&columns)
-        )
+        );
+        for row in &self.rows {
+            if let Some(times) = row.times_one {
+                // A string takes all that is written.
+                let _ = writeln!(
+                    text,
+                    "{}: {} times the work of one",
+                    row.name,
+                    scaled(times, 1000, 2)
+                );
+            }
+        }
+        text
     }
 }
 
@@ -128,6 +151,8 @@ impl Row {
             .collect();
         Some(Self {
             name: measured.name.clone(),
+            machines: measured.machines,
+            times_one: None,
             stages,
             user: figure(&|sample| Some(sample.user))?,
             system: figure(&|sample| Some(sample.system))?,
@@ -181,25 +206,40 @@ pub(super) mod tests {
         };
         let firn = Measured {
             name: "firn".to_owned(),
+            machines: 1,
             samples: [450_000_000, 449_000_000, 480_000_000].map(sample).into(),
             memory_kib: Some(5300),
         };
+        let three = Measured {
+            name: "firn: 3 at once".to_owned(),
+            machines: 3,
+            samples: vec![sample(1_710_000_000)],
+            memory_kib: None,
+        };
         let other = Measured {
             name: "another <one>".to_owned(),
+            machines: 1,
             samples: vec![sample(1_000_000_000)],
             memory_kib: None,
         };
-        let none = Measured { name: "none".to_owned(), samples: Vec::new(), memory_kib: None };
-        Report::new(Unit::Instructions, 3, &[firn, other, none])
+        let none = Measured {
+            name: "none".to_owned(),
+            machines: 1,
+            samples: Vec::new(),
+            memory_kib: None,
+        };
+        Report::new(Unit::Instructions, 3, &[firn, three, other, none])
     }
 
     #[test]
     fn the_table_has_medians() {
         let expected = "\
 1e9 instructions, median of 3: stages since exec, then the work of the whole process
-               first entry  kernel  init  agent    end   user    sys  total  spread   memory
-firn                 0.008       -     -      -  0.650  0.450  0.150  0.600   5.1 %  5.2 MiB
-another <one>        0.008       -     -      -  1.200  1.000  0.150  1.150   0.0 %        -
+                 first entry  kernel  init  agent    end   user    sys  total  spread   memory
+firn                   0.008       -     -      -  0.650  0.450  0.150  0.600   5.1 %  5.2 MiB
+firn: 3 at once        0.008       -     -      -  1.910  1.710  0.150  1.860   0.0 %        -
+another <one>          0.008       -     -      -  1.200  1.000  0.150  1.150   0.0 %        -
+firn: 3 at once: 3.10 times the work of one
 ";
         assert_eq!(report().table(), expected);
     }
@@ -210,5 +250,6 @@ another <one>        0.008       -     -      -  1.200  1.000  0.150  1.150   0.
         assert_eq!(json["unit"], "instructions");
         assert_eq!(json["rows"][0]["total"]["spread"], 31_000_000);
         assert_eq!(json["rows"][0]["stages"][0][0], "run");
+        assert_eq!(json["rows"][1]["times_one"], 3100);
     }
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Subcommand, ValueEnum};
 use firn_vmm::device::boot_timer::{Mark, stage};
 use firn_vmm::probe;
+use futures_util::future::try_join_all;
 
 use super::run::{options_here, runtime, test_of};
 use crate::bench::monitor::Run;
@@ -44,15 +45,17 @@ enum Command {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Where KVM does not work, or with --exact, the boots run in a carrier whose clock counts executed instructions: the
-figures are instructions then, and repeat to half a per cent. Elsewhere they are milliseconds.
+figures are instructions then, and repeat to half a per cent. Elsewhere, and with --machines, they are milliseconds.
 
 Columns: when the first vCPU entered the guest, the kernel used a device, the guest's first program ran, the agent was
 ready, and the process was gone, since exec; then the processor's work for guest and monitor (user) and in the host's
-kernel (sys), how far apart the totals were, and the monitor's resident memory beside the guest's.
+kernel (sys), how far apart the totals were, and the monitor's resident memory beside the guest's (firn's with a
+console, a source of entropy, a network card and a share).
 
 Examples:
   firn bench boot
   firn bench boot --compare qemu-q35,qemu-microvm --output results
+  firn bench boot --machines 8
   firn bench boot --runs 9 my-machine two-machines.toml")]
 struct Boot {
     /// Machine files and test files
@@ -60,6 +63,9 @@ struct Boot {
     /// How often each is booted
     #[arg(long, default_value = "5", value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
+    /// Boot each machine file, or the reference guest, also this many times at once in one process; not exact
+    #[arg(long, value_name = "NUMBER", conflicts_with = "exact", value_parser = clap::value_parser!(u8).range(2..=64))]
+    machines: Option<u8>,
     /// Other monitors, as far as they are installed, to boot the first machine file's kernel, initrd and command line
     #[arg(long, value_enum, value_delimiter = ',', value_name = "MONITORS")]
     compare: Vec<Monitor>,
@@ -90,6 +96,9 @@ enum Format {
 #[derive(Debug, clap::Args)]
 struct Once {
     file: PathBuf,
+    /// How many of it, if it is a machine file
+    #[arg(long, default_value = "1")]
+    machines: u8,
     /// The micro kit's directory
     #[arg(long)]
     kit: PathBuf,
@@ -101,25 +110,37 @@ struct Once {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     match &args.command {
         Command::Boot(args) if args.counted || (!args.exact && probe::kvm().usable()) => here(args),
-        Command::Boot(args) => in_exact_carrier(args),
+        Command::Boot(args) => in_carrier(args),
         Command::Once(args) => once(args),
     }
 }
 
-fn in_exact_carrier(args: &Boot) -> Result<ExitCode> {
+fn in_carrier(args: &Boot) -> Result<ExitCode> {
     // What is wrong with a file is said before anything is built or booted.
     args.files.iter().try_for_each(|file| Machines::read(file).map(drop))?;
     kit::build(KitName::Micro, &|line| eprintln!("{line}"))?;
-    eprintln!("counting instructions in a carrier, which takes about twenty times as long");
+    // A carrier that counts instructions (QEMU 7.2) lets machines that run at once hang sooner or later: their locks
+    // stay taken.
+    let exact = args.machines.is_none();
+    match exact {
+        true => {
+            eprintln!("counting instructions in a carrier, which takes about twenty times as long")
+        }
+        false => eprintln!("measuring times in a carrier"),
+    }
     if let Some(dir) = &args.output {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut command: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into(), program.into()];
-    command.extend(["bench", "boot", "--counted"].map(Into::into));
+    command.extend(["bench", "boot"].map(Into::into));
+    command.extend(exact.then(|| "--counted".into()));
     command.extend(["--runs".into(), args.runs.to_string().into()]);
     if let Some(format) = args.format.to_possible_value() {
         command.extend(["--format".into(), format.get_name().into()]);
+    }
+    if let Some(machines) = args.machines {
+        command.extend(["--machines".into(), machines.to_string().into()]);
     }
     for monitor in &args.compare {
         command.extend(["--compare", monitor.as_str()].map(Into::into));
@@ -128,7 +149,7 @@ fn in_exact_carrier(args: &Boot) -> Result<ExitCode> {
     command.push("--".into());
     command.extend(args.files.iter().map(Into::into));
     let writable = args.output.iter().cloned().collect();
-    let options = carrier::Options { exact: true, writable, ..carrier::Options::default() };
+    let options = carrier::Options { exact, writable, ..carrier::Options::default() };
     Ok(carrier::exec(&options, command)?.into())
 }
 
@@ -146,11 +167,19 @@ impl Machines {
         }
     }
 
-    fn into_test(self) -> TestConfig {
-        match self {
-            Self::One(file) => test_of(*file),
-            Self::Test(test) => *test,
-        }
+    /// As a test: of several machines that differ in their names, if it is a machine file.
+    fn into_test(self, machines: u8) -> Result<TestConfig, ConfigError> {
+        let file = match self {
+            Self::One(file) if machines > 1 => file,
+            Self::One(file) => return Ok(test_of(*file)),
+            Self::Test(test) => return Ok(*test),
+        };
+        let numbered = |number| {
+            let mut copy = (*file).clone();
+            copy.rename(&format!("{}{number}", file.name())).map(|()| copy)
+        };
+        let files = (1..=machines).map(numbered).collect::<Result<_, _>>()?;
+        Ok(TestConfig { files, ..test_of(*file) })
     }
 }
 
@@ -163,7 +192,8 @@ fn here(args: &Boot) -> Result<ExitCode> {
     bench::bring(files.map(PathBuf::as_path), dir.path())?;
     let kit = Kit { dir: dir.path().to_owned(), ..kit };
     let program = dir.path().join(program.file_name().context("this program has no name")?);
-    let mut plan = Plan { subjects: Vec::new(), guest: None, program, dir: dir.path() };
+    let (machines, dir) = (args.machines, dir.path());
+    let mut plan = Plan { subjects: Vec::new(), guest: None, program, machines, dir };
     match args.files.is_empty() {
         true => plan.add_defaults(&kit)?,
         false => args.files.iter().try_for_each(|file| plan.add_file(file))?,
@@ -208,6 +238,8 @@ struct Plan<'a> {
     guest: Option<Guest>,
     /// A copy of this program.
     program: PathBuf,
+    /// How many machines at once are measured beside one.
+    machines: Option<u8>,
     /// For files that are needed for it; the micro kit is there too.
     dir: &'a Path,
 }
@@ -215,18 +247,22 @@ struct Plan<'a> {
 impl Plan<'_> {
     fn add_defaults(&mut self, kit: &Kit) -> Result<()> {
         let guest = Guest::reference(kit, self.dir)?;
-        let file = self.write("reference", &guest.machine_file())?;
-        let lingering = self.write("lingering", &guest.lingering().machine_file())?;
-        let command = self.once(&file, "reference")?;
+        let file = self.write("reference", &guest.machine_file(None))?;
+        // What devices cost is part of the monitor's memory.
+        let lingering = guest.lingering().machine_file(Some(self.dir));
+        let lingering = self.write("lingering", &lingering)?;
+        let command = self.once(&file, "reference", 1);
         let run = Run {
-            lingering: Some(self.once(&lingering, "lingering")?.0),
+            lingering: Some(self.once(&lingering, "lingering", 1).0),
             ..self.run(command, guest.memory_mib)
         };
-        self.subjects.push(Subject { name: "firn".to_owned(), run });
+        self.subjects.push(Subject { name: "firn".to_owned(), machines: 1, run });
         self.guest = Some(guest);
+        self.add_several("firn", &file);
         let kit = "name = 'boot'\ntest_script = ''\n[nodes.machine]\n";
         let file = self.write("kit.toml", kit)?;
-        self.add("firn: the micro kit".to_owned(), &file)
+        self.add("firn: the micro kit".to_owned(), &file);
+        Ok(())
     }
 
     fn add_file(&mut self, file: &Path) -> Result<()> {
@@ -234,14 +270,26 @@ impl Plan<'_> {
         if let (Machines::One(machine), None) = (&read, &self.guest) {
             self.guest = Guest::of(&machine.outline(1));
         }
-        self.add(format!("firn: {}", file.display()), file)
+        let name = format!("firn: {}", file.display());
+        self.add(name.clone(), file);
+        if matches!(read, Machines::One(_)) {
+            self.add_several(&name, file);
+        }
+        Ok(())
     }
 
-    fn add(&mut self, name: String, file: &Path) -> Result<()> {
-        let command = self.once(file, &self.subjects.len().to_string())?;
+    fn add(&mut self, name: String, file: &Path) {
+        let command = self.once(file, &self.subjects.len().to_string(), 1);
         let run = self.run(command, 0);
-        self.subjects.push(Subject { name, run });
-        Ok(())
+        self.subjects.push(Subject { name, machines: 1, run });
+    }
+
+    /// Adds many of the machine that was added last.
+    fn add_several(&mut self, name: &str, file: &Path) {
+        let Some(machines) = self.machines else { return };
+        let command = self.once(file, &self.subjects.len().to_string(), machines);
+        let run = self.run(command, 0);
+        self.subjects.push(Subject { name: format!("{name}: {machines} at once"), machines, run });
     }
 
     fn add_monitors(&mut self, monitors: &[Monitor]) -> Result<()> {
@@ -256,6 +304,7 @@ impl Plan<'_> {
                 None => eprintln!("{} is not installed: left out", monitor.as_str()),
                 Some(program) => self.subjects.push(Subject {
                     name: monitor.as_str().to_owned(),
+                    machines: 1,
                     run: monitor.run(&program, guest, self.dir)?,
                 }),
             }
@@ -264,13 +313,14 @@ impl Plan<'_> {
     }
 
     /// The command that boots a file once, and where it writes its marks.
-    fn once(&self, file: &Path, name: &str) -> Result<(Vec<OsString>, PathBuf)> {
+    fn once(&self, file: &Path, name: &str, machines: u8) -> (Vec<OsString>, PathBuf) {
         let marks = self.dir.join(format!("{name}.marks"));
         let mut command: Vec<OsString> = vec![self.program.clone().into()];
         command.extend(["bench", "once"].map(Into::into));
         command.extend(["--kit".into(), self.dir.into(), "--marks".into(), marks.clone().into()]);
+        command.extend(["--machines".into(), machines.to_string().into()]);
         command.extend(["--".into(), file.into()]);
-        Ok((command, marks))
+        (command, marks)
     }
 
     fn run(&self, (command, marks): (Vec<OsString>, PathBuf), memory_mib: u64) -> Run {
@@ -288,7 +338,7 @@ impl Plan<'_> {
 fn once(args: &Once) -> Result<ExitCode> {
     let read = Machines::read(&args.file)?;
     let until_ready = matches!(read, Machines::Test(_));
-    let test = read.into_test();
+    let test = read.into_test(args.machines)?;
     let kits = Driver::kits_needed(&test).into_iter().map(|name| match name {
         KitName::Micro => Kit::open(args.kit.clone()),
         other => kit::build(other, &|line| eprintln!("{line}")),
@@ -323,8 +373,13 @@ async fn until_connected(driver: &Driver) -> Result<Stages> {
     Ok(stages)
 }
 
+/// Boots all machines at once. The stages are those of the first.
 async fn until_ended(driver: &Driver) -> Result<Stages> {
-    let Some(machine) = driver.machines().first() else { return Ok(Stages::new()) };
+    try_join_all(driver.machines().iter().map(until_one_ended)).await?;
+    Ok(driver.machines().first().map(marks).unwrap_or_default())
+}
+
+async fn until_one_ended(machine: &Machine) -> Result<()> {
     let tap = machine.tap_console();
     // A guest that restarts has done its work.
     machine.start(false).await?;
@@ -335,8 +390,7 @@ async fn until_ended(driver: &Driver) -> Result<Stages> {
             biased;
             bytes = tap.next() => io::stdout().write_all(&bytes).and_then(|()| io::stdout().flush())?,
             ended = &mut ended => {
-                ended?;
-                return Ok(marks(machine));
+                return Ok(ended?);
             }
         }
     }

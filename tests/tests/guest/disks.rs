@@ -203,14 +203,18 @@ fn a_full_host_is_an_input_output_error_for_the_guest() {
         "[nodes.m]\ndisks = [{{ path = '{}/disk', create_size = 32 }}]",
         dir.path().display()
     );
+    let data = noise(3 << 20);
     with_machines(&nodes, async |driver| {
         let machine = only(driver);
-        let command = "dd if=/dev/urandom of=/dev/vda bs=1M count=30 conv=fsync 2>&1";
+        fs::write(machine.shared_dir().join("data"), &data).unwrap();
+        output(machine, "dd if=/tmp/shared/data of=/dev/vda bs=1M conv=fsync").await;
+        let command = "dd if=/dev/urandom of=/dev/vda bs=1M seek=4 count=26 conv=fsync 2>&1";
         let said = machine.fail(&[command], None).await.unwrap();
         assert!(said.contains("I/O error") || said.contains("Input/output error"), "{said}");
-        // The disk goes on: what is there can be read and written.
-        output(machine, "dd if=/dev/vda of=/dev/null bs=1M count=4 && true").await;
-        output(machine, "dd if=/dev/urandom of=/dev/vda bs=1M count=2 conv=fsync").await;
+        // What has its place can still be written, and what was acknowledged is there.
+        output(machine, "dd if=/tmp/shared/data of=/dev/vda bs=1M count=2 conv=fsync").await;
+        machine.crash().await;
+        assert_eq!(host_bytes(&dir.path().join("disk"), 0, data.len()), data);
     });
     let unmounted = std::process::Command::new("umount").arg(dir.path()).status().unwrap();
     assert!(unmounted.success());

@@ -64,7 +64,8 @@ fn map(file: &File, metadata: &Metadata) -> Option<MmapRegion> {
         return None;
     }
     let file = FileOffset::new(file.try_clone().ok()?, 0);
-    let flags = libc::MAP_PRIVATE | libc::MAP_POPULATE;
+    // What is not loaded, such as debug information, is not mapped in: no MAP_POPULATE.
+    let flags = libc::MAP_PRIVATE;
     // Where it cannot be mapped it can still be read.
     MmapRegion::build(Some(file), size, libc::PROT_READ, flags).ok()
 }
