@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod driver;
 pub mod error;
+mod kernels;
 pub mod kit;
 pub mod log;
 pub mod machine;

@@ -52,6 +52,11 @@ impl Cache {
         self.root.join("apt").join(suite)
     }
 
+    /// See [`crate::kernels`].
+    pub(super) fn kernels_dir(&self) -> PathBuf {
+        self.root.join("vmlinux")
+    }
+
     fn staging_dir(&self) -> PathBuf {
         self.root.join("staging")
     }

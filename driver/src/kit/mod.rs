@@ -7,6 +7,7 @@
 //!
 //! ```text
 //! $XDG_CACHE_HOME/firn/
+//!   vmlinux/HASH         unpacked kernels of other machines: see `kernels.rs`
 //!   lock                 held while anything below is changed
 //!   apt/                 apt's package lists
 //!   staging/             what is being built; leftovers of killed builds are removed by the next one
@@ -549,8 +550,13 @@ fn kit_key(recipe: &Recipe, base: &Base, agent: &[u8]) -> String {
     hex(&hash.finalize()[..8])
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Where the user's cache has unpacked kernels, if there is a cache.
+pub(crate) fn kernels_dir() -> Option<PathBuf> {
+    Cache::of_user().ok().map(|cache| cache.kernels_dir())
 }
 
 fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, KitError> {

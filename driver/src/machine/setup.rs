@@ -17,6 +17,7 @@ use crate::config::{
     DiskConfig, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig, UserNetwork,
 };
 use crate::error::{MachineError, Result};
+use crate::kernels::Kernels;
 use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
 
 /// Where a machine's description comes from.
@@ -168,6 +169,7 @@ impl Machine {
             fs::write(&path, bytes).await.map_err(MachineError::file("write", &path))?;
             initrd.push(path);
         }
+        let kernel = unpacked(boot.kernel.clone()).await;
         let own = [(SHARED_TAG, dirs.shared.clone()), (EXCHANGE_TAG, dirs.exchange())];
         let own =
             own.into_iter().filter(|_| node.exchange).map(|(tag, source)| exchange(tag, source));
@@ -176,7 +178,7 @@ impl Machine {
             name: node.name.clone(),
             cores: node.cores,
             memory_mib: node.memory_mib,
-            kernel: boot.kernel.clone(),
+            kernel,
             initrd,
             cmdline: boot.cmdline.clone(),
             console_ports: vec![
@@ -194,6 +196,15 @@ impl Machine {
             vsock: node.vsock.clone(),
         })
     }
+}
+
+/// What to boot in the place of a kernel.
+async fn unpacked(kernel: PathBuf) -> PathBuf {
+    let Some(dir) = kit::kernels_dir() else { return kernel };
+    let original = kernel.clone();
+    let work = move || Kernels::at(dir).unpacked(&kernel);
+    // One that panicked has left nothing.
+    tokio::task::spawn_blocking(work).await.unwrap_or(original)
 }
 
 /// The cards: that of the user network first, as in NixOS.

@@ -1,0 +1,248 @@
+//! Kernels unpacked once: a directory of the cache with the ELF files of bzImages.
+//!
+//! A bzImage unpacks itself in the guest at every boot, which is more work than all the rest of one. So it is unpacked
+//! on the host and kept, named by the SHA-256 of the bzImage. An entry is an ELF file with a checksum behind it. It
+//! appears whole, by a rename, is never written again, and may be removed at any time: a kernel that is not there, or is
+//! damaged, is unpacked anew. Where that cannot be done, machines boot the bzImage.
+
+use std::fs::{self, File, Permissions};
+use std::hash::Hasher;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use firn_vmm::boot::unpack::{self, UnpackError};
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+use twox_hash::XxHash64;
+
+/// A larger file is no bzImage; in bytes.
+const MAX_IMAGE: u64 = 256 << 20;
+/// How long an entry stays that nobody uses.
+const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
+/// "HdrS" in the setup header (Documentation/arch/x86/boot.rst), and where.
+const MAGIC: &[u8] = b"HdrS";
+const MAGIC_AT: usize = 0x202;
+/// How much is read at once; in bytes.
+const CHUNK: usize = 128 << 10;
+/// Bytes of the checksum.
+const SUM: usize = size_of::<u64>();
+
+/// Why a kernel was not unpacked.
+#[derive(Debug, Error)]
+enum KernelError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Unpack(#[from] UnpackError),
+}
+
+/// The directory.
+pub(crate) struct Kernels {
+    dir: PathBuf,
+}
+
+impl Kernels {
+    pub(crate) const fn at(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// What to boot in the place of `kernel`: its ELF file, or itself if it is no bzImage or that cannot be had.
+    pub(crate) fn unpacked(&self, kernel: &Path) -> PathBuf {
+        let entry = self.entry(kernel).unwrap_or_else(|error| {
+            let (kernel, dir) = (kernel.display(), self.dir.display());
+            tracing::debug!(%kernel, %dir, %error, "a kernel unpacks itself in the guest");
+            None
+        });
+        entry.unwrap_or_else(|| kernel.to_owned())
+    }
+
+    fn entry(&self, kernel: &Path) -> Result<Option<PathBuf>, KernelError> {
+        let Some(image) = read_bzimage(kernel)? else { return Ok(None) };
+        let path = self.dir.join(crate::kit::hex(&Sha256::digest(&image)));
+        if is_whole(&path).unwrap_or(false) {
+            return Ok(Some(path));
+        }
+        // Before the work of unpacking, as in the carrier nothing of the cache can be written.
+        fs::create_dir_all(&self.dir)?;
+        let mut file = tempfile::Builder::new().prefix(".").tempfile_in(&self.dir)?;
+        let kernel = unpack::vmlinux(&image)?;
+        file.write_all(&kernel)?;
+        // Against damage, not malice: who can write to the cache can write to more.
+        file.write_all(&XxHash64::oneshot(0, &kernel).to_le_bytes())?;
+        // The monitor maps only what nobody may write.
+        file.as_file().set_permissions(Permissions::from_mode(0o444))?;
+        file.as_file().sync_all()?;
+        file.persist(&path).map_err(|error| error.error)?;
+        self.prune(&path)?;
+        Ok(Some(path))
+    }
+
+    /// Removes what was not used for [`KEEP`], and what killed processes have left behind.
+    fn prune(&self, current: &Path) -> io::Result<()> {
+        for entry in fs::read_dir(&self.dir)?.filter_map(Result::ok) {
+            let used = entry.metadata().and_then(|metadata| metadata.modified());
+            let age = used.map(|used| SystemTime::now().duration_since(used).unwrap_or_default());
+            if age.is_ok_and(|age| age > KEEP) && entry.path() != current {
+                // Another process may have been quicker.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The content of `path` if it looks like a bzImage.
+fn read_bzimage(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    // To open something else may block.
+    let size =
+        fs::metadata(path).map(|metadata| if metadata.is_file() { metadata.len() } else { 0 })?;
+    if size > MAX_IMAGE {
+        return Ok(None);
+    }
+    let file = File::open(path)?;
+    let mut image = Vec::new();
+    (&file).take((MAGIC_AT + MAGIC.len()) as u64).read_to_end(&mut image)?;
+    if image.get(MAGIC_AT..) != Some(MAGIC) {
+        return Ok(None);
+    }
+    file.take(MAX_IMAGE).read_to_end(&mut image)?;
+    Ok(Some(image))
+}
+
+/// Whether an entry is there and undamaged; it is marked as used then.
+fn is_whole(path: &Path) -> io::Result<bool> {
+    let mut file = File::open(path)?;
+    let mut kernel = (&file).take(file.metadata()?.len().saturating_sub(SUM as u64));
+    let (mut hash, mut chunk) = (XxHash64::with_seed(0), vec![0; CHUNK]);
+    while let length @ 1.. = kernel.read(&mut chunk)? {
+        hash.write(&chunk[..length]);
+    }
+    let mut sum = Vec::new();
+    file.read_to_end(&mut sum)?;
+    let whole = sum == hash.finish().to_le_bytes();
+    if whole {
+        // One that another user owns is pruned early, no more.
+        let _ = file.set_modified(SystemTime::now());
+    }
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A bzImage whose payload is `kernel`, not compressed: setup sectors, then the payload and its size.
+    fn bzimage(kernel: &[u8]) -> Vec<u8> {
+        let mut image = vec![0; 1024];
+        image[0x1f1] = 1;
+        image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        image[MAGIC_AT..MAGIC_AT + 4].copy_from_slice(MAGIC);
+        image[0x206..0x208].copy_from_slice(&0x20c_u16.to_le_bytes());
+        let length = u32::try_from(kernel.len()).expect("it is small");
+        image[0x24c..0x250].copy_from_slice(&length.to_le_bytes());
+        image.extend_from_slice(kernel);
+        image
+    }
+
+    struct Place {
+        dir: tempfile::TempDir,
+        kernels: Kernels,
+        image: PathBuf,
+    }
+
+    const ELF: &[u8] = b"\x7fELF and the rest of a kernel";
+
+    fn place() -> Place {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (kernels, image) = (Kernels::at(dir.path().join("cache")), dir.path().join("bzImage"));
+        fs::write(&image, bzimage(ELF)).expect("it is writable");
+        Place { dir, kernels, image }
+    }
+
+    fn starts_with_elf(entry: &Path) -> bool {
+        fs::read(entry).expect("it is there").starts_with(ELF)
+    }
+
+    #[test]
+    fn a_kernel_is_unpacked_once_whatever_its_name() {
+        let Place { dir, kernels, image } = place();
+        let entry = kernels.unpacked(&image);
+        assert!(entry.starts_with(dir.path().join("cache")) && starts_with_elf(&entry));
+        assert_eq!(fs::metadata(&entry).expect("it is there").permissions().mode() & 0o222, 0);
+        let copy = dir.path().join("copy");
+        fs::copy(&image, &copy).expect("it is writable");
+        let written =
+            |entry| fs::metadata(entry).map(|is| std::os::unix::fs::MetadataExt::ino(&is));
+        let before = written(&entry).expect("it is there");
+        assert_eq!(kernels.unpacked(&copy), entry);
+        assert_eq!(written(&entry).expect("it is there"), before, "it was written again");
+        fs::write(&copy, bzimage(b"\x7fELF another")).expect("it is writable");
+        assert_ne!(kernels.unpacked(&copy), entry);
+        assert_eq!(fs::read_dir(dir.path().join("cache")).expect("it is there").count(), 2);
+    }
+
+    #[test]
+    fn a_damaged_entry_is_replaced() {
+        let Place { dir: _dir, kernels, image } = place();
+        let entry = kernels.unpacked(&image);
+        let good = fs::read(&entry).expect("it is there");
+        let mut flipped = good.clone();
+        flipped[9] ^= 1;
+        for damaged in [&good[..12], &good[..good.len() - 1], &[], &flipped] {
+            fs::remove_file(&entry).expect("it is there");
+            fs::write(&entry, damaged).expect("it is writable");
+            assert_eq!(kernels.unpacked(&image), entry);
+            assert!(fs::read(&entry).expect("it is there") == good);
+        }
+    }
+
+    #[test]
+    fn without_a_cache_the_bzimage_boots() {
+        let Place { dir, image, .. } = place();
+        // Not even root can make a directory in a file.
+        assert_eq!(Kernels::at(image.join("cache")).unpacked(&image), image);
+        let broken = dir.path().join("broken");
+        fs::write(&broken, &bzimage(ELF)[..1030]).expect("it is writable");
+        let kernels = Kernels::at(dir.path().join("cache"));
+        for other in [&broken, &dir.path().join("none"), &dir.path().to_owned()] {
+            assert_eq!(kernels.unpacked(other), **other);
+        }
+        assert_eq!(fs::read_dir(dir.path().join("cache")).expect("it is there").count(), 0);
+    }
+
+    #[test]
+    fn what_nobody_uses_goes() {
+        let Place { dir, kernels, image } = place();
+        let old = kernels.unpacked(&image);
+        let left = dir.path().join("cache/.killed");
+        fs::write(&left, b"half a kernel").expect("it is writable");
+        let age = |path: &Path| {
+            let long_ago = SystemTime::now() - KEEP - Duration::from_secs(60);
+            File::open(path).and_then(|file| file.set_modified(long_ago)).expect("it is ours");
+        };
+        [&old, &left].into_iter().for_each(|path| age(path));
+        // Its use makes it young again.
+        assert_eq!(kernels.unpacked(&image), old);
+        let other = dir.path().join("other");
+        fs::write(&other, bzimage(b"\x7fELF other")).expect("it is writable");
+        let new = kernels.unpacked(&other);
+        assert!(old.exists() && new.exists() && !left.exists());
+        age(&old);
+        fs::write(&other, bzimage(b"\x7fELF third")).expect("it is writable");
+        kernels.unpacked(&other);
+        assert!(!old.exists() && new.exists());
+    }
+
+    #[test]
+    fn several_at_once_end_with_one_entry() {
+        let Place { dir, kernels, image } = place();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| assert!(starts_with_elf(&kernels.unpacked(&image))));
+            }
+        });
+        assert_eq!(fs::read_dir(dir.path().join("cache")).expect("it is there").count(), 1);
+    }
+}
