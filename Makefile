@@ -39,7 +39,6 @@ fuzz: setup
 
 bench: kit
 	$(FIRN) bench boot --runs 3 --compare qemu-q35,qemu-microvm --output tests/bench/results
-	$(FIRN) bench boot --runs 5 --machines 8
 	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench network
 
 lint: setup $(VENV)/python
