@@ -1,6 +1,6 @@
 //! Where a port keeps its receiver.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::lock;
 use crate::port::Receiver;
@@ -13,7 +13,7 @@ use crate::port::Receiver;
 #[derive(Default)]
 pub(crate) struct Slot {
     state: Mutex<State>,
-    /// Signalled when `State::calls` gets to zero.
+    /// Signalled when `State::calls` gets to zero and somebody waits for it.
     idle: Condvar,
 }
 
@@ -24,6 +24,8 @@ struct State {
     calls: usize,
     /// Counts receivers put in; one goes in only while no call runs.
     generation: u64,
+    /// Those who wait for the calls to end: hardly ever anybody, and to signal is a system call.
+    waiting: usize,
 }
 
 /// A call that is running; counted until dropped, also by a panic.
@@ -33,7 +35,7 @@ impl Drop for Running<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.0.state);
         state.calls -= 1;
-        if state.calls == 0 {
+        if state.calls == 0 && state.waiting > 0 {
             self.0.idle.notify_all();
         }
     }
@@ -63,7 +65,7 @@ impl Slot {
             if state.calls == 0 {
                 break;
             }
-            state = self.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state);
         }
         state.receiver = Some(receiver);
         state.generation += 1;
@@ -76,11 +78,18 @@ impl Slot {
         let mut state = lock(&self.state);
         let before = state.receiver.take();
         let generation = state.generation;
-        let state = self
-            .idle
-            .wait_while(state, |state| state.calls != 0 && state.generation == generation)
-            .unwrap_or_else(PoisonError::into_inner);
+        while state.calls != 0 && state.generation == generation {
+            state = self.wait(state);
+        }
         drop(state);
         drop(before);
+    }
+
+    /// Waits until the calls may have ended.
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.waiting += 1;
+        let mut state = self.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        state
     }
 }

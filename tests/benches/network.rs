@@ -1,6 +1,6 @@
 //! How fast one TCP connection of a guest goes through the user network, and through QEMU's with
-//! the same kernel, guest and processor, in seconds: the best of a few rounds, as whatever else the
-//! machine does only makes them longer. What counts is the ratio of one run. With the argument `firn`
+//! the same kernel, guest and processor, in seconds: the best of a few rounds, which take turns, as
+//! whatever else the machine does only makes them longer. What counts is the ratio of one run. With the argument `firn`
 //! QEMU is left out, as an exact carrier needs it, where QEMU in QEMU hardly gets on.
 
 use std::io::{Cursor, Read, Write};
@@ -59,12 +59,29 @@ fn main() {
     let initrd = dir.path().join("initrd");
     std::fs::write(&initrd, guest(&kit)).expect("the initrd can be written");
     println!("{TRANSFER} bytes by TCP               to the guest  from the guest  (seconds)");
-    let firn = measure("firn", |port| Firn::start(&kit, &initrd, port));
-    if std::env::args().any(|argument| argument == "firn") {
-        return;
+    let mut runs = vec![Run::start("firn", |port| Box::new(Firn::start(&kit, &initrd, port)))];
+    if !std::env::args().any(|argument| argument == "firn") {
+        let qemu = |port| Box::new(Qemu::start(&kit, &initrd, port)) as Box<dyn Monitor>;
+        runs.push(Run::start("QEMU's user network", qemu));
     }
-    let qemu = measure("QEMU's user network", |port| Qemu::start(&kit, &initrd, port));
-    println!("{:<30} {:>12.1} {:>15.1}", "QEMU / firn", qemu.0 / firn.0, qemu.1 / firn.1);
+    // By turns: what else the machine does changes from one minute to the next.
+    for _ in 0..ROUNDS {
+        runs.iter_mut().for_each(Run::send);
+    }
+    let ready: Vec<_> = runs.iter().map(Run::asked_again).collect();
+    for _ in 0..ROUNDS {
+        runs.iter_mut().for_each(Run::receive);
+    }
+    for mut guest in ready {
+        guest.write_all(b"HTTP/1.0 200 OK\r\n\r\n").expect("the guest is there");
+    }
+    for Run { name, to_guest, from_guest, .. } in &runs {
+        println!("{name:<30} {to_guest:>12.2} {from_guest:>15.2}");
+    }
+    if let [firn, qemu] = &runs[..] {
+        let (to, from) = (qemu.to_guest / firn.to_guest, qemu.from_guest / firn.from_guest);
+        println!("{:<30} {to:>12.1} {from:>15.1}", "QEMU / firn");
+    }
 }
 
 /// A monitor that runs the guest; dropping it ends it.
@@ -73,21 +90,35 @@ trait Monitor {
     fn forwarded(&self) -> u16;
 }
 
-fn measure<M: Monitor>(name: &str, start: impl FnOnce(u16) -> M) -> (f64, f64) {
-    let host = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    let port = host.local_addr().expect("it is bound").port();
-    let monitor = start(port);
-    let to_guest = best(|| send(&host));
-    // Asks again when it serves what it has.
-    let (mut ready, _) = host.accept().expect("the guest connects");
-    let from_guest = best(|| receive(monitor.forwarded()));
-    ready.write_all(b"HTTP/1.0 200 OK\r\n\r\n").expect("the guest is there");
-    println!("{name:<30} {to_guest:>12.2} {from_guest:>15.2}");
-    (to_guest, from_guest)
+/// A guest in a monitor, and the best rounds so far, in seconds.
+struct Run {
+    name: &'static str,
+    host: TcpListener,
+    monitor: Box<dyn Monitor>,
+    to_guest: f64,
+    from_guest: f64,
 }
 
-fn best(mut round: impl FnMut() -> f64) -> f64 {
-    (0..ROUNDS).map(|_| round()).fold(f64::INFINITY, f64::min)
+impl Run {
+    fn start(name: &'static str, monitor: impl FnOnce(u16) -> Box<dyn Monitor>) -> Self {
+        let host = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let port = host.local_addr().expect("it is bound").port();
+        let monitor = monitor(port);
+        Self { name, host, monitor, to_guest: f64::INFINITY, from_guest: f64::INFINITY }
+    }
+
+    fn send(&mut self) {
+        self.to_guest = self.to_guest.min(send(&self.host));
+    }
+
+    fn receive(&mut self) {
+        self.from_guest = self.from_guest.min(receive(self.monitor.forwarded()));
+    }
+
+    /// Waits until the guest serves what it has; it asks again then.
+    fn asked_again(&self) -> TcpStream {
+        self.host.accept().expect("the guest connects").0
+    }
 }
 
 /// Sends the guest a file, and waits until it has it.

@@ -24,12 +24,19 @@ pub(super) struct Link {
     neighbours: Mutex<HashMap<IpAddr, Mac>>,
     /// Tells the fragments of one packet from those of another.
     packet_id: AtomicU16,
+    /// Where the last who sent long frames has put them together.
+    scratch: Mutex<Vec<u8>>,
 }
 
 impl Link {
     pub fn new(card: Mac) -> Self {
-        let neighbours = Mutex::default();
-        Self { slot: Slot::default(), card, neighbours, packet_id: AtomicU16::new(1) }
+        Self {
+            slot: Slot::default(),
+            card,
+            neighbours: Mutex::default(),
+            packet_id: AtomicU16::new(1),
+            scratch: Mutex::default(),
+        }
     }
 
     /// Remembers who has `address`.
@@ -48,6 +55,16 @@ impl Link {
     /// Who has `address`.
     pub fn neighbour(&self, address: IpAddr) -> Mac {
         lock(&self.neighbours).get(&address).copied().unwrap_or(self.card)
+    }
+
+    /// A place to put frames together: the one that was kept, or an empty one.
+    pub fn scratch(&self) -> Vec<u8> {
+        std::mem::take(&mut *lock(&self.scratch))
+    }
+
+    /// Keeps such a place for whoever sends next, which saves making it, and clearing it, for each.
+    pub fn keep_scratch(&self, scratch: Vec<u8>) {
+        *lock(&self.scratch) = scratch;
     }
 
     /// Gives a frame to the guest's card. Without one, or without room, it is lost.

@@ -39,6 +39,9 @@ const TCP_CHECKSUM: u16 = 16;
 const DEFAULT_MSS: u16 = 536;
 /// The least that smoltcp cuts segments to.
 const MIN_MSS: u16 = 48;
+/// This part of the buffer for what is sent to the guest has to be free before it is filled: with
+/// the largest buffer four whole frames.
+const WORTHWHILE: usize = 4;
 /// Option in a SYN: the largest segment (RFC 9293, 3.2).
 const OPTION_MSS: u8 = 2;
 
@@ -159,11 +162,12 @@ impl<'a> Stack<'a> {
     /// Sends what is to be sent now.
     pub fn output(&mut self) {
         let now = self.now();
+        self.cable.output = self.cable.inner.link.scratch();
         while self.interface.poll_egress(now, &mut self.cable, &mut self.sockets)
             != PollResult::None
         {}
         // Most connections are idle for most of their life.
-        self.cable.output = Vec::new();
+        self.cable.inner.link.keep_scratch(std::mem::take(&mut self.cable.output));
     }
 
     /// When [`Self::output`] has something to do although nothing happens.
@@ -216,9 +220,12 @@ impl<'a> Stack<'a> {
         ended && !socket.can_recv()
     }
 
-    /// Whether there is room for something to be sent to the guest.
+    /// Whether there is room for something to be sent to the guest: so much that it is worth the
+    /// work, as what the guest acknowledges bit by bit would else be fetched and sent bit by bit.
     pub fn has_room(&self) -> bool {
-        self.peek().can_send()
+        let socket = self.peek();
+        let capacity = socket.send_capacity();
+        socket.may_send() && capacity - socket.send_queue() >= capacity / WORTHWHILE
     }
 
     /// Lets `give` fill in bytes for the guest; it says how many it has given.

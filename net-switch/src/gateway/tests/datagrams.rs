@@ -1,6 +1,7 @@
 use std::net::{Ipv6Addr, UdpSocket};
 
 use smoltcp::socket::udp;
+use socket2::{Domain, Socket, Type};
 
 use super::guest::raw;
 use super::*;
@@ -97,8 +98,8 @@ fn long_datagrams_go_in_fragments() {
     assert!(whole.unwrap().1[8..] == data);
 }
 
-/// The frames of an echo request to `to`.
-fn echo_request(guest: &Guest, to: IpAddr) -> Vec<u8> {
+/// Who answers an echo request to `to`, and with what.
+fn echo_request(guest: &Guest, to: IpAddr) -> (IpAddr, Vec<u8>) {
     let (source, number, kind): (IpAddr, _, _) = match to {
         IpAddr::V4(_) => (GUEST_V4.into(), protocol::ICMP, 8),
         IpAddr::V6(_) => {
@@ -113,20 +114,42 @@ fn echo_request(guest: &Guest, to: IpAddr) -> Vec<u8> {
     let reply = guest.cable.card.next(PATIENCE).expect("an answer");
     let packet = Packet::parse(&reply[14..]).unwrap();
     assert!(packet.checksum_fits());
-    assert_eq!((packet.source, packet.destination), (to, source));
-    packet.payload.to_vec()
+    assert_eq!(packet.destination, source);
+    (packet.source, packet.payload.to_vec())
 }
 
 #[test]
 fn the_gateway_answers_echo_requests() {
     let guest = Guest::new(GatewaySpec { restrict: true, ..GatewaySpec::default() });
     for address in [GATEWAY_V4, DNS_V4] {
-        let reply = echo_request(&guest, address.into());
+        let (from, reply) = echo_request(&guest, address.into());
+        assert_eq!(from, address);
         assert_eq!((reply[0], &reply[4..]), (0, &b"\x12\x34\0\x01data"[..]));
     }
     for address in [GATEWAY_V6, DNS_V6, GATEWAY_LINK_LOCAL] {
-        let reply = echo_request(&guest, address.into());
+        let (from, reply) = echo_request(&guest, address.into());
+        assert_eq!(from, address);
         assert_eq!((reply[0], &reply[4..]), (129, &b"\x12\x34\0\x01data"[..]));
+    }
+}
+
+#[test]
+fn echo_requests_go_beyond_the_gateway_where_the_host_allows_it() {
+    // An address of the host's own, which answers without anybody else's help.
+    let probe = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let found = probe.connect((Ipv4Addr::new(192, 0, 2, 1), 9)).and_then(|()| probe.local_addr());
+    let Ok(SocketAddr::V4(own)) = found else {
+        eprintln!("this host has no address but loopback's");
+        return;
+    };
+    let guest = Guest::new(GatewaySpec::default());
+    let (from, reply) = echo_request(&guest, (*own.ip()).into());
+    let allowed = Socket::new(Domain::IPV4, Type::DGRAM, Some(socket2::Protocol::ICMPV4)).is_ok();
+    if allowed {
+        assert_eq!(from, *own.ip());
+        assert_eq!((reply[0], &reply[4..]), (0, &b"\x12\x34\0\x01data"[..]));
+    } else {
+        assert_eq!((from, &reply[..2]), (GATEWAY_V4.into(), &[3, 13][..]));
     }
 }
 

@@ -15,6 +15,9 @@ const KEPT: u64 = 8 << 10;
 /// What further rounds may leave: nothing, but counting is not exact.
 const NOISE: u64 = 1 << 10;
 
+/// Further rounds of which one has to leave nothing.
+const MOST_ROUNDS: usize = 5;
+
 /// Memory is counted for a whole process, so this runs in one of its own.
 #[test]
 fn connections_that_have_ended_give_all_memory_back() {
@@ -43,9 +46,15 @@ fn many_full_connections() {
     println!("{COUNT} connections: {before} KiB before, {during} during, {after} after");
     assert!(during > before + (64 << 10));
     assert!(after < before + KEPT);
-    let (_, again) = round(&mut guest, &sockets, &host, address);
-    println!("as many again: {again} KiB after");
-    assert!(again < after + NOISE);
+    // It may take a few rounds until what the allocator keeps is enough; what is lost would be lost
+    // in each of them.
+    let mut last = after;
+    let settled = (0..MOST_ROUNDS).any(|_| {
+        let (_, again) = round(&mut guest, &sockets, &host, address);
+        println!("as many again: {again} KiB after");
+        std::mem::replace(&mut last, again) + NOISE > again
+    });
+    assert!(settled);
 }
 
 /// Opens all connections, fills their buffers and ends them. Returns what the process has in memory when they are full,
