@@ -29,7 +29,8 @@ test: kit
 	$(VENV)/python -m unittest discover -s driver/python/tests
 	$(VENV)/python tests/conformance/conformance.py run
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
-	$(call RUN_IN,--if-needed) cargo test --release -p firn-tests --test guest -- --test-threads=1
+	$(call RUN_IN,--if-needed) cargo test --release -p firn-tests \
+		--test ping --test guest -- --test-threads=1
 
 conformance: kit
 	$(VENV)/python tests/conformance/conformance.py run --write
