@@ -235,14 +235,13 @@ const CARRIER: Recipe = Recipe {
         "virtio_pci",
         "9pnet_virtio",
         "9p",
-        "kvm_amd",
         "virtio_console",
         "virtio_rng",
         "overlay",
         "tun",
     ],
     // ext4 asks for crc32c by name, whether it will use it or not.
-    on_demand: &["virtio_blk", "crc32c_generic", "ext4"],
+    on_demand: &["virtio_blk", "crc32c_generic", "ext4", "kvm_amd"],
     boot: include_str!("scripts/carrier.sh"),
     cmdline: CARRIER_CMDLINE,
 };

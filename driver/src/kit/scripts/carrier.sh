@@ -2,6 +2,17 @@
 # Run by the agent before it serves: makes /mnt a place where the host's programs run.
 
 ip link set lo up
+
+# KVM keeps the TSC frequency it finds when it is loaded. The kernel refines it within its first seconds; in guests that
+# have an older one timers die.
+clocks=/sys/devices/system/clocksource/clocksource0/available_clocksource
+for _ in $(seq 100); do
+  case " $(cat $clocks) " in *" tsc "*) break ;; esac
+  sleep 0.1
+done
+for driver in irqbypass kvm ccp kvm_amd; do
+  insmod "/lib/modules/$driver.ko"
+done
 chmod 666 /dev/kvm /dev/net/tun /dev/fuse 2>/dev/null
 
 # Nobody in the carrier changes the host's root, so what was read once may be kept.
