@@ -1,21 +1,20 @@
 //! Kernels unpacked once: a directory of the cache with the ELF files of bzImages.
 //!
 //! A bzImage unpacks itself in the guest at every boot, which is more work than all the rest of one. So it is unpacked
-//! on the host and kept, named by the SHA-256 of the bzImage. An entry is an ELF file with a checksum behind it. It
-//! appears whole, by a rename, is never written again, and may be removed at any time: a kernel that is not there, or is
-//! damaged, is unpacked anew. Where that cannot be done, machines boot the bzImage.
+//! on the host and kept, named by the SHA-256 of the bzImage. Beside it stands a link for each file with that content,
+//! named by what tells files and their changes apart, so that a known bzImage is not read again. An entry appears whole,
+//! by a rename, is never written again, and may be removed at any time: a kernel that is not there is unpacked anew.
+//! Where that cannot be done, machines boot the bzImage.
 
-use std::fs::{self, File, Permissions};
-use std::hash::Hasher;
+use std::fs::{self, File, Metadata, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use firn_vmm::boot::unpack::{self, UnpackError};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
-use twox_hash::XxHash64;
 
 /// A larger file is no bzImage; in bytes.
 const MAX_IMAGE: u64 = 256 << 20;
@@ -24,10 +23,6 @@ const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
 /// "HdrS" in the setup header (Documentation/arch/x86/boot.rst), and where.
 const MAGIC: &[u8] = b"HdrS";
 const MAGIC_AT: usize = 0x202;
-/// How much is read at once; in bytes.
-const CHUNK: usize = 128 << 10;
-/// Bytes of the checksum.
-const SUM: usize = size_of::<u64>();
 
 /// Why a kernel was not unpacked.
 #[derive(Debug, Error)]
@@ -59,27 +54,51 @@ impl Kernels {
     }
 
     fn entry(&self, kernel: &Path) -> Result<Option<PathBuf>, KernelError> {
-        let Some(image) = read_bzimage(kernel)? else { return Ok(None) };
-        let path = self.dir.join(crate::kit::hex(&Sha256::digest(&image)));
-        if is_whole(&path).unwrap_or(false) {
-            return Ok(Some(path));
+        let metadata = fs::metadata(kernel)?;
+        // To open something else may block.
+        if !metadata.is_file() || metadata.len() > MAX_IMAGE {
+            return Ok(None);
         }
-        // Before the work of unpacking, as in the carrier nothing of the cache can be written.
-        fs::create_dir_all(&self.dir)?;
-        let mut file = tempfile::Builder::new().prefix(".").tempfile_in(&self.dir)?;
-        let kernel = unpack::vmlinux(&image)?;
-        file.write_all(&kernel)?;
-        // Against damage, not malice: who can write to the cache can write to more.
-        file.write_all(&XxHash64::oneshot(0, &kernel).to_le_bytes())?;
-        // The monitor maps only what nobody may write.
-        file.as_file().set_permissions(Permissions::from_mode(0o444))?;
-        file.as_file().sync_all()?;
-        file.persist(&path).map_err(|error| error.error)?;
-        self.prune(&path)?;
+        let known = self.dir.join(identity(&metadata));
+        if let Ok(entry) = fs::canonicalize(&known)
+            && mark_used(&entry).is_ok()
+        {
+            return Ok(Some(entry));
+        }
+        let Some(image) = read_bzimage(kernel)? else { return Ok(None) };
+        let name = crate::kit::hex(&Sha256::digest(&image));
+        let path = self.dir.join(&name);
+        if mark_used(&path).is_err() {
+            self.unpack(&image, &path)?;
+        }
+        // In the carrier nothing of the cache can be written.
+        if let Err(error) = self.link(&name, &known) {
+            tracing::debug!(kernel = %kernel.display(), %error, "a kernel is read each time");
+        }
         Ok(Some(path))
     }
 
-    /// Removes what was not used for [`KEEP`], and what killed processes have left behind.
+    fn unpack(&self, image: &[u8], path: &Path) -> Result<(), KernelError> {
+        // Before the work, which is for nothing if it cannot be kept.
+        fs::create_dir_all(&self.dir)?;
+        let mut file = tempfile::Builder::new().prefix(".").tempfile_in(&self.dir)?;
+        file.write_all(&unpack::vmlinux(image)?)?;
+        // The monitor maps only what nobody may write.
+        file.as_file().set_permissions(Permissions::from_mode(0o444))?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        self.prune(path)?;
+        Ok(())
+    }
+
+    /// Notes that the file `known` has the content `name`.
+    fn link(&self, name: &str, known: &Path) -> io::Result<()> {
+        let made =
+            tempfile::Builder::new().prefix(".").make_in(&self.dir, |path| symlink(name, path))?;
+        made.persist(known).map_err(|error| error.error)
+    }
+
+    /// Removes entries not used for [`KEEP`], links that old, and what killed processes have left behind.
     fn prune(&self, current: &Path) -> io::Result<()> {
         for entry in fs::read_dir(&self.dir)?.filter_map(Result::ok) {
             let used = entry.metadata().and_then(|metadata| metadata.modified());
@@ -93,14 +112,14 @@ impl Kernels {
     }
 }
 
+/// Tells files apart and, as each change sets the ctime, also their contents.
+fn identity(file: &Metadata) -> String {
+    let (dev, ino, size) = (file.dev(), file.ino(), file.size());
+    format!("file-{dev:x}-{ino:x}-{size:x}-{:x}-{:x}", file.ctime(), file.ctime_nsec())
+}
+
 /// The content of `path` if it looks like a bzImage.
 fn read_bzimage(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    // To open something else may block.
-    let size =
-        fs::metadata(path).map(|metadata| if metadata.is_file() { metadata.len() } else { 0 })?;
-    if size > MAX_IMAGE {
-        return Ok(None);
-    }
     let file = File::open(path)?;
     let mut image = Vec::new();
     (&file).take((MAGIC_AT + MAGIC.len()) as u64).read_to_end(&mut image)?;
@@ -111,22 +130,12 @@ fn read_bzimage(path: &Path) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(image))
 }
 
-/// Whether an entry is there and undamaged; it is marked as used then.
-fn is_whole(path: &Path) -> io::Result<bool> {
-    let mut file = File::open(path)?;
-    let mut kernel = (&file).take(file.metadata()?.len().saturating_sub(SUM as u64));
-    let (mut hash, mut chunk) = (XxHash64::with_seed(0), vec![0; CHUNK]);
-    while let length @ 1.. = kernel.read(&mut chunk)? {
-        hash.write(&chunk[..length]);
-    }
-    let mut sum = Vec::new();
-    file.read_to_end(&mut sum)?;
-    let whole = sum == hash.finish().to_le_bytes();
-    if whole {
-        // One that another user owns is pruned early, no more.
-        let _ = file.set_modified(SystemTime::now());
-    }
-    Ok(whole)
+/// Puts off the removal of an entry; an error if it is not there.
+fn mark_used(entry: &Path) -> io::Result<()> {
+    let file = File::open(entry)?;
+    // One that another user owns is pruned early, no more.
+    let _ = file.set_modified(SystemTime::now());
+    Ok(())
 }
 
 #[cfg(test)]
@@ -161,6 +170,13 @@ mod tests {
         Place { dir, kernels, image }
     }
 
+    /// How many kernels, and what is half made.
+    fn entries(dir: &tempfile::TempDir) -> usize {
+        let cache = fs::read_dir(dir.path().join("cache")).expect("it is there");
+        let names = cache.map(|entry| entry.expect("it can be read").file_name());
+        names.filter(|name| !name.to_string_lossy().starts_with("file-")).count()
+    }
+
     fn starts_with_elf(entry: &Path) -> bool {
         fs::read(entry).expect("it is there").starts_with(ELF)
     }
@@ -173,29 +189,45 @@ mod tests {
         assert_eq!(fs::metadata(&entry).expect("it is there").permissions().mode() & 0o222, 0);
         let copy = dir.path().join("copy");
         fs::copy(&image, &copy).expect("it is writable");
-        let written =
-            |entry| fs::metadata(entry).map(|is| std::os::unix::fs::MetadataExt::ino(&is));
+        let written = |entry| fs::metadata(entry).map(|is| is.ino());
         let before = written(&entry).expect("it is there");
         assert_eq!(kernels.unpacked(&copy), entry);
         assert_eq!(written(&entry).expect("it is there"), before, "it was written again");
         fs::write(&copy, bzimage(b"\x7fELF another")).expect("it is writable");
         assert_ne!(kernels.unpacked(&copy), entry);
-        assert_eq!(fs::read_dir(dir.path().join("cache")).expect("it is there").count(), 2);
+        assert_eq!(entries(&dir), 2);
     }
 
     #[test]
-    fn a_damaged_entry_is_replaced() {
+    fn a_known_kernel_is_not_read_again_and_a_changed_one_is() {
+        let Place { dir, kernels, image } = place();
+        let entry = kernels.unpacked(&image);
+        let accessed =
+            |path: &Path| fs::metadata(path).and_then(|is| is.accessed()).expect("it is there");
+        let (long_ago, file) = (SystemTime::UNIX_EPOCH, File::open(&image).expect("it is there"));
+        let times = fs::FileTimes::new().set_accessed(long_ago);
+        file.set_times(times).expect("it is ours");
+        // That was a change, of the ctime.
+        assert_eq!(kernels.unpacked(&image), entry);
+        file.set_times(times).expect("it is ours");
+        let link =
+            dir.path().join("cache").join(identity(&fs::metadata(&image).expect("it is there")));
+        symlink(entry.file_name().expect("it has one"), link).expect("it is writable");
+        assert_eq!(kernels.unpacked(&image), entry);
+        assert_eq!(accessed(&image), long_ago, "it was read");
+        // As long, and as old.
+        fs::write(&image, bzimage(b"\x7fELF and the rest of a KERNEL")).expect("it is writable");
+        file.set_times(times.set_modified(long_ago)).expect("it is ours");
+        assert_ne!(kernels.unpacked(&image), entry);
+    }
+
+    #[test]
+    fn what_is_removed_comes_back() {
         let Place { dir: _dir, kernels, image } = place();
         let entry = kernels.unpacked(&image);
-        let good = fs::read(&entry).expect("it is there");
-        let mut flipped = good.clone();
-        flipped[9] ^= 1;
-        for damaged in [&good[..12], &good[..good.len() - 1], &[], &flipped] {
-            fs::remove_file(&entry).expect("it is there");
-            fs::write(&entry, damaged).expect("it is writable");
-            assert_eq!(kernels.unpacked(&image), entry);
-            assert!(fs::read(&entry).expect("it is there") == good);
-        }
+        fs::remove_file(&entry).expect("it is there");
+        assert_eq!(kernels.unpacked(&image), entry);
+        assert!(starts_with_elf(&entry));
     }
 
     #[test]
@@ -209,7 +241,7 @@ mod tests {
         for other in [&broken, &dir.path().join("none"), &dir.path().to_owned()] {
             assert_eq!(kernels.unpacked(other), **other);
         }
-        assert_eq!(fs::read_dir(dir.path().join("cache")).expect("it is there").count(), 0);
+        assert_eq!(entries(&dir), 0);
     }
 
     #[test]
@@ -243,6 +275,6 @@ mod tests {
                 scope.spawn(|| assert!(starts_with_elf(&kernels.unpacked(&image))));
             }
         });
-        assert_eq!(fs::read_dir(dir.path().join("cache")).expect("it is there").count(), 1);
+        assert_eq!(entries(&dir), 1);
     }
 }

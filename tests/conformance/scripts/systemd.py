@@ -22,6 +22,24 @@ with subtest("wait_for_unit: that becomes active later"):
     )
     machine.wait_for_unit("slow.service")
 
+with subtest("wait_for_unit: a service without its type"):
+    machine.wait_for_unit("slow")
+
+with subtest("wait_for_unit: of a user"):
+    machine.succeed(
+        "echo 'alice:x:1000:1000::/home/alice:/bin/bash' >> /etc/passwd",
+        "echo 'alice:x:1000:' >> /etc/group",
+        "echo 'alice:*:1::::::' >> /etc/shadow",
+        "install -d -o 1000 -g 1000 /home/alice",
+        "loginctl enable-linger alice",
+    )
+    machine.wait_for_unit("user@1000.service")
+    machine.wait_for_unit("default.target", user="alice")
+
+with subtest("wait_for_unit, wrongly: of a user, nothing will start it"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "is inactive and there are no pending jobs"):
+        machine.wait_for_unit("nonsense.service", user="alice")
+
 with subtest("wait_for_unit, wrongly: failed"):
     machine.succeed(
         "systemd-run --no-block --unit=bad --property=Type=oneshot sh -c 'sleep 1; exit 3'"
@@ -49,6 +67,9 @@ with subtest("wait_for_unit, wrongly: within its time only"):
 
 with subtest("systemctl: status and output"):
     t.assertEqual(machine.systemctl("is-active slow"), (0, "active\n"))
+
+with subtest("systemctl: of a user"):
+    t.assertEqual(machine.systemctl("is-active default.target", "alice"), (0, "active\n"))
 
 with subtest("systemctl, wrongly: what does not exist"):
     status, _ = machine.systemctl("cat nonsense.service")
@@ -145,5 +166,26 @@ with subtest("get_console_log: has it"):
 
 with subtest("get_console_log, wrongly: has nothing of the future"):
     t.assertNotIn("not printed", machine.get_console_log())
+
+with subtest("wait_until_tty_matches: what getty says"):
+    machine.wait_until_tty_matches("1", "login: *$")
+
+with subtest("wait_until_tty_matches, wrongly: within its time only"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
+        machine.wait_until_tty_matches("1", "nobody says this", timeout=1)
+
+with subtest("get_tty_text: the whole screen"):
+    t.assertIn("machine login:", machine.get_tty_text("1"))
+
+with subtest("get_tty_text, wrongly: of no such terminal"):
+    with t.assertRaises(RequestedAssertionFailed):
+        machine.get_tty_text("99")
+
+with subtest("dump_tty_contents: to the console"):
+    machine.dump_tty_contents("1")
+    machine.wait_for_console_text("machine login:", timeout=60)
+
+with subtest("dump_tty_contents, wrongly: of no such terminal"):
+    machine.dump_tty_contents("99")
 
 machine.crash()

@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
+use firn::kit::Kit;
 use firn_tests::{firn, micro, repository, systemd};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -29,13 +30,13 @@ impl Place {
     }
 
     /// The guest has a shell on its serial console.
-    fn with_shell() -> Self {
+    fn with_shell(kernel: impl FnOnce(&Kit) -> PathBuf) -> Self {
         let kit = micro();
         let spec = serde_json::json!({
             "firn": 1,
             "name": "shell",
             "memory": 256,
-            "kernel": kit.vmlinux(),
+            "kernel": kernel(&kit),
             "initrd": [kit.initrd()],
             "cmdline": format!("{} rdinit=/bin/sh ${{QEMU_KERNEL_PARAMS:-}}", kit.manifest.cmdline),
             "disks": [{ "image": "${NIX_DISK_IMAGE:-made.img}", "size": 8 }],
@@ -47,10 +48,15 @@ impl Place {
 
     /// Runs the file itself.
     fn start(&self) -> Child {
+        self.command().spawn().unwrap()
+    }
+
+    fn command(&self) -> Command {
         let mut command = Command::new(&self.file);
         command.current_dir(self.cwd.path()).env("TMPDIR", self.tmp.path());
         command.env_remove("USE_TMPDIR").env("QEMU_KERNEL_PARAMS", "hello=there");
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
     }
 
     /// Nothing of the run may be left but the disk.
@@ -75,7 +81,7 @@ fn read_until(out: &mut impl Read, wanted: &str) -> String {
 
 #[test]
 fn the_terminal_is_the_serial_console() {
-    let place = Place::with_shell();
+    let place = Place::with_shell(Kit::vmlinux);
     let mut run = place.start();
     let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
     read_until(&mut screen, "# ");
@@ -90,13 +96,45 @@ fn the_terminal_is_the_serial_console() {
 
 #[test]
 fn ctrl_a_x_ends_it() {
-    let place = Place::with_shell();
+    let place = Place::with_shell(Kit::vmlinux);
     let mut run = place.start();
     let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
     read_until(&mut screen, "# ");
     keys.write_all(b"\x01x").unwrap();
     assert_eq!(run.wait().unwrap().code(), Some(0));
     place.check();
+}
+
+/// The first run unpacks it, and it is what is in the cache that boots.
+#[test]
+fn a_bzimage_is_unpacked_once() {
+    let place = Place::with_shell(Kit::kernel);
+    let cache = tempfile::tempdir().unwrap();
+    let start = || {
+        let mut command = place.command();
+        command.env("XDG_CACHE_HOME", cache.path()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let boot = || {
+        let mut run = start();
+        let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
+        read_until(&mut screen, "# ");
+        keys.write_all(b"poweroff -f\n").unwrap();
+        assert_eq!(run.wait().unwrap().code(), Some(0));
+    };
+    boot();
+    let kernels = fs::read_dir(cache.path().join("firn/vmlinux")).unwrap();
+    let kernels = kernels.map(|entry| entry.unwrap().path());
+    let (links, kernels): (Vec<_>, Vec<_>) = kernels.partition(|path| path.is_symlink());
+    assert_eq!((links.len(), kernels.len()), (1, 1));
+    assert!(fs::read(&kernels[0]).unwrap().starts_with(b"\x7fELF"));
+    boot();
+
+    fs::remove_file(&kernels[0]).unwrap();
+    fs::write(&kernels[0], "no kernel").unwrap();
+    let ended = start().wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(!ended.status.success() && said.contains(kernels[0].to_str().unwrap()), "{said}");
 }
 
 /// As nix/machine-spec.nix makes it for a node whose system is the kit.

@@ -1,0 +1,175 @@
+# Files, links and power.
+#: ways: agent backdoor
+#: [nodes.machine]
+#: kit = "systemd"
+#: [nodes.peer]
+#: [nodes.idle]
+import os
+import tempfile
+import urllib.request
+import warnings
+from pathlib import Path
+
+from test_driver.errors import MachineError, RequestedAssertionFailed
+
+machine.start(allow_reboot=True)
+machine.wait_for_unit("multi-user.target")
+here = Path(tempfile.mkdtemp())
+(here / "dir/inner").mkdir(parents=True)
+(here / "dir/inner/bytes").write_bytes(bytes(range(256)) * 1000)
+(here / "run.sh").write_text("#!/bin/sh\necho ran\n")
+(here / "run.sh").chmod(0o755)
+(here / "dir/link").symlink_to("inner/bytes")
+
+with subtest("copy_from_host: a file with its mode, owned by root"):
+    machine.copy_from_host(here / "run.sh", "/tmp/made/for/it/run.sh")
+    t.assertEqual(machine.succeed("/tmp/made/for/it/run.sh"), "ran\n")
+    t.assertEqual(machine.succeed("stat -c %U:%a /tmp/made/for/it/run.sh"), "root:755\n")
+
+with subtest("copy_from_host: a directory"):
+    machine.copy_from_host(str(here / "dir"), "/tmp/copied")
+    machine.succeed("cmp /tmp/copied/link /tmp/copied/inner/bytes; test -L /tmp/copied/link")
+
+with subtest("copy_from_host, wrongly: what is not there"):
+    with t.assertRaisesRegex(MachineError, "nothing: No such file"):
+        machine.copy_from_host(here / "nothing", "/tmp/x")
+
+with subtest("copy_from_host_via_shell: a file"):
+    machine.copy_from_host_via_shell(here / "dir/inner/bytes", "/tmp/shell/bytes")
+    machine.succeed("cmp /tmp/shell/bytes /tmp/copied/inner/bytes")
+
+with subtest("copy_from_host_via_shell, wrongly: where nothing can be"):
+    with t.assertRaises(MachineError):
+        machine.copy_from_host_via_shell(here / "run.sh", "/proc/nothing/run.sh")
+
+with subtest("copy_from_machine: to the output directory"):
+    machine.copy_from_machine("/tmp/copied", "results")
+    copied = Path(machine.out_dir) / "results/copied"
+    t.assertEqual((copied / "inner/bytes").read_bytes(), (here / "dir/inner/bytes").read_bytes())
+    t.assertEqual(os.readlink(copied / "link"), "inner/bytes")
+
+with subtest("copy_from_machine, wrongly: what is not there"):
+    with t.assertRaises(MachineError):
+        machine.copy_from_machine("/tmp/nothing")
+
+with subtest("copy_from_machine, wrongly: out of the output directory"):
+    with t.assertRaises(MachineError):
+        machine.copy_from_machine("/tmp/copied", "../elsewhere")
+
+with subtest("copy_from_vm: the old name"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        machine.copy_from_vm("/tmp/shell/bytes")
+    t.assertTrue((Path(machine.out_dir) / "bytes").exists() and caught)
+
+with subtest("copy_from_vm, wrongly: what is not there"):
+    with t.assertRaises(MachineError):
+        machine.copy_from_vm("/tmp/nothing")
+
+with subtest("shared_dir: one directory of all machines and the host"):
+    machine.succeed("echo hello > /tmp/shared/greeting")
+    t.assertEqual((machine.shared_dir / "greeting").read_text(), "hello\n")
+    t.assertEqual(peer.succeed("cat /tmp/shared/greeting"), "hello\n")
+
+with subtest("shared_dir, wrongly: the exchange directory is the machine's own"):
+    machine.succeed("touch /tmp/xchg/mine")
+    peer.fail("test -e /tmp/xchg/mine")
+
+with subtest("block: the first vlan's cable"):
+    machine.wait_until_succeeds("ping -c 1 -W 5 peer")
+    machine.block()
+
+with subtest("block, wrongly: nothing comes through"):
+    machine.fail("ping -c 1 -W 2 peer")
+
+with subtest("unblock: it is plugged in again"):
+    machine.unblock()
+    machine.wait_until_succeeds("ping -c 1 -W 5 peer")
+
+with subtest("unblock, wrongly: a second time is nothing"):
+    machine.unblock()
+
+with subtest("forward_port: to the host, while it runs"):
+    machine.succeed("cd /tmp/copied/inner && (python3 -m http.server 80 >/dev/null 2>&1 &)")
+    machine.wait_for_open_port(80)
+    forwarded = machine.forward_port(host_port=0)
+    with urllib.request.urlopen(f"http://127.0.0.1:{forwarded}/bytes", timeout=120) as answer:
+        t.assertEqual(answer.read(), (here / "dir/inner/bytes").read_bytes())
+
+with subtest("forward_port, wrongly: a port that somebody has"):
+    with t.assertRaisesRegex(MachineError, str(forwarded)):
+        peer.forward_port(host_port=forwarded)
+
+with subtest("send_console: types"):
+    peer.execute("(read line < /dev/ttyS0; echo $line > /tmp/typed) &", check_output=False)
+    peer.succeed("sleep 1")
+    peer.send_console("typed text\n")
+    t.assertEqual(peer.wait_until_succeeds("grep . /tmp/typed"), "typed text\n")
+
+with subtest("send_console, wrongly: to what does not run"):
+    with t.assertRaisesRegex(MachineError, "is not running"):
+        idle.send_console("x")
+
+with subtest("shell, wrongly: of what does not run"):
+    with t.assertRaisesRegex(MachineError, "is not running"):
+        idle.shell.sendall(b"x")
+
+with subtest("shell: the backdoor's own socket"):
+    machine.shell.sendall(b"echo by $((40 + 2))\n")
+    got = b""
+    while b"by 42" not in got:
+        got += machine.shell.recv(4096)
+
+with subtest("send_monitor_command: what firn knows"):
+    t.assertEqual(machine.send_monitor_command("info status"), "VM status: running\n")
+    machine.send_monitor_command("set_link virtio-net-pci.1 off")
+    machine.fail("ping -c 1 -W 2 peer")
+    machine.send_monitor_command("set_link virtio-net-pci.1 on")
+    t.assertEqual(machine.qmp_client.send("query-status")["running"], True)
+
+with subtest("send_monitor_command, wrongly: what firn does not know"):
+    with t.assertRaisesRegex(MachineError, "firn has no QEMU monitor"):
+        machine.send_monitor_command("migrate")
+
+with subtest("reboot: comes up again"):
+    machine.succeed("touch /run/before")
+    machine.reboot()
+    machine.wait_for_unit("multi-user.target")
+    machine.fail("test -e /run/before")
+
+with subtest("wait_for_qmp_event: of the reboot"):
+    event = machine.wait_for_qmp_event(lambda event: event["event"] == "RESET", timeout=10)
+    t.assertTrue(event["data"]["guest"])
+
+with subtest("wait_for_qmp_event, wrongly: within its time only"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
+        machine.wait_for_qmp_event(lambda event: event["event"] == "NONSENSE", timeout=1)
+
+with subtest("reboot, wrongly: without allow_reboot"):
+    with t.assertRaisesRegex(MachineError, "allow_reboot=True"):
+        peer.reboot()
+
+with subtest("shutdown: powers off"):
+    machine.shutdown()
+    t.assertFalse(machine.booted)
+
+with subtest("shutdown, wrongly: what is off stays off"):
+    machine.shutdown()
+
+with subtest("wait_for_shutdown: of a guest that does so by itself"):
+    peer.execute("poweroff", check_output=False)
+    peer.wait_for_shutdown()
+
+with subtest("wait_for_shutdown, wrongly: of a guest that crashes"):
+    peer.start()
+    peer.connect()
+    peer.execute("sleep 1; echo c > /proc/sysrq-trigger", check_output=False)
+    with t.assertRaisesRegex(MachineError, "panicked"):
+        peer.wait_for_shutdown()
+
+with subtest("release: removes its state"):
+    machine.release()
+    t.assertFalse(machine.state_dir.exists())
+
+with subtest("release, wrongly: a second time is nothing"):
+    machine.release()
