@@ -168,7 +168,7 @@ with subtest("get_console_log, wrongly: has nothing of the future"):
     t.assertNotIn("not printed", machine.get_console_log())
 
 with subtest("wait_until_tty_matches: what getty says"):
-    machine.wait_until_tty_matches("1", "login: *$")
+    machine.wait_until_tty_matches("1", "machine login: ")
 
 with subtest("wait_until_tty_matches, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):

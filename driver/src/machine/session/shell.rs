@@ -13,7 +13,8 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{ReadHalf, WriteHalf};
+use tokio::net;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::timeout;
 
@@ -78,7 +79,7 @@ pub(crate) struct ShellSession {
 
 /// The console, of which one call at a time has the use.
 struct Line {
-    reader: BufReader<OwnedReadHalf>,
+    reader: BufReader<ReadHalf<net::UnixStream>>,
     /// A call that is given up must not leave half a line behind, so a task of its own writes.
     writer: mpsc::UnboundedSender<Vec<u8>>,
     calls: u64,
@@ -87,7 +88,8 @@ struct Line {
 impl ShellSession {
     /// Waits for the backdoor's shell at the other end of `stream`, which is left open.
     pub(crate) async fn connect(stream: &UnixStream) -> Result<Self> {
-        let (reader, writer) = cloned(stream).map_err(ShellError::from)?.into_split();
+        // The halves that a socket has of its own would shut it down when they go.
+        let (reader, writer) = tokio::io::split(cloned(stream).map_err(ShellError::from)?);
         let mut reader = BufReader::new(reader);
         let mut seen = Vec::new();
         // Whatever else comes before: a guest without a backdoor may use hvc0 for anything.
@@ -302,7 +304,7 @@ const fn encoded(length: usize) -> usize {
 /// Reads a line to the end of `line`, without its end. Of one that is longer than `limit` only that much is kept, and
 /// the answer is false.
 async fn read_line(
-    reader: &mut BufReader<OwnedReadHalf>,
+    reader: &mut BufReader<ReadHalf<net::UnixStream>>,
     limit: usize,
     line: &mut Vec<u8>,
 ) -> Result<bool> {
@@ -328,7 +330,10 @@ async fn read_line(
     }
 }
 
-async fn write_lines(mut writer: OwnedWriteHalf, mut lines: mpsc::UnboundedReceiver<Vec<u8>>) {
+async fn write_lines(
+    mut writer: WriteHalf<net::UnixStream>,
+    mut lines: mpsc::UnboundedReceiver<Vec<u8>>,
+) {
     while let Some(line) = lines.recv().await {
         if writer.write_all(&line).await.is_err() {
             return;

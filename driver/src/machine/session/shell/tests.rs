@@ -181,6 +181,21 @@ async fn garbage_is_refused() {
 }
 
 /// Writes what fits into a socket's buffer.
+/// As when the guest restarts.
+#[tokio::test]
+async fn a_shell_that_is_left_leaves_the_console_to_the_next() {
+    let backdoor = Backdoor::start("");
+    for _ in 0..2 {
+        let shell = backdoor.connect().await;
+        let answer = shell.run(&command("echo up")).await.expect("an answer");
+        assert_eq!(answer, (0, b"up\n".to_vec()));
+        drop(shell);
+        // The task that has written ends now.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        say(&backdoor.console, b"echo 'Spawning backdoor root shell...'\n");
+    }
+}
+
 fn say(mut stream: &UnixStream, bytes: &[u8]) {
     use std::io::Write;
     stream.write_all(bytes).expect("it fits");
