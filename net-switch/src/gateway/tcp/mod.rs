@@ -26,7 +26,8 @@ use table::{Entry, Key};
 
 /// How long the host may try to connect: what hosts of BSD descent wait. The guest, which has heard
 /// nothing, goes on for as long as it likes.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(75);
+const CONNECT_TIMEOUT: Duration =
+    if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(75) };
 
 /// What decides about a segment of the guest.
 #[derive(Clone, Copy, Debug)]

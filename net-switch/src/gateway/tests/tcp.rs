@@ -69,6 +69,23 @@ fn refusals_arrive_as_such() {
 }
 
 #[test]
+fn a_host_that_does_not_answer_leaves_the_guest_to_its_own_timeout() {
+    let mut guest = Guest::new(GatewaySpec::default());
+    let (host, address) = listener();
+    // With its queue full the host's kernel drops what asks for a connection.
+    socket2::SockRef::from(&host).listen(0).unwrap();
+    let first = TcpStream::connect(host.local_addr().unwrap()).unwrap();
+    let socket = guest.begin(address);
+    let gateway = Arc::clone(&guest.cable.gateway);
+    guest.until(|_| (gateway.stats().connections == 1).then_some(()));
+    settles(&mut guest);
+    assert_eq!(guest.socket::<Socket>(socket).state(), State::SynSent);
+    // The guest's next attempt is a new one for the host too.
+    drop((first, host.accept().unwrap()));
+    guest.state(socket, State::Established);
+}
+
+#[test]
 fn a_reset_goes_on_to_the_other_side() {
     let mut guest = Guest::new(GatewaySpec::default());
     let (host, address) = listener();
