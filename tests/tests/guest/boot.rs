@@ -2,6 +2,7 @@
 
 use firn::Driver;
 use firn_tests::{micro, with_machines};
+use firn_vmm::device::boot_timer::stage::{INIT, KERNEL, READY, RUN};
 
 async fn output(driver: &Driver, command: &str) -> String {
     let machine = &driver.machines()[0];
@@ -64,6 +65,21 @@ fn twenty_boots_in_a_row() {
                 machine.crash().await;
             }
             assert!(!machine.booted());
+        }
+    });
+}
+
+#[test]
+fn stages_of_the_boot_are_marked() {
+    with_machines("[nodes.m]\n[nodes.s]\nkit = 'systemd'", async |driver| {
+        // The micro kit's kernel lets no program write to ports.
+        let stages = [&[RUN, KERNEL][..], &[RUN, KERNEL, INIT, READY]];
+        for (machine, stages) in driver.machines().iter().zip(stages) {
+            machine.connect().await.unwrap();
+            machine.shutdown().await.unwrap();
+            let marks = machine.boot_marks();
+            assert_eq!(marks.iter().map(|mark| mark.code).collect::<Vec<_>>(), stages);
+            assert!(marks.is_sorted_by_key(|mark| mark.at_ns));
         }
     });
 }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod boot_timer;
 mod exec;
 mod failure;
 mod files;
