@@ -4,6 +4,8 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use firn::config::TestConfig;
@@ -70,6 +72,32 @@ pub fn with_config(config: &TestConfig, script: impl AsyncFnOnce(&Driver)) {
         driver.close().await;
         outcome.expect("the test takes too long");
     });
+}
+
+/// A file system that is soon full. It ends when this is dropped.
+pub struct SmallFileSystem(PathBuf);
+
+impl SmallFileSystem {
+    /// Mounts one of `mib` MiB at a directory; `None` where that is not allowed.
+    pub fn mount(at: &Path, mib: u32) -> Option<Self> {
+        let size = format!("size={mib}m");
+        let mut mount = Command::new("mount");
+        let status = mount.args(["-t", "tmpfs", "-o", &size, "none"]).arg(at).status();
+        if !status.is_ok_and(|status| status.success()) {
+            eprintln!("SKIPPED: no file system can be mounted here");
+            return None;
+        }
+        Some(Self(at.to_owned()))
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg(&self.0).status();
+        if !thread::panicking() {
+            assert!(unmounted.is_ok_and(|status| status.success()));
+        }
+    }
 }
 
 /// Bytes without a pattern, the same each time.

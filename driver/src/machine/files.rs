@@ -121,6 +121,8 @@ impl Machine {
                         .await
                         .map_err(MachineError::file("write", &to))?;
                     if let Err(error) = session.read_file(&from, &mut file).await {
+                        // Half a file would pass for a whole one.
+                        let _ = fs::remove_file(&to).await;
                         return Err(self.cannot_read(&from, error).await);
                     }
                     set_mode(&to, info.mode).await?;

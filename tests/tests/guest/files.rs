@@ -4,8 +4,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
+use firn::error::chain;
 use firn::{Driver, Machine};
-use firn_tests::{noise, with_machines};
+use firn_tests::{SmallFileSystem, noise, systemd, with_machines};
 
 fn only(driver: &Driver) -> &Machine {
     &driver.machines()[0]
@@ -120,4 +121,29 @@ fn what_cannot_be_copied_is_refused() {
         }
         assert_eq!(output(m, "echo still here").await, "still here");
     });
+}
+
+#[test]
+fn a_full_host_is_told_and_keeps_no_half_of_a_file() {
+    let cmdline = format!("{} systemd.mask=firn-agent.service", systemd().manifest.cmdline);
+    for way in [String::new(), format!("kit = 'systemd'\ncmdline = {cmdline:?}")] {
+        with_machines(&format!("[nodes.m]\n{way}"), async |driver| {
+            let m = only(driver);
+            let full = m.out_dir().join("full");
+            fs::create_dir(&full).unwrap();
+            let Some(small) = SmallFileSystem::mount(&full, 4) else { return };
+            // One too long by much, and one by its last bytes.
+            for size in [8 << 20, (4 << 20) + 1] {
+                output(m, &format!("head -c {size} /dev/urandom >/tmp/data")).await;
+                let copied = m.copy_from_machine("/tmp/data".as_ref(), "full".as_ref()).await;
+                let error = chain(&copied.unwrap_err());
+                assert!(error.contains("No space left on device"), "{error}");
+                assert_eq!(fs::read_dir(&full).unwrap().count(), 0);
+            }
+            output(m, "head -c 1000 /dev/urandom >/tmp/data").await;
+            fetch(m, "/tmp/data", "full").await;
+            assert_eq!(fs::metadata(full.join("data")).unwrap().len(), 1000);
+            drop(small);
+        });
+    }
 }
