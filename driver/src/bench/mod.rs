@@ -19,7 +19,6 @@ pub mod report;
 
 pub use guest::Guest;
 pub use monitor::Monitor;
-pub(crate) use process::now;
 
 /// How far a boot has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use firn_vmm::device::boot_timer::now_ns;
+use memchr::memmem;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::{TimeVal, TimeValLike};
-use nix::time::{ClockId, clock_gettime};
 
 use super::guest::HERE;
 use super::{BenchError, Sample, Stage, Stages, Subject};
@@ -23,10 +24,10 @@ const TAIL: usize = 4 << 10;
 /// Boots a subject once.
 pub(super) fn time(subject: &Subject) -> Result<Sample, BenchError> {
     let before = used();
-    let began = now();
+    let began = now_ns();
     let mut stages = watch(subject, &subject.run.command, |_| ())?.1;
     let after = used();
-    stages.insert(Stage::End, now());
+    stages.insert(Stage::End, now_ns());
     if let Some(file) = &subject.run.marks {
         let text = fs::read(file).map_err(BenchError::file("read", file))?;
         let marks: Stages = serde_json::from_slice(&text)
@@ -82,8 +83,8 @@ fn watch<T>(
         if stdout.read_until(b'\n', &mut line).map_err(failed)? == 0 {
             break;
         }
-        if seen.is_none() && contains(&line, HERE.as_bytes()) {
-            stages.insert(Stage::Init, now());
+        if seen.is_none() && memmem::find(&line, HERE.as_bytes()).is_some() {
+            stages.insert(Stage::Init, now_ns());
             seen = Some(look(id));
         }
         said.extend_from_slice(&line);
@@ -153,13 +154,6 @@ fn used() -> (u64, u64) {
         .map_or((0, 0), |usage| (nanoseconds(usage.user_time()), nanoseconds(usage.system_time())))
 }
 
-/// The clock by which monitors mark their stages.
-pub(crate) fn now() -> u64 {
-    let clock = clock_gettime(ClockId::CLOCK_MONOTONIC);
-    let since_boot = clock.map_or(Duration::ZERO, Duration::from);
-    u64::try_from(since_boot.as_nanos()).unwrap_or(u64::MAX)
-}
-
 /// The resident memory in a list of mappings (`man 5 proc_pid_smaps`), without those that are as large as the guest's
 /// memory, or half of it: it may be in two.
 fn resident_kib(maps: &str, guest_kib: u64) -> u64 {
@@ -173,10 +167,6 @@ fn resident_kib(maps: &str, guest_kib: u64) -> u64 {
         }
     }
     sum
-}
-
-fn contains(text: &[u8], what: &[u8]) -> bool {
-    text.windows(what.len()).any(|window| window == what)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Subcommand, ValueEnum};
-use firn_vmm::device::boot_timer::{Mark, stage};
+use firn_vmm::device::boot_timer::{Mark, now_ns, stage};
 use firn_vmm::probe;
 use futures_util::future::try_join_all;
 
@@ -364,7 +364,7 @@ async fn until_connected(driver: &Driver) -> Result<Stages> {
     for machine in driver.machines() {
         machine.connect().await?;
     }
-    let ready = bench::now();
+    let ready = now_ns();
     for machine in driver.machines() {
         machine.shutdown().await?;
     }

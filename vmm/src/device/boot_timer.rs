@@ -42,7 +42,7 @@ impl BootTimer {
     pub fn mark(&self, code: u8) {
         let mut marks = self.lock();
         if marks.len() < MAX_MARKS && marks.iter().all(|mark| mark.code != code) {
-            marks.push(Mark { code, at_ns: monotonic_ns() });
+            marks.push(Mark { code, at_ns: now_ns() });
         }
     }
 
@@ -61,8 +61,8 @@ impl BootTimer {
     }
 }
 
-/// The host's monotonic clock, which all processes share.
-fn monotonic_ns() -> u64 {
+/// The clock by which stages are marked: nanoseconds of the host's monotonic clock, which all processes share.
+pub fn now_ns() -> u64 {
     let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
     let since_boot = clock.map_or(std::time::Duration::ZERO, std::time::Duration::from);
     u64::try_from(since_boot.as_nanos()).unwrap_or(u64::MAX)

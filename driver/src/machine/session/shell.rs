@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use memchr::memmem;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::io::{ReadHalf, WriteHalf};
 use tokio::net;
@@ -93,7 +94,7 @@ impl ShellSession {
         let mut reader = BufReader::new(reader);
         let mut seen = Vec::new();
         // Whatever else comes before: a guest without a backdoor may use hvc0 for anything.
-        while !contains(&seen, BANNER) {
+        while memmem::find(&seen, BANNER).is_none() {
             seen.clear();
             read_line(&mut reader, MAX_LINE, &mut seen).await?;
         }
@@ -339,10 +340,6 @@ async fn write_lines(
             return;
         }
     }
-}
-
-fn contains(text: &[u8], what: &[u8]) -> bool {
-    text.windows(what.len()).any(|window| window == what)
 }
 
 /// The directory that `path` is in.
