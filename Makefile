@@ -64,7 +64,7 @@ build: setup $(VENV)/python
 	RUSTFLAGS="-C target-feature=+crt-static" \
 		cargo build --profile agent -p firn-guest-agent --target $(TARGET)
 	cargo build --release -p firn
-	VIRTUAL_ENV="$(abspath .venv)" $(VENV)/maturin develop --quiet --release \
+	PIP_QUIET=1 VIRTUAL_ENV="$(abspath .venv)" $(VENV)/maturin develop --quiet --release \
 		--extras interactive,check -m driver/Cargo.toml
 	install -C target/$(TARGET)/agent/firn-agent target/release/firn $(VENV)/
 
