@@ -9,6 +9,7 @@ The script's machines are in comments at its beginning:
     #: file: NAME         a machine file that boots the micro kit
     #: nix: NAME          one that nix/machine-spec.nix makes for the systemd kit
     #: [nodes.NAME]       lines of a firn test file
+    #: arguments: WORDS   kernel arguments of those with the systemd kit
 
 Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
 is read from the JUnit report; `firn check` looks at them too. A script with
@@ -74,6 +75,7 @@ class Family:
     files: list[str] = field(default_factory=list)
     nix: list[str] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
     cases: list[str] = field(default_factory=list)
 
     @classmethod
@@ -91,6 +93,8 @@ class Family:
                 names[key].append(value.strip())
             elif key == "ways":
                 new.ways = value.split()
+            elif key == "arguments":
+                new.arguments = value.split()
             else:
                 lines.append(line)
         new.nodes = "\n".join(lines)
@@ -150,10 +154,13 @@ def command(family: Family, way: str, directory: Path) -> list[str]:
         return [*driver, "--accel", "none"] if family.none else driver
     file = directory / "test.toml"
     nodes = family.nodes
+    arguments = family.arguments
     if way == "backdoor":
         # A guest without an agent has the root shell on hvc0 only.
-        masked = f"cmdline = '{cmdline('systemd')} systemd.mask=firn-agent.service'"
-        nodes = re.sub(r'^kit = "systemd"$', rf"\g<0>\n{masked}", nodes, flags=re.M)
+        arguments = arguments + [f"{rd}systemd.mask=firn-agent.service" for rd in ("", "rd.")]
+    if arguments:
+        line = f"cmdline = '{' '.join([cmdline('systemd'), *arguments])}'"
+        nodes = re.sub(r'^kit = "systemd"$', rf"\g<0>\n{line}", nodes, flags=re.M)
     head = f"global_timeout = 600\ntest_script_file = {json.dumps(str(family.path))}\n"
     file.write_text(head + nodes + "\n")
     return [str(BIN / "firn"), "test", str(file), *report]

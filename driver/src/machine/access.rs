@@ -69,7 +69,10 @@ impl Access {
     /// The best way there is now.
     pub(super) fn session(&self) -> Option<Session> {
         match (&self.agent, &self.shell) {
-            (Agent::There(session), _) => Some(Session::Agent(session.clone())),
+            // It may be lost already, and whoever attends to it not know yet.
+            (Agent::There(session), _) if session.client().lost_reason().is_none() => {
+                Some(Session::Agent(session.clone()))
+            }
             (_, Shell::There(shell)) => Some(Session::Shell(shell.clone())),
             (_, Shell::Awaited | Shell::Lost(_)) => None,
         }
@@ -177,16 +180,18 @@ impl Machine {
         }
     }
 
-    /// Waits until a session that is about to end has ended.
+    /// Waits until a session that is about to end has ended, and all others with it.
     pub(super) async fn left(&self, session: &Session) {
-        match session {
-            Session::Agent(session) => drop(session.lost().await),
-            // Nothing tells of the end of a shell on a console; the next one says that it is there.
-            Session::Shell(_) => self.set_access(|access| {
+        if let Session::Agent(session) = session {
+            session.lost().await;
+        }
+        // Nothing tells of the end of a shell on a console; the next one says that it is there.
+        self.set_access(|access| {
+            if matches!(access.shell, Shell::There(_)) {
                 access.shell = Shell::Awaited;
                 access.left.notify_one();
-            }),
-        }
+            }
+        });
     }
 
     /// Waits for a session's answer, or for the guest's end. `failed` says what could not be done.
