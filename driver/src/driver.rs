@@ -18,8 +18,8 @@ use crate::machine::{Boot, Dirs, Machine, Source, hosts};
 use crate::scratch::{State, StatePlace, make_dir};
 use crate::vlan::Vlan;
 
-/// What a [`Driver`] works with.
-#[derive(Default)]
+/// What a [`Driver`] works with; by default no kits, the current directory, standard error for the log, and state that
+/// is removed in the end.
 pub struct DriverOptions {
     /// The kits that fill in what nodes do not say: see [`Driver::kits_needed`].
     pub kits: Vec<Kit>,
@@ -32,6 +32,18 @@ pub struct DriverOptions {
     /// Where relative paths of machine files start if not at the machine's state directory: for a machine that is run
     /// by hand.
     pub base: Option<PathBuf>,
+}
+
+impl Default for DriverOptions {
+    fn default() -> Self {
+        Self {
+            kits: Vec::new(),
+            out_dir: ".".into(),
+            log: Logger::default(),
+            state: StatePlace::default(),
+            base: None,
+        }
+    }
 }
 
 /// A test run. Dropping it asks all machines to end; [`Driver::close`] also waits for that.

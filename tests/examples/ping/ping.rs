@@ -14,7 +14,7 @@ async fn machines_ping_each_other() -> Result<(), Box<dyn Error>> {
     let test = TestConfig::from_toml(test, Path::new("ping.toml"))?;
     let kits = Driver::kits_needed(&test).into_iter().map(|name| kit::build(name, &|_| ()));
     let kits = kits.collect::<Result<_, _>>()?;
-    let options = DriverOptions { kits, out_dir: ".".into(), ..Default::default() };
+    let options = DriverOptions { kits, ..Default::default() };
 
     let driver = Driver::new(&test, options)?;
     driver.start_all().await?;
