@@ -52,6 +52,13 @@ with subtest("execute, wrongly: killed by a signal"):
     t.assertEqual(machine.execute("kill -9 $$")[0], 137)
     t.assertEqual(machine.execute("echo on"), (0, "on\n"))
 
+with subtest("execute, wrongly: killed together with what runs it"):
+    with t.assertRaisesRegex(MachineError, "started again"):
+        machine.execute(
+            "pkill -9 '^firn-agent$' || pkill -9 -f '^bash --norc /dev/hvc0$'; sleep 99"
+        )
+    t.assertEqual(machine.execute("echo on"), (0, "on\n"))
+
 with subtest("execute, wrongly: a bool is no duration"):
     with t.assertRaises(TypeError):
         machine.execute("true", timeout=True)

@@ -47,6 +47,8 @@ pub(crate) enum ShellError {
     Io(#[source] Arc<io::Error>),
     #[error("the backdoor shell does not answer: it is gone, or something else reads its console")]
     Mute,
+    #[error("the backdoor shell ended and was started again")]
+    Restarted,
     #[error("the backdoor shell answered what is no answer: {0:?}")]
     Garbage(String),
     #[error("a command cannot contain a NUL byte")]
@@ -94,7 +96,7 @@ impl ShellSession {
         let mut reader = BufReader::new(reader);
         let mut seen = Vec::new();
         // Whatever else comes before: a guest without a backdoor may use hvc0 for anything.
-        while memmem::find(&seen, BANNER).is_none() {
+        while !is_banner(&seen) {
             seen.clear();
             read_line(&mut reader, MAX_LINE, &mut seen).await?;
         }
@@ -273,7 +275,13 @@ impl Line {
         let mut output = Vec::new();
         let whole = read_line(&mut self.reader, encoded(MAX_OUTPUT), &mut output).await?;
         line.clear();
-        read_line(&mut self.reader, MAX_LINE, &mut line).await?;
+        // Of a shell that is killed what it runs may have ended its output, or not.
+        if !is_banner(&output) {
+            read_line(&mut self.reader, MAX_LINE, &mut line).await?;
+        }
+        if is_banner(&output) || is_banner(&line) {
+            return Err(ShellError::Restarted.into());
+        }
         if !whole {
             return Err(SessionError::TooMuchOutput);
         }
@@ -282,6 +290,11 @@ impl Line {
         let output = BASE64.decode(&output).map_err(|_| garbage(&output))?;
         Ok((status, output))
     }
+}
+
+/// Whether a shell says that it is there now.
+fn is_banner(line: &[u8]) -> bool {
+    memmem::find(line, BANNER).is_some()
 }
 
 /// How a status, 0 for success, ends what must succeed.

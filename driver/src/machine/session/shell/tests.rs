@@ -180,7 +180,23 @@ async fn garbage_is_refused() {
     }
 }
 
-/// Writes what fits into a socket's buffer.
+#[tokio::test]
+async fn a_shell_that_is_started_again_fails_the_call_that_it_ran() {
+    // What it ran is killed as well, in the midst of its output or at its end.
+    for rest in ["b24K\n", "b24", ""] {
+        let (host, guest) = UnixStream::pair().expect("sockets");
+        say(&guest, b"Spawning backdoor root shell...\n");
+        let shell = ShellSession::connect(&host).await.expect("the banner is there");
+        let answers = format!("firn-1\n{rest}Spawning backdoor root shell...\nfirn-2\nb24K\n0\n");
+        say(&guest, answers.as_bytes());
+        let error = shell.run(&command("kill")).await.expect_err("its shell was killed");
+        assert!(matches!(error, SessionError::Shell(ShellError::Restarted)), "{error}");
+        assert!(!error.lost());
+        let answer = shell.run(&command("echo on")).await.expect("an answer");
+        assert_eq!(answer, (0, b"on\n".to_vec()));
+    }
+}
+
 /// As when the guest restarts.
 #[tokio::test]
 async fn a_shell_that_is_left_leaves_the_console_to_the_next() {
@@ -196,6 +212,7 @@ async fn a_shell_that_is_left_leaves_the_console_to_the_next() {
     }
 }
 
+/// Writes what fits into a socket's buffer.
 fn say(mut stream: &UnixStream, bytes: &[u8]) {
     use std::io::Write;
     stream.write_all(bytes).expect("it fits");
