@@ -67,13 +67,6 @@ let
     # `split` drops the references to store paths; an empty part of the text has them all.
     if needsShell then null else substring 0 0 text + plain;
 
-  hex =
-    byte:
-    let
-      digit = n: substring n 1 "0123456789abcdef";
-    in
-    digit (byte / 16) + digit (byte - byte / 16 * 16);
-
   # The cards on the test's vlans, in the order in which nixpkgs hands them to QEMU: by name.
   nets =
     let
@@ -284,9 +277,11 @@ in
     else
       {
         firn = 1;
+        # firn gives the cards the addresses by which NixOS knows them.
         inherit
           name
           number
+          vlans
           shares
           disks
           ;
@@ -304,10 +299,6 @@ in
           ++ map (console: "console=${console}") cfg.qemu.consoles
           ++ [ "\${QEMU_KERNEL_PARAMS:-}" ]
         );
-        nets = map (net: {
-          inherit (net) vlan;
-          mac = "52:54:00:12:${hex net.vlan}:${hex number}";
-        }) nets;
         qemu_opts = "\${QEMU_OPTS:-}";
       }
       // optionalAttrs hasUserNetwork {

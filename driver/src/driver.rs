@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use firn_vmm::spec::VsockSpec;
+use firn_vmm::spec::{Cid, Number, VsockSpec};
 use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
@@ -63,20 +63,8 @@ pub struct Driver {
     replaced: AtomicBool,
 }
 
-/// A machine to make.
-struct Plan {
-    node: NodeConfig,
-    source: Source,
-}
-
-impl Plan {
-    fn of_file(file: MachineFile, number: u8) -> Self {
-        Self { node: file.outline(number), source: Source::File(Box::new(file)) }
-    }
-}
-
-/// The machines of a test.
-fn plans(test: &TestConfig, kits: &[Kit]) -> Result<Vec<Plan>> {
+/// What the machines of a test are made from.
+fn sources(test: &TestConfig, kits: &[Kit]) -> Result<Vec<Source>> {
     let hosts = hosts(&test.nodes);
     let of_node = |node: &NodeConfig| {
         let name = node.kit.as_str();
@@ -85,10 +73,10 @@ fn plans(test: &TestConfig, kits: &[Kit]) -> Result<Vec<Plan>> {
             let what = format!("{} boots the kit {name}, and there is none", node.name);
             return Err(MachineError::Usage(what).into());
         };
-        Ok(Plan { node: node.clone(), source: Source::Node(boot) })
+        Ok(Source::Node { node: Box::new(node.clone()), boot })
     };
-    let files =
-        (1..).zip(&test.files).map(|(number, file)| Ok(Plan::of_file(file.clone(), number)));
+    let files = (1..).zip(&test.files);
+    let files = files.map(|(number, file)| Ok(Source::File { file: Box::new(file.clone()), number }));
     test.nodes.iter().map(of_node).chain(files).collect()
 }
 
@@ -99,7 +87,7 @@ impl Driver {
     /// If directories cannot be made, or a node leaves out something and there is no kit.
     pub fn new(test: &TestConfig, options: DriverOptions) -> Result<Self> {
         let DriverOptions { kits, out_dir, log, state, base } = options;
-        let plans = plans(test, &kits)?;
+        let sources = sources(test, &kits)?;
         let state = State::new(&state)?;
         let out = std::path::absolute(&out_dir).map_err(MachineError::file("find", out_dir))?;
         let mut driver = Self {
@@ -114,8 +102,8 @@ impl Driver {
             state: Mutex::new(Some(state)),
             replaced: AtomicBool::new(false),
         };
-        for plan in plans {
-            let machine = driver.make(plan, false)?;
+        for source in sources {
+            let machine = driver.make(source, false)?;
             driver.machines.push(machine);
         }
         Ok(driver)
@@ -127,7 +115,7 @@ impl Driver {
     /// # Errors
     /// As [`Self::new`], and the first error of a start.
     pub async fn replace(&self, test: &TestConfig, kits: &[Kit]) -> Result<Self> {
-        let plans = plans(test, kits)?;
+        let sources = sources(test, kits)?;
         let vlan = |number| {
             let there = self.vlans.iter().find(|vlan| vlan.number() == number);
             there.cloned().unwrap_or_else(|| Vlan::new(number))
@@ -148,9 +136,7 @@ impl Driver {
         std::mem::swap(&mut *self.created(), &mut *driver.created());
         let (mut running, mut kept) = (Vec::new(), Vec::new());
         for old in &self.machines {
-            let same =
-                |plan: &Plan| plan.node.name == old.name() && old.is_as(&plan.node, &plan.source);
-            if plans.iter().any(same) {
+            if sources.iter().any(|source| old.is_of(source)) {
                 kept.push(old.clone());
                 continue;
             }
@@ -159,11 +145,11 @@ impl Driver {
             }
             old.crash().await;
         }
-        for plan in plans {
-            let same = kept.iter().find(|old| old.name() == plan.node.name);
+        for source in sources {
+            let same = kept.iter().find(|old| old.is_of(&source));
             let machine = match same {
                 Some(old) => old.clone(),
-                None => driver.make(plan, false)?,
+                None => driver.make(source, false)?,
             };
             driver.machines.push(machine);
         }
@@ -175,18 +161,11 @@ impl Driver {
         Ok(driver)
     }
 
-    fn make(&self, plan: Plan, keep: bool) -> Result<Machine> {
-        let Plan { mut node, source } = plan;
-        let missing = |vlan: &&u8| !self.vlans.iter().any(|there| there.number() == **vlan);
-        if let Some(vlan) = node.vlans.iter().find(missing) {
-            let what = format!("{} is on vlan {vlan}, which this test does not have", node.name);
-            return Err(MachineError::Usage(what).into());
-        }
+    fn make(&self, source: Source, keep: bool) -> Result<Machine> {
         let (state, shared, keep) = match &*self.state() {
-            Some(state) => state.machine(&node.name, keep)?,
+            Some(state) => state.machine(source.name(), keep)?,
             None => return Err(MachineError::Usage("the run is over".to_owned()).into()),
         };
-        node.vsock = node.vsock.or_else(|| self.backdoor(node.number, &state));
         let dirs = Dirs {
             base: self.base.clone().unwrap_or_else(|| state.clone()),
             state,
@@ -195,13 +174,26 @@ impl Driver {
             keep,
             by_hand: self.base.is_some(),
         };
+        let mut node = source.describe(&dirs)?;
+        let missing = |vlan: &&Number| !self.vlans.iter().any(|there| there.number() == **vlan);
+        if let Some(vlan) = node.vlans.iter().find(missing) {
+            let what = format!("{} is on vlan {vlan}, which this test does not have", node.name);
+            return Err(MachineError::Usage(what).into());
+        }
+        if node.vsock.is_none() {
+            node.vsock = self.backdoor(&node, &dirs)?;
+        }
         Machine::new(node, source, dirs, &self.vlans, &self.log)
     }
 
     /// The vsock of a machine that says none.
-    fn backdoor(&self, number: u8, state: &Path) -> Option<VsockSpec> {
-        let cid = self.vsock_offset?.saturating_add(number.into());
-        Some(VsockSpec { cid, socket: state.join("vsock") })
+    fn backdoor(&self, node: &NodeConfig, dirs: &Dirs) -> Result<Option<VsockSpec>> {
+        let Some(offset) = self.vsock_offset else { return Ok(None) };
+        let cid = Cid::try_from(u64::from(offset) + u64::from(node.number));
+        let cid = cid.map_err(|error| {
+            MachineError::Usage(format!("the vsock offset {offset} gives {} the CID {error}", node.name))
+        })?;
+        Ok(Some(VsockSpec { cid, socket: dirs.state.join("vsock") }))
     }
 
     /// Makes one more machine; [`Driver::close`] ends it too.
@@ -218,7 +210,7 @@ impl Driver {
         }
         let count = self.machines.len() + created.len() + 1;
         let number = u8::try_from(count).unwrap_or(u8::MAX);
-        let machine = self.make(Plan::of_file(file, number), keep_state)?;
+        let machine = self.make(Source::File { file: Box::new(file), number }, keep_state)?;
         created.push(machine.clone());
         Ok(machine)
     }

@@ -3,22 +3,23 @@
 use std::sync::Arc;
 
 use firn_net_switch::{Switch, SwitchPort};
+use firn_vmm::spec::Number;
 
 /// A vlan: one virtual Ethernet segment. Clones are handles to the same one.
 #[derive(Clone, Debug)]
 pub struct Vlan {
-    number: u8,
+    number: Number,
     switch: Switch,
 }
 
 impl Vlan {
-    pub(crate) fn new(number: u8) -> Self {
+    pub(crate) fn new(number: Number) -> Self {
         Self { number, switch: Switch::new(format!("vlan{number}")) }
     }
 
-    /// Its number, 1 to [`crate::config::MAX_NUMBER`].
+    /// Its number.
     #[must_use]
-    pub fn number(&self) -> u8 {
+    pub fn number(&self) -> Number {
         self.number
     }
 

@@ -74,8 +74,8 @@ impl Guest {
             bzimage: kernel,
             initrd: initrd.clone(),
             cmdline: node.cmdline.clone().unwrap_or_default(),
-            memory_mib: node.memory_mib,
-            cores: node.cores,
+            memory_mib: node.memory().get(),
+            cores: node.cores.get(),
         })
     }
 

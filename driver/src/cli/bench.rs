@@ -268,7 +268,7 @@ impl Plan<'_> {
     fn add_file(&mut self, file: &Path) -> Result<()> {
         let read = Machines::read(file)?;
         if let (Machines::One(machine), None) = (&read, &self.guest) {
-            self.guest = Guest::of(&machine.outline(1));
+            self.guest = Guest::of(&machine.outline(1)?);
         }
         let name = format!("firn: {}", file.display());
         self.add(name.clone(), file);

@@ -1,24 +1,25 @@
 //! What the NixOS test framework hands to its driver: a JSON file, or machines' start scripts one by one.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use firn_vmm::spec::Number;
 use serde::Deserialize;
 
+use super::document::{Document, Key};
 use super::report::{ConfigError, Report};
-use super::{MAX_NUMBER, MachineFile, Script, TestConfig, VSOCK_OFFSET, variable_name};
+use super::{MachineFile, Script, TestConfig, VSOCK_OFFSET, read, variable_name};
 
 /// The framework adds keys now and then: unknown ones are no error.
 #[derive(Deserialize)]
-struct RawDriver {
+struct DriverKeys {
     #[serde(default)]
-    vms: BTreeMap<String, RawVm>,
+    vms: BTreeMap<String, VmKeys>,
     #[serde(default)]
     containers: BTreeMap<String, serde::de::IgnoredAny>,
     #[serde(default)]
-    vlans: Vec<u8>,
+    vlans: Vec<Number>,
     global_timeout: Option<f64>,
     #[serde(default)]
     enable_ssh_backdoor: bool,
@@ -26,7 +27,7 @@ struct RawDriver {
 }
 
 #[derive(Deserialize)]
-struct RawVm {
+struct VmKeys {
     name: Option<String>,
     start_script: PathBuf,
 }
@@ -38,13 +39,14 @@ impl TestConfig {
     /// If it, or a file that it names, cannot be read or makes no sense.
     pub fn from_driver_file(path: &Path) -> Result<Self, ConfigError> {
         let text = read(path)?;
-        let raw: RawDriver = serde_json::from_str(&text).map_err(|error| {
-            let message = error.to_string();
-            Report::new(path, &text, 0..0, message).help(
+        let known = |report: Report| {
+            report.help(
                 "this is the file that the NixOS test framework writes: an object with `vms`, \
                  `vlans`, `global_timeout` and `test_script`",
             )
-        })?;
+        };
+        let (document, value) = Document::json(path, &text).map_err(known)?;
+        let raw: DriverKeys = document.typed(&Key::default(), value).map_err(known)?;
         let bad = |message: String| ConfigError::Key { path: path.to_owned(), message };
         if let Some(name) = raw.containers.keys().next() {
             let message =
@@ -79,13 +81,14 @@ impl TestConfig {
     /// If the script cannot be read, two machines have the same name in it, or a vlan has a number that cannot be.
     pub fn from_files(
         mut files: Vec<MachineFile>,
-        vlans: Vec<u8>,
+        vlans: Vec<Number>,
         script: &Path,
     ) -> Result<Self, ConfigError> {
         let bad = |message| ConfigError::Key { path: script.to_owned(), message };
         files.sort_by(|a, b| a.name().cmp(b.name()));
-        if files.len() > MAX_NUMBER.into() {
-            return Err(bad(format!("there are {} machines; allowed: {MAX_NUMBER}", files.len())));
+        let most = Number::MAX.get();
+        if files.len() > most.into() {
+            return Err(bad(format!("there are {} machines; allowed: {most}", files.len())));
         }
         let mut variables = BTreeMap::new();
         for file in &files {
@@ -96,9 +99,6 @@ impl TestConfig {
                     "machines `{other}` and `{name}` would both be `{variable}` in the script"
                 )));
             }
-        }
-        if let Some(vlan) = vlans.iter().find(|vlan| !(1..=MAX_NUMBER).contains(vlan)) {
-            return Err(bad(format!("`vlans` has {vlan}; allowed: 1 to {MAX_NUMBER}")));
         }
         let name = script.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Self {
@@ -111,10 +111,6 @@ impl TestConfig {
             vsock_offset: None,
         })
     }
-}
-
-fn read(path: &Path) -> Result<String, ConfigError> {
-    fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
 }
 
 #[cfg(test)]

@@ -3,6 +3,10 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
+use serde_json::Value;
+
+use super::document::Key;
+
 /// How deep defaults may lie in defaults.
 const MAX_DEPTH: usize = 16;
 
@@ -10,6 +14,8 @@ const MAX_DEPTH: usize = 16;
 #[derive(Clone, Debug, Default)]
 pub struct Variables {
     own: BTreeMap<&'static str, OsString>,
+    /// What is not set stays as it is written.
+    lenient: bool,
 }
 
 /// A string cannot be expanded.
@@ -35,6 +41,32 @@ impl Variables {
     pub fn with(mut self, name: &'static str, value: impl Into<OsString>) -> Self {
         self.own.insert(name, value.into());
         self
+    }
+
+    /// Leaves variables that are not set as they are written, instead of refusing them.
+    #[must_use]
+    pub(super) fn lenient(mut self) -> Self {
+        self.lenient = true;
+        self
+    }
+
+    /// Replaces the variables in all strings of a value; an error comes with the key of its string, below `at`.
+    pub(super) fn expand_all(&self, value: &mut Value, at: &Key) -> Result<(), (Key, ExpandError)> {
+        match value {
+            Value::String(text) => *text = self.expand(text).map_err(|error| (at.clone(), error))?,
+            Value::Array(values) => {
+                for (index, value) in values.iter_mut().enumerate() {
+                    self.expand_all(value, &at.index(index))?;
+                }
+            }
+            Value::Object(values) => {
+                for (name, value) in values {
+                    self.expand_all(value, &at.name(name.as_str()))?;
+                }
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
+        Ok(())
     }
 
     /// The value of a variable that is set and not empty.
@@ -78,6 +110,7 @@ impl Variables {
                 (Some(value), _) => out.push_str(&value),
                 (None, Some(default)) => out.push_str(&self.expand_within(default, depth - 1)?),
                 (None, None) if self.is_set(name) => {}
+                (None, None) if self.lenient => out.push_str(&rest[at..at + end + 3]),
                 (None, None) => return Err(ExpandError::Unset(name.to_owned())),
             }
             rest = &body[end + 1..];

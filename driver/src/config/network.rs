@@ -1,91 +1,122 @@
 //! The user network of a machine, as files describe it.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use firn_net_switch::gateway::{Forward, GUEST_V4, Protocol, Side};
-use serde::Deserialize;
+use firn_vmm::spec::ValueError;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 /// A machine's way to the host and beyond: the guest's eth0.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct UserNetwork {
     /// Nothing gets out but to forwarded ports.
     pub restrict: bool,
     /// Ports that lead to the other side.
-    pub forwards: Vec<Forward>,
+    pub forward_ports: Vec<PortForward>,
+    /// Options of QEMU's user network that change it, as `QEMU_NET_OPTS` has them.
+    pub qemu_net_opts: String,
 }
 
 /// A forwarded port, with NixOS's names (`virtualisation.forwardPorts`).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Keys")]
+pub struct PortForward(pub Forward);
+
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct RawForward {
+struct Keys {
     #[serde(default)]
-    from: RawSide,
+    from: From,
     #[serde(default)]
-    proto: RawProtocol,
-    host: RawEnd,
-    guest: RawEnd,
+    proto: Proto,
+    host: End,
+    guest: End,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum RawSide {
+enum From {
     #[default]
     Host,
     Guest,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum RawProtocol {
+enum Proto {
     #[default]
     Tcp,
     Udp,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawEnd {
+struct End {
     address: Option<IpAddr>,
     port: u16,
 }
 
-/// A forward that makes no sense: the key within it, and what is wrong.
-pub(super) struct SenselessForward {
-    pub(super) key: &'static str,
-    pub(super) problem: &'static str,
-}
+impl TryFrom<Keys> for PortForward {
+    type Error = ValueError;
 
-impl RawForward {
-    /// The forward with what was left out: the host's loopback and the guest's own address.
-    pub(super) fn forward(&self) -> Result<Forward, SenselessForward> {
-        let senseless = |key, problem| Err(SenselessForward { key, problem });
-        let (host, guest) = (self.host, self.guest);
-        let from_guest = self.from == RawSide::Guest;
+    /// Fills in what was left out: the host's loopback and the guest's own address.
+    fn try_from(keys: Keys) -> Result<Self, ValueError> {
+        let Keys { from, proto, host, guest } = keys;
+        let from_guest = from == From::Guest;
         if guest.port == 0 {
-            return senseless("guest.port", "allowed: 1 to 65535");
+            return Err(ValueError::new("`guest.port` 0", "1 to 65535"));
         }
         if from_guest && host.port == 0 {
-            return senseless("host.port", "allowed with `from = \"guest\"`: 1 to 65535");
+            return Err(ValueError::new("`host.port` 0 with `from = \"guest\"`", "1 to 65535"));
         }
         let guest_address = match guest.address {
             Some(address) => address,
             None if from_guest => {
-                return senseless(
-                    "guest.address",
-                    "`from = \"guest\"` needs an address that the guest uses, such as 10.0.2.100",
-                );
+                return Err(ValueError::new(
+                    "`from = \"guest\"` without `guest.address`",
+                    "an address that the guest uses, such as 10.0.2.100",
+                ));
             }
             None => GUEST_V4.into(),
         };
         let host_address = host.address.unwrap_or(Ipv4Addr::LOCALHOST.into());
-        Ok(Forward {
+        Ok(Self(Forward {
             from: if from_guest { Side::Guest } else { Side::Host },
-            protocol: match self.proto {
-                RawProtocol::Tcp => Protocol::Tcp,
-                RawProtocol::Udp => Protocol::Udp,
+            protocol: match proto {
+                Proto::Tcp => Protocol::Tcp,
+                Proto::Udp => Protocol::Udp,
             },
             host: SocketAddr::new(host_address, host.port),
             guest: SocketAddr::new(guest_address, guest.port),
-        })
+        }))
     }
+}
+
+/// Reads `true`, `false`, or the network's keys.
+pub(super) fn user_network<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<UserNetwork>, D::Error> {
+    struct Wanted;
+
+    impl<'de> Visitor<'de> for Wanted {
+        type Value = Option<UserNetwork>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("true, false, or a table with `restrict` and `forward_ports`")
+        }
+
+        fn visit_bool<E>(self, wanted: bool) -> Result<Self::Value, E> {
+            Ok(wanted.then(UserNetwork::default))
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            UserNetwork::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+
+    deserializer.deserialize_any(Wanted)
 }

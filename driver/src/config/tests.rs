@@ -1,7 +1,11 @@
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use firn_vmm::spec::{DiskFormat, DiskSpec, MemoryMib, VsockSpec};
+
 use super::*;
+use crate::kit::KitName;
 
 fn read(text: &str) -> Result<TestConfig, ConfigError> {
     TestConfig::from_toml(text, Path::new("/nowhere/ping.toml"))
@@ -11,6 +15,10 @@ fn read(text: &str) -> Result<TestConfig, ConfigError> {
 #[track_caller]
 fn refused(text: &str) -> String {
     read(text).expect_err("the file makes no sense").to_string()
+}
+
+fn number(number: u64) -> Number {
+    number.try_into().expect("in range")
 }
 
 /// A test with one machine, whose table has these lines.
@@ -35,10 +43,10 @@ fn a_short_file_is_filled_up() {
             kernel: None,
             initrd: None,
             cmdline: None,
-            memory_mib: 512,
-            cores: 1,
+            memory: None,
+            cores: 1_u64.try_into().expect("in range"),
             user_network: Some(UserNetwork::default()),
-            vlans: vec![1],
+            vlans: vec![Number::MIN],
             macs: BTreeMap::new(),
             disks: vec![],
             shares: vec![],
@@ -46,6 +54,7 @@ fn a_short_file_is_filled_up() {
             rng: true,
             balloon: false,
             vsock: None,
+            qemu_opts: String::new(),
         }]
     );
 }
@@ -54,13 +63,13 @@ fn a_short_file_is_filled_up() {
 fn kits_bring_their_memory() {
     let read = |lines| read(&node(lines)).expect("valid").nodes.remove(0);
     let machine = read("kit = 'systemd'");
-    assert_eq!((machine.kit, machine.memory_mib), (KitName::Systemd, 1024));
-    assert_eq!(read("kit = 'systemd'\nmemory_size = 700").memory_mib, 700);
-    assert_eq!(read("kit = 'micro'").memory_mib, 512);
+    assert_eq!((machine.kit, machine.memory().get()), (KitName::Systemd, 1024));
+    assert_eq!(read("kit = 'systemd'\nmemory = 700").memory().get(), 700);
+    assert_eq!(read("kit = 'micro'").memory().get(), 512);
     // The carrier's is no guest's.
     for wrong in ["carrier", "Micro", ""] {
         let text = refused(&node(&format!("kit = '{wrong}'")));
-        assert!(text.contains(&format!("`kit` is \"{wrong}\"")), "{text}");
+        assert!(text.contains(&format!("`nodes.machine1.kit`: \"{wrong}\" cannot be used")), "{text}");
         assert!(text.contains("allowed: \"micro\", \"systemd\""), "{text}");
     }
 }
@@ -72,10 +81,11 @@ vsock = { cid = 3, socket = 'run/sock' }";
     let nodes = read(&node(lines)).expect("valid").nodes;
     assert!(nodes[0].balloon);
     let socket = "/nowhere/run/sock".into();
-    assert_eq!(nodes[0].vsock, Some(VsockSpec { cid: 3, socket }));
+    let cid = 3_u64.try_into().expect("in range");
+    assert_eq!(nodes[0].vsock, Some(VsockSpec { cid, socket }));
     for cid in [0_u64, 2, 4_294_967_295, 1 << 40] {
         let text = refused(&node(&format!("vsock = {{ cid = {cid}, socket = '/s' }}")));
-        assert!(text.contains(&format!("`cid` is {cid}")), "{text}");
+        assert!(text.contains(&format!("`nodes.machine1.vsock.cid`: {cid} cannot be used")), "{text}");
     }
 }
 
@@ -84,23 +94,23 @@ fn the_user_network_is_described_as_in_nixos() {
     let network = |lines: &str| read(&node(lines)).expect("valid").nodes.remove(0).user_network;
     assert_eq!(network("user_network = false"), None);
     assert_eq!(network("user_network = true"), Some(UserNetwork::default()));
-    let lines = "restrict_network = true
-[[nodes.machine1.forward_ports]]
+    let lines = "user_network.restrict = true
+[[nodes.machine1.user_network.forward_ports]]
 host.port = 2222
 guest.port = 22
-[[nodes.machine1.forward_ports]]
+[[nodes.machine1.user_network.forward_ports]]
 from = 'guest'
 proto = 'udp'
 host = { address = '192.0.2.1', port = 53 }
 guest = { address = '10.0.2.100', port = 5353 }
-[[nodes.machine1.forward_ports]]
+[[nodes.machine1.user_network.forward_ports]]
 host = { address = '::1', port = 0 }
 guest = { address = 'fd00::5054:ff:fe12:3456', port = 80 }";
-    let UserNetwork { restrict, forwards } = network(lines).expect("there is one");
+    let UserNetwork { restrict, forward_ports, .. } = network(lines).expect("there is one");
     assert!(restrict);
-    let said: Vec<_> = forwards
+    let said: Vec<_> = forward_ports
         .iter()
-        .map(|f| format!("{:?} {} {} {}", f.from, f.protocol, f.host, f.guest))
+        .map(|PortForward(f)| format!("{:?} {} {} {}", f.from, f.protocol, f.host, f.guest))
         .collect();
     assert_eq!(
         said,
@@ -115,8 +125,8 @@ guest = { address = 'fd00::5054:ff:fe12:3456', port = 80 }";
 #[test]
 fn forwards_that_make_no_sense() {
     let forward =
-        |lines: &str| refused(&node(&format!("[[nodes.machine1.forward_ports]]\n{lines}")));
-    assert!(forward("host.port = 1\nguest.port = 0").contains("`guest.port` of a forwarded port"));
+        |lines: &str| refused(&node(&format!("[[nodes.machine1.user_network.forward_ports]]\n{lines}")));
+    assert!(forward("host.port = 1\nguest.port = 0").contains("`guest.port` 0 cannot be used"));
     let text = forward("from = 'guest'\nhost.port = 1\nguest.port = 1");
     assert!(text.contains("`guest.address`") && text.contains("such as 10.0.2.100"), "{text}");
     let text = forward("from = 'guest'\nhost.port = 0\nguest = { address = '10.0.2.9', port = 1 }");
@@ -125,10 +135,8 @@ fn forwards_that_make_no_sense() {
     assert!(text.contains("unknown variant `both`, expected `host` or `guest`"), "{text}");
     let text = forward("host.port = 65536\nguest.port = 1");
     assert!(text.contains("65536"), "{text}");
-    for key in ["restrict_network = true", "forward_ports = [{ host.port = 1, guest.port = 1 }]"] {
-        let text = refused(&node(&format!("user_network = false\n{key}")));
-        assert!(text.contains("is for the user network"), "{text}");
-    }
+    let text = refused(&node("user_network = 3"));
+    assert!(text.contains("expected true, false, or a table with `restrict`"), "{text}");
 }
 
 #[test]
@@ -144,10 +152,11 @@ global_timeout = 90
 [nodes.b]
 kernel = 'vmlinux'
 cmdline = 'quiet'
-memory_size = 256
+memory = 256
 cores = 4
 vlans = [1, 200]
-[nodes.b.shared_directories.data]
+[[nodes.b.shares]]
+tag = 'data'
 source = 'data'
 target = '/mnt/data'
 read_only = true
@@ -159,24 +168,24 @@ vlans = []
     assert_eq!(test.script.text, "x = 1\n");
     assert_eq!(test.script.file, dir.path().join("script.py"));
     assert_eq!(test.global_timeout, Some(Duration::from_secs(90)));
-    assert_eq!(test.vlans(), [1, 200]);
+    assert_eq!(test.vlans(), [1, 200].map(number));
     let names: Vec<_> = test.nodes.iter().map(|n| (n.name.as_str(), n.number)).collect();
     assert_eq!(names, [("a", 1), ("b", 2)]);
     let b = &test.nodes[1];
     assert_eq!(b.kernel, Some(dir.path().join("vmlinux")));
-    assert_eq!((b.memory_mib, b.cores), (256, 4));
+    assert_eq!((b.memory().get(), b.cores.get()), (256, 4));
     assert_eq!(b.shares[0].source, dir.path().join("data").canonicalize().expect("exists"));
     assert!(b.shares[0].read_only);
-    assert_eq!(b.mac(200), [0x52, 0x54, 0, 0x12, 200, 2]);
-    assert_eq!(b.ipv4(200).to_string(), "192.168.200.2");
-    assert_eq!(b.ipv6(200).to_string(), "2001:db8:200::2");
+    assert_eq!(b.mac(number(200)).0, [0x52, 0x54, 0, 0x12, 200, 2]);
+    assert_eq!(b.ipv4(number(200)).to_string(), "192.168.200.2");
+    assert_eq!(b.ipv6(number(200)).to_string(), "2001:db8:200::2");
 }
 
 #[test]
 fn ipv6_repeats_the_decimal_digits() {
     let mut node = read(&node("")).expect("valid").nodes.remove(0);
     node.number = 254;
-    assert_eq!(node.ipv6(19).to_string(), "2001:db8:19::254");
+    assert_eq!(node.ipv6(number(19)).to_string(), "2001:db8:19::254");
 }
 
 #[test]
@@ -211,35 +220,42 @@ fn two_nodes_of_one_variable() {
 
 #[test]
 fn memory_and_cores_have_ranges() {
-    let message = refused(&node("memory_size = 0"));
-    assert!(message.contains("`memory_size` is 0"), "{message}");
+    let message = refused(&node("memory = 0"));
+    assert!(message.contains("`nodes.machine1.memory`: 0 cannot be used"), "{message}");
     assert!(message.contains("allowed: 64 to 1048576 MiB"), "{message}");
-    assert!(message.contains("ping.toml:3:15"), "{message}");
+    assert!(message.contains("ping.toml:3:10"), "{message}");
     let message = refused(&node("cores = 33"));
     assert!(message.contains("allowed: 1 to 32 processors"), "{message}");
-    assert!(refused(&node("memory_size = -5")).contains("-5"));
+    assert!(refused(&node("memory = -5")).contains("-5"));
 }
 
 #[test]
 fn vlans_have_a_range_and_no_doubles() {
     assert!(refused(&node("vlans = [0]")).contains("allowed: 1 to 254"));
-    assert!(refused(&node("vlans = [1, 255]")).contains("`vlans` has 255"));
-    assert!(refused(&node("vlans = [7, 7]")).contains("`vlans` has 7 twice"));
+    assert!(refused(&node("vlans = [1, 255]")).contains("`nodes.machine1.vlans[1]`: 255"));
+    let message = refused(&node("vlans = [7, 7]"));
+    assert!(message.contains("`nodes.machine1.vlans[1]`: 7 cannot be used"), "{message}");
+    assert!(message.contains("allowed: each vlan once"), "{message}");
+    let message = refused(&node("macs = { 2 = '52:54:00:00:00:01' }"));
+    assert!(message.contains("`nodes.machine1.macs.2`: vlan 2"), "{message}");
+    let message = refused(&node("macs = { 1 = '53:54:00:00:00:01' }"));
+    assert!(message.contains("such as 52:54:00:12:01:01"), "{message}");
 }
 
 #[test]
 fn files_must_exist() {
     let message = refused(&node("kernel = \"no/vmlinuz\""));
     assert!(
-        message.contains("`kernel` cannot be used: /nowhere/no/vmlinuz: No such file"),
+        message.contains("`nodes.machine1.kernel`: /nowhere/no/vmlinuz: No such file"),
         "{message}"
     );
     assert!(message.contains("ping.toml:3:10"), "{message}");
-    assert!(refused(&node("initrd = \"/\"")).contains("`initrd` is a directory"));
-    let share = "[nodes.machine1.shared_directories.data]\nsource = \"/no/such\"\ntarget = \"/x\"";
+    let message = refused(&node("initrd = [\"/\"]"));
+    assert!(message.contains("`nodes.machine1.initrd[0]`: /: is a directory"), "{message}");
+    let share = "[[nodes.machine1.shares]]\nsource = \"/no/such\"\ntag = \"data\"\ntarget = \"/x\"";
     let message = refused(&node(share));
     assert!(
-        message.contains("source of share `data` cannot be used: /no/such: No such file"),
+        message.contains("`nodes.machine1.shares[0].source`: /no/such: No such file"),
         "{message}"
     );
     assert!(message.contains("ping.toml:4:10"), "{message}");
@@ -249,12 +265,14 @@ fn files_must_exist() {
 fn shares_are_checked() {
     let share = |tag: &str, target: &str| {
         node(&format!(
-            "[nodes.machine1.shared_directories.\"{tag}\"]\nsource = \"/\"\ntarget = \"{target}\""
+            "[[nodes.machine1.shares]]\ntag = \"{tag}\"\nsource = \"/\"\ntarget = \"{target}\""
         ))
     };
     assert!(read(&share("ok", "/mnt/a")).is_ok());
-    assert!(refused(&share("shared", "/x")).contains("the tag `shared` is firn's own"));
-    assert!(refused(&share("a b", "/x")).contains("cannot be a share's tag"));
+    assert!(refused(&share("shared", "/x")).contains("one of firn's own: shared, xchg, "));
+    assert!(refused(&share("a b", "/x")).contains("allowed: 1 to 36 of A-Z a-z 0-9"));
+    let twice = share("a", "/x") + "[[nodes.machine1.shares]]\ntag = 'a'\nsource = '/'\n";
+    assert!(refused(&twice).contains("allowed: a tag of its own for each share"));
     assert!(refused(&share("a", "x")).contains("allowed: an absolute path"));
     assert!(refused(&share("a", "/x/../y")).contains("allowed: an absolute path"));
     assert!(refused(&share("a", "/x y")).contains("allowed: an absolute path"));
@@ -275,7 +293,7 @@ fn a_test_needs_a_script_and_a_machine() {
 fn names_become_host_names() {
     for bad in ["", "a b", "-a", "ä", "a.b", "a/../b"] {
         let message = refused(&format!("test_script = ''\n[nodes.\"{bad}\"]\n"));
-        assert!(message.contains("cannot be a machine's name"), "{message}");
+        assert!(message.contains("allowed: 1 to 63 of A-Z a-z 0-9 `-` `_`"), "{message}");
     }
     assert_eq!(variable_name("1a-b.c"), "_a_b_c");
 }
@@ -288,51 +306,61 @@ fn no_file() {
 }
 
 #[test]
-fn disks_come_before_empty_disks() {
+fn disks_are_images_or_empty() {
     let dir = tempfile::tempdir().expect("a temp dir");
     fs::write(dir.path().join("store.img"), "s").expect("written");
     let text = node(
-        "empty_disks = [512, 1]\n[[nodes.machine1.disks]]\npath = 'root.qcow2'\nserial = 'root'\n\
-         create_size = 1024\next4_label = 'nixos'\n\
-         [[nodes.machine1.disks]]\npath = 'store.img'\nread_only = true\n",
+        "[[nodes.machine1.disks]]\nimage = 'root.qcow2'\nserial = 'root'\nsize = 1024\nlabel = 'nixos'\n\
+         [[nodes.machine1.disks]]\nimage = 'store.img'\nread_only = true\n\
+         [[nodes.machine1.disks]]\nsize = 512\n",
     );
     let test = TestConfig::from_toml(&text, &dir.path().join("t.toml")).expect("valid");
-    let root = DiskImage {
-        path: dir.path().join("root.qcow2"),
-        format: DiskFormat::Qcow2,
-        read_only: false,
-        serial: Some("root".into()),
-        create: Some(DiskCreateSpec { size_mib: 1024, ext4_label: Some("nixos".into()) }),
+    let disks = &test.nodes[0].disks;
+    let root = DiskSpec {
+        image: dir.path().join("root.qcow2"),
+        serial: Some("root".try_into().expect("a serial number")),
+        size: Some(1024_u64.try_into().expect("in range")),
+        label: Some("nixos".try_into().expect("a label")),
+        ..DiskSpec::default()
     };
-    let store = DiskImage {
-        path: dir.path().join("store.img"),
-        format: DiskFormat::Raw,
-        read_only: true,
-        serial: None,
-        create: None,
-    };
-    let expected = [
-        DiskConfig::Image(root),
-        DiskConfig::Image(store),
-        DiskConfig::Empty(512),
-        DiskConfig::Empty(1),
-    ];
-    assert_eq!(test.nodes[0].disks, expected);
+    let store =
+        DiskSpec { image: dir.path().join("store.img"), read_only: true, ..DiskSpec::default() };
+    let empty =
+        DiskSpec { size: Some(512_u64.try_into().expect("in range")), ..DiskSpec::default() };
+    assert_eq!(disks[..], [root, store, empty]);
+    let formats: Vec<_> = disks.iter().map(DiskSpec::format).collect();
+    assert_eq!(formats, [DiskFormat::Qcow2, DiskFormat::Raw, DiskFormat::Raw]);
 }
 
 #[test]
 fn disks_are_checked() {
-    let message = refused(&node("disks = [{ path = '/no/such.img' }]"));
-    assert!(message.contains("`path` cannot be used: /no/such.img: No such file"), "{message}");
-    assert!(message.contains("ping.toml:3:19"), "{message}");
-    assert!(refused(&node("disks = [{ path = '/' }]")).contains("is a directory"));
-    let disk = |more: &str| refused(&node(&format!("disks = [{{ path = '/no', {more} }}]")));
+    let message = refused(&node("disks = [{ image = '/no/such.img' }]"));
+    assert!(message.contains("`nodes.machine1.disks[0].image`: /no/such.img: No such file"), "{message}");
+    assert!(message.contains("ping.toml:3:20"), "{message}");
+    assert!(refused(&node("disks = [{ image = '/' }]")).contains("is a directory"));
+    let disk = |more: &str| refused(&node(&format!("disks = [{{ image = '/no', {more} }}]")));
     assert!(disk("format = 'vmdk'").contains("unknown variant `vmdk`"));
     assert!(disk("serial = 'longer-than-twenty-bytes'").contains("at most 20 ASCII characters"));
-    assert!(disk("create_size = 0").contains("`create_size` is 0"));
-    assert!(disk("create_size = 1, ext4_label = 'a b'").contains("at most 16 ASCII characters"));
-    assert!(disk("ext4_label = 'nixos'").contains("give its size in MiB as `create_size`"));
-    let message = refused(&node("empty_disks = [1, 0]"));
-    assert!(message.contains("`empty_disks` is 0"), "{message}");
-    assert!(message.contains("allowed: 1 to 67108864 MiB"), "{message}");
+    assert!(disk("size = 0").contains("`nodes.machine1.disks[0].size`: 0 cannot be used"));
+    assert!(disk("size = 0").contains("allowed: 1 to 67108864 MiB"));
+    assert!(disk("size = 1, label = 'a b'").contains("at most 16 ASCII characters"));
+    assert!(disk("label = 'nixos'").contains("give its `size` in MiB"));
+    let message = refused(&node("disks = [{ size = 1 }, { serial = 'x' }]"));
+    assert!(message.contains("`nodes.machine1.disks[1].image`: a disk without `image`"), "{message}");
+}
+
+#[test]
+fn keys_that_had_other_names_are_called_by_the_new_ones() {
+    for (line, now) in [
+        ("memory_size = 512", "it is `memory` now"),
+        ("disks = [{ path = 'x' }]", "image is `image` now"),
+        ("disks = [{ image = 'x', create_size = 3 }]", "it is `size` now"),
+        ("empty_disks = [1]", "`disks = [{ size = 512 }]`"),
+        ("restrict_network = true", "`user_network.restrict`"),
+        ("[[nodes.machine1.forward_ports]]\nhost.port = 1", "`user_network.forward_ports`"),
+        ("[nodes.machine1.shared_directories.x]\nsource = '/'", "it is `shares` now, a list"),
+    ] {
+        let message = refused(&node(line));
+        assert!(message.contains("unknown field") && message.contains(now), "{message}");
+    }
 }

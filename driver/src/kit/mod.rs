@@ -35,6 +35,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::SystemTime;
 
+use firn_vmm::spec::MemoryMib;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
@@ -97,14 +98,15 @@ impl KitName {
         self.recipe().name
     }
 
-    /// Memory of a machine that does not say how much it wants, in MiB. The roots of both kits are a tmpfs, of which
+    /// Memory of a machine that does not say how much it wants. The roots of both kits are a tmpfs, of which
     /// the kernel lets files take half of the memory.
     #[must_use]
-    pub const fn default_memory_mib(self) -> u64 {
-        match self {
-            Self::Micro | Self::Carrier => 512,
+    pub fn default_memory(self) -> MemoryMib {
+        let mib = match self {
+            Self::Micro | Self::Carrier => 512_u64,
             Self::Systemd => 1024,
-        }
+        };
+        mib.try_into().unwrap_or(MemoryMib::MIN)
     }
 
     const fn recipe(self) -> &'static Recipe {

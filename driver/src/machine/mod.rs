@@ -47,7 +47,7 @@ pub struct Machine {
 }
 
 struct Inner {
-    /// For a machine file: as it is written.
+    /// For a machine file: as far as it was known when the machine was made.
     node: NodeConfig,
     source: Source,
     dirs: Dirs,
@@ -155,19 +155,15 @@ impl Machine {
         &self.inner.node.name
     }
 
-    /// What it was made from; of a machine file, its strings as they are written there.
+    /// What it was made from; of a machine file, with the variables as they were then.
     #[must_use]
     pub fn config(&self) -> &NodeConfig {
         &self.inner.node
     }
 
-    /// Whether it was made from these.
-    pub(crate) fn is_as(&self, node: &NodeConfig, source: &Source) -> bool {
-        let own = &self.inner.node;
-        // The driver gives a vsock to nodes that say none.
-        let vsock = node.vsock.is_none() || node.vsock == own.vsock;
-        let node = NodeConfig { vsock: own.vsock.clone(), ..node.clone() };
-        vsock && node == *own && *source == self.inner.source
+    /// Whether it was made from this.
+    pub(crate) fn is_of(&self, source: &Source) -> bool {
+        self.inner.source == *source
     }
 
     /// The directory of its own state, removed when the run ends.

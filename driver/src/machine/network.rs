@@ -7,6 +7,7 @@ use firn_net_switch::NetPort;
 use firn_net_switch::gateway::{Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
 
 use super::Machine;
+use crate::config::PortForward;
 use crate::error::{MachineError, Result};
 
 impl Machine {
@@ -56,7 +57,7 @@ impl Machine {
         };
         let failed = |source| self.network_error("cannot start its user network", source);
         let gateway = Gateway::new(spec).await.map_err(failed)?;
-        for forward in &network.forwards {
+        for PortForward(forward) in &network.forward_ports {
             let bound = match gateway.forward(*forward).await {
                 Ok(bound) => bound,
                 Err(error) => {

@@ -88,7 +88,7 @@ impl Machine {
             ["set_link", card, "off"] => self.set_card(card, false)?,
             // Its first word may name a network; there is only one that can.
             ["hostfwd_add", .., rule] => {
-                let forward = config::qemu::forward(rule).ok_or_else(|| {
+                let forward = config::qemu_options::forward(rule).ok_or_else(|| {
                     usage("hostfwd_add needs `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`")
                 })?;
                 self.forward(forward).await?;

@@ -7,16 +7,14 @@ use std::sync::Arc;
 use firn_guest_agent::protocol::PORT_NAME;
 use firn_net_switch::gateway::{CARD_MAC, DNS_V4, GATEWAY_V4, GUEST_V4};
 use firn_vmm::spec::{
-    CachePolicy, ConsolePortSpec, DiskCreateSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec,
-    ShareSpec,
+    CachePolicy, ConsolePortSpec, DiskSpec, Mac, MachineSpec, NetSpec, Number, ShareSpec, Tag,
+    ValueError,
 };
 use tokio::fs;
 
 use super::{Dirs, Machine};
-use crate::config::{
-    DiskConfig, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig, UserNetwork,
-};
-use crate::error::{MachineError, Result};
+use crate::config::{EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, UserNetwork};
+use crate::error::{MachineError, Result, chain};
 use crate::kernels::Kernels;
 use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
 
@@ -24,25 +22,48 @@ use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STOR
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
     /// A test's file; it is complete.
-    Node(Boot),
-    /// A machine file, whose variables are looked up at each start.
-    File(Box<MachineFile>),
+    Node {
+        node: Box<NodeConfig>,
+        boot: Boot,
+    },
+    /// A machine file, whose variables are looked up at each start; the number is for one that does not say it.
+    File {
+        file: Box<MachineFile>,
+        number: u8,
+    },
 }
 
 impl Source {
+    /// The machine's name.
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Self::Node { node, .. } => &node.name,
+            Self::File { file, .. } => file.name(),
+        }
+    }
+
+    /// The machine as far as it is known before its start.
+    pub(crate) fn describe(&self, dirs: &Dirs) -> Result<NodeConfig> {
+        match self {
+            Self::Node { node, .. } => Ok(NodeConfig::clone(node)),
+            Self::File { file, number } => {
+                let node = file.preview(*number, &dirs.variables(), &dirs.base);
+                node.map_err(|error| MachineError::Usage(chain(&error)).into())
+            }
+        }
+    }
+
     /// The machine as it shall be started now.
-    fn resolve(&self, node: &NodeConfig, dirs: &Dirs) -> Result<Box<(NodeConfig, Boot)>> {
-        let start_error = |source| start_error(node, source);
-        let file = match self {
-            Self::Node(boot) => return Ok(Box::new((node.clone(), boot.clone()))),
-            Self::File(file) => file,
+    fn resolve(&self, known: &NodeConfig, dirs: &Dirs) -> Result<Box<(NodeConfig, Boot)>> {
+        let start_error = |source| start_error(known, source);
+        let (file, number) = match self {
+            Self::Node { boot, .. } => return Ok(Box::new((known.clone(), boot.clone()))),
+            Self::File { file, number } => (file, *number),
         };
-        let variables = dirs.variables();
-        let backdoor = &node.vsock;
         let mut node = file
-            .node(node.number, &variables, &dirs.base)
+            .node(number, &dirs.variables(), &dirs.base)
             .map_err(|error| start_error(error.into()))?;
-        node.vsock = node.vsock.or_else(|| backdoor.clone());
+        node.vsock = node.vsock.or_else(|| known.vsock.clone());
         let boot = Boot::new(&node, None, &[])
             .ok_or_else(|| start_error("its file names no kernel".into()))?;
         Ok(Box::new((node, boot)))
@@ -54,12 +75,7 @@ impl Source {
         node: &NodeConfig,
         dirs: &Dirs,
     ) -> Result<Option<UserNetwork>> {
-        match self {
-            Self::Node(_) => Ok(node.user_network.clone()),
-            Self::File(file) => file
-                .user_network(&dirs.variables())
-                .map_err(|error| start_error(node, error.into()).into()),
-        }
+        self.resolve(node, dirs).map(|resolved| resolved.0.user_network)
     }
 }
 
@@ -115,10 +131,10 @@ pub(crate) fn hosts(nodes: &[NodeConfig]) -> Vec<Host> {
 }
 
 fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
-    let interface = |(at, vlan): (usize, &u8)| Interface {
+    let interface = |(at, vlan): (usize, &Number)| Interface {
         // eth0 is the user network's, as in NixOS tests.
         name: format!("eth{}", at + 1),
-        mac: node.mac(*vlan),
+        mac: node.mac(*vlan).0,
         addresses: vec![(node.ipv4(*vlan).into(), 24), (node.ipv6(*vlan).into(), 64)],
         gateway: None,
     };
@@ -173,11 +189,12 @@ impl Machine {
         let own = [(SHARED_TAG, dirs.shared.clone()), (EXCHANGE_TAG, dirs.exchange())];
         let own =
             own.into_iter().filter(|_| node.exchange).map(|(tag, source)| exchange(tag, source));
-        let own = own.chain(boot.store.as_deref().map(store));
+        let own = own.chain(boot.store.as_deref().map(store)).collect::<Result<Vec<_>, _>>();
+        let own = own.map_err(|error| start_error(node, error.into()))?;
         Ok(MachineSpec {
             name: node.name.clone(),
             cores: node.cores,
-            memory_mib: node.memory_mib,
+            memory: node.memory(),
             kernel,
             initrd,
             cmdline: boot.cmdline.clone(),
@@ -186,11 +203,8 @@ impl Machine {
                 ConsolePortSpec { name: Some(PORT_NAME.to_owned()) },
             ],
             nets: nets(node),
-            shares: own.chain(node.shares.iter().map(share)).collect(),
-            disks: (0..)
-                .zip(&node.disks)
-                .map(|(at, config)| disk(at, config, &dirs.state))
-                .collect(),
+            shares: own.into_iter().chain(node.shares.iter().cloned()).collect(),
+            disks: (0..).zip(&node.disks).map(|(at, disk)| placed(at, disk, &dirs.state)).collect(),
             rng: node.rng,
             balloon: node.balloon,
             vsock: node.vsock.clone(),
@@ -209,49 +223,28 @@ async fn unpacked(kernel: PathBuf) -> PathBuf {
 
 /// The cards: that of the user network first, as in NixOS.
 fn nets(node: &NodeConfig) -> Vec<NetSpec> {
-    let user = node.user_network.iter().map(|_| CARD_MAC);
+    let user = node.user_network.iter().map(|_| Mac(CARD_MAC));
     let vlans = node.vlans.iter().map(|vlan| node.mac(*vlan));
     user.chain(vlans).map(|mac| NetSpec { mac }).collect()
 }
 
-/// The disk at place `at`. Empty disks are made in `state`, where they outlive the machine's restarts.
-fn disk(at: usize, config: &DiskConfig, state: &Path) -> DiskSpec {
-    match config {
-        DiskConfig::Image(image) => DiskSpec {
-            path: image.path.clone(),
-            format: image.format,
-            read_only: image.read_only,
-            serial: image.serial.clone(),
-            create: image.create.clone(),
-        },
-        DiskConfig::Empty(size_mib) => DiskSpec {
-            path: state.join(format!("disk{at}.img")),
-            format: DiskFormat::Raw,
-            read_only: false,
-            serial: None,
-            create: Some(DiskCreateSpec { size_mib: *size_mib, ext4_label: None }),
-        },
-    }
-}
-
-fn share(config: &ShareConfig) -> ShareSpec {
-    ShareSpec {
-        tag: config.tag.clone(),
-        source: config.source.clone(),
-        read_only: config.read_only,
-        cache: config.cache,
+/// The disk at place `at`. Without an image it is one in `state`, where it outlives the machine's restarts.
+fn placed(at: usize, disk: &DiskSpec, state: &Path) -> DiskSpec {
+    match disk.image.as_os_str().is_empty() {
+        true => DiskSpec { image: state.join(format!("disk{at}.img")), ..disk.clone() },
+        false => disk.clone(),
     }
 }
 
 /// Nobody writes to it.
-fn store(source: &Path) -> ShareSpec {
-    let (tag, source) = (STORE_TAG.to_owned(), source.to_owned());
-    ShareSpec { tag, source, read_only: true, cache: CachePolicy::Always }
+fn store(source: &Path) -> Result<ShareSpec, ValueError> {
+    Ok(ShareSpec { read_only: true, cache: CachePolicy::Always, ..exchange(STORE_TAG, source.to_owned())? })
 }
 
 /// Host and other guests write to it.
-fn exchange(tag: &str, source: PathBuf) -> ShareSpec {
-    ShareSpec { tag: tag.to_owned(), source, read_only: false, cache: CachePolicy::Never }
+fn exchange(tag: &str, source: PathBuf) -> Result<ShareSpec, ValueError> {
+    let (tag, cache) = (Tag::try_from(tag)?, CachePolicy::Never);
+    Ok(ShareSpec { tag, source, read_only: false, cache, target: None })
 }
 
 #[cfg(test)]
@@ -262,7 +255,7 @@ mod tests {
     #[test]
     fn the_guest_is_told_names_and_addresses() {
         let text = "test_script = ''\n[nodes.b]\nvlans = [2, 1]\n[nodes.a]\n[nodes.c]\nvlans = []\n\
-                    [nodes.b.shared_directories.etc]\nsource = '/etc'\ntarget = '/mnt'\nread_only = true\n";
+                    [[nodes.b.shares]]\ntag = 'etc'\nsource = '/etc'\ntarget = '/mnt'\nread_only = true\n";
         let nodes = TestConfig::from_toml(text, Path::new("t.toml")).expect("valid").nodes;
         let hosts = hosts(&nodes);
         let lines: Vec<_> =
@@ -277,7 +270,7 @@ mod tests {
             .collect();
         assert_eq!(cards, [("eth0", 0x34, 0x56), ("eth1", 2, 2), ("eth2", 1, 2)]);
         assert_eq!(told.interfaces[0].gateway, Some(GATEWAY_V4.into()));
-        let macs: Vec<_> = nets(&nodes[1]).iter().map(|net| net.mac).collect();
+        let macs: Vec<_> = nets(&nodes[1]).iter().map(|net| net.mac.0).collect();
         assert_eq!(macs, told.interfaces.iter().map(|card| card.mac).collect::<Vec<_>>());
         let addresses: Vec<_> =
             told.interfaces[2].addresses.iter().map(|(ip, bits)| format!("{ip}/{bits}")).collect();

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use firn_vmm::spec::Number;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -45,6 +46,10 @@ impl PyTest {
         vlans: Vec<u8>,
         test_script: PathBuf,
     ) -> PyResult<Self> {
+        let vlans = vlans.into_iter().map(|vlan| Number::try_from(u64::from(vlan)));
+        let vlans = vlans
+            .collect::<Result<_, _>>()
+            .map_err(|e| PyValueError::new_err(format!("vlan {e}")))?;
         let files = scripts.iter().map(|path| MachineFile::read(path)).collect::<Result<_, _>>();
         files
             .and_then(|files| TestConfig::from_files(files, vlans, &test_script))
@@ -82,7 +87,7 @@ impl PyTest {
 
     #[getter]
     fn vlans(&self) -> Vec<u8> {
-        self.0.vlans()
+        self.0.vlans().into_iter().map(Number::get).collect()
     }
 
     /// The directories of the host that its guests may write to, as far as they are there already.
@@ -104,7 +109,7 @@ pub(super) struct PyVlan(Vlan);
 impl PyVlan {
     #[getter]
     fn nr(&self) -> u8 {
-        self.0.number()
+        self.0.number().get()
     }
 
     fn __repr__(&self) -> String {

@@ -21,7 +21,7 @@ use crate::device::serial::{self, SerialPort};
 use crate::error::chain;
 use crate::interrupt::SharedLine;
 use crate::memory::{self, Memory};
-use crate::spec::{MAX_CORES, MIN_MEMORY_MIB, MachineSpec};
+use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Group};
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::transport::mmio::MmioTransport;
@@ -56,20 +56,16 @@ pub(super) fn write_firmware(
 /// What the types of the spec cannot say.
 pub(super) fn check(spec: &MachineSpec, host: &HostSide) -> Result<(), VmError> {
     let fail = |problem| Err(VmError::Spec { machine: spec.name.clone(), problem });
-    if !(1..=MAX_CORES).contains(&spec.cores) {
-        return fail(format!("{} cores; allowed are 1 to {MAX_CORES}", spec.cores));
-    }
-    if spec.memory_mib < MIN_MEMORY_MIB {
-        return fail(format!(
-            "{} MiB of memory; allowed are {MIN_MEMORY_MIB} MiB and more",
-            spec.memory_mib
-        ));
-    }
     if spec.console_ports.len() != host.console_ports.len() {
         return fail("the host's side does not match the console ports".to_owned());
     }
     if spec.nets.len() != host.nets.len() {
         return fail("the host's side does not match the network cards".to_owned());
+    }
+    for disk in &spec.disks {
+        if let Err((key, error)) = disk.check() {
+            return fail(format!("`{key}` of a disk: {error}"));
+        }
     }
     for (index, share) in spec.shares.iter().enumerate() {
         if spec.shares[..index].iter().any(|other| other.tag == share.tag) {
@@ -157,7 +153,7 @@ pub(super) fn build_devices(
         devices.push(Box::new(fs::Fs::new(share)?));
     }
     for disk in &spec.disks {
-        devices.push(Box::new(blk::Blk::new(disk, spec.cores)?));
+        devices.push(Box::new(blk::Blk::new(disk, spec.cores.get())?));
     }
     if let Some(spec) = &spec.vsock {
         devices.push(Box::new(vsock::Vsock::new(spec)?));

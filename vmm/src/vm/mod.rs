@@ -205,7 +205,7 @@ impl Vm {
     /// What is wrong with the spec, its files or the host.
     pub fn new(spec: &MachineSpec, host_side: HostSide) -> Result<Vm, VmError> {
         build::check(spec, &host_side)?;
-        let memory = memory::allocate(spec.memory_mib)?;
+        let memory = memory::allocate(spec.memory.get())?;
         let entry = build::load_kernel(spec, &memory)?;
         let vm = Vm::assemble(spec, host_side, memory)?;
         vm.prepare_entry(entry)?;
@@ -238,7 +238,7 @@ impl Vm {
         let subscribers = subscribers.chain([Box::new(look) as Subscriber]);
         let event_loop = EventLoop::new(subscribers).map_err(host("cannot watch devices"))?;
         let buses = Arc::new(buses);
-        let vcpus = (0..).zip(build::create_vcpus(&kvm_fd, &vm, spec.cores)?);
+        let vcpus = (0..).zip(build::create_vcpus(&kvm_fd, &vm, spec.cores.get())?);
         let vcpus = vcpus
             .map(|(index, fd)| Vcpu::new(fd, index, buses.clone(), group.clone(), timer.clone()))
             .map(Arc::new)
@@ -265,7 +265,7 @@ impl Vm {
 
     /// Lets the first vCPU enter the kernel at `entry`.
     fn prepare_entry(&self, entry: u64) -> Result<(), VmError> {
-        build::write_firmware(&self.memory, self.spec.cores, &self.announced)?;
+        build::write_firmware(&self.memory, self.spec.cores.get(), &self.announced)?;
         if let Some(first) = self.vcpus.first() {
             entry::set_registers(&first.fd(), entry, params::ZERO_PAGE)?;
         }

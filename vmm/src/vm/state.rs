@@ -72,7 +72,7 @@ impl Vm {
         memory: &File,
     ) -> Result<Vm, VmError> {
         build::check(spec, &host_side)?;
-        let guest_memory = memory::allocate(spec.memory_mib)?;
+        let guest_memory = memory::allocate(spec.memory.get())?;
         memory::load(&guest_memory, memory).map_err(host("cannot read guest memory"))?;
         let vm = Vm::assemble(spec, host_side, guest_memory)?;
         vm.apply(state)?;
@@ -118,7 +118,7 @@ impl Vm {
     pub(super) fn power_on_state(&self) -> Result<(), VmError> {
         let msrs = msr_indices(&self.kvm)?;
         let fresh = build::create_vm(&self.kvm)?;
-        let fds = build::create_vcpus(&self.kvm, &fresh, self.spec.cores)?;
+        let fds = build::create_vcpus(&self.kvm, &fresh, self.spec.cores.get())?;
         IrqchipState::save(&fresh)?.restore(&self.vm)?;
         for (vcpu, fd) in self.vcpus.iter().zip(&fds) {
             VcpuState::save(fd, &msrs)?.restore(&vcpu.fd(), Tsc::Keep)?;

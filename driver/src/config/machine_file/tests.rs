@@ -1,6 +1,11 @@
+use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 
+use firn_vmm::spec::{CachePolicy, Cores, DiskFormat, VsockSpec};
+
 use super::*;
+use crate::config::UserNetwork;
+use crate::kit::KitName;
 
 /// The text of a machine file with these lines of JSON beside what every one has.
 fn text(lines: &str) -> String {
@@ -37,8 +42,8 @@ fn a_short_file() {
         kernel: Some("/k".into()),
         initrd: Some(vec![]),
         cmdline: Some(String::new()),
-        memory_mib: 256,
-        cores: 1,
+        memory: Some(256_u64.try_into().expect("in range")),
+        cores: Cores::MIN,
         user_network: None,
         vlans: vec![],
         macs: BTreeMap::new(),
@@ -48,9 +53,10 @@ fn a_short_file() {
         rng: true,
         balloon: false,
         vsock: None,
+        qemu_opts: String::new(),
     };
     assert_eq!(node, expected);
-    assert_eq!(file.outline(7), expected);
+    assert_eq!(file.outline(7).expect("nothing to expand"), expected);
 }
 
 #[test]
@@ -71,7 +77,7 @@ fn everything() {
           {{"size": 512, "serial": "data"}},
           {{"image": "/iso", "format": "raw", "read_only": true}}
         ],
-        "nets": [{{"vlan": 2, "mac": "52:54:00:12:02:FF"}}, {{"vlan": 1}}],
+        "vlans": [2, 1], "macs": {{"2": "52:54:00:12:02:FF"}},
         "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true"#
     ))
     .expect("valid");
@@ -81,35 +87,32 @@ fn everything() {
     assert_eq!(node.shares[0].cache, CachePolicy::Always);
     assert!(node.shares[0].read_only && !node.shares[1].read_only);
     assert_eq!(node.shares[1].source, Path::new("/shared"));
-    let disk = |path: &str, format, serial: Option<&str>, create: Option<(u64, Option<&str>)>| {
-        DiskConfig::Image(DiskImage {
-            path: path.into(),
-            format,
-            read_only: path == "/iso",
-            serial: serial.map(str::to_owned),
-            create: create.map(|(size_mib, label)| DiskCreateSpec {
-                size_mib,
-                ext4_label: label.map(str::to_owned),
-            }),
+    let disks: Vec<_> = node
+        .disks
+        .iter()
+        .map(|disk| {
+            let (size, label) = (disk.size.map(u64::from), disk.label.as_deref());
+            let image = disk.image.to_str().expect("UTF-8");
+            (image, disk.format(), disk.serial.as_deref(), size, label, disk.read_only)
         })
-    };
+        .collect();
     assert_eq!(
-        node.disks,
+        disks,
         [
-            disk(
-                "/state/server.qcow2",
-                DiskFormat::Qcow2,
-                Some("root"),
-                Some((1024, Some("nixos")))
-            ),
-            disk("/state/empty1.img", DiskFormat::Raw, Some("data"), Some((512, None))),
-            disk("/iso", DiskFormat::Raw, None, None),
+            ("/state/server.qcow2", DiskFormat::Qcow2, Some("root"), Some(1024), Some("nixos"), false),
+            ("", DiskFormat::Raw, Some("data"), Some(512), None, false),
+            ("/iso", DiskFormat::Raw, None, None, None, true),
         ]
     );
-    assert_eq!((node.number, node.vlans.as_slice()), (3, &[2, 1][..]));
-    assert_eq!(node.mac(2), [0x52, 0x54, 0, 0x12, 2, 0xff]);
-    assert_eq!(node.mac(1), [0x52, 0x54, 0, 0x12, 1, 3]);
-    assert_eq!(node.vsock, Some(VsockSpec { cid: 3, socket: "/state/vsock".into() }));
+    let vlans = [2_u64, 1].map(|vlan| Number::try_from(vlan).expect("in range"));
+    assert_eq!((node.number, &node.vlans[..]), (3, &vlans[..]));
+    assert_eq!(node.mac(vlans[0]).0, [0x52, 0x54, 0, 0x12, 2, 0xff]);
+    assert_eq!(node.mac(vlans[1]).0, [0x52, 0x54, 0, 0x12, 1, 3]);
+    let cid = 3_u64.try_into().expect("in range");
+    assert_eq!(node.vsock, Some(VsockSpec { cid, socket: "/state/vsock".into() }));
+    // Before the start it is as it will be.
+    let preview = file.preview(1, &variables(), Path::new("/state")).expect("all is set");
+    assert_eq!(preview.vsock, node.vsock);
     assert!(!node.rng && node.balloon);
 }
 
@@ -120,19 +123,25 @@ fn what_makes_no_sense_is_named_with_what_would() {
         (r#""disks": [{"imag": "x"}]"#, &["unknown field `imag`", "`image`"]),
         (r#""shares": [{"tag": "a"}]"#, &["missing field `source`"]),
         (r#""shares": [{"tag": "a", "source": "/", "cache": "x"}]"#, &["`never`", "`always`"]),
-        (r#""memory": 1"#, &["run-server-vm: `memory` is 1; allowed: 64 to", "MiB"]),
-        (r#""cores": 33"#, &["`cores` is 33; allowed: 1 to 32 processors"]),
-        (r#""number": 0"#, &["`number` is 0; allowed: 1 to 254"]),
-        (r#""shares": [{"tag": "a b", "source": "/"}]"#, &["`shares[0].tag` is \"a b\""]),
-        (r#""nets": [{"vlan": 0}]"#, &["`nets[0].vlan` is 0; allowed: 1 to 254"]),
-        (r#""nets": [{"vlan": 1}, {"vlan": 1}]"#, &["`nets[1].vlan` is 1; allowed: one card"]),
-        (r#""nets": [{"vlan": 1, "mac": "1:2"}]"#, &["`nets[0].mac` is \"1:2\"", "52:54:00"]),
-        (r#""nets": [{"vlan": 1, "mac": "01:00:00:00:00:00"}]"#, &["`nets[0].mac`"]),
-        (r#""disks": [{}]"#, &["`disks[0]` is neither", "`image`, `size`, or both"]),
+        (r#""memory": 1"#, &["run-server-vm:3", "`memory`: 1 cannot be used", "allowed: 64 to", "MiB"]),
+        (r#""cores": 33"#, &["`cores`: 33 cannot be used", "allowed: 1 to 32 processors"]),
+        (r#""number": 0"#, &["`number`: 0 cannot be used", "allowed: 1 to 254"]),
+        (r#""shares": [{"tag": "a b", "source": "/"}]"#, &["`shares[0].tag`: \"a b\"", "1 to 36 of"]),
+        (
+            r#""shares": [{"tag": "a", "source": "/"}, {"tag": "a", "source": "/"}]"#,
+            &["`shares[1].tag`: a cannot", "a tag of its own"],
+        ),
+        (r#""vlans": [0]"#, &["`vlans[0]`: 0 cannot be used", "allowed: 1 to 254"]),
+        (r#""vlans": [1, 1]"#, &["`vlans[1]`: 1 cannot be used", "each vlan once"]),
+        (r#""vlans": [1], "macs": {"1": "1:2"}"#, &["`macs.1`: \"1:2\"", "52:54:00"]),
+        (r#""vlans": [1], "macs": {"1": "01:00:00:00:00:00"}"#, &["`macs.1`"]),
+        (r#""nets": [{"vlan": 1}]"#, &["unknown field `nets`", "it is `vlans = [1, 2]` now"]),
+        (r#""disks": [{}]"#, &["`disks[0].image`: a disk without `image` and `size`"]),
         (r#""disks": [{"image": "x", "label": "y"}]"#, &["`disks[0].label`", "give its `size`"]),
-        (r#""disks": [{"size": 0}]"#, &["`disks[0].size` is 0; allowed: 1 to"]),
-        (r#""disks": [{"size": 1, "serial": "a b"}]"#, &["`disks[0].serial` is \"a b\""]),
-        (r#""vsock": {"cid": 2, "socket": "s"}"#, &["`vsock.cid` is 2; allowed: 3 to"]),
+        (r#""disks": [{"size": 0}]"#, &["`disks[0].size`: 0 cannot be used", "allowed: 1 to"]),
+        (r#""disks": [{"size": 1, "serial": "a b"}]"#, &["`disks[0].serial`: \"a b\""]),
+        (r#""vsock": {"cid": 2, "socket": "s"}"#, &["`vsock.cid`: 2 cannot be used", "allowed: 3 to"]),
+        (r#""kit": "micro""#, &["nothing comes from a kit"]),
         (r#""memory": "x""#, &["invalid type: string \"x\""]),
         ("\"memory\": 256 } {", &["trailing characters"]),
     ] {
@@ -143,16 +152,20 @@ fn what_makes_no_sense_is_named_with_what_would() {
     }
     let version = text("\"memory\": 256").replace("\"firn\": 1", "\"firn\": 2");
     let error = MachineFile::parse(&version, Path::new("f")).expect_err("of the future");
-    assert!(error.to_string().contains("`firn` is 2; allowed: 1, the version"), "{error}");
+    assert!(error.to_string().contains("`firn`: 2 cannot be used"), "{error}");
 }
 
 #[test]
 fn what_cannot_be_expanded() {
     let file = parse(r#""shares": [{"tag": "x", "source": "${FIRN_NOT_SET}/x"}]"#).expect("valid");
     let error = file.node(1, &variables(), Path::new("/")).expect_err("not set").to_string();
+    assert!(error.contains("/nix/run-server-vm:3:"), "{error}");
+    // It may be set before the start.
+    let preview = file.preview(1, &variables(), Path::new("/")).expect("it is looked up later");
+    assert_eq!(preview.shares[0].source, Path::new("/${FIRN_NOT_SET}/x"));
     assert_eq!(
-        error,
-        "/nix/run-server-vm: `shares[x].source`: the variable FIRN_NOT_SET is not set"
+        error.lines().next().unwrap_or_default(),
+        "error: `shares[0].source`: the variable FIRN_NOT_SET is not set"
     );
     let file = parse(r#""cmdline": "a", "cmdline_file": "/no/such""#).expect("valid");
     let error = file.node(1, &variables(), Path::new("/")).expect_err("not there").to_string();
@@ -198,21 +211,21 @@ fn qemus_variables() {
         file.node(1, &variables, Path::new("/"))
     };
     let plain = with("", "").expect("nothing is asked for");
-    assert_eq!((plain.memory_mib, plain.cores), (512, 1));
+    assert_eq!((plain.memory().get(), plain.cores.get()), (512, 1));
     let network = plain.user_network.expect("there is one");
-    assert!(network.restrict && network.forwards.len() == 1);
+    assert!(network.restrict && network.forward_ports.len() == 1);
     let changed = with("-m 1G -smp 3", "restrict=off,hostfwd=tcp::8080-:80").expect("allowed");
-    assert_eq!((changed.memory_mib, changed.cores), (1024, 3));
+    assert_eq!((changed.memory().get(), changed.cores.get()), (1024, 3));
     let network = changed.user_network.expect("there is one");
-    assert!(!network.restrict && network.forwards.len() == 2);
+    assert!(!network.restrict && network.forward_ports.len() == 2);
     for (options, net_options, message) in [
-        ("-vga std", "", "`qemu_opts`: `-vga std` is not for firn; allowed: `-m SIZE`"),
-        ("-m 1", "", "`qemu_opts: -m` is 1; allowed: 64 to "),
-        ("-smp 33", "", "`qemu_opts: -smp` is 33; allowed: 1 to 32 processors"),
-        ("", "x=y", "`user_network.qemu_net_opts`: `x=y` is not for firn; allowed: `hostfwd="),
+        ("-vga std", "", ["`qemu_opts`: `-vga std` is not for firn", "allowed: `-m SIZE`"]),
+        ("-m 1", "", ["`qemu_opts`: -m 1 cannot be used", "allowed: 64 to "]),
+        ("-smp 33", "", ["`qemu_opts`: -smp 33 cannot be used", "allowed: 1 to 32 processors"]),
+        ("", "x=y", ["`user_network.qemu_net_opts`: `x=y` is not for firn", "allowed: `hostfwd="]),
     ] {
-        let error = with(options, net_options).expect_err(message).to_string();
-        assert!(error.contains(message), "{error}");
+        let error = with(options, net_options).expect_err(message[0]).to_string();
+        assert!(message.iter().all(|part| error.contains(part)), "{error}");
     }
 }
 
@@ -228,8 +241,8 @@ fn golden(name: &str) -> Option<NodeConfig> {
     assert!(is_ours(&text));
     let mut file = MachineFile::parse(&text, Path::new(name)).expect("Nix and we agree");
     // It is not there.
-    let params = file.raw.cmdline_file.take().expect("each has one");
-    assert!(params.ends_with("/kernel-params"), "{params}");
+    let params = file.keys.remove("cmdline_file").expect("each has one");
+    assert!(params.as_str().is_some_and(|params| params.ends_with("/kernel-params")), "{params}");
     let own = variables().with("HOME", "/root").with("QEMU_KERNEL_PARAMS", "last");
     Some(file.node(254, &own, Path::new("/state")).expect("nothing is missing"))
 }
@@ -258,7 +271,7 @@ fn what_nix_makes() {
     let shares: Vec<_> = plain
         .shares
         .iter()
-        .map(|share| (share.tag.as_str(), share.source.to_str().expect("UTF-8"), share.read_only))
+        .map(|share| (&*share.tag, share.source.to_str().expect("UTF-8"), share.read_only))
         .collect();
     assert_eq!(
         shares,
@@ -271,24 +284,19 @@ fn what_nix_makes() {
     assert_eq!(plain.shares[0].cache, CachePolicy::Always);
     assert_eq!(plain.user_network, Some(UserNetwork::default()));
 
-    assert_eq!(nodes["two-vlans"].vlans, [2, 1]);
+    let vlans = |name: &str| nodes[name].vlans.iter().map(|vlan| vlan.get()).collect::<Vec<_>>();
+    assert_eq!(vlans("two-vlans"), [2, 1]);
     let named = &nodes["named-interfaces"];
-    assert_eq!((named.vlans.as_slice(), named.number), (&[3, 254][..], 17));
-    // What is written is what firn takes by itself.
-    assert_eq!(named.mac(254), [0x52, 0x54, 0, 0x12, 254, 17]);
-    assert!(nodes.values().all(|node| node.macs.len() == node.vlans.len()));
+    assert_eq!((vlans("named-interfaces"), named.number), (vec![3, 254], 17));
+    // NixOS knows its cards by these.
+    assert_eq!(named.mac(named.vlans[1]).0, [0x52, 0x54, 0, 0x12, 254, 17]);
 
     let disks = |name: &str| {
-        let images = nodes[name].disks.iter().filter_map(|disk| match disk {
-            DiskConfig::Image(image) => Some(image),
-            DiskConfig::Empty(_) => None,
+        let disks = nodes[name].disks.iter().map(|disk| {
+            let size = disk.size.map(u64::from);
+            (disk.image.display().to_string(), disk.format(), size, disk.serial.as_deref())
         });
-        images
-            .map(|image| {
-                let size = image.create.as_ref().map(|create| create.size_mib);
-                (image.path.display().to_string(), image.format, size, image.serial.as_deref())
-            })
-            .collect::<Vec<_>>()
+        disks.collect::<Vec<_>>()
     };
     let qcow2 = |path: &str, size, serial| (path.to_owned(), DiskFormat::Qcow2, size, serial);
     assert_eq!(
@@ -303,11 +311,11 @@ fn what_nix_makes() {
     let image = (store("nix-store-image"), DiskFormat::Raw, None, None);
     assert_eq!(disks("store-image")[1], image);
     assert_eq!(
-        nodes["forwarded-ports"].user_network.as_ref().map(|net| net.forwards.len()),
+        nodes["forwarded-ports"].user_network.as_ref().map(|net| net.forward_ports.len()),
         Some(3)
     );
     assert!(nodes["restricted"].user_network.as_ref().is_some_and(|net| net.restrict));
     assert_eq!(nodes["no-user-network"].user_network, None);
     assert!(nodes["known-qemu-options"].balloon);
-    assert_eq!(nodes["own-settings"].vsock.as_ref().map(|vsock| vsock.cid), Some(7));
+    assert_eq!(nodes["own-settings"].vsock.as_ref().map(|vsock| vsock.cid.get()), Some(7));
 }

@@ -11,12 +11,8 @@ use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatCreateBuilder, StorageOpenOptions};
 use thiserror::Error;
 
-use crate::spec::{DiskCreateSpec, DiskFormat};
+use crate::spec::{DiskFormat, DiskMib, Label};
 
-/// Longest label of an ext4 file system, in bytes (`s_volume_name` of the superblock).
-const MAX_LABEL: usize = 16;
-/// Largest disk, in MiB: 64 TiB, to catch a size meant as bytes.
-const MAX_MIB: u64 = 64 << 20;
 /// The program, and where it is if that is not in PATH, as for users who are not root on Debian.
 const MKFS: [&str; 3] = ["mkfs.ext4", "/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"];
 /// What is looked at at once for data to copy.
@@ -25,9 +21,6 @@ const BLOCK: usize = 64 << 10;
 /// Why an image could not be made.
 #[derive(Debug, Error)]
 pub enum CreateError {
-    /// The size or label cannot be.
-    #[error("{0}")]
-    Spec(String),
     /// The host refused.
     #[error("{operation}")]
     Host {
@@ -58,17 +51,14 @@ fn host(operation: &'static str) -> impl Fn(io::Error) -> CreateError {
 pub(super) fn create(
     path: &Path,
     format: DiskFormat,
-    wish: &DiskCreateSpec,
+    size: DiskMib,
+    label: Option<&Label>,
 ) -> Result<(), CreateError> {
     // A link to nowhere is there too: opening it will say what is wrong.
     if path.symlink_metadata().is_ok() {
         return Ok(());
     }
-    if !(1..=MAX_MIB).contains(&wish.size_mib) {
-        let problem = format!("{} MiB; allowed are 1 to {MAX_MIB} MiB", wish.size_mib);
-        return Err(CreateError::Spec(problem));
-    }
-    let size = wish.size_mib << 20;
+    let size = size.get() << 20;
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
@@ -81,17 +71,17 @@ pub(super) fn create(
             .map_err(host("make a file"))
     };
     let raw = fresh()?;
-    if format == DiskFormat::Raw || wish.ext4_label.is_some() {
+    if format == DiskFormat::Raw || label.is_some() {
         raw.as_file().set_len(size).map_err(host("set its size"))?;
     }
-    if let Some(label) = &wish.ext4_label {
+    if let Some(label) = label {
         make_ext4(raw.path(), label)?;
     }
     let image = match format {
         DiskFormat::Raw => raw,
         DiskFormat::Qcow2 => {
             let image = fresh()?;
-            let content = wish.ext4_label.is_some().then(|| raw.as_file());
+            let content = label.is_some().then(|| raw.as_file());
             make_qcow2(image.path(), size, content).map_err(host("write the qcow2 image"))?;
             image
         }
@@ -105,10 +95,6 @@ pub(super) fn create(
 }
 
 fn make_ext4(path: &Path, label: &str) -> Result<(), CreateError> {
-    if label.len() > MAX_LABEL || label.contains('\0') {
-        let problem = format!("the label {label:?}; allowed are at most {MAX_LABEL} bytes");
-        return Err(CreateError::Spec(problem));
-    }
     for program in MKFS {
         let output = Command::new(program)
             .args(["-q", "-F", "-L", label, "--"])

@@ -87,9 +87,9 @@ pub(super) struct Image {
 impl Image {
     /// Opens, locks and checks the image; makes it first if the spec says so and it is not there.
     pub(super) fn open(spec: &DiskSpec) -> Result<Image, ImageError> {
-        let path = &spec.path;
-        if let Some(wish) = &spec.create {
-            create(path, spec.format, wish)
+        let (path, format) = (&spec.image, spec.format());
+        if let Some(size) = spec.size {
+            create(path, format, size, spec.label.as_ref())
                 .map_err(|source| ImageError::Create { path: path.clone(), source })?;
         }
         let writable = !spec.read_only;
@@ -99,11 +99,11 @@ impl Image {
             return Err(ImageError::Locked { path: path.clone() });
         };
         let content =
-            |source| ImageError::Content { path: path.clone(), format: spec.format, source };
+            |source| ImageError::Content { path: path.clone(), format, source };
         let options = StorageOpenOptions::new().filename(path).write(writable);
         let storage = file.try_clone().and_then(|file| File::from_open_file(file, options));
         let storage = storage.map_err(opened)?;
-        let access = guard(|| match spec.format {
+        let access = guard(|| match format {
             DiskFormat::Raw => Raw::open_image(storage, writable).map(FormatAccess::new),
             DiskFormat::Qcow2 => open_qcow2(storage, &file, writable),
         })

@@ -85,14 +85,6 @@ mod feature {
 /// Why a disk could not be set up.
 #[derive(Debug, Error)]
 pub enum BlkError {
-    /// The serial number is too long or holds a zero byte.
-    #[error("disk {}: serial number {serial:?}; allowed are at most {SERIAL_LEN} bytes, none of them zero", path.display())]
-    Serial {
-        /// The disk's image.
-        path: PathBuf,
-        /// The serial number.
-        serial: String,
-    },
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -131,15 +123,13 @@ impl Blk {
     /// # Errors
     /// A bad serial number, or an image that is locked, damaged or cannot be opened or made.
     pub fn new(spec: &DiskSpec, cores: u8) -> Result<Blk, BlkError> {
-        let text = spec.serial.as_deref().unwrap_or_default();
-        if text.len() > SERIAL_LEN || text.contains('\0') {
-            return Err(BlkError::Serial { path: spec.path.clone(), serial: text.to_owned() });
-        }
         let mut serial = [0; SERIAL_LEN];
-        serial[..text.len()].copy_from_slice(text.as_bytes());
+        for (byte, own) in serial.iter_mut().zip(spec.serial.iter().flat_map(|text| text.bytes())) {
+            *byte = own;
+        }
         let image = Arc::new(Image::open(spec)?);
         let alarm = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(|source| BlkError::Host { path: spec.path.clone(), source })?;
+            .map_err(|source| BlkError::Host { path: spec.image.clone(), source })?;
         let queues = cores.clamp(1, MAX_QUEUES);
         let config = config_space(image.size(), queues, spec.read_only);
         let read_only = spec.read_only;

@@ -62,14 +62,6 @@ const STATE_VERSION: u16 = 1;
 /// Why a share could not be set up.
 #[derive(Debug, Error)]
 pub enum FsError {
-    /// The tag is empty, too long, or holds a zero byte.
-    #[error("share {tag:?} of {}: a tag has 1 to {TAG_LEN} bytes, none of them zero", path.display())]
-    Tag {
-        /// The share.
-        tag: String,
-        /// Its directory.
-        path: PathBuf,
-    },
     /// The directory does not exist, is no directory or cannot be read.
     #[error("share {tag:?}: cannot read directory {}", path.display())]
     Source {
@@ -113,25 +105,23 @@ impl Fs {
     /// A bad tag, a directory that cannot be read, or a host that lacks `/proc` or
     /// `unshare(CLONE_FS)`.
     pub fn new(spec: &ShareSpec) -> Result<Fs, FsError> {
-        let tag = spec.tag.as_bytes();
-        if tag.is_empty() || tag.len() > TAG_LEN || tag.contains(&0) {
-            return Err(FsError::Tag { tag: spec.tag.clone(), path: spec.source.clone() });
-        }
         let root = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
             .open(&spec.source)
             .map_err(|source| FsError::Source {
-                tag: spec.tag.clone(),
+                tag: spec.tag.to_string(),
                 path: spec.source.clone(),
                 source,
             })?;
         let refused =
-            |source| FsError::Server { tag: spec.tag.clone(), path: spec.source.clone(), source };
+            |source| FsError::Server { tag: spec.tag.to_string(), path: spec.source.clone(), source };
         let server = server::start(spec, &root).map_err(refused)?;
         let alarm = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(refused)?;
         let mut config = [0; TAG_LEN + 4];
-        config[..tag.len()].copy_from_slice(tag);
+        for (byte, own) in config[..TAG_LEN].iter_mut().zip(spec.tag.bytes()) {
+            *byte = own;
+        }
         let request_queues = 1_u32;
         config[TAG_LEN..].copy_from_slice(&request_queues.to_le_bytes());
         Ok(Fs { server, root, spec: spec.clone(), alarm: Arc::new(alarm), config })
@@ -144,9 +134,9 @@ impl Fs {
         match server::start(&self.spec, &self.root) {
             Ok(server) => self.server = server,
             Err(error) if ended.is_ok() => {
-                tracing::debug!(share = self.spec.tag, %error, "the old server stays");
+                tracing::debug!(share = &*self.spec.tag, %error, "the old server stays");
             }
-            Err(error) => tracing::error!(share = self.spec.tag, %error, "the share is lost"),
+            Err(error) => tracing::error!(share = &*self.spec.tag, %error, "the share is lost"),
         }
     }
 }
@@ -194,7 +184,7 @@ impl VirtioDevice for Fs {
     fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
         let session: Session = state.decode(STATE_VERSION)?;
         self.server.restore(&session).map_err(|error| {
-            tracing::error!(share = self.spec.tag, %error, "the state of a share is of no use");
+            tracing::error!(share = &*self.spec.tag, %error, "the state of a share is of no use");
             RestoreError::Decode(postcard::Error::SerdeDeCustom)
         })
     }

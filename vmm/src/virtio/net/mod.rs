@@ -117,7 +117,7 @@ impl Net {
     /// The process is out of descriptors.
     pub fn new(spec: &NetSpec, port: Arc<dyn NetPort>) -> io::Result<Net> {
         let again = Arc::new(Again::new()?);
-        Ok(Net { mac: spec.mac, port, again, restored_link: None, queues: () })
+        Ok(Net { mac: spec.mac.0, port, again, restored_link: None, queues: () })
     }
 }
 

@@ -68,7 +68,7 @@ impl Hub {
     pub fn new(spec: &VsockSpec) -> Result<Hub, VsockError> {
         let listener = Listener::bind(&spec.socket)?;
         let hub = Hub {
-            cid: spec.cid,
+            cid: spec.cid.get(),
             epoll: Epoll::new().map_err(VsockError::Host)?,
             clients: HashMap::new(),
             connections: HashMap::new(),

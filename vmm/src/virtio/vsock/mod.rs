@@ -50,17 +50,12 @@ const QUEUE_SIZE: u16 = 128;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (5.10.6.7): all connections are gone and the guest's address
 /// may have changed.
 const TRANSPORT_RESET: u32 = 0;
-/// The lowest address a guest can have: below are the hypervisor, loopback and host (5.10.4).
-pub const MIN_CID: u32 = 3;
 /// Layout of the saved state: whether a driver may have connections.
 const STATE_VERSION: u16 = 1;
 
 /// Why a vsock device could not be built.
 #[derive(Debug, Error)]
 pub enum VsockError {
-    /// An address that no guest can have.
-    #[error("vsock CID {0}; allowed are {MIN_CID} to 4294967294")]
-    Cid(u32),
     /// Another process listens there.
     #[error("vsock socket {path} is in use by another process")]
     InUse {
@@ -115,10 +110,6 @@ impl Vsock {
     /// # Errors
     /// The address cannot be, the socket cannot be made, or the host is out of descriptors.
     pub fn new(spec: &VsockSpec) -> Result<Vsock, VsockError> {
-        // The highest is VMADDR_CID_ANY (`man 7 vsock`).
-        if spec.cid < MIN_CID || spec.cid == u32::MAX {
-            return Err(VsockError::Cid(spec.cid));
-        }
         let again = Again::new().map_err(VsockError::Host)?;
         let hub = Hub::new(spec)?;
         Ok(Vsock { hub, again, driver_connected: false, owes_reset: false, queues: () })

@@ -5,16 +5,22 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+mod values;
+
+pub use values::{
+    Cid, Cores, DiskMib, Label, Mac, MachineName, MemoryMib, Number, Serial, Tag, ValueError,
+};
+
 /// One machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineSpec {
     /// Names the machine's threads and its log lines.
     pub name: String,
-    /// Number of vCPUs, 1 to [`MAX_CORES`].
-    pub cores: u8,
-    /// Guest memory in MiB, at least [`MIN_MEMORY_MIB`].
-    pub memory_mib: u64,
+    /// Number of vCPUs.
+    pub cores: Cores,
+    /// Guest memory.
+    pub memory: MemoryMib,
     /// A Linux bzImage or an ELF vmlinux.
     pub kernel: PathBuf,
     /// cpio archives, handed to the kernel as one initrd in this order.
@@ -46,11 +52,6 @@ pub struct MachineSpec {
     pub vsock: Option<VsockSpec>,
 }
 
-/// Most vCPUs a machine can have.
-pub const MAX_CORES: u8 = 32;
-/// Least memory a machine can have, in MiB: a distribution kernel unpacks itself in less.
-pub const MIN_MEMORY_MIB: u64 = 64;
-
 const fn yes() -> bool {
     true
 }
@@ -69,7 +70,7 @@ pub struct ConsolePortSpec {
 #[serde(deny_unknown_fields)]
 pub struct NetSpec {
     /// The card's address.
-    pub mac: [u8; 6],
+    pub mac: Mac,
 }
 
 /// Sockets between host and guest (`man 7 vsock`).
@@ -80,8 +81,8 @@ pub struct NetSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockSpec {
-    /// The guest's address, 3 or higher. Machines that do not talk to each other may have the same.
-    pub cid: u32,
+    /// The guest's address. Machines that do not talk to each other may have the same.
+    pub cid: Cid,
     /// Where the socket is made.
     pub socket: PathBuf,
 }
@@ -90,8 +91,8 @@ pub struct VsockSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShareSpec {
-    /// The name the guest mounts it by, 1 to 36 bytes (virtio 1.2, 5.11.4).
-    pub tag: String,
+    /// The name the guest mounts it by.
+    pub tag: Tag,
     /// The directory on the host.
     pub source: PathBuf,
     /// Refuse every change.
@@ -100,6 +101,9 @@ pub struct ShareSpec {
     /// How long the guest may trust what it has read.
     #[serde(default)]
     pub cache: CachePolicy,
+    /// Where the guest mounts it, for those who prepare the guest; the monitor does not need it.
+    #[serde(default)]
+    pub target: Option<PathBuf>,
 }
 
 /// How long the guest may trust what it has read of a share.
@@ -115,26 +119,59 @@ pub enum CachePolicy {
     Always,
 }
 
-/// One disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// One disk: an image that is there, or one to make.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
-    /// The image: a file or a block device.
-    pub path: PathBuf,
-    /// How the image is laid out. It is not guessed from the image: a guest that writes to a raw
-    /// disk could make it look like another format, and name any file of the host in it.
+    /// The image: a file or a block device. Without one somebody has to choose a place before the machine is made.
     #[serde(default)]
-    pub format: DiskFormat,
+    pub image: PathBuf,
+    /// How the image is laid out; by default its name says it. It is not guessed from the content: a guest that writes
+    /// to a raw disk could make it look like another format, and name any file of the host in it.
+    #[serde(default)]
+    pub format: Option<DiskFormat>,
     /// Refuse every change.
     #[serde(default)]
     pub read_only: bool,
-    /// At most 20 bytes (virtio 1.2, 5.2.6); the guest finds the disk at
-    /// `/dev/disk/by-id/virtio-SERIAL`.
+    /// By this the guest finds the disk at `/dev/disk/by-id/virtio-SERIAL`.
     #[serde(default)]
-    pub serial: Option<String>,
-    /// Make the image if it is not there.
+    pub serial: Option<Serial>,
+    /// If the image is not there, one of this size is made. The file takes up only what is written to it.
     #[serde(default)]
-    pub create: Option<DiskCreateSpec>,
+    pub size: Option<DiskMib>,
+    /// An image that is made has an ext4 file system with this label; needs `mkfs.ext4`.
+    #[serde(default)]
+    pub label: Option<Label>,
+}
+
+impl DiskSpec {
+    /// How its image is laid out: as it says, or as the image's name ends.
+    #[must_use]
+    pub fn format(&self) -> DiskFormat {
+        let by_name = || match self.image.extension() {
+            Some(extension) if extension == "qcow2" => DiskFormat::Qcow2,
+            _ => DiskFormat::Raw,
+        };
+        self.format.unwrap_or_else(by_name)
+    }
+
+    /// Checks what no key says alone.
+    ///
+    /// # Errors
+    /// The key that is wrong, and how.
+    pub fn check(&self) -> Result<(), (&'static str, ValueError)> {
+        if self.image.as_os_str().is_empty() && self.size.is_none() {
+            let allowed = "the path of an image, with `size` also one that is yet to be made";
+            return Err(("image", ValueError::new("a disk without `image` and `size`", allowed)));
+        }
+        match &self.label {
+            Some(label) if self.size.is_none() => {
+                let allowed = "a label for a disk that is to be made: give its `size` in MiB";
+                Err(("label", ValueError::new(format_args!("{:?}", &**label), allowed)))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// How a disk's image is laid out.
@@ -155,15 +192,4 @@ impl fmt::Display for DiskFormat {
             DiskFormat::Qcow2 => "qcow2",
         })
     }
-}
-
-/// A disk image to make.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskCreateSpec {
-    /// Size of the disk in MiB, at least 1. The file takes up only what is written to it.
-    pub size_mib: u64,
-    /// Puts an ext4 file system with this label, at most 16 bytes, on it; needs `mkfs.ext4`.
-    #[serde(default)]
-    pub ext4_label: Option<String>,
 }

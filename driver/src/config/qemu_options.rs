@@ -4,12 +4,22 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use firn_net_switch::gateway::{Forward, GUEST_V4, Protocol, Side};
+use firn_vmm::spec::{Cores, MemoryMib, ValueError};
 
 /// What options of QEMU change of a machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Overrides {
-    pub(super) memory_mib: Option<u64>,
-    pub(super) cores: Option<u64>,
+    pub(super) memory: Option<MemoryMib>,
+    pub(super) cores: Option<Cores>,
+}
+
+/// An option that cannot be heeded.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum BadOption {
+    #[error(transparent)]
+    Foreign(#[from] Foreign),
+    #[error("{option} {error}")]
+    Value { option: &'static str, error: ValueError },
 }
 
 /// An option that means nothing here.
@@ -25,7 +35,8 @@ const NET_OPTIONS: &str = "`hostfwd=tcp:HOST:PORT-GUEST:PORT` or with udp, where
                            and `restrict=on`";
 
 /// Reads options of QEMU, as QEMU_OPTS has them.
-pub(super) fn options(text: &str) -> Result<Overrides, Foreign> {
+pub(super) fn options(text: &str) -> Result<Overrides, BadOption> {
+    let value_of = |option| move |error| BadOption::Value { option, error };
     let mut words = text.split_whitespace();
     let mut overrides = Overrides::default();
     while let Some(word) = words.next() {
@@ -39,13 +50,15 @@ pub(super) fn options(text: &str) -> Result<Overrides, Foreign> {
         let value = words.next().unwrap_or_default();
         match (word, value) {
             ("-m", size) => {
-                overrides.memory_mib = Some(mebibytes(size).ok_or_else(|| foreign(value))?);
+                let memory = mebibytes(size).ok_or_else(|| foreign(value))?;
+                overrides.memory = Some(memory.try_into().map_err(value_of("-m"))?);
             }
             ("-smp", cores) => {
-                overrides.cores = Some(cores.parse().map_err(|_| foreign(value))?);
+                let cores: u64 = cores.parse().map_err(|_| foreign(value))?;
+                overrides.cores = Some(cores.try_into().map_err(value_of("-smp"))?);
             }
             ("-cpu", "host" | "max") | ("-display", "none") => {}
-            _ => return Err(foreign(value)),
+            _ => return Err(foreign(value).into()),
         }
     }
     Ok(overrides)
@@ -68,7 +81,7 @@ pub(super) struct NetOptions {
 }
 
 /// Reads options of QEMU's user network, as QEMU_NET_OPTS has them: with commas between them.
-pub(super) fn net_options(text: &str) -> Result<NetOptions, Foreign> {
+pub(super) fn net_options(text: &str) -> Result<NetOptions, BadOption> {
     let mut options = NetOptions::default();
     for option in text.split(',').filter(|option| !option.is_empty()) {
         match option.split_once('=') {
@@ -77,7 +90,7 @@ pub(super) fn net_options(text: &str) -> Result<NetOptions, Foreign> {
             Some(("hostfwd", rule)) if let Some(forward) = forward(rule) => {
                 options.forwards.push(forward);
             }
-            _ => return Err(Foreign { is: option.to_owned(), allowed: NET_OPTIONS }),
+            _ => return Err(Foreign { is: option.to_owned(), allowed: NET_OPTIONS }.into()),
         }
     }
     Ok(options)
@@ -115,7 +128,9 @@ mod tests {
             ("-m 512M", Some(512), None),
             ("-m 1G -m 2g", Some(2048), None),
         ] {
-            assert_eq!(options(text), Ok(Overrides { memory_mib, cores }), "{text}");
+            let memory = memory_mib.map(|mib: u64| mib.try_into().expect("in range"));
+            let cores = cores.map(|cores: u64| cores.try_into().expect("in range"));
+            assert_eq!(options(text), Ok(Overrides { memory, cores }), "{text}");
         }
     }
 

@@ -1,0 +1,221 @@
+//! A machine of a test as it is described: the same keys in TOML and in machine files.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+
+use firn_vmm::spec::{
+    Cores, DiskSpec, Mac, MemoryMib, Number, ShareSpec, Tag, ValueError, VsockSpec,
+};
+use serde::Deserialize;
+
+use crate::kit::{KitName, STORE_TAG};
+
+use super::document::{Key, Problem};
+use super::network::{PortForward, UserNetwork, user_network};
+use super::qemu_options::{self, BadOption};
+use super::{EXCHANGE_TAG, SHARED_TAG, variable_name};
+
+/// A machine of a test. What is `None` comes from the guest kit.
+///
+/// The keys are those of `[nodes.NAME]` in a test's TOML file, and of a machine file. The defaults here are those of
+/// TOML; a machine file starts from nothing ([`super::machine_file`]).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NodeConfig {
+    /// Its name and its host name.
+    #[serde(skip)]
+    pub name: String,
+    /// Its place among the sorted names, from 1.
+    #[serde(skip)]
+    pub number: u8,
+    /// The guest kit.
+    #[serde(deserialize_with = "guest_kit")]
+    pub kit: KitName,
+    /// A bzImage or an ELF kernel.
+    pub kernel: Option<PathBuf>,
+    /// cpio archives, handed to the kernel as one initrd in this order.
+    pub initrd: Option<Vec<PathBuf>>,
+    /// The kernel command line.
+    pub cmdline: Option<String>,
+    /// Memory in MiB.
+    pub memory: Option<MemoryMib>,
+    /// Number of vCPUs.
+    pub cores: Cores,
+    /// Its first card, eth0: the way to the host and beyond. `false` leaves it out.
+    #[serde(deserialize_with = "user_network")]
+    pub user_network: Option<UserNetwork>,
+    /// The vlans it is on; the guest's interface on the first is eth1, on the next eth2.
+    pub vlans: Vec<Number>,
+    /// The addresses of its cards by their vlans, where they are not made from the numbers of vlan and node.
+    pub macs: BTreeMap<Number, Mac>,
+    /// Disks, in the order in which the guest finds them: vda, vdb, … Without an image a disk is made in the machine's
+    /// state directory at its first start.
+    pub disks: Vec<DiskSpec>,
+    /// Directories of the host.
+    pub shares: Vec<ShareSpec>,
+    /// It has the shares `shared` and `xchg` beside these.
+    pub exchange: bool,
+    /// It has a source of entropy.
+    pub rng: bool,
+    /// It has a memory balloon: memory that it does not use goes back to the host.
+    pub balloon: bool,
+    /// Sockets between programs of host and guest.
+    pub vsock: Option<VsockSpec>,
+    /// Options of QEMU that change it, as `QEMU_OPTS` has them.
+    pub qemu_opts: String,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            number: 1,
+            kit: KitName::Micro,
+            kernel: None,
+            initrd: None,
+            cmdline: None,
+            memory: None,
+            cores: Cores::MIN,
+            user_network: Some(UserNetwork::default()),
+            vlans: vec![Number::MIN],
+            macs: BTreeMap::new(),
+            disks: Vec::new(),
+            shares: Vec::new(),
+            exchange: true,
+            rng: true,
+            balloon: false,
+            vsock: None,
+            qemu_opts: String::new(),
+        }
+    }
+}
+
+impl NodeConfig {
+    /// Memory in MiB: its own, or as much as its kit wants.
+    #[must_use]
+    pub fn memory(&self) -> MemoryMib {
+        self.memory.unwrap_or_else(|| self.kit.default_memory())
+    }
+
+    /// The hardware address of this node's card on a vlan.
+    #[must_use]
+    pub fn mac(&self, vlan: Number) -> Mac {
+        let own = self.macs.get(&vlan).copied();
+        own.unwrap_or(Mac([0x52, 0x54, 0x00, 0x12, vlan.get(), self.number]))
+    }
+
+    /// This node's IPv4 address on a vlan; the network is a /24.
+    #[must_use]
+    pub fn ipv4(&self, vlan: Number) -> Ipv4Addr {
+        Ipv4Addr::new(192, 168, vlan.get(), self.number)
+    }
+
+    /// This node's IPv6 address on a vlan; the network is a /64. As in NixOS the decimal digits of the
+    /// numbers are the hexadecimal digits of the groups: node 12 is `::12`.
+    #[must_use]
+    pub fn ipv6(&self, vlan: Number) -> Ipv6Addr {
+        let (vlan, node) = (decimal_as_hex(vlan.get()), decimal_as_hex(self.number));
+        Ipv6Addr::new(0x2001, 0xdb8, vlan, 0, 0, 0, 0, node)
+    }
+
+    /// The name of the script's variable for this machine: what is no letter, digit or underscore
+    /// becomes `_`, and so does a first character that is no letter.
+    #[must_use]
+    pub fn variable(&self) -> String {
+        variable_name(&self.name)
+    }
+
+    /// The directories that its shares and disks are in, those that it may not change left out.
+    pub(super) fn writable(&self) -> Vec<PathBuf> {
+        let shares = self.shares.iter().filter(|share| !share.read_only);
+        let images = self.disks.iter().filter(|disk| !disk.read_only);
+        let images = images.filter_map(|disk| disk.image.parent());
+        shares.map(|share| share.source.clone()).chain(images.map(PathBuf::from)).collect()
+    }
+
+    /// Lets relative paths of the host start at `base`.
+    pub(super) fn rebase(&mut self, base: &Path) {
+        let files = self.kernel.iter_mut().chain(self.initrd.iter_mut().flatten());
+        let sources = self.shares.iter_mut().map(|share| &mut share.source);
+        let images = self.disks.iter_mut().map(|disk| &mut disk.image);
+        let images = images.filter(|image| !image.as_os_str().is_empty());
+        let sockets = self.vsock.iter_mut().map(|vsock| &mut vsock.socket);
+        for path in files.chain(sources).chain(images).chain(sockets) {
+            *path = base.join(&*path);
+        }
+    }
+
+    /// Lets the options of QEMU that it has change it.
+    pub(super) fn apply_qemu_options(&mut self) -> Result<(), (&'static str, BadOption)> {
+        let changes = qemu_options::options(&std::mem::take(&mut self.qemu_opts))
+            .map_err(|error| ("qemu_opts", error))?;
+        self.memory = changes.memory.or(self.memory);
+        self.cores = changes.cores.unwrap_or(self.cores);
+        if let Some(network) = &mut self.user_network {
+            let changes = qemu_options::net_options(&std::mem::take(&mut network.qemu_net_opts))
+                .map_err(|error| ("user_network.qemu_net_opts", error))?;
+            network.restrict = changes.restrict.unwrap_or(network.restrict);
+            network.forward_ports.extend(changes.forwards.into_iter().map(PortForward));
+        }
+        Ok(())
+    }
+
+    /// Checks what no value says alone; `at` is the key of the machine.
+    pub(super) fn check(&self, at: &Key) -> Result<(), Problem> {
+        for (index, disk) in self.disks.iter().enumerate() {
+            let place = || at.name("disks").index(index);
+            disk.check().map_err(|(key, error)| Problem::new(place().name(key), error))?;
+        }
+        let mut tags: BTreeSet<&Tag> = BTreeSet::new();
+        for (index, share) in self.shares.iter().enumerate() {
+            let bad = |key: &str, value: &dyn std::fmt::Display, allowed: &str| {
+                let error = ValueError::new(value, allowed);
+                Err(Problem::new(at.name("shares").index(index).name(key), error))
+            };
+            let own = [SHARED_TAG, EXCHANGE_TAG, STORE_TAG];
+            if self.exchange && own.contains(&&*share.tag) {
+                return bad("tag", &share.tag, &format!("a tag that is not one of firn's own: {}", own.join(", ")));
+            }
+            if !tags.insert(&share.tag) {
+                return bad("tag", &share.tag, "a tag of its own for each share");
+            }
+            if let Some(target) = share.target.as_ref().filter(|target| !is_target(target)) {
+                let allowed = "an absolute path in the guest, without `..` and blanks";
+                return bad("target", &target.display(), allowed);
+            }
+        }
+        for (index, vlan) in self.vlans.iter().enumerate() {
+            if self.vlans[..index].contains(vlan) {
+                let error = ValueError::new(vlan, "each vlan once");
+                return Err(Problem::new(at.name("vlans").index(index), error));
+            }
+        }
+        match self.macs.keys().find(|vlan| !self.vlans.contains(vlan)) {
+            None => Ok(()),
+            Some(vlan) => {
+                let error = ValueError::new(format_args!("vlan {vlan}"), "those in `vlans`");
+                Err(Problem::new(at.name("macs").name(vlan.to_string()), error))
+            }
+        }
+    }
+}
+
+fn is_target(target: &Path) -> bool {
+    let up = target.components().any(|part| part.as_os_str() == "..");
+    let blank = |c: char| c.is_whitespace() || c.is_control();
+    target.is_absolute() && !up && !target.to_string_lossy().contains(blank)
+}
+
+fn guest_kit<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<KitName, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    KitName::GUESTS.into_iter().find(|kit| kit.as_str() == name).ok_or_else(|| {
+        let names = KitName::GUESTS.map(|kit| format!("{:?}", kit.as_str()));
+        serde::de::Error::custom(ValueError::new(format_args!("{name:?}"), names.join(", ")))
+    })
+}
+
+fn decimal_as_hex(number: u8) -> u16 {
+    let number = u16::from(number);
+    (number / 100) << 8 | (number / 10 % 10) << 4 | (number % 10)
+}
