@@ -58,6 +58,8 @@ struct RawNode {
     shared_directories: BTreeMap<Spanned<String>, RawShare>,
     #[serde(default)]
     balloon: bool,
+    #[serde(default)]
+    oem_strings: Vec<String>,
     vsock: Option<RawVsock>,
 }
 
@@ -272,6 +274,7 @@ impl Reader<'_> {
             rng: true,
             balloon: raw.balloon,
             vsock: raw.vsock.map(|vsock| self.vsock(&vsock)).transpose()?,
+            oem_strings: raw.oem_strings,
         })
     }
 

@@ -98,6 +98,8 @@ struct RawMachine {
     rng: bool,
     #[serde(default)]
     balloon: bool,
+    #[serde(default)]
+    oem_strings: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -375,6 +377,7 @@ impl MachineFile {
             rng: raw.rng,
             balloon: raw.balloon,
             vsock: vsock.transpose()?,
+            oem_strings: raw.oem_strings.clone(),
         })
     }
 }

@@ -113,6 +113,8 @@ pub struct NodeConfig {
     pub balloon: bool,
     /// Sockets between programs of host and guest.
     pub vsock: Option<VsockSpec>,
+    /// Free texts of its SMBIOS tables, in which systemd looks for credentials.
+    pub oem_strings: Vec<String>,
 }
 
 /// A directory of the host that a machine mounts.

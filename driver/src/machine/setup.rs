@@ -194,6 +194,7 @@ impl Machine {
             rng: node.rng,
             balloon: node.balloon,
             vsock: node.vsock.clone(),
+            oem_strings: node.oem_strings.clone(),
         })
     }
 }
