@@ -10,7 +10,6 @@ use firn_vmm::spec::{
     CachePolicy, ConsolePortSpec, DiskCreateSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec,
     ShareSpec,
 };
-use tokio::fs;
 
 use super::{Dirs, Machine};
 use crate::config::{
@@ -19,6 +18,7 @@ use crate::config::{
 use crate::error::{MachineError, Result};
 use crate::kernels::Kernels;
 use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
+use crate::private;
 
 /// Where a machine's description comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,9 +156,7 @@ impl Machine {
         let dirs = &self.inner.dirs;
         let (node, boot) = &*self.inner.source.resolve(&self.inner.node, dirs)?;
         // `release` may have removed it.
-        fs::create_dir_all(dirs.exchange())
-            .await
-            .map_err(MachineError::file("make", dirs.exchange()))?;
+        dirs.make()?;
         let mut initrd = boot.initrd.clone();
         if let Some(overlay) = &boot.overlay {
             let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
@@ -166,7 +164,7 @@ impl Machine {
                 source: e.into(),
             })?;
             let path = dirs.state.join("overlay.cpio");
-            fs::write(&path, bytes).await.map_err(MachineError::file("write", &path))?;
+            private::write(&path, &bytes).map_err(MachineError::file("write", &path))?;
             initrd.push(path);
         }
         let kernel = unpacked(boot.kernel.clone()).await;
