@@ -272,6 +272,7 @@ impl Reader<'_> {
             rng: true,
             balloon: raw.balloon,
             vsock: raw.vsock.map(|vsock| self.vsock(&vsock)).transpose()?,
+            credentials: BTreeMap::new(),
         })
     }
 
@@ -461,6 +462,7 @@ impl Reader<'_> {
             read_only: raw.read_only,
             // Others write to it, the host at least.
             cache: CachePolicy::Never,
+            copies: BTreeMap::new(),
         })
     }
 

@@ -46,6 +46,7 @@ fn a_short_file_is_filled_up() {
             rng: true,
             balloon: false,
             vsock: None,
+            credentials: BTreeMap::new(),
         }]
     );
 }

@@ -12,7 +12,7 @@ use firn_vmm::spec::{
 };
 use tokio::fs;
 
-use super::{Dirs, Machine};
+use super::{Dirs, Machine, inputs};
 use crate::config::{
     DiskConfig, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig, UserNetwork,
 };
@@ -159,6 +159,13 @@ impl Machine {
         fs::create_dir_all(dirs.exchange())
             .await
             .map_err(MachineError::file("make", dirs.exchange()))?;
+        for share in &node.shares {
+            let missing = |name: &str, file: &Path| {
+                let tag = &share.tag;
+                self.log(format_args!("share {tag}: {name} is left out, there is no {file:?}"));
+            };
+            inputs::fill(share, missing).await?;
+        }
         let mut initrd = boot.initrd.clone();
         if let Some(overlay) = &boot.overlay {
             let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
