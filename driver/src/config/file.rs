@@ -275,6 +275,7 @@ impl Reader<'_> {
             balloon: raw.balloon,
             vsock: raw.vsock.map(|vsock| self.vsock(&vsock)).transpose()?,
             oem_strings: raw.oem_strings,
+            credentials: BTreeMap::new(),
         })
     }
 
@@ -464,6 +465,7 @@ impl Reader<'_> {
             read_only: raw.read_only,
             // Others write to it, the host at least.
             cache: CachePolicy::Never,
+            copies: BTreeMap::new(),
         })
     }
 

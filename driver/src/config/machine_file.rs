@@ -52,6 +52,8 @@ use super::{
 pub const VERSION: u32 = 1;
 /// A longer file is none.
 const MAX_FILE: u64 = 4 << 20;
+/// `NAME_MAX` of Linux.
+const MAX_FILE_NAME: usize = 255;
 /// Memory of a machine that does not say how much, in MiB: as NixOS has it.
 const DEFAULT_MEMORY_MIB: u64 = 1024;
 
@@ -100,6 +102,9 @@ struct RawMachine {
     balloon: bool,
     #[serde(default)]
     oem_strings: Vec<String>,
+    /// Files, by the names of the credentials that they are for systemd in the guest.
+    #[serde(default)]
+    credentials: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -111,6 +116,9 @@ struct RawShare {
     read_only: bool,
     #[serde(default)]
     cache: CachePolicy,
+    /// Files that are copied into the source at each start, by their names there; what is empty or no file is left out.
+    #[serde(default)]
+    copies: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -273,13 +281,17 @@ impl MachineFile {
         };
         let mut node = self.node_by(number, params.trim(), expand)?;
         let places = node.kernel.iter_mut().chain(node.initrd.iter_mut().flatten());
-        let sources = node.shares.iter_mut().map(|share| &mut share.source);
+        let sources = node.shares.iter_mut().flat_map(|share| {
+            let copies = share.copies.values_mut().filter(|path| !path.as_os_str().is_empty());
+            std::iter::once(&mut share.source).chain(copies)
+        });
         let images = node.disks.iter_mut().filter_map(|disk| match disk {
             DiskConfig::Image(image) => Some(&mut image.path),
             DiskConfig::Empty(_) => None,
         });
         let sockets = node.vsock.iter_mut().map(|vsock| &mut vsock.socket);
-        for path in places.chain(sources).chain(images).chain(sockets) {
+        let credentials = node.credentials.values_mut();
+        for path in places.chain(sources).chain(images).chain(sockets).chain(credentials) {
             *path = base.join(&*path);
         }
         let opts = expand("qemu_opts", &self.raw.qemu_opts)?;
@@ -345,12 +357,17 @@ impl MachineFile {
         });
         let shares = raw.shares.iter().map(|share| {
             let key = format!("shares[{}].source", share.tag);
+            let copies = share.copies.iter().map(|(name, file)| {
+                let key = format!("shares[{}].copies.{name}", share.tag);
+                Ok((name.clone(), expand(&key, file)?.into()))
+            });
             Ok(ShareConfig {
                 tag: share.tag.clone(),
                 source: expand(&key, &share.source)?.into(),
                 target: None,
                 read_only: share.read_only,
                 cache: share.cache,
+                copies: copies.collect::<Result<_, _>>()?,
             })
         });
         let vsock = raw.vsock.as_ref().map(|vsock| {
@@ -358,6 +375,9 @@ impl MachineFile {
             Ok(VsockSpec { cid: vsock.cid, socket })
         });
         let initrd = raw.initrd.iter().map(|path| Ok(expand("initrd", path)?.into()));
+        let credentials = raw.credentials.iter().map(|(name, file)| {
+            Ok((name.clone(), expand(&format!("credentials.{name}"), file)?.into()))
+        });
         Ok(NodeConfig {
             name: raw.name.clone(),
             number: raw.number.unwrap_or(number),
@@ -378,6 +398,7 @@ impl MachineFile {
             balloon: raw.balloon,
             vsock: vsock.transpose()?,
             oem_strings: raw.oem_strings.clone(),
+            credentials: credentials.collect::<Result<_, _>>()?,
         })
     }
 }
@@ -386,6 +407,17 @@ impl MachineFile {
 pub(super) fn format_by_name(path: &Path) -> DiskFormat {
     let qcow2 = path.extension().is_some_and(|extension| extension == "qcow2");
     if qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw }
+}
+
+/// Whether a file can have this name.
+fn is_file_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && name.len() <= MAX_FILE_NAME && !name.contains(['/', '\0'])
+}
+
+/// Whether systemd takes it for a credential's name, and it ends before the `=` behind it.
+fn is_credential(name: &str) -> bool {
+    let fits = |c: char| (c == ' ' || c.is_ascii_graphic()) && !matches!(c, ':' | '=');
+    is_file_name(name) && name.chars().all(fits)
 }
 
 /// Whether the first line names firn as the interpreter.
@@ -469,6 +501,10 @@ impl Checker<'_> {
                     "a tag of its own for each share",
                 );
             }
+            if let Some(name) = share.copies.keys().find(|name| !is_file_name(name)) {
+                let key = format!("shares[{at}].copies");
+                return self.bad(&key, format_args!("{name:?}"), "names of files, without `/`");
+            }
         }
         for (at, disk) in raw.disks.iter().enumerate() {
             self.disk(at, disk)?;
@@ -482,6 +518,10 @@ impl Checker<'_> {
                 u64::from(u32::MAX) - 1,
                 "",
             )?;
+        }
+        if let Some(name) = raw.credentials.keys().find(|name| !is_credential(name)) {
+            let allowed = "names of credentials: ASCII without `/`, `:` and `=`";
+            return self.bad("credentials", format_args!("{name:?}"), allowed);
         }
         let mut vlans = Vec::new();
         let mut macs = BTreeMap::new();

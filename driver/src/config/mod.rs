@@ -115,6 +115,9 @@ pub struct NodeConfig {
     pub vsock: Option<VsockSpec>,
     /// Free texts of its SMBIOS tables, in which systemd looks for credentials.
     pub oem_strings: Vec<String>,
+    /// Files of the host that systemd in the guest has as credentials, by the credentials' names. They are read at
+    /// each start.
+    pub credentials: BTreeMap<String, PathBuf>,
 }
 
 /// A directory of the host that a machine mounts.
@@ -130,6 +133,8 @@ pub struct ShareConfig {
     pub read_only: bool,
     /// How long the guest may trust what it has read.
     pub cache: CachePolicy,
+    /// Files of the host that are copied into it at each start, by their names in it. It is made if there are any.
+    pub copies: BTreeMap<String, PathBuf>,
 }
 
 /// A disk of a machine.

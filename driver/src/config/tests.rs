@@ -47,6 +47,7 @@ fn a_short_file_is_filled_up() {
             balloon: false,
             vsock: None,
             oem_strings: vec![],
+            credentials: BTreeMap::new(),
         }]
     );
 }

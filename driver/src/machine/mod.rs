@@ -23,6 +23,7 @@ mod bus;
 mod console;
 mod exec;
 mod files;
+mod inputs;
 mod monitor;
 mod network;
 mod power;

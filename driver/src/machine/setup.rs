@@ -11,7 +11,7 @@ use firn_vmm::spec::{
     ShareSpec,
 };
 
-use super::{Dirs, Machine};
+use super::{Dirs, Machine, inputs};
 use crate::config::{
     DiskConfig, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, ShareConfig, UserNetwork,
 };
@@ -157,6 +157,13 @@ impl Machine {
         let (node, boot) = &*self.inner.source.resolve(&self.inner.node, dirs)?;
         // `release` may have removed it.
         dirs.make()?;
+        for share in &node.shares {
+            let missing = |name: &str, file: &Path| {
+                let tag = &share.tag;
+                self.log(format_args!("share {tag}: {name} is left out, there is no {file:?}"));
+            };
+            inputs::fill(share, missing).await?;
+        }
         let mut initrd = boot.initrd.clone();
         if let Some(overlay) = &boot.overlay {
             let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {

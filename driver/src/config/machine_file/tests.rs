@@ -49,6 +49,7 @@ fn a_short_file() {
         balloon: false,
         vsock: None,
         oem_strings: vec![],
+        credentials: BTreeMap::new(),
     };
     assert_eq!(node, expected);
     assert_eq!(file.outline(7), expected);
@@ -65,7 +66,8 @@ fn everything() {
         "cmdline": "init=/init ${{QEMU_KERNEL_PARAMS:-}}", "cmdline_file": "{params}",
         "shares": [
           {{"tag": "nix-store", "source": "/nix/store", "read_only": true, "cache": "always"}},
-          {{"tag": "shared", "source": "${{SHARED_DIR:-${{TMPDIR}}/xchg}}"}}
+          {{"tag": "shared", "source": "${{SHARED_DIR:-${{TMPDIR}}/xchg}}",
+            "copies": {{"a": "file", "b": "${{NIX_DISK_IMAGE:-}}"}}}}
         ],
         "disks": [
           {{"image": "${{NIX_DISK_IMAGE:-server.qcow2}}", "size": 1024, "label": "nixos", "serial": "root"}},
@@ -73,7 +75,8 @@ fn everything() {
           {{"image": "/iso", "format": "raw", "read_only": true}}
         ],
         "nets": [{{"vlan": 2, "mac": "52:54:00:12:02:FF"}}, {{"vlan": 1}}],
-        "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true, "oem_strings": ["a=b"]"#
+        "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true, "oem_strings": ["a=b"],
+        "credentials": {{"ssh.key": "${{TMPDIR}}/key", "token": "./token"}}"#
     ))
     .expect("valid");
     let node = file.node(1, &variables(), Path::new("/state")).expect("all is set");
@@ -82,6 +85,11 @@ fn everything() {
     assert_eq!(node.shares[0].cache, CachePolicy::Always);
     assert!(node.shares[0].read_only && !node.shares[1].read_only);
     assert_eq!(node.shares[1].source, Path::new("/shared"));
+    let copies = [("a", "/state/file"), ("b", "")].map(|(name, file)| (name.into(), file.into()));
+    assert_eq!(node.shares[1].copies, BTreeMap::from(copies));
+    let credentials = [("ssh.key", "/state/key"), ("token", "/state/./token")];
+    let credentials = credentials.map(|(name, file)| (name.into(), file.into()));
+    assert_eq!(node.credentials, BTreeMap::from(credentials));
     let disk = |path: &str, format, serial: Option<&str>, create: Option<(u64, Option<&str>)>| {
         DiskConfig::Image(DiskImage {
             path: path.into(),
@@ -126,6 +134,14 @@ fn what_makes_no_sense_is_named_with_what_would() {
         (r#""cores": 33"#, &["`cores` is 33; allowed: 1 to 32 processors"]),
         (r#""number": 0"#, &["`number` is 0; allowed: 1 to 254"]),
         (r#""shares": [{"tag": "a b", "source": "/"}]"#, &["`shares[0].tag` is \"a b\""]),
+        (
+            r#""shares": [{"tag": "a", "source": "/", "copies": {"../b": "/c"}}]"#,
+            &["`shares[0].copies` is \"../b\"", "names of files"],
+        ),
+        (r#""credentials": {"": "/a"}"#, &["`credentials` is \"\""]),
+        (r#""credentials": {"..": "/a"}"#, &["`credentials` is \"..\""]),
+        (r#""credentials": {"a=b": "/a"}"#, &["`credentials` is \"a=b\"", "without `/`"]),
+        (r#""credentials": {"a\u0000b": "/a"}"#, &["`credentials` is \"a\\0b\""]),
         (r#""nets": [{"vlan": 0}]"#, &["`nets[0].vlan` is 0; allowed: 1 to 254"]),
         (r#""nets": [{"vlan": 1}, {"vlan": 1}]"#, &["`nets[1].vlan` is 1; allowed: one card"]),
         (r#""nets": [{"vlan": 1, "mac": "1:2"}]"#, &["`nets[0].mac` is \"1:2\"", "52:54:00"]),
@@ -299,6 +315,7 @@ fn what_nix_makes() {
             qcow2("/state/./disks.qcow2", Some(4096), Some("root")),
             qcow2("/state/empty0.qcow2", Some(512), None),
             qcow2("/state/empty1.qcow2", Some(20), Some("journal")),
+            qcow2("/state/empty2.qcow2", Some(30), None),
         ]
     );
     assert_eq!(disks("tmpfs-root"), [qcow2("/state/empty0.qcow2", Some(64), None)]);
@@ -311,5 +328,10 @@ fn what_nix_makes() {
     assert!(nodes["restricted"].user_network.as_ref().is_some_and(|net| net.restrict));
     assert_eq!(nodes["no-user-network"].user_network, None);
     assert!(nodes["known-qemu-options"].balloon);
+    assert!(nodes["vm-variant"].vlans.is_empty());
+    let token = nodes["credentials"].credentials.get("token");
+    assert_eq!(token.map(PathBuf::as_path), Some(Path::new("/state/./token")));
+    let copies = |name: &str| nodes[name].shares.iter().map(|share| share.copies.len()).sum();
+    assert_eq!((copies("certificates"), copies("own-certificates")), (1_usize, 0_usize));
     assert_eq!(nodes["own-settings"].vsock.as_ref().map(|vsock| vsock.cid), Some(7));
 }
