@@ -58,9 +58,12 @@ let
     in
     hostPkgs.runCommand "nix-store-image" { nativeBuildInputs = [ hostPkgs.erofs-utils ]; } ''
       cd ${builtins.storeDir}
+      # The same paths give the same image: neither the directories' order on this disk nor which
+      # files Nix has linked to each other gets into it.
       sed 's|.*/||' ${closure}/store-paths |
-        tar --create --files-from=- |
-        mkfs.erofs --quiet -L nix-store -T 0 --force-uid=0 --force-gid=0 --tar=f "$out"
+        tar --create --sort=name --hard-dereference --files-from=- |
+        mkfs.erofs --quiet -L nix-store -U 8a1c6d2e-5b0f-4c57-9f3e-6669726e0001 -T 0 \
+          --force-uid=0 --force-gid=0 --tar=f "$out"
     '';
 
   script = hostPkgs.writeScript "run-${name}-vm" ''
@@ -120,7 +123,9 @@ in
     boot.initrd.availableKernelModules = [
       "virtio_mmio"
       "virtiofs"
-    ];
+    ]
+    # By it systemd reads credentials from the firmware's tables, also in stage 1.
+    ++ lib.optional (cfg.credentials or { } != { }) "dmi_sysfs";
     virtualisation.fileSystems = lib.mapAttrs' (
       tag: share:
       lib.nameValuePair share.target {

@@ -67,17 +67,18 @@ let
     # `split` drops the references to store paths; an empty part of the text has them all.
     if needsShell then null else substring 0 0 text + plain;
 
-  # The cards on the test's vlans, in the order in which nixpkgs hands them to QEMU: by name.
+  # The cards on the test's vlans, in the order in which nixpkgs hands them to QEMU: by name. A system
+  # that is no node of a test does not have these options.
   nets =
     let
       numbered = listToAttrs (
         imap (i: vlan: {
           name = "eth${toString (i + 1)}";
           value = { inherit vlan; };
-        }) cfg.vlans
+        }) (cfg.vlans or [ ])
       );
     in
-    attrValues (numbered // cfg.interfaces);
+    attrValues (numbered // cfg.interfaces or { });
   vlans = map (net: net.vlan) nets;
   vlansFit = builtins.all (vlan: vlan >= 1 && vlan <= 254) vlans;
   vlansDiffer = length (attrNames (builtins.groupBy toString vlans)) == length vlans;
@@ -93,7 +94,15 @@ let
       read_only = true;
       cache = "always";
     }
+    // optionalAttrs (tag == "certs" && cfg.useHostCerts or false) {
+      copies."ca-certificates.crt" = "\${NIX_SSL_CERT_FILE:-}";
+    }
   ) (attrNames cfg.sharedDirectories);
+
+  # Files that are read at each start. How QEMU would hand them over is nothing that a guest sees.
+  credentials = builtins.mapAttrs (
+    _: given: if (given.source or null) == null then null else fromShell "${given.source}"
+  ) (cfg.credentials or { });
 
   diskImage = if cfg.diskImage == null then null else fromShell cfg.diskImage;
   disks =
@@ -115,25 +124,22 @@ let
       let
         # Just a size, or newer a set with one.
         given = if builtins.isInt empty then { size = empty; } else empty;
-        serial = given.driveConfig.deviceExtraOpts.serial or null;
       in
       {
         image = "\${TMPDIR}/empty${toString i}.qcow2";
         inherit (given) size;
       }
-      // optionalAttrs (serial != null) { inherit serial; }
+      // drive (given.driveConfig or { })
     ) cfg.emptyDiskImages
-    ++ map drive qemuDrives;
+    ++ map (given: { image = fromShell given.file; } // drive given) qemuDrives;
 
+  # What a drive's options for QEMU say of a disk.
   drive =
     given:
     let
       inherit (driveOptions given) format serial readonly;
     in
-    {
-      image = fromShell given.file;
-    }
-    // optionalAttrs (format != null) { inherit format; }
+    optionalAttrs (format != null) { inherit format; }
     // optionalAttrs (serial != null) { inherit serial; }
     // optionalAttrs (readonly == "on") { read_only = true; };
   # What QEMU is told of a drive, without what has no meaning here.
@@ -194,6 +200,36 @@ let
   because =
     condition: option: reason:
     optional condition "node ${node}: ${option} ${reason}";
+  unsupportedOfDrive =
+    option: given:
+    let
+      options = driveOptions given;
+      unknown = filter (
+        key:
+        !(elem key [
+          "format"
+          "readonly"
+          "serial"
+        ])
+      ) (attrNames options);
+    in
+    because (
+      unknown != [ ]
+    ) option "has `${concatStringsSep "`, `" unknown}`, which is QEMU's and not firn's"
+    ++ because (
+      !(elem options.format [
+        null
+        "raw"
+        "qcow2"
+      ])
+    ) option "has the format ${toString options.format}, and firn reads raw and qcow2"
+    ++ because (
+      !(elem options.readonly [
+        null
+        "on"
+        "off"
+      ])
+    ) option "has readonly=${toString options.readonly}, and firn knows on and off";
   unsupported = concatLists [
     (because (
       system != "x86_64-linux"
@@ -207,11 +243,15 @@ let
     ) "virtualisation.directBoot.enable" "is false, and firn can only start the kernel itself")
     (because (cfg.bios or null != null) "virtualisation.bios" "is not for firn, which has no firmware")
     (because cfg.tpm.enable "virtualisation.tpm.enable" "asks for a TPM, which firn does not have")
-    (because (cfg.useHostCerts or false
-    ) "virtualisation.useHostCerts" "is not there yet with firn: nothing copies the certificates")
-    (because (
-      cfg.credentials or { } != { }
-    ) "virtualisation.credentials" "is not there yet with firn: nothing hands them to systemd")
+    (concatMap (
+      name:
+      because (credentials.${name} == null) "virtualisation.credentials.${name}" (
+        if cfg.credentials.${name}.source == null then
+          "has neither text nor source"
+        else
+          "has the source ${cfg.credentials.${name}.source}, which only a shell understands"
+      )
+    ) (attrNames credentials))
     (because (cfg.qemu.diskInterface != "virtio") "virtualisation.qemu.diskInterface"
       "is ${cfg.qemu.diskInterface}, and firn has virtio disks only"
     )
@@ -238,31 +278,14 @@ let
     ) givenOptions)
     (concatMap (
       given:
-      let
-        unknown = filter (
-          key:
-          !(elem key [
-            "format"
-            "readonly"
-            "serial"
-          ])
-        ) (attrNames (driveOptions given));
-        inherit (driveOptions given) format;
-      in
       because (
         fromShell given.file == null
       ) "virtualisation.qemu.drives" "has the file ${given.file}, which only a shell understands"
-      ++
-        because (unknown != [ ]) "virtualisation.qemu.drives"
-          "has `${concatStringsSep "`, `" unknown}`, which is QEMU's and not firn's"
-      ++ because (
-        !(elem format [
-          null
-          "raw"
-          "qcow2"
-        ])
-      ) "virtualisation.qemu.drives" "has the format ${toString format}, and firn reads raw and qcow2"
+      ++ unsupportedOfDrive "virtualisation.qemu.drives" given
     ) qemuDrives)
+    (concatMap (
+      empty: unsupportedOfDrive "virtualisation.emptyDiskImages" (empty.driveConfig or { })
+    ) cfg.emptyDiskImages)
     (because (hasUserNetwork && qemuNetworkingOptions != [ ]) "virtualisation.qemu.networkingOptions"
       "is QEMU's: firn has its own user network, or with [ ] none"
     )
@@ -308,6 +331,7 @@ in
           qemu_net_opts = "\${QEMU_NET_OPTS:-}";
         };
       }
+      // optionalAttrs (credentials != { }) { inherit credentials; }
       // fromOptions
       // cfg.firn.settings or { };
 }

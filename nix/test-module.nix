@@ -10,7 +10,6 @@
 let
   inherit (lib) throwIfNot;
   checked =
-    module:
     throwIfNot (options ? pythonTestDriverPackage)
       "firn needs nixpkgs of March 2026 or newer, whose test framework takes another driver"
       (
@@ -19,11 +18,13 @@ let
           (
             throwIfNot (
               (config.containers or { }) == { }
-            ) "test ${config.name}: containers are not there yet with firn, only nodes are" module
+            ) "test ${config.name}: containers are not there yet with firn, only nodes are" { }
           )
       );
 in
 {
+  # Nodes and containers have it, so that whatever a test has of them makes it say what is wrong.
+  extraBaseModules = checked;
   # Unlike `nodeDefaults` this reaches also specialisations that inherit nothing.
-  extraBaseNodeModules = checked { imports = [ ./machine-module.nix ]; };
+  extraBaseNodeModules.imports = [ ./machine-module.nix ];
 }

@@ -15,7 +15,7 @@ use crate::error::{MachineError, Result};
 use crate::kit::{Kit, KitName};
 use crate::log::{Logger, Step};
 use crate::machine::{Boot, Dirs, Machine, Source, hosts};
-use crate::scratch::{State, StatePlace, make_dir};
+use crate::scratch::{State, StatePlace};
 use crate::vlan::Vlan;
 
 /// What a [`Driver`] works with; by default no kits, the current directory, standard error for the log, and state that
@@ -169,7 +169,7 @@ impl Driver {
         let dirs = Dirs {
             base: self.base.clone().unwrap_or_else(|| state.clone()),
             state,
-            shared: make_dir(shared)?,
+            shared,
             out: self.out.clone(),
             keep,
             by_hand: self.base.is_some(),

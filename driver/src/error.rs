@@ -103,6 +103,14 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// The machines' state cannot be kept somewhere.
+    #[error("cannot keep state in {}: {reason}; set TMPDIR to another directory of yours", path.display())]
+    State {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        reason: io::Error,
+    },
     /// The call makes no sense.
     #[error("{0}")]
     Usage(String),

@@ -12,6 +12,7 @@ mod kernels;
 pub mod kit;
 pub mod log;
 pub mod machine;
+mod private;
 #[cfg(feature = "python")]
 mod python;
 pub mod retry;

@@ -1,16 +1,18 @@
 //! The directories a test run keeps its state in, removed in the end.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use tempfile::TempDir;
+use nix::fcntl::OFlag;
 
 use crate::error::MachineError;
+use crate::private::{self, DIR_MODE, FILE_MODE, Place};
 
-/// Where the machines of a run keep their state: below `TMPDIR`, or /tmp.
+/// Where the machines of a run keep their state: below `TMPDIR`, or /tmp. No other user can look into it.
 #[derive(Clone, Debug, Default)]
 pub enum StatePlace {
     /// In a new directory, which is removed in the end.
@@ -22,7 +24,7 @@ pub enum StatePlace {
         /// Whether to go on with what is there, and to leave it there.
         keep: bool,
     },
-    /// In this directory, which is the only machine's own, and is left there.
+    /// In this directory, which is the only machine's own, and is left there. Only this user may write to it.
     Of(PathBuf),
 }
 
@@ -36,38 +38,62 @@ pub(crate) enum State {
 
 impl State {
     pub(crate) fn new(place: &StatePlace) -> Result<Self, MachineError> {
-        let parent = std::env::temp_dir();
+        let parent = match place {
+            StatePlace::Of(dir) => dir.clone(),
+            _ => std::env::temp_dir(),
+        };
         match place {
-            StatePlace::New => Scratch::new().map(Self::New),
+            StatePlace::New => Scratch::new_in(&parent).map(Self::New),
             StatePlace::Named { keep } => Named::new(&parent, *keep).map(Self::Named),
-            StatePlace::Of(dir) => Ok(Self::Of(dir.clone())),
+            StatePlace::Of(dir) => own(dir).map(Self::Of),
         }
-        .map_err(MachineError::file("keep state in", parent))
+        .map_err(unusable(parent))
     }
 
     pub(crate) fn path(&self) -> &Path {
         match self {
             Self::New(scratch) => scratch.path(),
-            Self::Named(named) => &named.parent,
+            Self::Named(named) => named.place.path(),
             Self::Of(dir) => dir,
         }
     }
 
-    /// The directories of a machine: its own, the one that all share, and whether its own is kept.
+    /// The directories of a machine, made: its own, the one that all share, and whether its own is kept.
     pub(crate) fn machine(
         &self,
         name: &str,
         keep: bool,
     ) -> Result<(PathBuf, PathBuf, bool), MachineError> {
-        let own = self.path().join(format!("vm-state-{name}"));
-        let shared = self.path().join(SHARED);
-        let keep = match self {
-            Self::New(_) => false,
-            Self::Named(named) => named.enter(&own, keep)?,
-            Self::Of(dir) => return Ok((dir.clone(), dir.join("xchg"), true)),
+        let state = OsString::from(format!("vm-state-{name}"));
+        let made = match self {
+            Self::New(scratch) => private::make(&scratch.path().join(&state)).map(|()| false),
+            Self::Named(named) => named.enter(&state, keep),
+            Self::Of(dir) => {
+                let exchange = dir.join("xchg");
+                let made = private::make_for_guests(&exchange);
+                return made.map(|()| (dir.clone(), exchange, true)).map_err(unusable(dir));
+            }
         };
-        Ok((own, shared, keep))
+        let shared = self.path().join(SHARED);
+        let keep = made
+            .and_then(|keep| private::make(&shared).map(|()| keep))
+            .map_err(unusable(self.path()))?;
+        Ok((self.path().join(state), shared, keep))
     }
+}
+
+/// The error for a place where no state can be kept.
+fn unusable(place: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> MachineError {
+    let path = place.into();
+    move |reason| MachineError::State { path, reason }
+}
+
+/// `dir`, if only this user writes to it; made if it is not there.
+fn own(dir: &Path) -> io::Result<PathBuf> {
+    if !dir.exists() {
+        private::make(dir)?;
+    }
+    Place::closed(dir).map(|place| place.path().to_owned())
 }
 
 /// The directory that all machines share.
@@ -78,74 +104,74 @@ const NAMED_LOCK: &str = ".firn-run.lock";
 /// Directories with names that everybody knows.
 #[derive(Debug)]
 pub(crate) struct Named {
-    parent: PathBuf,
+    place: Place,
     keep: bool,
     /// What to remove in the end.
-    entered: Mutex<Vec<PathBuf>>,
+    entered: Mutex<Vec<OsString>>,
     _lock: File,
 }
 
 impl Named {
     fn new(parent: &Path, keep: bool) -> io::Result<Self> {
-        let lock = lock_named(&parent.join(NAMED_LOCK))?;
-        let named =
-            Self { parent: parent.to_owned(), keep, entered: Mutex::default(), _lock: lock };
-        if !keep {
-            remove_if_there(&parent.join(SHARED))?;
+        let place = Place::open(parent)?;
+        let lock = lock_named(&place)?;
+        let named = Self { place, keep, entered: Mutex::default(), _lock: lock };
+        if keep {
+            named.reopen(SHARED.as_ref())?;
+        } else {
+            named.place.remove(SHARED.as_ref())?;
         }
         Ok(named)
     }
 
-    /// Makes ready a directory; answers whether it will be kept.
-    fn enter(&self, dir: &Path, keep: bool) -> Result<bool, MachineError> {
+    /// Makes a directory; answers whether it will be kept.
+    fn enter(&self, name: &OsStr, keep: bool) -> io::Result<bool> {
         let keep = keep || self.keep;
         if !keep {
-            remove_if_there(dir).map_err(MachineError::file("remove", dir))?;
+            self.place.remove(name)?;
             let mut entered = self.entered.lock().unwrap_or_else(PoisonError::into_inner);
-            entered.push(dir.to_owned());
+            entered.push(name.to_owned());
         }
+        self.reopen(name)?;
         Ok(keep)
+    }
+
+    /// Makes a directory, or closes the one that is there to others who could look into it.
+    fn reopen(&self, name: &OsStr) -> io::Result<()> {
+        private::close(&self.place.make(name, DIR_MODE)?)
     }
 }
 
 impl Drop for Named {
     fn drop(&mut self) {
-        let entered = self.entered.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let shared = Some(self.parent.join(SHARED)).filter(|_| !self.keep);
-        for dir in entered.iter().cloned().chain(shared) {
+        let entered = std::mem::take(self.entered.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let shared = Some(OsString::from(SHARED)).filter(|_| !self.keep);
+        for name in entered.into_iter().chain(shared) {
             // Nobody is left to tell.
-            let _ = fs::remove_dir_all(dir);
+            let _ = self.place.remove(&name);
         }
-        let _ = fs::remove_file(self.parent.join(NAMED_LOCK));
+        let _ = fs::remove_file(self.place.entry(NAMED_LOCK.as_ref()));
     }
 }
 
 /// The lock file, held. The one who held it before may have removed it meanwhile.
-fn lock_named(path: &Path) -> io::Result<File> {
+fn lock_named(place: &Place) -> io::Result<File> {
     loop {
-        let file = File::options().create(true).truncate(false).write(true).open(path)?;
+        let file = place.open_file(NAMED_LOCK.as_ref())?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 return Err(io::Error::other(
-                    "another run of tests keeps its machines' state there; \
-                     wait for it, or set TMPDIR to another directory",
+                    "another run of tests keeps its machines' state there; wait for it",
                 ));
             }
             Err(TryLockError::Error(error)) => return Err(error),
         }
-        let still_there = fs::symlink_metadata(path);
+        let still_there = fs::symlink_metadata(place.entry(NAMED_LOCK.as_ref()));
         if still_there.is_ok_and(|there| file.metadata().is_ok_and(|own| own.ino() == there.ino()))
         {
             return Ok(file);
         }
-    }
-}
-
-fn remove_if_there(dir: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 
@@ -154,13 +180,13 @@ const PREFIX: &str = "firn-run-";
 /// The file in it that is locked as long as its run lives.
 const LOCK: &str = "lock";
 
-/// A directory of its own for a run.
+/// A directory of its own for a run, which no other user can look into.
 ///
 /// Dropping it removes it. A run that was killed by SIGKILL cannot do that; the kernel however releases
 /// its lock, and the next run removes what it left.
 #[derive(Debug)]
 pub struct Scratch {
-    dir: TempDir,
+    dir: PathBuf,
     _lock: File,
 }
 
@@ -168,62 +194,62 @@ impl Scratch {
     /// Makes one in `TMPDIR`, or in /tmp, and removes those of dead runs.
     ///
     /// # Errors
-    /// If it cannot be made.
+    /// If it cannot be made, or others could exchange it there.
     pub fn new() -> io::Result<Self> {
         Self::new_in(&std::env::temp_dir())
     }
 
     fn new_in(parent: &Path) -> io::Result<Self> {
-        sweep(parent);
-        let dir = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent)?;
-        let lock = File::create_new(dir.path().join(LOCK))?;
+        let place = Place::open(parent)?;
+        sweep(&place);
+        let dir = private::temporary(&place, PREFIX)?;
+        let lock =
+            File::options().write(true).create_new(true).mode(FILE_MODE).open(dir.path().join(LOCK))?;
         lock.lock()?;
-        Ok(Self { dir, _lock: lock })
+        Ok(Self { dir: dir.keep(), _lock: lock })
     }
 
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.dir.path()
+        &self.dir
     }
 }
 
-/// Removes the directories of runs that are dead. Others' directories fail to open or to be removed, and stay.
-fn sweep(parent: &Path) {
-    let Ok(entries) = fs::read_dir(parent) else { return };
-    for entry in entries.flatten() {
-        if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes())
-            && is_dead(&entry.path())
-        {
-            tracing::debug!(path = %entry.path().display(), "removing what a killed run left");
-            let _ = fs::remove_dir_all(entry.path());
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Nobody is left to tell.
+        let _ = private::remove(&self.dir);
+    }
+}
+
+/// Removes the directories of this user's runs that are dead; never waits for anything.
+fn sweep(place: &Place) {
+    let Ok(entries) = fs::read_dir(place.path()) else { return };
+    for name in entries.flatten().map(|entry| entry.file_name()) {
+        if name.as_encoded_bytes().starts_with(PREFIX.as_bytes()) && is_dead(place, &name) {
+            let path = place.path().join(&name);
+            tracing::debug!(path = %path.display(), "removing what a killed run left");
+            let _ = place.remove(&name);
         }
     }
 }
 
-/// Without a lock file yet it is one that is being made.
-fn is_dead(dir: &Path) -> bool {
-    match File::open(dir.join(LOCK)) {
-        Ok(lock) => {
-            !matches!(lock.try_lock(), Err(TryLockError::WouldBlock | TryLockError::Error(_)))
-                && aged(&lock)
-        }
-        Err(_) => false,
+fn is_dead(place: &Place, name: &OsStr) -> bool {
+    let Ok(own) = place.open_own(name) else { return false };
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let lock = place.entry(name).join(LOCK);
+    match File::options().read(true).custom_flags(flags.bits()).open(lock) {
+        Ok(lock) => private::is_own_file(&lock) && lock.try_lock().is_ok() && aged(&lock),
+        // It is being made, unless who did was killed.
+        Err(error) => error.kind() == io::ErrorKind::NotFound && aged(&own),
     }
 }
 
-/// Between a lock file's making and its locking lies a moment.
-fn aged(lock: &File) -> bool {
-    let age = lock.metadata().and_then(|meta| meta.modified()).map(|at| at.elapsed());
+/// Between a directory's making, its lock's, and the locking lie moments.
+fn aged(file: &File) -> bool {
+    let age = file.metadata().and_then(|meta| meta.modified()).map(|at| at.elapsed());
     matches!(age, Ok(Ok(age)) if age.as_secs() >= 5)
-}
-
-/// Makes a directory, and its parents.
-pub(crate) fn make_dir(path: PathBuf) -> Result<PathBuf, MachineError> {
-    match fs::create_dir_all(&path) {
-        Ok(()) => Ok(path),
-        Err(source) => Err(MachineError::file("make", path)(source)),
-    }
 }
 
 #[cfg(test)]

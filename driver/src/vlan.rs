@@ -23,6 +23,11 @@ impl Vlan {
         self.number
     }
 
+    /// From now on nothing gets from one machine to another here.
+    pub fn stop(&self) {
+        self.switch.stop();
+    }
+
     pub(crate) fn plug(&self, machine: &str) -> Arc<SwitchPort> {
         Arc::new(self.switch.add_port(machine))
     }

@@ -91,6 +91,13 @@ impl Switch {
         SwitchPort { switch: self.clone(), port }
     }
 
+    /// Takes all ports away: from now on no frame gets anywhere from them.
+    pub fn stop(&self) {
+        // An address that was learned leads nowhere without its port.
+        lock(&self.inner.fabric).ports = Arc::new([]);
+        debug!(switch = self.inner.name, "stopped");
+    }
+
     /// Learns from a frame that came in at `from`, and decides where it goes.
     fn route(&self, from: &Port, source: Mac, destination: Mac) -> Route {
         let now = (self.inner.clock)();

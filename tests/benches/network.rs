@@ -14,7 +14,7 @@ use firn::kit::Kit;
 use firn_net_switch::NetPort;
 use firn_net_switch::gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
 use firn_tests::micro;
-use firn_vmm::spec::{MachineSpec, NetSpec};
+use firn_vmm::spec::{Mac, MachineSpec, NetSpec};
 use firn_vmm::vm::{Event, HostSide, Vm};
 
 /// What is sent each way in a round, in bytes.
@@ -179,8 +179,8 @@ impl Firn {
             (Arc::new(gateway), forwarded)
         });
         let spec: MachineSpec = serde_json::from_value(serde_json::json!({
-            "name": "m", "cores": 1, "memory_mib": MEMORY_MIB, "kernel": kit.vmlinux(),
-            "initrd": [initrd], "cmdline": cmdline(kit, port), "nets": [NetSpec { mac: CARD_MAC }],
+            "name": "m", "cores": 1, "memory": MEMORY_MIB, "kernel": kit.vmlinux(),
+            "initrd": [initrd], "cmdline": cmdline(kit, port), "nets": [NetSpec { mac: Mac(CARD_MAC) }],
         }))
         .expect("a spec");
         let host = HostSide {

@@ -3,6 +3,8 @@
 
 A family of the API is a test script in scripts/. Each of its behaviours is a subtest, called
 `NAME: what` or, for wrong use and for failures, `NAME, wrongly: what`; each name has both kinds.
+A case that asserts nothing, a second case of one name, and a test of the command line that stands
+for a name's right and wrong use are refused: they could not fail, or would count twice.
 The script's machines are in comments at its beginning:
 
     #: none: NAME         a machine that cannot boot, for what needs none
@@ -12,8 +14,9 @@ The script's machines are in comments at its beginning:
     #: arguments: WORDS   kernel arguments of those with the systemd kit
 
 Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
-is read from the JUnit report; `firn check` looks at them too. A script with
-`#: ways: agent backdoor` is run once over each of the ways into a guest.
+is read from the JUnit report; a case that is not in it, or is skipped there, has failed. `firn
+check` looks at the scripts too. One with `#: ways: agent backdoor` is run once over each of the ways
+into a guest.
 
     conformance.py run [FAMILY…]    run them; with --write keep the outcome in results.json
     conformance.py table [--check]  write the README's table, or look whether it is as it should be
@@ -28,8 +31,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,23 +43,26 @@ CASE = re.compile(r"(?P<name>[\w.-]+)(?P<wrong>, wrongly)?: (?P<what>.+)")
 BEGIN = "<!-- made by tests/conformance/conformance.py from its results -->"
 END = "<!-- end -->"
 
+#: What fails unless the guest is as it should be: at the end of another name's case, an assertion.
+GUEST_CHECKS = {"succeed", "fail", "wait_until_succeeds", "wait_until_fails"}
+
 #: The command line's names, and the tests of driver/python/tests that show them: right and wrong.
 COMMANDS = {
     "--config": ("test_nixos.test_names", "test_nixos.test_bad_configuration"),
     "--start-scripts": ("test_nixos.test_without_configuration", "test_nixos.test_usage"),
     "--vlans": ("test_nixos.test_without_configuration", "test_nixos.test_create_machine"),
     "--keep-machine-state": ("test_nixos.test_keep_machine_state", "test_nixos.test_two_runs"),
-    "--interactive": ("test_nixos.test_interactive", "test_nixos.test_interactive"),
-    "--debug-hook-attach": ("test_nixos.test_breakpoint", "test_nixos.test_breakpoint"),
+    "--interactive": ("test_nixos.test_interactive", "test_nixos.test_interactive_errors"),
+    "--debug-hook-attach": ("test_nixos.test_breakpoint", "test_nixos.test_usage"),
     "--global-timeout": ("test_nixos.test_global_timeout", "test_nixos.test_usage"),
     "--output_directory": ("test_nixos.test_names", "test_nixos.test_usage"),
-    "--junit-xml": ("test_nixos.test_reports", "test_nixos.test_reports"),
+    "--junit-xml": ("test_nixos.test_reports", "test_nixos.test_bad_reports"),
     "--log-level": ("test_nixos.test_log", "test_nixos.test_usage"),
-    "--dump-vsocks": ("test_nixos.test_vsocks", "test_nixos.test_vsocks"),
-    "LOGFILE": ("test_nixos.test_reports", "test_nixos.test_reports"),
+    "--dump-vsocks": ("test_nixos.test_vsocks", "test_nixos.test_without_vsocks"),
+    "LOGFILE": ("test_nixos.test_reports", "test_nixos.test_bad_reports"),
     "generate-driver-symbols": ("test_nixos.test_names", "test_check.test_bad"),
-    "machine": ("test_nixos.test_alias", "test_nixos.test_alias"),
-    "rebuild": ("test_nixos.test_interactive", "test_nixos.test_interactive"),
+    "machine": ("test_nixos.test_alias", "test_nixos.test_no_alias"),
+    "rebuild": ("test_nixos.test_interactive", "test_nixos.test_interactive_errors"),
     "test_script": ("test_nixos.test_interactive", "test_nixos.test_failures"),
     "run_tests": ("test_nixos.test_names", "test_nixos.test_failures"),
 }
@@ -77,6 +82,7 @@ class Family:
     ways: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
     cases: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> "Family":
@@ -99,21 +105,59 @@ class Family:
                 lines.append(line)
         new.nodes = "\n".join(lines)
         new.ways = new.ways or ["agent"]
-        new.cases = cases(text)
+        tree = ast.parse(text)
+        new.cases = [case for case, _ in subtests(tree)]
+        new.unproven = unproven(tree)
         return new
 
 
-def cases(text: str) -> list[str]:
-    """Give the names of a script's subtests."""
-    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    named = sorted(
-        (node.lineno, node.args[0].value)
-        for node in calls
-        if isinstance(node.func, ast.Name)
-        and node.func.id == "subtest"
-        and isinstance(node.args[0], ast.Constant)
-    )
-    return [str(name) for _, name in named]
+def subtests(tree: ast.AST) -> list[tuple[str, ast.With]]:
+    """Give the subtests of a script, in their order."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With) and isinstance(call := node.items[0].context_expr, ast.Call):
+            name = call.args[0] if called(call) == "subtest" and call.args else None
+            if isinstance(name, ast.Constant):
+                found.append((str(name.value), node))
+    return sorted(found, key=lambda pair: pair[1].lineno)
+
+
+def called(call: ast.Call) -> str:
+    """Give the last name of what is called."""
+    match call.func:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+    return ""
+
+
+def asserts(part: ast.AST, helpers: set[str]) -> bool:
+    """Tell whether a part of a script asserts something, or a helper of the script does."""
+    for node in ast.walk(part):
+        match node:
+            case ast.Assert():
+                return True
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="t"), attr=attr)):
+                if attr.startswith("assert"):
+                    return True
+            case ast.Call(func=ast.Name(id=helper)) if helper in helpers:
+                return True
+    return False
+
+
+def unproven(tree: ast.AST) -> list[str]:
+    """Give the cases of a script that could not fail if what they are about did nothing."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    helpers: set[str] = set()
+    # Helpers call helpers.
+    while more := {f.name for f in functions if asserts(f, helpers)} - helpers:
+        helpers |= more
+    found = []
+    for case, node in subtests(tree):
+        checks = GUEST_CHECKS - {re.split("[,:]", case)[0]}
+        last = [called(call) for call in ast.walk(node.body[-1]) if isinstance(call, ast.Call)]
+        if not asserts(node, helpers) and checks.isdisjoint(last):
+            found.append(case)
+    return found
 
 
 def families() -> list[Family]:
@@ -121,16 +165,25 @@ def families() -> list[Family]:
     return [Family.read(path) for path in sorted((HERE / "scripts").glob("*.py"))]
 
 
-def incomplete(all_cases: Iterable[str]) -> list[str]:
-    """Give what is missing: names without a right or a wrong use, cases with odd names."""
+def faults(all_families: list[Family]) -> list[str]:
+    """Give what is wrong with the list: what is missing, counts twice, or cannot fail."""
     right, wrong, found = set(), set(), []
-    for case in all_cases:
-        if match := CASE.fullmatch(case):
-            (wrong if match["wrong"] else right).add(match["name"])
-        else:
-            found.append(f"`{case}` is neither `NAME: what` nor `NAME, wrongly: what`")
+    for family in all_families:
+        where = f"{family.name}: "
+        found += [f"{where}`{case}` asserts nothing" for case in family.unproven]
+        for case, times in Counter(family.cases).items():
+            if times > 1:
+                found.append(f"{where}`{case}` is there {times} times")
+            if match := CASE.fullmatch(case):
+                (wrong if match["wrong"] else right).add(match["name"])
+            else:
+                found.append(f"{where}`{case}` is neither `NAME: what` nor `NAME, wrongly: what`")
     found += [f"{name} has no case of right use" for name in sorted(wrong - right)]
-    return found + [f"{name} has no case of wrong use" for name in sorted(right - wrong)]
+    found += [f"{name} has no case of wrong use" for name in sorted(right - wrong)]
+    for name, tests in COMMANDS.items():
+        if len(set(tests)) != len(tests):
+            found.append(f"{name}: one test cannot show right and wrong use")
+    return found
 
 
 def command(family: Family, way: str, directory: Path) -> list[str]:
@@ -189,7 +242,7 @@ def bootable() -> dict[str, object]:
             {"tag": "shared", "source": "${SHARED_DIR:-${TMPDIR}/xchg}"},
             {"tag": "xchg", "source": "${TMPDIR}/xchg"},
         ],
-        "nets": [{"vlan": 1}],
+        "vlans": [1],
     }
 
 
@@ -244,7 +297,8 @@ def run_family(family: Family, way: str) -> dict[str, bool]:
         outcome = {}
         if report.is_file() and report.stat().st_size:
             for case in ET.parse(report).getroot().iter("testcase"):
-                outcome[str(case.get("name"))] = case.find("failure") is None
+                bad = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
+                outcome[str(case.get("name"))] = not bad
     passed = {case: outcome.get(case, False) for case in family.cases}
     if done.returncode != 0 or not all(passed.values()):
         print(done.stdout)
@@ -279,7 +333,10 @@ def run_commands() -> dict[str, bool]:
 def run(wanted: list[str], write: bool) -> int:
     """Run families; the answer is the exit status."""
     results: dict[str, dict[str, dict[str, bool]]] = {}
-    unclean = 0
+    found = faults(families())
+    for fault in found:
+        print(fault, file=sys.stderr)
+    unclean = len(found)
     for family in families():
         if wanted and family.name not in wanted:
             continue
@@ -324,7 +381,7 @@ def lines(results: dict[str, dict[str, dict[str, bool]]]) -> list[str]:
 def table(check: bool) -> int:
     """Write the README's table, or look whether it and the results fit the scripts."""
     results = json.loads(RESULTS.read_text())
-    found = incomplete(case for family in families() for case in family.cases)
+    found = faults(families())
     for family in families():
         kept = results.get(family.name, {})
         for way in family.ways:

@@ -3,7 +3,12 @@
 let
   machineSpec = import ../../nix/machine-spec.nix;
 
-  inherit (import ./options.nix) storePath share defaults;
+  inherit (import ./options.nix)
+    storePath
+    share
+    defaults
+    vmVariant
+    ;
 
   usualShares = (defaults "").sharedDirectories;
   port = address: port: { inherit address port; };
@@ -25,9 +30,9 @@ let
         toplevel = storePath "nixos-system-${name}";
         registration = storePath "closure-info";
       }
-      // args
+      // removeAttrs args [ "options" ]
       // {
-        virtualisation = with' (defaults name) (args.virtualisation or { });
+        virtualisation = with' ((args.options or defaults) name) (args.virtualisation or { });
       }
     );
 
@@ -76,6 +81,17 @@ let
         {
           size = 20;
           driveConfig.deviceExtraOpts.serial = "journal";
+        }
+        {
+          size = 30;
+          driveConfig = {
+            name = "kept";
+            driveExtraOpts = {
+              readonly = "on";
+              cache = "none";
+            };
+            deviceExtraOpts.bootindex = "3";
+          };
         }
       ];
     };
@@ -149,6 +165,34 @@ let
       };
     };
 
+    vm-variant.options = vmVariant;
+    # Older nixpkgs has no such options.
+    no-credentials.options =
+      name:
+      removeAttrs (defaults name) [
+        "credentials"
+        "useHostCerts"
+      ];
+    certificates.virtualisation = {
+      useHostCerts = true;
+      sharedDirectories = usualShares // {
+        certs = share ''"$TMPDIR"/certs'' "/etc/ssl/certs";
+      };
+    };
+    # Another's share of that name is nothing special.
+    own-certificates.virtualisation.sharedDirectories = usualShares // {
+      certs = share "/etc/certs" "/certs";
+    };
+    credentials.virtualisation.credentials = {
+      "ssh.key".source = storePath "ssh.key";
+      # A start script runs in its state directory.
+      token = {
+        source = "./token";
+        mechanism = "fw_cfg";
+      };
+      password.source = ''"$HOME"/password'';
+    };
+
     other-name = {
       name = "web-1";
       node = "web.example";
@@ -164,8 +208,23 @@ let
     netboot.virtualisation.directBoot.enable = false;
     bios.virtualisation.bios = storePath "qboot";
     tpm.virtualisation.tpm.enable = true;
-    certificates.virtualisation.useHostCerts = true;
-    credentials.virtualisation.credentials.key.text = "secret";
+    bad-credentials.virtualisation.credentials = {
+      none.source = null;
+      made.source = "$(pass show made)";
+    };
+    bad-empty-disks.virtualisation.emptyDiskImages = [
+      {
+        size = 20;
+        driveConfig.deviceExtraOpts.logical_block_size = "4096";
+      }
+      {
+        size = 20;
+        driveConfig.driveExtraOpts = {
+          format = "vdi";
+          readonly = "yes";
+        };
+      }
+    ];
     arm.system = "aarch64-linux";
     scsi.virtualisation.qemu.diskInterface = "scsi";
     too-many-cores.virtualisation.cores = 64;

@@ -61,7 +61,8 @@ let
       };
     in
     module.config;
-  plain = (import ./options.nix).defaults "plain";
+  inherit (import ./options.nix) defaults vmVariant;
+  plain = defaults "plain";
   # `a` is asked for what firn cannot do, `b` is not.
   a = machine {
     file = "/home/nixos/modules/a.nix";
@@ -71,12 +72,17 @@ let
     file = "/nixpkgs/nixos/modules/b.nix";
     virtualisation = plain;
   };
+  # `c` is no node of a test.
+  c = machine {
+    file = "/nixpkgs/nixos/modules/b.nix";
+    virtualisation = vmVariant "plain";
+  };
   build = node: node.content.system.build.vm.force;
 
   contains = text: part: replaceStrings [ part ] [ "" ] text != text;
   testModule =
     args:
-    (import ../../nix/test-module.nix (
+    import ../../nix/test-module.nix (
       {
         inherit lib;
         config.name = "a";
@@ -84,7 +90,8 @@ let
         hostPkgs = extended;
       }
       // args
-    )).extraBaseNodeModules;
+    );
+  refuses = args: throws (testModule args).extraBaseModules;
   # What the framework is called with.
   testOf = test: {
     imports = [
@@ -152,6 +159,23 @@ in
     b.content.systemd.services.firn-agent.serviceConfig.ExecStart
     == "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
 
+  system-that-is-no-node-is-a-machine = contains (build c).script "\"nets\":[],";
+  credentials-need-a-driver =
+    let
+      modules =
+        credentials:
+        (machine {
+          file = "/nixpkgs/nixos/modules/b.nix";
+          virtualisation = plain // {
+            inherit credentials;
+          };
+        }).content.boot.initrd.availableKernelModules;
+    in
+    !builtins.elem "dmi_sysfs" (modules { })
+    && builtins.elem "dmi_sysfs" (modules {
+      key.source = "/key";
+    });
+
   what-others-ask-of-qemu-is-refused = a.condition && throws (build a).script;
   or-left-to-qemu =
     !(machine {
@@ -168,19 +192,17 @@ in
       };
     }).condition;
 
-  test-gets-the-machine-module = (testModule { }).imports == [ ../../nix/machine-module.nix ];
-  test-needs-firns-driver = throws (testModule {
-    hostPkgs = pkgs;
-  });
-  test-needs-a-new-nixpkgs = throws (testModule {
-    options = { };
-  });
-  test-has-no-containers = throws (testModule {
+  test-gets-the-machine-module =
+    (testModule { }).extraBaseNodeModules.imports == [ ../../nix/machine-module.nix ] && !refuses { };
+  test-needs-firns-driver = refuses { hostPkgs = pkgs; };
+  test-needs-a-new-nixpkgs = refuses { options = { }; };
+  # What containers have as well as nodes says it: a test may have nothing but containers.
+  test-has-no-containers = refuses {
     config = {
       name = "a";
       containers.c = throw "it is not looked at";
     };
-  });
+  };
 
   flake-has-what-it-should =
     attrNames flake == [

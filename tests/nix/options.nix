@@ -9,7 +9,20 @@ rec {
     builtins.appendContext path { ${path}.path = true; };
 
   # The options' values in a test's node that sets none of them.
-  defaults = name: {
+  defaults =
+    name:
+    vmVariant name
+    // {
+      vlans = [ 1 ];
+      interfaces = { };
+      test = {
+        nodeName = name;
+        nodeNumber = 1;
+      };
+    };
+
+  # Those in a system that is no node of a test: of `virtualisation.vmVariant`.
+  vmVariant = name: {
     memorySize = 1024;
     cores = 1;
     diskImage = "./${name}.qcow2";
@@ -17,13 +30,12 @@ rec {
     emptyDiskImages = [ ];
     useDefaultFilesystems = true;
     useNixStoreImage = false;
-    vlans = [ 1 ];
-    interfaces = { };
     forwardPorts = [ ];
     restrictNetwork = false;
     useBootLoader = false;
     useEFIBoot = false;
     useHostCerts = false;
+    credentials = { };
     bios = null;
     tpm.enable = false;
     directBoot = {

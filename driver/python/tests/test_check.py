@@ -116,7 +116,7 @@ class Check(unittest.TestCase):
         vms = {}
         for name in names:
             path = self.dir / f"run-{name}-vm"
-            spec = {"firn": 1, "name": name, "kernel": "/k", "nets": [{"vlan": 1}]}
+            spec = {"firn": 1, "name": name, "kernel": "/k", "vlans": [1]}
             path.write_text(f"#!/usr/bin/firn run\n{json.dumps(spec)}")
             vms[name] = {"start_script": str(path)}
         config = self.dir / "config.json"

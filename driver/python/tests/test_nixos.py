@@ -110,6 +110,9 @@ class NixosTestDriver(unittest.TestCase):
         for quiet in ("server.shutdown()", "machine = server\nmachine.shutdown()"):
             _, _, err = self.drive("--config", self.config(quiet, ("server",)))
             self.assertNotIn("warning", err)
+
+    def test_no_alias(self) -> None:
+        """Where there are several machines, none is `machine`."""
         status, _, err = self.drive("--config", self.config("machine", ("a", "b")))
         self.assertEqual(status, 1)
         self.assertIn("NameError: name 'machine' is not defined", err)
@@ -150,6 +153,7 @@ class NixosTestDriver(unittest.TestCase):
             (("-o", "/proc"), "/proc is not a writable directory"),
             (("--log-level", "loud"), "invalid choice: 'loud'"),
             (("--global-timeout", "x"), "invalid float"),
+            (("--debug-hook-attach",), "expected one argument"),
             (("--no-such-flag",), "unrecognized arguments"),
         ]:
             status, _, err = self.drive("--config", config, *arguments)
@@ -213,10 +217,16 @@ class NixosTestDriver(unittest.TestCase):
         error = nest.find("line[@type='error']")
         assert error is not None
         self.assertEqual(error.text, 'Test "bad" failed with error: "for <this>"')
-        status, _, err = self.drive(*arguments[:3], "no/such/junit.xml")
-        self.assertEqual(status, 1)
-        self.assertIn("No such file", err)
         self.assertEqual(self.drive("--config", config, env={"LOGFILE": "/dev/null"})[0], 1)
+
+    def test_bad_reports(self) -> None:
+        """A report that cannot be written is said before the script runs."""
+        config = self.config("print('it ran')")
+        none = "no/such/report.xml"
+        for arguments, env in [(("--junit-xml", none), {}), ((), {"LOGFILE": str(self.dir / none)})]:
+            status, out, err = self.drive("--config", config, *arguments, env=env)
+            self.assertEqual((status, out), (1, ""), err)
+            self.assertRegex(err, f"{none}.*No such file")
 
     def test_log(self) -> None:
         """Levels, and the classes that scripts know."""
@@ -285,9 +295,9 @@ class NixosTestDriver(unittest.TestCase):
 
     def test_create_machine(self) -> None:
         """A script makes machines of files and of their content."""
-        path = self.machine("extra", nets=[{"vlan": 1}])
+        path = self.machine("extra", vlans=[1])
         content = {"firn": 1, "name": "inline", "kernel": "/k"}
-        far = self.machine("far", nets=[{"vlan": 9}])
+        far = self.machine("far", vlans=[9])
         script = f"""
 print(create_machine({str(path)!r}).name)
 print(create_machine({str(path)!r}, name="other", keep_machine_state=True).state_dir)
@@ -344,9 +354,16 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         ]:
             self.assertEqual((status, out), (0, f"{socket_path}\n{ssh}{socket_path}\n"), err)
             self.assertIn(f"    machine:  {ssh}{socket_path}\n", err)
-        self.assertIn("KeyError: 'machine'", self.run_script(script)[2])
-        script = "machine.ssh_backdoor_command(1)"
-        self.assertIn("machine has no vsock", self.run_script(script)[2])
+
+    def test_without_vsocks(self) -> None:
+        """Without the ssh backdoor there are no sockets."""
+        for script, said in [
+            ("driver.vhost_vsock.sockets['machine']", "KeyError: 'machine'"),
+            ("machine.ssh_backdoor_command(1)", "machine has no vsock"),
+        ]:
+            status, _, err = self.run_script(script)
+            self.assertEqual(status, 1)
+            self.assertIn(said, err)
 
     def test_breakpoint(self) -> None:
         """A breakpoint serves a debugger, if the hook is on."""
@@ -408,10 +425,9 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         status, _, err = self.run_script(script)
         self.assertEqual(status, 0, err)
 
-    def test_interactive(self) -> None:
-        """A prompt with the names, completion, history, the script, and rebuilding."""
-        config = self.config("print('the script ran')\nraise ValueError('in it')", ("a",))
-        child = pexpect.spawn(
+    def prompt(self, config: str) -> "pexpect.spawn[str]":
+        """Start a prompt."""
+        return pexpect.spawn(
             DRIVER,
             ["--accel", "none", "-o", str(self.out), "-I", "--config", config],
             env=self.environment(
@@ -422,6 +438,19 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
             encoding="utf-8",
             dimensions=(60, 200),
         )
+
+    def leave(self, child: "pexpect.spawn[str]") -> None:
+        """End a prompt, of which nothing may be left."""
+        child.sendeof()
+        child.expect("cleanup")
+        child.expect(pexpect.EOF)
+        child.close()
+        self.assertEqual(child.exitstatus, 0)
+        self.assertEqual(list(self.state.iterdir()), [])
+
+    def test_interactive(self) -> None:
+        """A prompt with the names, completion, history, the script, and rebuilding."""
+        child = self.prompt(self.config("print('the script ran')", ("a",)))
         child.expect(r"BaseMachine, a, create_machine, .*rebuild")
         child.expect(prompt(1))
         child.send("print(a.na")
@@ -433,28 +462,34 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         child.expect(prompt(2))
         child.send("test_script()\r")
         child.expect("the script ran")
-        child.expect("!!! ValueError: in it")
         child.expect(prompt(3))
         self.config("pass", ("a", "b"))
         child.send("rebuild('echo building'); print(b, machines)\r")
         child.expect(r"<machine b> \[<machine a>, <machine b>\]")
         child.expect(prompt(4))
+        self.leave(child)
+        self.assertTrue((self.dir / ".nixos-test-history").is_file())
+
+    def test_interactive_errors(self) -> None:
+        """What fails leads back to the prompt, with what there was before."""
+        child = self.prompt(self.config("raise ValueError('in it')", ("a",)))
+        child.expect(prompt(1))
+        child.send("test_script()\r")
+        child.expect("!!! ValueError: in it")
+        child.expect(prompt(2))
         child.send("rebuild('exit 3')\r")
         child.expect(r"`exit 3` failed \(exit code 3\)")
-        child.expect(prompt(5))
+        child.expect(prompt(3))
         child.send("import time; time.sleep(50)\r")
         child.expect("50")
         time.sleep(0.5)
         child.sendintr()
         child.expect("KeyboardInterrupt")
-        child.expect(prompt(6))
-        child.sendeof()
-        child.expect("cleanup")
-        child.expect(pexpect.EOF)
-        child.close()
-        self.assertEqual(child.exitstatus, 0)
-        self.assertTrue((self.dir / ".nixos-test-history").is_file())
-        self.assertEqual(list(self.state.iterdir()), [])
+        child.expect(prompt(4))
+        child.send("print(machines)\r")
+        child.expect(r"\[<machine a>\]")
+        child.expect(prompt(5))
+        self.leave(child)
 
     def test_carrier(self) -> None:
         """The carrier that is asked for runs the script, and starts no other in itself."""

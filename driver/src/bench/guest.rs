@@ -95,7 +95,7 @@ impl Guest {
         });
         if let Some(share) = share {
             machine["rng"] = true.into();
-            machine["nets"] = serde_json::json!([{ "vlan": 1 }]);
+            machine["vlans"] = serde_json::json!([1]);
             machine["shares"] = serde_json::json!([{ "tag": "share", "source": share }]);
         }
         format!("#!/usr/bin/firn run\n{machine}\n")

@@ -59,7 +59,7 @@ A test is a TOML file:
   '''
   [nodes.machine1]
   [nodes.machine2]
-  memory_size = 1024
+  memory = 1024
 
 Exit status: 0 success; 1 a test failed, or something is missing; 2 wrong usage, or a test file
 that makes no sense; 130 Ctrl-C; 143 SIGTERM, and the global timeout.

@@ -20,10 +20,56 @@ struct DriverKeys {
     containers: BTreeMap<String, serde::de::IgnoredAny>,
     #[serde(default)]
     vlans: Vec<Number>,
-    global_timeout: Option<f64>,
+    global_timeout: Option<Timeout>,
     #[serde(default)]
     enable_ssh_backdoor: bool,
     test_script: PathBuf,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Timeout {
+    Seconds(f64),
+    Iso(String),
+}
+
+impl Timeout {
+    /// # Errors
+    /// What it is, if that is no time above 0.
+    fn duration(self) -> Result<Duration, String> {
+        let (given, seconds) = match self {
+            Self::Seconds(seconds) => (seconds.to_string(), Some(seconds)),
+            Self::Iso(text) => (format!("{text:?}"), iso_seconds(&text)),
+        };
+        let allowed = seconds.filter(|seconds| *seconds > 0.0);
+        allowed.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).ok_or(given)
+    }
+}
+
+/// Seconds of an ISO 8601 duration of units that are always as long, such as `PT1H30M`, and `P1DT0.5S`.
+fn iso_seconds(text: &str) -> Option<f64> {
+    let (days, time) = text.strip_prefix('P')?.split_once('T').unwrap_or((&text[1..], ""));
+    if text.ends_with(['P', 'T']) {
+        return None;
+    }
+    let mut seconds = 0.0;
+    for (mut part, units) in [
+        (days, &[('W', 604_800.0), ('D', 86_400.0)][..]),
+        (time, &[('H', 3600.0), ('M', 60.0), ('S', 1.0)][..]),
+    ] {
+        for (unit, length) in units {
+            if let Some((number, rest)) = part.split_once(*unit) {
+                let digits = |c: char| c.is_ascii_digit() || c == '.' || c == ',';
+                let number = Some(number).filter(|number| number.chars().all(digits))?;
+                seconds += number.replace(',', ".").parse::<f64>().ok()? * length;
+                part = rest;
+            }
+        }
+        if !part.is_empty() {
+            return None;
+        }
+    }
+    Some(seconds)
 }
 
 #[derive(Deserialize)]
@@ -53,10 +99,12 @@ impl TestConfig {
                 format!("`containers.{name}`: containers are not there yet, only machines are");
             return Err(bad(message));
         }
-        let global_timeout = raw.global_timeout.map(|seconds| {
-            let allowed = Some(seconds).filter(|seconds| *seconds > 0.0);
-            allowed.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).ok_or_else(|| {
-                bad(format!("`global_timeout` is {seconds}; allowed: a number of seconds above 0"))
+        let global_timeout = raw.global_timeout.map(|timeout| {
+            timeout.duration().map_err(|given| {
+                bad(format!(
+                    "`global_timeout` is {given}; allowed: a number of seconds above 0, or an ISO \
+                     8601 duration such as \"PT1H30M\""
+                ))
             })
         });
         let mut files = Vec::with_capacity(raw.vms.len());
@@ -103,7 +151,7 @@ impl TestConfig {
         let name = script.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Self {
             name,
-            script: Script { text: read(script)?, file: script.to_owned(), line: 1 },
+            script: read_script(script)?,
             global_timeout: None,
             nodes: Vec::new(),
             files,
@@ -111,6 +159,19 @@ impl TestConfig {
             vsock_offset: None,
         })
     }
+
+    /// Takes another script, a file of its own.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn replace_script(&mut self, script: &Path) -> Result<(), ConfigError> {
+        self.script = read_script(script)?;
+        Ok(())
+    }
+}
+
+fn read_script(path: &Path) -> Result<Script, ConfigError> {
+    Ok(Script { text: read(path)?, file: path.to_owned(), line: 1 })
 }
 
 #[cfg(test)]
@@ -161,6 +222,36 @@ mod tests {
     }
 
     #[test]
+    fn a_timeout_as_text() {
+        for (text, seconds) in [
+            ("PT1H", Some(3600.0)),
+            ("PT1H30M", Some(5400.0)),
+            ("P1DT0.5S", Some(86_400.5)),
+            ("P1W", Some(604_800.0)),
+            ("PT0,25S", Some(0.25)),
+            ("PT90M", Some(5400.0)),
+        ] {
+            assert_eq!(iso_seconds(text), seconds, "{text}");
+        }
+        for text in
+            ["", "P", "PT", "1H", "P1H", "PT1", "PT1S2M", "PT-1S", "P1Y", "P1M", "PTS", "PT1HT"]
+        {
+            assert_eq!(iso_seconds(text), None, "{text}");
+        }
+        let test = read(r#"{"global_timeout": "PT1M30S", "test_script": "DIR/test-script"}"#);
+        assert_eq!(test.expect("valid").global_timeout, Some(Duration::from_secs(90)));
+    }
+
+    #[test]
+    fn another_script() {
+        let mut test = read(r#"{"test_script": "DIR/test-script"}"#).expect("valid");
+        let dir = files();
+        test.replace_script(&dir.path().join("qemu")).expect("it is there");
+        assert_eq!(test.script.text, "#!/bin/sh\nexec qemu-kvm\n");
+        test.replace_script(&dir.path().join("gone")).expect_err("it is not there");
+    }
+
+    #[test]
     fn what_makes_no_sense() {
         let script = r#""test_script": "DIR/test-script""#;
         for (json, said) in [
@@ -172,6 +263,10 @@ mod tests {
                 "containers are not there yet",
             ),
             (format!(r#"{{{script}, "global_timeout": 0}}"#), "`global_timeout` is 0; allowed: "),
+            (
+                format!(r#"{{{script}, "global_timeout": "1 hour"}}"#),
+                "`global_timeout` is \"1 hour\"; allowed: ",
+            ),
             (format!(r#"{{{script}, "vlans": [1, 255]}}"#), "`vlans` has 255; allowed: 1 to 254"),
             (
                 format!(r#"{{{script}, "vms": {{"a": {{"start_script": "DIR/qemu"}}}}}}"#),

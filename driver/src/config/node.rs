@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use firn_vmm::spec::{
-    Cores, DiskSpec, Mac, MemoryMib, Number, ShareSpec, Tag, ValueError, VsockSpec,
+    Cores, CredentialName, DiskSpec, Mac, MemoryMib, Number, ShareSpec, Tag, ValueError, VsockSpec,
 };
 use serde::Deserialize;
 
@@ -62,6 +62,11 @@ pub struct NodeConfig {
     pub balloon: bool,
     /// Sockets between programs of host and guest.
     pub vsock: Option<VsockSpec>,
+    /// Free texts of its SMBIOS tables, in which systemd looks for credentials.
+    pub oem_strings: Vec<String>,
+    /// Files of the host that systemd in the guest has as credentials, by the credentials' names. They are read at
+    /// each start.
+    pub credentials: BTreeMap<CredentialName, PathBuf>,
     /// Options of QEMU that change it, as `QEMU_OPTS` has them.
     pub qemu_opts: String,
 }
@@ -86,6 +91,8 @@ impl Default for NodeConfig {
             rng: true,
             balloon: false,
             vsock: None,
+            oem_strings: Vec::new(),
+            credentials: BTreeMap::new(),
             qemu_opts: String::new(),
         }
     }
@@ -137,11 +144,15 @@ impl NodeConfig {
     /// Lets relative paths of the host start at `base`.
     pub(super) fn rebase(&mut self, base: &Path) {
         let files = self.kernel.iter_mut().chain(self.initrd.iter_mut().flatten());
-        let sources = self.shares.iter_mut().map(|share| &mut share.source);
+        let sources = self.shares.iter_mut().flat_map(|share| {
+            let copies = share.copies.values_mut().filter(|path| !path.as_os_str().is_empty());
+            std::iter::once(&mut share.source).chain(copies)
+        });
         let images = self.disks.iter_mut().map(|disk| &mut disk.image);
         let images = images.filter(|image| !image.as_os_str().is_empty());
         let sockets = self.vsock.iter_mut().map(|vsock| &mut vsock.socket);
-        for path in files.chain(sources).chain(images).chain(sockets) {
+        let credentials = self.credentials.values_mut();
+        for path in files.chain(sources).chain(images).chain(sockets).chain(credentials) {
             *path = base.join(&*path);
         }
     }

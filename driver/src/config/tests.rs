@@ -54,6 +54,8 @@ fn a_short_file_is_filled_up() {
             rng: true,
             balloon: false,
             vsock: None,
+            oem_strings: vec![],
+            credentials: BTreeMap::new(),
             qemu_opts: String::new(),
         }]
     );
@@ -75,11 +77,13 @@ fn kits_bring_their_memory() {
 }
 
 #[test]
-fn balloon_and_vsock() {
+fn balloon_vsock_and_oem_strings() {
     let lines = "balloon = true
+oem_strings = ['a=b']
 vsock = { cid = 3, socket = 'run/sock' }";
     let nodes = read(&node(lines)).expect("valid").nodes;
     assert!(nodes[0].balloon);
+    assert_eq!(nodes[0].oem_strings, ["a=b"]);
     let socket = "/nowhere/run/sock".into();
     let cid = 3_u64.try_into().expect("in range");
     assert_eq!(nodes[0].vsock, Some(VsockSpec { cid, socket }));

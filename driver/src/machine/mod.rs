@@ -15,7 +15,7 @@ use tokio::sync::{Mutex, watch};
 use crate::config::{NodeConfig, Variables};
 use crate::error::{End, Error, MachineError, Result, Tail};
 use crate::log::{Logger, Step};
-use crate::scratch::make_dir;
+use crate::private;
 use crate::vlan::Vlan;
 
 mod access;
@@ -23,6 +23,7 @@ mod bus;
 mod console;
 mod exec;
 mod files;
+mod inputs;
 mod monitor;
 mod network;
 mod power;
@@ -88,6 +89,13 @@ impl Dirs {
         self.state.join("xchg")
     }
 
+    /// Makes the machine's own directories, as far as they are not there.
+    pub(crate) fn make(&self) -> Result<(), MachineError> {
+        let failed = |source| MachineError::file("make", &self.state)(source);
+        private::make(&self.state).map_err(failed)?;
+        private::make_for_guests(&self.exchange()).map_err(failed)
+    }
+
     /// The variables of a machine file: the environment as it is now, and these directories.
     pub(crate) fn variables(&self) -> Variables {
         let own = Variables::of_environment().with("TMPDIR", &self.state).with("USE_TMPDIR", "1");
@@ -125,8 +133,7 @@ impl Machine {
         vlans: &[Vlan],
         log: &Logger,
     ) -> Result<Self> {
-        make_dir(dirs.state.clone())?;
-        make_dir(dirs.exchange())?;
+        dirs.make()?;
         let plugged = node
             .vlans
             .iter()

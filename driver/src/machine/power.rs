@@ -14,6 +14,7 @@ use super::monitor::{Monitor, Wiring};
 use super::session::Session;
 use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State};
 use crate::error::{End, MachineError, Result, chain};
+use crate::private;
 
 /// A guest that ends takes its agent with it, sometimes a moment before its end is seen.
 pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
@@ -193,12 +194,28 @@ impl Machine {
         if self.inner.dirs.keep {
             return Ok(());
         }
-        match tokio::fs::remove_dir_all(self.state_dir()).await {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(MachineError::file("remove", self.state_dir())(e).into())
-            }
-            _ => Ok(()),
+        self.clean_up_state_dir().await
+    }
+
+    /// Removes its state, kept or not; the next start makes it anew.
+    ///
+    /// # Errors
+    /// [`MachineError::Usage`] if it runs; if files cannot be removed.
+    pub async fn clean_up_state_dir(&self) -> Result<()> {
+        let _starting = self.inner.starting.lock().await;
+        if self.booted() {
+            let what = format!("{} runs, and needs its state", self.name());
+            return Err(MachineError::Usage(what).into());
         }
+        if self.inner.dirs.by_hand && self.inner.dirs.keep {
+            let what = format!("the state of {} is in a directory of yours", self.name());
+            return Err(MachineError::Usage(what).into());
+        }
+        let dir = self.state_dir().to_owned();
+        // Gigabytes may lie there.
+        let removed = tokio::task::spawn_blocking(move || private::remove(&dir));
+        let removed = removed.await.map_err(std::io::Error::other).flatten();
+        removed.map_err(|e| MachineError::file("remove", self.state_dir())(e).into())
     }
 
     /// Presses the power button: a guest with systemd-logind, or another that listens, powers off.

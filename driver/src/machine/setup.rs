@@ -7,16 +7,16 @@ use std::sync::Arc;
 use firn_guest_agent::protocol::PORT_NAME;
 use firn_net_switch::gateway::{CARD_MAC, DNS_V4, GATEWAY_V4, GUEST_V4};
 use firn_vmm::spec::{
-    CachePolicy, ConsolePortSpec, DiskSpec, Mac, MachineSpec, NetSpec, Number, ShareSpec, Tag,
+    CachePolicy, ConsolePortSpec, DiskSpec, Mac, MachineSpec, NetSpec, Number, ShareSpec,
     ValueError,
 };
-use tokio::fs;
 
-use super::{Dirs, Machine};
+use super::{Dirs, Machine, inputs};
 use crate::config::{EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, UserNetwork};
 use crate::error::{MachineError, Result, chain};
 use crate::kernels::Kernels;
 use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
+use crate::private;
 
 /// Where a machine's description comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -172,9 +172,14 @@ impl Machine {
         let dirs = &self.inner.dirs;
         let (node, boot) = &*self.inner.source.resolve(&self.inner.node, dirs)?;
         // `release` may have removed it.
-        fs::create_dir_all(dirs.exchange())
-            .await
-            .map_err(MachineError::file("make", dirs.exchange()))?;
+        dirs.make()?;
+        for share in &node.shares {
+            let missing = |name: &str, file: &Path| {
+                let tag = &share.tag;
+                self.log(format_args!("share {tag}: {name} is left out, there is no {file:?}"));
+            };
+            inputs::fill(share, missing).await?;
+        }
         let mut initrd = boot.initrd.clone();
         if let Some(overlay) = &boot.overlay {
             let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
@@ -182,13 +187,15 @@ impl Machine {
                 source: e.into(),
             })?;
             let path = dirs.state.join("overlay.cpio");
-            fs::write(&path, bytes).await.map_err(MachineError::file("write", &path))?;
+            private::write(&path, &bytes).map_err(MachineError::file("write", &path))?;
             initrd.push(path);
         }
         let kernel = unpacked(boot.kernel.clone()).await;
         let own = [(SHARED_TAG, dirs.shared.clone()), (EXCHANGE_TAG, dirs.exchange())];
-        let own =
-            own.into_iter().filter(|_| node.exchange).map(|(tag, source)| exchange(tag, source));
+        let own = own
+            .into_iter()
+            .filter(|_| node.exchange)
+            .map(|(tag, source)| Ok(ShareSpec::new(tag.try_into()?, source)));
         let own = own.chain(boot.store.as_deref().map(store)).collect::<Result<Vec<_>, _>>();
         let own = own.map_err(|error| start_error(node, error.into()))?;
         Ok(MachineSpec {
@@ -208,6 +215,7 @@ impl Machine {
             rng: node.rng,
             balloon: node.balloon,
             vsock: node.vsock.clone(),
+            oem_strings: node.oem_strings.iter().cloned().chain(inputs::credentials(node).await?).collect(),
         })
     }
 }
@@ -238,13 +246,8 @@ fn placed(at: usize, disk: &DiskSpec, state: &Path) -> DiskSpec {
 
 /// Nobody writes to it.
 fn store(source: &Path) -> Result<ShareSpec, ValueError> {
-    Ok(ShareSpec { read_only: true, cache: CachePolicy::Always, ..exchange(STORE_TAG, source.to_owned())? })
-}
-
-/// Host and other guests write to it.
-fn exchange(tag: &str, source: PathBuf) -> Result<ShareSpec, ValueError> {
-    let (tag, cache) = (Tag::try_from(tag)?, CachePolicy::Never);
-    Ok(ShareSpec { tag, source, read_only: false, cache, target: None })
+    let share = ShareSpec::new(STORE_TAG.try_into()?, source.to_owned());
+    Ok(ShareSpec { read_only: true, cache: CachePolicy::Always, ..share })
 }
 
 #[cfg(test)]

@@ -17,8 +17,8 @@ pub(super) const CLIENT_PORT: u16 = 68;
 /// How long an address may be kept, in seconds: a day.
 const LEASE: u32 = 86_400;
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
-/// Most stations that get an address: 10.0.2.15 and on.
-const MAX_CLIENTS: usize = 16;
+/// Most stations that have an address: from 10.0.2.15 to 10.0.2.254.
+const MAX_CLIENTS: u8 = 240;
 
 // Options of RFC 2132.
 const HOST_NAME: u8 = 12;
@@ -33,8 +33,10 @@ const BROADCAST: u16 = 0x8000;
 /// Who has which address.
 pub(super) struct Server {
     host_name: String,
-    /// The client at place N has the Nth address.
-    clients: Vec<Mac>,
+    /// Has the first address, also while it says nothing.
+    card: Mac,
+    /// The others that have an address, and its place behind the first; last who was heard of last.
+    others: Vec<(Mac, u8)>,
 }
 
 /// An answer to a client.
@@ -100,13 +102,17 @@ impl Server {
     pub fn new(card: Mac, host_name: &str) -> Self {
         let fits = (1..=63).contains(&host_name.len());
         let host_name = if fits { host_name.to_owned() } else { String::new() };
-        Self { host_name, clients: vec![card] }
+        Self { host_name, card, others: Vec::new() }
     }
 
     /// Answers what a client has sent, if there is something to say.
     pub fn answer(&mut self, message: &[u8]) -> Option<Answer> {
         let question = Question::parse(message)?;
-        let address = self.address(question.client)?;
+        if matches!(question.kind, DhcpMessageType::Release | DhcpMessageType::Decline) {
+            self.others.retain(|(known, _)| *known != question.client);
+            return None;
+        }
+        let address = self.address(question.client, question.wants);
         let kind = match question.kind {
             DhcpMessageType::Discover => DhcpMessageType::Offer,
             DhcpMessageType::Request if question.wants == Some(address) => DhcpMessageType::Ack,
@@ -159,17 +165,25 @@ impl Server {
         })
     }
 
-    /// The address of a client. `None` if there is none left.
-    fn address(&mut self, client: Mac) -> Option<Ipv4Addr> {
-        let place = match self.clients.iter().position(|known| *known == client) {
-            Some(place) => place,
-            None if self.clients.len() < MAX_CLIENTS => {
-                self.clients.push(client);
-                self.clients.len() - 1
+    /// The address of a client: the one it has, the one it wants if that is free, or any. If there is none left, that
+    /// of who has not been heard of for longest.
+    fn address(&mut self, client: Mac, wants: Option<Ipv4Addr>) -> Ipv4Addr {
+        let at = |place: u8| Ipv4Addr::from_bits(GUEST_V4.to_bits() + u32::from(place));
+        if client == self.card {
+            return GUEST_V4;
+        }
+        let known = self.others.iter().position(|(known, _)| *known == client);
+        let place = match known {
+            Some(index) => self.others.remove(index).1,
+            None => {
+                let free = |place: &u8| !self.others.iter().any(|(_, taken)| taken == place);
+                let mut wanted = (1..MAX_CLIENTS).filter(|place| wants == Some(at(*place)));
+                let place = wanted.find(free).or_else(|| (1..MAX_CLIENTS).find(free));
+                place.unwrap_or_else(|| self.others.remove(0).1)
             }
-            None => return None,
         };
-        Some(Ipv4Addr::from_bits(GUEST_V4.to_bits() + u32::try_from(place).ok()?))
+        self.others.push((client, place));
+        at(place)
     }
 }
 

@@ -1,17 +1,21 @@
 //! Name service: questions go on to the host's resolvers.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::net::UdpSocket;
+use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use super::udp::readable;
 use super::wire::Mac;
 use super::{Inner, any};
+use crate::lock;
 
 /// Port of name servers.
 pub(super) const PORT: u16 = 53;
@@ -47,21 +51,49 @@ fn resolvers(text: &str) -> Vec<SocketAddr> {
     text.lines().filter_map(address).take(MAX_RESOLVERS).collect()
 }
 
+/// The questions that are open.
+pub(super) struct Questions {
+    max: usize,
+    /// Who answers them, the oldest first.
+    tasks: Mutex<VecDeque<AbortHandle>>,
+    /// One for each socket: a task that was ended takes a moment to close its own.
+    sockets: Arc<Semaphore>,
+}
+
+impl Questions {
+    pub fn new(max: usize) -> Self {
+        Self { max, tasks: Mutex::default(), sockets: Arc::new(Semaphore::new(max)) }
+    }
+
+    /// Adds a question; if there are too many, the oldest is given up. Who has asked it asks again.
+    fn add(&self, task: AbortHandle) {
+        let mut tasks = lock(&self.tasks);
+        tasks.retain(|task| !task.is_finished());
+        if tasks.len() >= self.max
+            && let Some(oldest) = tasks.pop_front()
+        {
+            oldest.abort();
+        }
+        tasks.push_back(task);
+    }
+}
+
 impl Inner {
     /// The resolvers to ask, best first.
     pub(super) fn resolvers(&self) -> Vec<SocketAddr> {
         self.resolvers.clone().unwrap_or_else(system_resolvers)
     }
 
-    /// Sees to the answer to a question. When too many are open it is dropped, and will be
-    /// repeated.
+    /// Sees to the answer to a question.
     pub(super) fn ask(self: &Arc<Self>, from: SocketAddr, at: SocketAddr, query: &[u8], mac: Mac) {
         if query.len() < HEADER || query[2] & RESPONSE != 0 {
             return;
         }
-        let Ok(permit) = Arc::clone(&self.questions).try_acquire_owned() else { return };
         let (inner, query) = (Arc::clone(self), query.to_vec());
-        self.runtime.spawn(async move {
+        let sockets = Arc::clone(&self.questions.sockets);
+        let task = self.runtime.spawn(async move {
+            // Never closed.
+            let Ok(_socket) = sockets.acquire_owned().await else { return };
             let answer = async {
                 for resolver in inner.resolvers() {
                     match timeout(PATIENCE, exchange(resolver, &query)).await {
@@ -76,8 +108,8 @@ impl Inner {
                 answer = answer => inner.send_datagram(at, from, mac, &answer),
                 () = inner.closed() => {}
             }
-            drop(permit);
         });
+        self.questions.add(task.abort_handle());
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use vm_memory::VolatileSlice;
 
@@ -13,15 +13,17 @@ use crate::lock;
 use crate::port::{Frame, Header};
 use crate::slot::Slot;
 
-/// Most addresses that are remembered. A guest has two or three; one that bridges others, some more.
-const MAX_NEIGHBOURS: usize = 64;
+/// Most addresses that are remembered: those that DHCP gives, and as many again.
+const MAX_NEIGHBOURS: usize = 512;
 
 /// The cable to the guest.
 pub(super) struct Link {
     pub slot: Slot,
     /// The card's address, for who has not been heard of.
     card: Mac,
-    neighbours: Mutex<HashMap<IpAddr, Mac>>,
+    /// Each with its age: how many had been learnt before.
+    neighbours: Mutex<HashMap<IpAddr, (Mac, u64)>>,
+    learnt: AtomicU64,
     /// Tells the fragments of one packet from those of another.
     packet_id: AtomicU16,
     /// Where the last who sent long frames has put them together.
@@ -34,17 +36,20 @@ impl Link {
             slot: Slot::default(),
             card,
             neighbours: Mutex::default(),
+            learnt: AtomicU64::new(0),
             packet_id: AtomicU16::new(1),
             scratch: Mutex::default(),
         }
     }
 
-    /// Remembers who has `address`.
+    /// Remembers who has `address`, if need be in the place of who was heard of first.
     pub fn learn(&self, address: IpAddr, mac: Mac) {
         let mut neighbours = lock(&self.neighbours);
-        if neighbours.len() < MAX_NEIGHBOURS || neighbours.contains_key(&address) {
-            neighbours.insert(address, mac);
+        if neighbours.len() >= MAX_NEIGHBOURS && !neighbours.contains_key(&address) {
+            let oldest = neighbours.iter().min_by_key(|(_, (_, age))| *age).map(|(old, _)| *old);
+            oldest.and_then(|oldest| neighbours.remove(&oldest));
         }
+        neighbours.insert(address, (mac, self.learnt.fetch_add(1, Ordering::Relaxed)));
     }
 
     /// Forgets all stations: the guest's card was taken out.
@@ -54,7 +59,7 @@ impl Link {
 
     /// Who has `address`.
     pub fn neighbour(&self, address: IpAddr) -> Mac {
-        lock(&self.neighbours).get(&address).copied().unwrap_or(self.card)
+        lock(&self.neighbours).get(&address).map_or(self.card, |(mac, _)| *mac)
     }
 
     /// A place to put frames together: the one that was kept, or an empty one.

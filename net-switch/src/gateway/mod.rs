@@ -3,7 +3,8 @@
 //! A [`Gateway`] is the other end of one card's cable. The guest finds a network as QEMU's user
 //! network has it: it is 10.0.2.15 (by DHCP) and fd00::/64 (by router advertisement), the gateway
 //! is 10.0.2.2 and fd00::2, names are asked at 10.0.2.3 and fd00::3. What it sends to the gateway's
-//! addresses arrives at the host's loopback, anything else goes where the host's routes lead.
+//! addresses arrives at the host's loopback, anything else goes where the host's routes lead, but
+//! for what means the host itself, or is on the host's own link.
 //!
 //! ```text
 //! guest's card -> Gateway::send -> ARP, DHCP, echo: answered at once
@@ -14,12 +15,16 @@
 //!
 //! TCP is ended here and begun again: the guest's connection is accepted only once the host's is
 //! made, and either side's end or failure becomes the other's. Frames of 64 KiB go both ways whole.
+//!
+//! Of all that a guest can have many of there is a most (limits). What is new comes in, and what has waited for longest
+//! makes room: so nothing that hangs keeps anything else from working.
 
 mod dhcp;
 mod dns;
 mod forward;
 mod fragment;
 mod icmp;
+mod limits;
 mod link;
 mod neighbour;
 mod route;
@@ -36,14 +41,16 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::lock;
 use crate::offload::sanitize;
 use crate::port::{Delivery, Frame, Header, NetPort, Receiver};
+use dns::Questions;
 use fragment::Reassembly;
 use icmp::Reason;
+use limits::Limits;
 use link::Link;
 use neighbour::ALL_NODES;
 use tcp::{Connections, Segment};
@@ -71,8 +78,6 @@ const PREFIX_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0);
 const GATEWAY_LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
 /// The gateway's hardware address: locally administered, with its IPv4 address in it.
 const GATEWAY_MAC: Mac = [0x52, 0x55, 10, 0, 2, 2];
-/// Most questions about names that are open at a time.
-const MAX_QUESTIONS: usize = 128;
 /// How often the router tells that it is there (RFC 4861, 6.2.1: MaxRtrAdvInterval, at most this).
 const ADVERTISEMENT_INTERVAL: Duration = Duration::from_secs(1800);
 
@@ -124,8 +129,12 @@ pub struct GatewaySpec {
     pub card: [u8; 6],
     /// The host name that DHCP tells the guest.
     pub host_name: String,
-    /// Let nothing out but to [`Side::Guest`] forwards.
+    /// Let nothing out but to [`Side::Guest`] forwards: no question about a name, either.
     pub restrict: bool,
+    /// Let what the guest sends to the gateway's addresses arrive at the host's loopback.
+    pub host_loopback: bool,
+    /// Most files that it opens for the guest; with less than 5,248 it may have fewer connections.
+    pub descriptors: usize,
     /// Ports to forward from the start.
     pub forwards: Vec<Forward>,
     /// Who knows names; `None`: the resolvers in the host's `/etc/resolv.conf`, at each question.
@@ -138,6 +147,8 @@ impl Default for GatewaySpec {
             card: CARD_MAC,
             host_name: String::new(),
             restrict: false,
+            host_loopback: true,
+            descriptors: usize::MAX,
             forwards: Vec::new(),
             resolvers: None,
         }
@@ -205,6 +216,7 @@ struct Inner {
     /// There is a card.
     plugged: AtomicBool,
     restrict: bool,
+    host_loopback: bool,
     resolvers: Option<Vec<SocketAddr>>,
     /// Where addresses that the guest uses lead.
     guest_forwards: Mutex<HashMap<(Protocol, SocketAddr), SocketAddr>>,
@@ -212,7 +224,7 @@ struct Inner {
     reassembly: Mutex<Reassembly>,
     connections: Connections,
     datagrams: Datagrams,
-    questions: Arc<Semaphore>,
+    questions: Questions,
     /// The tasks that listen on the host's ports.
     listeners: Mutex<Vec<JoinHandle<()>>>,
     closed: watch::Sender<bool>,
@@ -227,19 +239,21 @@ impl Gateway {
     /// # Panics
     /// Outside a runtime.
     pub async fn new(spec: GatewaySpec) -> Result<Self, ForwardError> {
+        let limits = Limits::new(spec.descriptors);
         let inner = Arc::new(Inner {
             runtime: Handle::current(),
             started: Instant::now(),
             link: Link::new(spec.card),
             plugged: AtomicBool::new(false),
             restrict: spec.restrict,
+            host_loopback: spec.host_loopback,
             resolvers: spec.resolvers,
             guest_forwards: Mutex::default(),
             dhcp: Mutex::new(dhcp::Server::new(spec.card, &spec.host_name)),
             reassembly: Mutex::default(),
-            connections: Connections::new(),
-            datagrams: Datagrams::default(),
-            questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
+            connections: Connections::new(limits),
+            datagrams: Datagrams::new(limits),
+            questions: Questions::new(limits.questions),
             listeners: Mutex::default(),
             closed: watch::Sender::new(false),
         });

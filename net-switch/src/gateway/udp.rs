@@ -14,17 +14,17 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
+use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep_until, timeout};
 
 use super::icmp::Reason;
+use super::limits::Limits;
 use super::route::Target;
 use super::wire::{Envelope, Mac, Packet, complete, datagram, protocol, udp};
 use super::{GATEWAY_V4, GATEWAY_V6, Inner, Protocol, dhcp};
 use crate::lock;
 
-/// Most flows. Beyond, the one that was idle for longest goes.
-pub(super) const MAX_FLOWS: usize = 1024;
 /// How long a flow lives without a datagram (RFC 4787, REQ-5: at least two minutes).
 const IDLE: Duration = Duration::from_secs(120);
 /// How long an echo is waited for.
@@ -51,9 +51,11 @@ pub(super) struct DatagramKey {
 }
 
 /// All flows of datagrams.
-#[derive(Default)]
 pub(super) struct Datagrams {
     flows: Mutex<HashMap<DatagramKey, Arc<Flow>>>,
+    /// Most flows. Beyond, the one that was idle for longest goes.
+    max: usize,
+    sockets: Arc<Semaphore>,
 }
 
 struct Flow {
@@ -90,6 +92,11 @@ impl Flow {
 }
 
 impl Datagrams {
+    pub fn new(limits: Limits) -> Self {
+        let sockets = Arc::new(Semaphore::new(limits.sockets));
+        Self { flows: Mutex::default(), max: limits.flows, sockets }
+    }
+
     /// How many flows there are.
     pub fn len(&self) -> usize {
         lock(&self.flows).len()
@@ -116,7 +123,7 @@ impl Datagrams {
     fn insert(&self, key: DatagramKey, flow: Arc<Flow>) {
         let mut flows = lock(&self.flows);
         let mut victim = None;
-        if flows.len() >= MAX_FLOWS && !flows.contains_key(&key) {
+        if flows.len() >= self.max && !flows.contains_key(&key) {
             let used = |flow: &Flow| flow.last_used.load(Ordering::Relaxed);
             let idle = flows.iter().min_by_key(|(_, flow)| used(flow)).map(|(key, _)| *key);
             victim = idle.and_then(|key| flows.remove(&key));
@@ -186,6 +193,10 @@ impl Inner {
         if let Some(flow) = known {
             return self.send_on(&flow, data);
         }
+        // Those that made room for others have not all closed yet: lost, as on a busy link.
+        let Ok(permit) = Arc::clone(&self.datagrams.sockets).try_acquire_owned() else {
+            return Ok(());
+        };
         let socket = socket()?;
         socket.set_nonblocking(true)?;
         socket.connect(&to.into())?;
@@ -200,8 +211,11 @@ impl Inner {
             listener: Mutex::default(),
         });
         self.datagrams.insert(key, Arc::clone(&flow));
-        let task =
-            self.runtime.spawn(listen(Arc::clone(self), key, mac, Arc::downgrade(&flow), socket));
+        let listener = listen(Arc::clone(self), key, mac, Arc::downgrade(&flow), socket);
+        let task = self.runtime.spawn(async move {
+            listener.await;
+            drop(permit);
+        });
         *lock(&flow.listener) = Some(task.abort_handle());
         flow.send(data)
     }
@@ -273,7 +287,7 @@ impl Peers<'_> {
             flow.last_used.store(now, Ordering::Relaxed);
             return Some(key.remote);
         }
-        if self.keys.len() >= MAX_FLOWS {
+        if self.keys.len() >= self.inner.datagrams.max {
             self.sweep();
         }
         let flow = Arc::new(Flow {

@@ -143,6 +143,23 @@ fn two_switches_share_nothing() {
 }
 
 #[test]
+fn a_stopped_switch_passes_nothing() {
+    let switch = Switch::new("vlan1");
+    let (p1, c1) = plug(&switch, "a");
+    let (p2, c2) = plug(&switch, "b");
+    send(&p1, BROADCAST, mac(1));
+    assert_eq!(c2.take().len(), 1);
+    switch.stop();
+    for to in [BROADCAST, mac(1)] {
+        assert_eq!(send(&p2, to, mac(2)), Delivery::Dropped);
+    }
+    assert!(c1.take().is_empty());
+    // Also by what they send afterwards nobody can be reached.
+    assert_eq!(send(&p1, mac(2), mac(1)), Delivery::Dropped);
+    drop((p1, p2));
+}
+
+#[test]
 fn tags_and_offloads_pass_unchanged() {
     let switch = Switch::new("vlan1");
     let (p1, _c1) = plug(&switch, "1");

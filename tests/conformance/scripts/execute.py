@@ -92,9 +92,11 @@ with subtest("wait_until_succeeds: the output when it does"):
 
 with subtest("wait_until_succeeds: gives a try up that takes too long"):
     machine.succeed("rm -f /tmp/tried")
+    began = time.monotonic()
     machine.wait_until_succeeds(
         "test -e /tmp/tried || { touch /tmp/tried; sleep 1000; }", attempt_timeout=1
     )
+    t.assertLess(time.monotonic() - began, 500)
 
 with subtest("wait_until_succeeds, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 2 seconds"):
@@ -102,7 +104,8 @@ with subtest("wait_until_succeeds, wrongly: within its time only"):
 
 with subtest("wait_until_fails: the output when it does"):
     machine.succeed("touch /tmp/there; (sleep 1; rm /tmp/there) >/dev/null 2>&1 &")
-    machine.wait_until_fails("test -e /tmp/there")
+    out = machine.wait_until_fails("test -e /tmp/there || { echo gone; false; }")
+    t.assertEqual(out, "gone\n")
 
 with subtest("wait_until_fails, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 0 seconds"):
@@ -133,7 +136,9 @@ with subtest("is_up: after a command it is"):
     t.assertTrue(machine.is_up() and machine.booted and machine.connected)
 
 with subtest("connect: again is nothing"):
+    boot_id = machine.succeed("cat /proc/sys/kernel/random/boot_id")
     machine.connect()
+    t.assertEqual(machine.succeed("cat /proc/sys/kernel/random/boot_id"), boot_id)
 
 with subtest("crash: at once"):
     machine.crash()
@@ -148,3 +153,4 @@ with subtest("connect, wrongly: a machine that does not run takes no console inp
 
 with subtest("crash, wrongly: what is off stays off"):
     machine.crash()
+    t.assertFalse(machine.booted or machine.is_up())

@@ -78,6 +78,7 @@ with subtest("shared_dir, wrongly: the exchange directory is the machine's own")
 with subtest("block: the first vlan's cable"):
     machine.wait_until_succeeds("ping -c 1 -W 5 peer")
     machine.block()
+    t.assertEqual(machine.succeed("cat /sys/class/net/eth1/carrier"), "0\n")
 
 with subtest("block, wrongly: nothing comes through"):
     machine.fail("ping -c 1 -W 2 peer")
@@ -88,6 +89,7 @@ with subtest("unblock: it is plugged in again"):
 
 with subtest("unblock, wrongly: a second time is nothing"):
     machine.unblock()
+    t.assertEqual(machine.succeed("cat /sys/class/net/eth1/carrier"), "1\n")
 
 with subtest("forward_port: to the host, while it runs"):
     machine.succeed("cd /tmp/copied/inner && (python3 -m http.server 80 >/dev/null 2>&1 &)")
@@ -117,8 +119,9 @@ with subtest("shell, wrongly: of what does not run"):
 with subtest("shell: the backdoor's own socket"):
     machine.shell.sendall(b"echo by $((40 + 2))\n")
     got = b""
-    while b"by 42" not in got:
-        got += machine.shell.recv(4096)
+    while b"by 42" not in got and (more := machine.shell.recv(4096)):
+        got += more
+    t.assertIn(b"by 42", got)
 
 with subtest("send_monitor_command: what firn knows"):
     t.assertEqual(machine.send_monitor_command("info status"), "VM status: running\n")
@@ -155,10 +158,12 @@ with subtest("shutdown: powers off"):
 
 with subtest("shutdown, wrongly: what is off stays off"):
     machine.shutdown()
+    t.assertFalse(machine.booted or machine.is_up())
 
 with subtest("wait_for_shutdown: of a guest that does so by itself"):
     peer.execute("poweroff", check_output=False)
     peer.wait_for_shutdown()
+    t.assertFalse(peer.booted)
 
 with subtest("wait_for_shutdown, wrongly: of a guest that crashes"):
     peer.start()
@@ -173,3 +178,4 @@ with subtest("release: removes its state"):
 
 with subtest("release, wrongly: a second time is nothing"):
     machine.release()
+    t.assertFalse(machine.state_dir.exists() or machine.booted)

@@ -1,6 +1,7 @@
 # The names in a script.
 #: none: a-b
 #: none: c
+import socket
 
 with subtest("machines: a variable for each, other characters replaced"):
     t.assertEqual([m.name for m in machines], ["a-b", "c"])
@@ -66,14 +67,20 @@ with subtest("start_all, wrongly: what failed is not up"):
 
 with subtest("join_all: nothing to wait for when all are off"):
     join_all()
+    t.assertFalse(a_b.booted or c.booted)
 
 with subtest("join_all, wrongly: takes no arguments"):
     with t.assertRaises(TypeError):
         join_all(1)  # type: ignore
 
 with subtest("debug.breakpoint: nothing without the hook"):
-    debug.breakpoint()
-    debug.breakpoint(host="127.0.0.1", port=4444)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        debug.breakpoint(host="127.0.0.1", port=taken.getsockname()[1])
+        debug.breakpoint()
+        # Nobody has come to listen, or to be listened to.
+        taken.settimeout(0)
+        with t.assertRaises(BlockingIOError):
+            taken.accept()
 
 with subtest("debug.breakpoint, wrongly: unknown arguments"):
     with t.assertRaises(TypeError):

@@ -61,6 +61,7 @@ with subtest("wait_for_console_text: of the journal, and of the root shell besid
     machine.wait_for_console_text("connecting to host...")
     machine.succeed("logger --tag test from the journal")
     machine.wait_for_console_text("from the journal")
+    t.assertIn("from the journal", machine.get_console_log())
 
 with subtest("wait_for_console_text, wrongly: nothing says that"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):

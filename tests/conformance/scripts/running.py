@@ -1,13 +1,32 @@
 # What groups, repeats and checks the parts of a script.
 #: none: machine
 import datetime
+import tempfile
 import time
+from collections.abc import Callable
 
 from test_driver.errors import RequestedAssertionFailed
 
+
+def logged(act: Callable[[], None]) -> str:
+    """Give what is written to standard error meanwhile, which is where the log goes."""
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            act()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        file.seek(0)
+        return file.read().decode()
+
+
 with subtest("subtest: nests"):
+    order = ["outer"]
     with subtest("subtest: inner"):
-        pass
+        order.append("inner")
+        t.assertEqual(order, ["outer", "inner"])
 
 with subtest("subtest, wrongly: an exception comes through"):
     with t.assertRaisesRegex(ValueError, "^mine$"):
@@ -88,13 +107,21 @@ with subtest("polling_condition: its description"):
 
 with subtest("polling_condition: not entered again by what it calls"):
 
+    depths = []
+    depth = 0
+
     @polling_condition(seconds_interval=0)
     def calls_machine() -> bool:
+        global depth
+        depth += 1
+        depths.append(depth)
         machine.shutdown()
+        depth -= 1
         return True
 
     with calls_machine:
         machine.shutdown()
+    t.assertEqual(set(depths), {1})
 
 with subtest("polling_condition: wait"):
     there = time.monotonic() + 0.1
@@ -104,6 +131,7 @@ with subtest("polling_condition: wait"):
         return time.monotonic() > there
 
     late.wait(timeout=30)
+    t.assertGreater(time.monotonic(), there)
 
 with subtest("polling_condition, wrongly: a command within a block that fails"):
 
@@ -152,11 +180,18 @@ with subtest("create_machine, wrongly: what is no machine file"):
         create_machine("/bin/sh")
 
 with subtest("log: messages and steps"):
-    with log.nested("step"):
-        log.info("info")
-        log.warning("warning")
-        log.debug("debug")
-        log.log("about", {"machine": "machine"})
+
+    def step() -> None:
+        with log.nested("step"):
+            log.info("told")
+            log.warning("careful")
+            log.debug("detail")
+            log.log("about", {"machine": "machine"})
+
+    t.assertRegex(
+        logged(step),
+        r"^step\ntold\nwarning: careful\nmachine: about\n\(finished: step, in [\d.]+ seconds\)\n$",
+    )
 
 with subtest("log, wrongly: a message is text"):
     with t.assertRaises(TypeError):
@@ -164,7 +199,7 @@ with subtest("log, wrongly: a message is text"):
 
 with subtest("serial_stdout_on: shows guests' lines"):
     serial_stdout_on()
-    log.log_serial("shown", "machine")
+    t.assertEqual(logged(lambda: log.log_serial("shown", "machine")), "machine # shown\n")
 
 with subtest("serial_stdout_on, wrongly: takes no arguments"):
     with t.assertRaises(TypeError):
@@ -172,7 +207,7 @@ with subtest("serial_stdout_on, wrongly: takes no arguments"):
 
 with subtest("serial_stdout_off: hides them"):
     serial_stdout_off()
-    log.log_serial("hidden", "machine")
+    t.assertEqual(logged(lambda: log.log_serial("hidden", "machine")), "")
     serial_stdout_on()
 
 with subtest("serial_stdout_off, wrongly: takes no arguments"):

@@ -5,6 +5,9 @@
 
 from test_driver.errors import RequestedAssertionFailed
 
+# TCP sockets that listen, without a heading.
+LISTENERS = "ss -H -l -t -n"
+
 machine.start()
 
 
@@ -14,6 +17,7 @@ def later(seconds: float, command: str) -> None:
 
 with subtest("wait_for_unit: while the system comes up"):
     machine.wait_for_unit("multi-user.target")
+    machine.succeed("systemctl is-active multi-user.target")
 
 with subtest("wait_for_unit: that becomes active later"):
     machine.succeed(
@@ -21,9 +25,11 @@ with subtest("wait_for_unit: that becomes active later"):
         " sh -c 'sleep 2; systemd-notify --ready; exec sleep 1000'"
     )
     machine.wait_for_unit("slow.service")
+    machine.succeed("systemctl is-active slow.service")
 
 with subtest("wait_for_unit: a service without its type"):
     machine.wait_for_unit("slow")
+    machine.succeed("systemctl is-active slow.service")
 
 with subtest("wait_for_unit: of a user"):
     machine.succeed(
@@ -35,6 +41,7 @@ with subtest("wait_for_unit: of a user"):
     )
     machine.wait_for_unit("user@1000.service")
     machine.wait_for_unit("default.target", user="alice")
+    machine.succeed("systemctl --user --machine=alice@ is-active default.target")
 
 with subtest("wait_for_unit, wrongly: of a user, nothing will start it"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "is inactive and there are no pending jobs"):
@@ -94,6 +101,7 @@ with subtest("get_unit_property, wrongly: of no such name"):
 with subtest("require_unit_state: what it is"):
     machine.require_unit_state("slow")
     machine.require_unit_state("bad", "failed")
+    t.assertEqual(machine.get_unit_property("bad", "ActiveState"), "failed")
 
 with subtest("require_unit_state, wrongly: what it is not"):
     with t.assertRaisesRegex(RequestedAssertionFailed, 'but it is in state "failed"'):
@@ -115,9 +123,12 @@ with subtest("start_job, wrongly: what does not exist"):
 with subtest("wait_for_file: that comes later"):
     later(1, "mkdir -p /tmp/new/dir; touch /tmp/new/dir/file")
     machine.wait_for_file("/tmp/new/dir/file")
+    machine.succeed("test -e /tmp/new/dir/file")
 
 with subtest("wait_for_file: expanded by the guest's shell"):
-    machine.wait_for_file("/tmp/new/*/fil?")
+    later(1, "touch /tmp/new/dir/other")
+    machine.wait_for_file("/tmp/new/*/oth?r")
+    machine.succeed("test -e /tmp/new/dir/other")
 
 with subtest("wait_for_file, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
@@ -125,11 +136,13 @@ with subtest("wait_for_file, wrongly: within its time only"):
 
 with subtest("wait_for_closed_port: before anybody listens"):
     machine.wait_for_closed_port(8000)
+    machine.fail(f"{LISTENERS} sport = :8000 | grep .")
 
 with subtest("wait_for_open_port: that opens later"):
     later(1, "exec python3 -m http.server 8000")
     machine.wait_for_open_port(8000)
     machine.wait_for_open_port(8000, "127.0.0.1", timeout=60)
+    machine.succeed(f"{LISTENERS} sport = :8000 | grep .")
 
 with subtest("wait_for_open_port, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
@@ -142,12 +155,19 @@ with subtest("wait_for_closed_port, wrongly: while somebody listens"):
 with subtest("wait_for_closed_port: that closes later"):
     later(1, "pkill -f http.server")
     machine.wait_for_closed_port(8000)
+    machine.fail(f"{LISTENERS} sport = :8000 | grep .")
 
 with subtest("wait_for_open_unix_socket: of streams"):
     machine.wait_for_open_unix_socket("/run/dbus/system_bus_socket")
+    later(1, "exec nc -l -k -U /run/late")
+    machine.wait_for_open_unix_socket("/run/late")
+    machine.succeed("test -S /run/late")
 
 with subtest("wait_for_open_unix_socket: of datagrams"):
     machine.wait_for_open_unix_socket("/run/systemd/journal/socket", is_datagram=True)
+    later(1, "exec nc -l -k -u -U /run/late-datagrams")
+    machine.wait_for_open_unix_socket("/run/late-datagrams", is_datagram=True)
+    machine.succeed("test -S /run/late-datagrams")
 
 with subtest("wait_for_open_unix_socket, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
@@ -156,6 +176,7 @@ with subtest("wait_for_open_unix_socket, wrongly: within its time only"):
 with subtest("wait_for_console_text: that comes later"):
     later(1, "echo the needle is 42 > /dev/console")
     machine.wait_for_console_text(r"needle is \d+")
+    t.assertIn("the needle is 42", machine.get_console_log())
 
 with subtest("wait_for_console_text, wrongly: consumed already"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
@@ -169,6 +190,7 @@ with subtest("get_console_log, wrongly: has nothing of the future"):
 
 with subtest("wait_until_tty_matches: what getty says"):
     machine.wait_until_tty_matches("1", "machine login: ")
+    t.assertIn("machine login: ", machine.get_tty_text("1"))
 
 with subtest("wait_until_tty_matches, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
@@ -182,10 +204,13 @@ with subtest("get_tty_text, wrongly: of no such terminal"):
         machine.get_tty_text("99")
 
 with subtest("dump_tty_contents: to the console"):
+    before = machine.get_console_log().count("machine login:")
     machine.dump_tty_contents("1")
     machine.wait_for_console_text("machine login:", timeout=60)
+    t.assertGreater(machine.get_console_log().count("machine login:"), before)
 
 with subtest("dump_tty_contents, wrongly: of no such terminal"):
     machine.dump_tty_contents("99")
+    t.assertEqual(machine.execute("echo on"), (0, "on\n"))
 
 machine.crash()

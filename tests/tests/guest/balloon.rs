@@ -5,7 +5,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use firn_tests::{micro, with_machines};
-use firn_vmm::spec::MachineSpec;
+use firn_vmm::spec::{Cores, MachineSpec};
 use firn_vmm::virtio::balloon::PAGE_SIZE;
 use firn_vmm::vm::{HostSide, Vm};
 
@@ -20,7 +20,7 @@ fn resident_mib() -> u64 {
 #[test]
 fn what_a_guest_frees_is_the_hosts_again() {
     const FILE: u64 = 200;
-    with_machines("[nodes.m]\nballoon = true\nmemory_size = 768", async |driver| {
+    with_machines("[nodes.m]\nballoon = true\nmemory = 768", async |driver| {
         let machine = &driver.machines()[0];
         machine.succeed(&["true"], None).await.unwrap();
         let before = resident_mib();
@@ -47,8 +47,8 @@ fn the_host_sets_the_size_and_the_guest_follows() {
     let kit = micro();
     let spec = MachineSpec {
         name: "balloon".into(),
-        cores: 1,
-        memory_mib: 512,
+        cores: Cores::MIN,
+        memory: 512_u64.try_into().unwrap(),
         kernel: kit.vmlinux(),
         initrd: vec![kit.initrd()],
         cmdline: kit.manifest.cmdline,
@@ -59,6 +59,7 @@ fn the_host_sets_the_size_and_the_guest_follows() {
         rng: false,
         balloon: true,
         vsock: None,
+        oem_strings: vec![],
     };
     let host_side = HostSide {
         events: Box::new(|_| {}),

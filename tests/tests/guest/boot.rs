@@ -33,7 +33,7 @@ fn one_and_four_cores() {
 #[test]
 fn memory_below_and_above_the_hole() {
     for (mib, least, most) in [(256, 180, 256), (6144, 5800, 6144)] {
-        with_machines(&format!("[nodes.m]\nmemory_size = {mib}"), async |driver| {
+        with_machines(&format!("[nodes.m]\nmemory = {mib}"), async |driver| {
             let kib = output(driver, "awk '/^MemTotal/ { print $2 }' /proc/meminfo").await;
             let total = kib.parse::<u64>().unwrap() / 1024;
             assert!((least..=most).contains(&total), "{total} of {mib} MiB");
@@ -43,7 +43,7 @@ fn memory_below_and_above_the_hole() {
 
 #[test]
 fn memory_above_the_hole_keeps_what_is_written_there() {
-    with_machines("[nodes.m]\nmemory_size = 6144", async |driver| {
+    with_machines("[nodes.m]\nmemory = 6144", async |driver| {
         // More than lies below the hole.
         let command = "mount -o remount,size=5G /tmp; \
             dd if=/dev/zero bs=1M count=3500 of=/tmp/fill 2>/dev/null; \
@@ -81,5 +81,34 @@ fn stages_of_the_boot_are_marked() {
             assert_eq!(marks.iter().map(|mark| mark.code).collect::<Vec<_>>(), stages);
             assert!(marks.is_sorted_by_key(|mark| mark.at_ns));
         }
+    });
+}
+
+#[test]
+fn nothing_is_fatal_and_smbios_says_what_the_machine_is() {
+    const CREDENTIAL: &str = "io.systemd.credential.binary:greeting=aGVsbG8=";
+    let nodes = format!(
+        "[nodes.m]\noem_strings = [{CREDENTIAL:?}]\n\
+         [nodes.s]\nkit = 'systemd'\noem_strings = ['second', {CREDENTIAL:?}]"
+    );
+    with_machines(&nodes, async |driver| {
+        let mut ids = Vec::new();
+        for machine in driver.machines() {
+            let output = async |command: &str| {
+                machine.succeed(&[command], None).await.unwrap().trim().to_owned()
+            };
+            assert_eq!(output("dmesg | grep -i fatal || echo none").await, "none");
+            let id = "cd /sys/class/dmi/id; cat sys_vendor product_name product_serial bios_vendor";
+            let said = format!("firn\nfirn virtual machine\n{}\nfirn", machine.name());
+            assert_eq!(output(id).await, said);
+            ids.push(output("cat /sys/class/dmi/id/product_uuid").await);
+            output(&format!("grep -aF {CREDENTIAL} /sys/firmware/dmi/tables/DMI")).await;
+        }
+        assert_ne!(ids[0], ids[1]);
+        let [_, s] = driver.machines() else { panic!("two machines") };
+        let output = async |command: &str| s.succeed(&[command], None).await.unwrap();
+        assert_eq!(output("cat /run/credentials/@system/greeting").await, "hello");
+        assert!(output("hostnamectl").await.contains("Hardware Vendor: firn"));
+        assert_eq!(output("systemd-detect-virt").await, "kvm\n");
     });
 }

@@ -37,7 +37,7 @@ fn thirty_six_devices_on_one_machine() {
     );
     for (n, image) in images.iter().enumerate() {
         nodes +=
-            &format!("[[nodes.m.disks]]\npath = {image:?}\ncreate_size = 8\nserial = 'disk-{n}'\n");
+            &format!("[[nodes.m.disks]]\nimage = {image:?}\nsize = 8\nserial = 'disk-{n}'\n");
     }
     // Three more shares are the store and each machine's own.
     let shares: Vec<_> = (0..5).map(|n| dir.path().join(format!("share{n}"))).collect();
@@ -45,7 +45,7 @@ fn thirty_six_devices_on_one_machine() {
         fs::create_dir(source).unwrap();
         fs::write(source.join("number"), n.to_string()).unwrap();
         nodes += &format!(
-            "[nodes.m.shared_directories.s{n}]\nsource = {source:?}\ntarget = '/mnt/s{n}'\n"
+            "[[nodes.m.shares]]\ntag = 's{n}'\nsource = {source:?}\ntarget = '/mnt/s{n}'\n"
         );
     }
     with_machines(&nodes, async |driver| {
@@ -154,7 +154,7 @@ async fn start_another_kernel(m: &Machine) {
 
 #[test]
 fn too_many_devices_are_refused_before_the_start() {
-    let nodes = format!("[nodes.m]\nempty_disks = {:?}", vec![1; 130]);
+    let nodes = "[[nodes.m.disks]]\nsize = 1\n".repeat(130);
     with_machines(&nodes, async |driver| {
         let error = driver.machines()[0].start(false).await.unwrap_err();
         let said = firn::error::chain(&error);

@@ -34,9 +34,10 @@ fn disks_come_in_order_with_their_sizes_and_serial_numbers() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("store"), vec![7; 3 << 20]).unwrap();
     let nodes = format!(
-        "[nodes.m]\ncores = 2\nempty_disks = [5, 6]\ndisks = [\n\
-         {{ path = '{0}/root.qcow2', serial = 'root', create_size = 64 }},\n\
-         {{ path = '{0}/store', read_only = true, serial = 'twenty-bytes-serial!' }},\n]",
+        "[nodes.m]\ncores = 2\ndisks = [\n\
+         {{ image = '{0}/root.qcow2', serial = 'root', size = 64 }},\n\
+         {{ image = '{0}/store', read_only = true, serial = 'twenty-bytes-serial!' }},\n\
+         {{ size = 5 }}, {{ size = 6 }},\n]",
         dir.path().display()
     );
     with_machines(&nodes, async |driver| {
@@ -56,7 +57,7 @@ fn disks_come_in_order_with_their_sizes_and_serial_numbers() {
 
 #[test]
 fn a_file_system_outlives_a_power_cut_after_sync() {
-    with_machines("[nodes.m]\nempty_disks = [64]", async |driver| {
+    with_machines("[nodes.m]\ndisks = [{ size = 64 }]", async |driver| {
         let machine = only(driver);
         let command = "mke2fs /dev/vda >/dev/null && mkdir /mnt/d && \
             mount -t ext4 /dev/vda /mnt/d && head -c 9000000 /dev/urandom >/mnt/d/file && sync && \
@@ -73,8 +74,8 @@ fn what_was_flushed_is_in_the_hosts_file_after_a_crash() {
     let dir = tempfile::tempdir().unwrap();
     let (raw, qcow2) = (dir.path().join("raw"), dir.path().join("disk.qcow2"));
     let nodes = format!(
-        "[nodes.m]\ndisks = [{{ path = {raw:?}, create_size = 32 }}, \
-         {{ path = {qcow2:?}, create_size = 32 }}]"
+        "[nodes.m]\ndisks = [{{ image = {raw:?}, size = 32 }}, \
+         {{ image = {qcow2:?}, size = 32 }}]"
     );
     let data = noise(5 << 20);
     with_machines(&nodes, async |driver| {
@@ -99,8 +100,8 @@ fn what_was_flushed_is_in_the_hosts_file_after_a_crash() {
 fn a_read_only_disk_can_be_mounted_but_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image");
-    let node = |more: &str| format!("[nodes.m]\ndisks = [{{ path = {image:?}, {more} }}]");
-    with_machines(&node("create_size = 16"), async |driver| {
+    let node = |more: &str| format!("[nodes.m]\ndisks = [{{ image = {image:?}, {more} }}]");
+    with_machines(&node("size = 16"), async |driver| {
         let command = "mke2fs /dev/vda >/dev/null && mkdir /mnt/d && \
             mount -t ext4 /dev/vda /mnt/d && echo hello >/mnt/d/file && umount /mnt/d";
         output(only(driver), command).await;
@@ -117,7 +118,7 @@ fn a_read_only_disk_can_be_mounted_but_not_written() {
 
 #[test]
 fn discarded_space_goes_back_to_the_host() {
-    with_machines("[nodes.m]\nempty_disks = [64]", async |driver| {
+    with_machines("[nodes.m]\ndisks = [{ size = 64 }]", async |driver| {
         let machine = only(driver);
         let image = machine.state_dir().join("disk0.img");
         let command = "mke2fs /dev/vda >/dev/null && mkdir /mnt/d && \
@@ -136,7 +137,7 @@ fn ext4_is_made_with_its_label() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("root.qcow2");
     let nodes = format!(
-        "[nodes.m]\ndisks = [{{ path = {image:?}, create_size = 64, ext4_label = 'nixos' }}]"
+        "[nodes.m]\ndisks = [{{ image = {image:?}, size = 64, label = 'nixos' }}]"
     );
     with_machines(&nodes, async |driver| {
         let machine = only(driver);
@@ -152,7 +153,8 @@ fn ext4_is_made_with_its_label() {
 
 #[test]
 fn several_disks_and_processes_at_once() {
-    let nodes = "[nodes.m]\ncores = 4\nvlans = []\nempty_disks = [24, 24, 24, 24, 24, 24, 24, 24]";
+    let nodes =
+        "[nodes.m]\ncores = 4\nvlans = []\n".to_owned() + &"[[nodes.m.disks]]\nsize = 24\n".repeat(8);
     with_machines(nodes, async |driver| {
         let command = "head -c 16000000 /dev/urandom >/tmp/data; \
             for disk in a b c d e f g h; do for at in 0 1; do (\
@@ -169,7 +171,7 @@ fn several_disks_and_processes_at_once() {
 #[test]
 fn one_image_cannot_be_written_by_two_machines() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = format!("disks = [{{ path = '{}/disk', create_size = 8 }}]", dir.path().display());
+    let disk = format!("disks = [{{ image = '{}/disk', size = 8 }}]", dir.path().display());
     with_machines(&format!("[nodes.a]\n{disk}\n[nodes.b]\n{disk}"), async |driver| {
         let [a, b] = driver.machines() else { panic!("two machines") };
         a.start(false).await.unwrap();
@@ -192,7 +194,7 @@ fn a_full_host_is_an_input_output_error_for_the_guest() {
     let dir = tempfile::tempdir().unwrap();
     let Some(_small) = SmallFileSystem::mount(dir.path(), 8) else { return };
     let nodes = format!(
-        "[nodes.m]\ndisks = [{{ path = '{}/disk', create_size = 32 }}]",
+        "[nodes.m]\ndisks = [{{ image = '{}/disk', size = 32 }}]",
         dir.path().display()
     );
     let data = noise(3 << 20);

@@ -26,7 +26,7 @@ async fn fetch(machine: &Machine, source: &str, target_dir: &str) {
 
 #[test]
 fn two_hundred_mebibytes_and_none_both_ways() {
-    with_machines("[nodes.m]\nmemory_size = 1024", async |driver| {
+    with_machines("[nodes.m]\nmemory = 1024", async |driver| {
         let m = only(driver);
         let here = tempfile::tempdir().unwrap();
         for size in [0, 1, 200 << 20] {

@@ -108,7 +108,7 @@ const TRANSFER: usize = 100 << 20 | 1;
 
 #[test]
 fn big_tcp_segments_pass_whole() {
-    let nodes = "[nodes.a]\nmemory_size = 768\n[nodes.b]\nmemory_size = 768";
+    let nodes = "[nodes.a]\nmemory = 768\n[nodes.b]\nmemory = 768";
     with_machines(nodes, async |driver| {
         driver.start_all().await.unwrap();
         let (a, b) = (machine(driver, "a"), machine(driver, "b"));

@@ -30,7 +30,7 @@ fn the_power_button_reaches_the_guest() {
 
 #[test]
 fn a_guest_reboots_in_the_same_machine() {
-    with_machines("[nodes.m]\ncores = 2\nempty_disks = [8]\nballoon = true", async |driver| {
+    with_machines("[nodes.m]\ncores = 2\ndisks = [{ size = 8 }]\nballoon = true", async |driver| {
         let machine = &driver.machines()[0];
         machine.start(true).await.unwrap();
         let boot_id = "cat /proc/sys/kernel/random/boot_id";

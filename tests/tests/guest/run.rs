@@ -41,7 +41,7 @@ impl Place {
             "cmdline": format!("{} rdinit=/bin/sh ${{QEMU_KERNEL_PARAMS:-}}", kit.manifest.cmdline),
             "disks": [{ "image": "${NIX_DISK_IMAGE:-made.img}", "size": 8 }],
             "shares": [{ "tag": "xchg", "source": "${TMPDIR}/xchg" }],
-            "nets": [{ "vlan": 1, "mac": "52:54:00:12:01:01" }],
+            "vlans": [1],
         });
         Self::new(&spec)
     }

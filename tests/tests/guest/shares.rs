@@ -15,11 +15,8 @@ async fn output(machine: &Machine, command: &str) -> String {
 
 /// Two guests with the share `exchange` in `/mnt`.
 fn two_guests(exchange: &Path) -> String {
-    let share = format!("{{ source = {exchange:?}, target = \"/mnt\" }}");
-    format!(
-        "[nodes.a.shared_directories]\nexchange = {share}\n\
-         [nodes.b.shared_directories]\nexchange = {share}"
-    )
+    let share = format!("tag = 'exchange'\nsource = {exchange:?}\ntarget = '/mnt'");
+    format!("[[nodes.a.shares]]\n{share}\n[[nodes.b.shares]]\n{share}")
 }
 
 /// Who writes to a share and reads from it.
@@ -190,7 +187,7 @@ fn a_read_only_share_refuses_writes_even_if_the_guest_mounts_it_writable() {
     fs::write(source.path().join("file"), "of the host").unwrap();
     fs::set_permissions(source.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let nodes = format!(
-        "[nodes.m.shared_directories.store]\nsource = {:?}\ntarget = '/mnt/store'\nread_only = true",
+        "[[nodes.m.shares]]\ntag = 'store'\nsource = {:?}\ntarget = '/mnt/store'\nread_only = true",
         source.path()
     );
     with_machines(&nodes, async |driver| {

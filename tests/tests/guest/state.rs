@@ -13,8 +13,7 @@ use firn::kit::{Interface, MachineConfig, Mount, machine_overlay};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
 use firn_vmm::spec::{
-    CachePolicy, ConsolePortSpec, DiskCreateSpec, DiskFormat, DiskSpec, MachineSpec, NetSpec,
-    ShareSpec,
+    ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec,
 };
 use firn_vmm::vm::{HostSide, Vm};
 
@@ -64,32 +63,26 @@ fn spec(dir: &Path, index: usize) -> MachineSpec {
     fs::write(&overlay_path, overlay.unwrap()).unwrap();
     let share = dir.join(format!("{name}-share"));
     fs::create_dir_all(&share).unwrap();
-    let disk = |path: PathBuf, format| DiskSpec {
-        path,
-        format,
-        read_only: false,
-        serial: None,
-        create: Some(DiskCreateSpec { size_mib: 64, ext4_label: None }),
+    let disk = |image: PathBuf| DiskSpec {
+        image,
+        size: Some(64_u64.try_into().unwrap()),
+        ..DiskSpec::default()
     };
     MachineSpec {
         name: name.to_owned(),
-        cores: 2,
-        memory_mib: 192,
+        cores: 2_u64.try_into().unwrap(),
+        memory: 192_u64.try_into().unwrap(),
         kernel: kit.vmlinux(),
         initrd: vec![kit.initrd(), overlay_path],
         cmdline: kit.manifest.cmdline,
         console_ports: vec![ConsolePortSpec { name: Some("org.firn.agent".to_owned()) }],
-        nets: vec![NetSpec { mac }],
-        shares: vec![ShareSpec {
-            tag: "s".to_owned(),
-            source: share,
-            read_only: false,
-            cache: CachePolicy::Never,
-        }],
-        disks: vec![disk(dir.join(format!("{name}.qcow2")), DiskFormat::Qcow2)],
+        nets: vec![NetSpec { mac: Mac(mac) }],
+        shares: vec![ShareSpec::new("s".try_into().unwrap(), share)],
+        disks: vec![disk(dir.join(format!("{name}.qcow2")))],
         rng: true,
         balloon: true,
         vsock: None,
+        oem_strings: vec![],
     }
 }
 
@@ -274,9 +267,9 @@ fn a_state_of_another_machine_is_refused() {
         let host = host_side(&switch, "a").0;
         Vm::restore(&other, host, &state, &memory).err().expect("it does not fit").to_string()
     };
-    assert!(refused(|spec| spec.cores = 1).contains("other vCPUs or devices"));
+    assert!(refused(|spec| spec.cores = Cores::MIN).contains("other vCPUs or devices"));
     assert!(refused(|spec| spec.rng = false).contains("other vCPUs or devices"));
-    assert!(refused(|spec| spec.memory_mib = 128).contains("guest memory"));
+    assert!(refused(|spec| spec.memory = 128_u64.try_into().unwrap()).contains("guest memory"));
     one.kernel = "/nothing".into();
     let vm = Vm::restore(&one, host_side(&switch, "a").0, &state, &memory);
     assert!(vm.is_ok(), "the kernel is in memory, its file is not needed");

@@ -104,7 +104,7 @@ fn a_machine_whose_port_is_taken_does_not_start_and_keeps_none() {
     let (free, other) = listener();
     drop(free);
     let forward =
-        |port| format!("[[nodes.m.forward_ports]]\nhost.port = {port}\nguest.port = 80\n");
+        |port| format!("[[nodes.m.user_network.forward_ports]]\nhost.port = {port}\nguest.port = 80\n");
     with_machines(&format!("[nodes.m]\n{}{}", forward(other), forward(port)), async |driver| {
         let error = driver.machines()[0].start(false).await.unwrap_err();
         let text = firn::error::chain(&error);
@@ -223,8 +223,8 @@ fn a_system_and_a_restricted_one() {
     // Hardly anybody takes it in between, least of all in a namespace of its own.
     drop(chosen);
     let nodes = format!(
-        "[nodes.open]\nkit = 'systemd'\n[[nodes.open.forward_ports]]\nhost.port = {before}\nguest.port = 80\n\
-         [nodes.shut]\nrestrict_network = true"
+        "[nodes.open]\nkit = 'systemd'\n[[nodes.open.user_network.forward_ports]]\nhost.port = {before}\nguest.port = 80\n\
+         [nodes.shut]\nuser_network.restrict = true"
     );
     with_machines(&nodes, async |driver| {
         driver.start_all().await.unwrap();

@@ -61,28 +61,28 @@ fn test_files_that_make_no_sense() {
     const HEAD: &str = "name = 'x'\ntest_script = ''\n";
     // The lines after the head, the line that is at fault, and what must be said.
     let cases: &[(&str, usize, &[&str])] = &[
-        ("[nodes.m]\nmemroy = 512", 4, &["unknown field `memroy`", "`memory_size`", "`cores`"]),
+        ("[nodes.m]\nmemroy = 512", 4, &["unknown field `memroy`", "`memory`", "`cores`"]),
         ("global_timeuot = 3\n[nodes.m]", 3, &["`global_timeuot`", "`global_timeout`"]),
-        ("[nodes.m]\nmemory_size = '512'", 4, &["invalid type: string", "memory_size = '512'"]),
+        ("[nodes.m]\nmemory = '512'", 4, &["invalid type: string", "memory = '512'"]),
         ("[nodes.m]\nvlans = 1", 4, &["invalid type: integer", "vlans = 1"]),
         ("[nodes.m]\n[nodes.n]\n[nodes.m]", 5, &["duplicate key", "[nodes.m]"]),
         ("[nodes.a-b]\n[nodes.a_b]", 4, &["`a-b`", "`a_b`"]),
-        ("[nodes.m]\nmemory_size = 0", 4, &["`memory_size` is 0", "allowed: ", "MiB"]),
-        ("[nodes.m]\ncores = 33", 4, &["`cores` is 33", "allowed: 1 to 32"]),
-        ("[nodes.m]\nvlans = [1, 300]", 4, &["`vlans` has 300", "allowed: 1 to "]),
-        ("[nodes.m]\nkernel = 'gone'", 4, &["`kernel`", "/gone", "No such file", "allowed: "]),
-        ("[nodes.m]\ninitrd = '/'", 4, &["`initrd` is a directory", "allowed: "]),
+        ("[nodes.m]\nmemory = 0", 4, &["`nodes.m.memory`: 0", "allowed: ", "MiB"]),
+        ("[nodes.m]\ncores = 33", 4, &["`nodes.m.cores`: 33", "allowed: 1 to 32"]),
+        ("[nodes.m]\nvlans = [1, 300]", 4, &["`nodes.m.vlans[1]`: 300", "allowed: 1 to "]),
+        ("[nodes.m]\nkernel = 'gone'", 4, &["`nodes.m.kernel`", "/gone", "No such file", "allowed: "]),
+        ("[nodes.m]\ninitrd = ['/']", 4, &["`nodes.m.initrd[0]`", "is a directory", "allowed: "]),
         (
-            "[nodes.m.shared_directories.s]\nsource = 'gone'\ntarget = '/mnt'",
-            4,
-            &["share `s`", "/gone", "No such file"],
-        ),
-        (
-            "[nodes.m.shared_directories.s]\nsource = '.'\ntarget = 'mnt'",
+            "[[nodes.m.shares]]\ntag = 's'\nsource = 'gone'\ntarget = '/mnt'",
             5,
-            &["target of share `s`", "allowed: an absolute path"],
+            &["`nodes.m.shares[0].source`", "/gone", "No such file"],
         ),
-        ("global_timeout = -1\n[nodes.m]", 3, &["`global_timeout` is -1", "allowed: "]),
+        (
+            "[[nodes.m.shares]]\ntag = 's'\nsource = '.'\ntarget = 'mnt'",
+            6,
+            &["`nodes.m.shares[0].target`", "allowed: an absolute path"],
+        ),
+        ("global_timeout = -1\n[nodes.m]", 3, &["`global_timeout`: -1", "allowed: "]),
         ("[nodes.m", 3, &["[nodes.m"]),
     ];
     for (lines, line, parts) in cases {

@@ -1,5 +1,6 @@
 //! What to build: plain data without behaviour.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 mod values;
 
 pub use values::{
-    Cid, Cores, DiskMib, Label, Mac, MachineName, MemoryMib, Number, Serial, Tag, ValueError,
+    Cid, Cores, CredentialName, DiskMib, FileName, Label, Mac, MachineName, MemoryMib, Number, Serial, Tag, ValueError,
 };
 
 /// One machine.
@@ -50,6 +51,11 @@ pub struct MachineSpec {
     /// Sockets between programs of host and guest.
     #[serde(default)]
     pub vsock: Option<VsockSpec>,
+    /// Free texts of the SMBIOS tables (type 11), at most 60,000 bytes in all. systemd takes
+    /// `io.systemd.credential:NAME=TEXT` and `io.systemd.credential.binary:NAME=BASE64` for
+    /// credentials.
+    #[serde(default)]
+    pub oem_strings: Vec<String>,
 }
 
 const fn yes() -> bool {
@@ -104,6 +110,25 @@ pub struct ShareSpec {
     /// Where the guest mounts it, for those who prepare the guest; the monitor does not need it.
     #[serde(default)]
     pub target: Option<PathBuf>,
+    /// Files that are copied into the source at each start, by their names there, also for those who prepare the guest;
+    /// what is empty or no file is left out.
+    #[serde(default)]
+    pub copies: BTreeMap<FileName, PathBuf>,
+}
+
+impl ShareSpec {
+    /// A directory that the guest, and others, may change.
+    #[must_use]
+    pub fn new(tag: Tag, source: PathBuf) -> Self {
+        Self {
+            tag,
+            source,
+            read_only: false,
+            cache: CachePolicy::Never,
+            target: None,
+            copies: BTreeMap::new(),
+        }
+    }
 }
 
 /// How long the guest may trust what it has read of a share.

@@ -175,6 +175,27 @@ text! {
     "1 to 63 of A-Z a-z 0-9 `-` `_`, not beginning with `-`: it becomes the host name"
 }
 
+/// Whether a file can have this name: `NAME_MAX` of Linux is 255.
+fn is_file_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains(['/', '\0'])
+}
+
+text! {
+    /// The name of a file in a directory.
+    FileName,
+    is_file_name,
+    "the name of a file, without `/`"
+}
+text! {
+    /// The name of a credential, as systemd takes it; it ends before the `=` behind it.
+    CredentialName,
+    |name| {
+        let fits = |c: char| (c == ' ' || c.is_ascii_graphic()) && !matches!(c, ':' | '=');
+        is_file_name(name) && name.chars().all(fits)
+    },
+    "the name of a credential: ASCII without `/`, `:` and `=`"
+}
+
 /// The address of a network card.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

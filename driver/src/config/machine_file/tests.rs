@@ -53,6 +53,8 @@ fn a_short_file() {
         rng: true,
         balloon: false,
         vsock: None,
+        oem_strings: vec![],
+        credentials: BTreeMap::new(),
         qemu_opts: String::new(),
     };
     assert_eq!(node, expected);
@@ -70,7 +72,8 @@ fn everything() {
         "cmdline": "init=/init ${{QEMU_KERNEL_PARAMS:-}}", "cmdline_file": "{params}",
         "shares": [
           {{"tag": "nix-store", "source": "/nix/store", "read_only": true, "cache": "always"}},
-          {{"tag": "shared", "source": "${{SHARED_DIR:-${{TMPDIR}}/xchg}}"}}
+          {{"tag": "shared", "source": "${{SHARED_DIR:-${{TMPDIR}}/xchg}}",
+            "copies": {{"a": "file", "b": "${{NIX_DISK_IMAGE:-}}"}}}}
         ],
         "disks": [
           {{"image": "${{NIX_DISK_IMAGE:-server.qcow2}}", "size": 1024, "label": "nixos", "serial": "root"}},
@@ -78,7 +81,8 @@ fn everything() {
           {{"image": "/iso", "format": "raw", "read_only": true}}
         ],
         "vlans": [2, 1], "macs": {{"2": "52:54:00:12:02:FF"}},
-        "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true"#
+        "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true, "oem_strings": ["a=b"],
+        "credentials": {{"ssh.key": "${{TMPDIR}}/key", "token": "./token"}}"#
     ))
     .expect("valid");
     let node = file.node(1, &variables(), Path::new("/state")).expect("all is set");
@@ -87,6 +91,14 @@ fn everything() {
     assert_eq!(node.shares[0].cache, CachePolicy::Always);
     assert!(node.shares[0].read_only && !node.shares[1].read_only);
     assert_eq!(node.shares[1].source, Path::new("/shared"));
+    let copies: Vec<_> = node.shares[1].copies.iter().map(|(name, file)| (&**name, &**file)).collect();
+    assert_eq!(copies, [("a", Path::new("/state/file")), ("b", Path::new(""))]);
+    let credentials: Vec<_> = node.credentials.iter().map(|(name, file)| (&**name, &**file)).collect();
+    assert_eq!(
+        credentials,
+        [("ssh.key", Path::new("/state/key")), ("token", Path::new("/state/./token"))]
+    );
+    assert_eq!(node.oem_strings, ["a=b"]);
     let disks: Vec<_> = node
         .disks
         .iter()
@@ -141,6 +153,14 @@ fn what_makes_no_sense_is_named_with_what_would() {
         (r#""disks": [{"size": 0}]"#, &["`disks[0].size`: 0 cannot be used", "allowed: 1 to"]),
         (r#""disks": [{"size": 1, "serial": "a b"}]"#, &["`disks[0].serial`: \"a b\""]),
         (r#""vsock": {"cid": 2, "socket": "s"}"#, &["`vsock.cid`: 2 cannot be used", "allowed: 3 to"]),
+        (
+            r#""shares": [{"tag": "a", "source": "/", "copies": {"../b": "/c"}}]"#,
+            &["`shares[0].copies", "\"../b\"", "the name of a file"],
+        ),
+        (r#""credentials": {"": "/a"}"#, &["`credentials", "\"\" cannot be used"]),
+        (r#""credentials": {"..": "/a"}"#, &["`credentials", "\"..\" cannot be used"]),
+        (r#""credentials": {"a=b": "/a"}"#, &["`credentials", "\"a=b\"", "without `/`"]),
+        (r#""credentials": {"a\u0000b": "/a"}"#, &["`credentials", "\"a\\0b\""]),
         (r#""kit": "micro""#, &["nothing comes from a kit"]),
         (r#""memory": "x""#, &["invalid type: string \"x\""]),
         ("\"memory\": 256 } {", &["trailing characters"]),
@@ -305,6 +325,7 @@ fn what_nix_makes() {
             qcow2("/state/./disks.qcow2", Some(4096), Some("root")),
             qcow2("/state/empty0.qcow2", Some(512), None),
             qcow2("/state/empty1.qcow2", Some(20), Some("journal")),
+            qcow2("/state/empty2.qcow2", Some(30), None),
         ]
     );
     assert_eq!(disks("tmpfs-root"), [qcow2("/state/empty0.qcow2", Some(64), None)]);
@@ -317,5 +338,11 @@ fn what_nix_makes() {
     assert!(nodes["restricted"].user_network.as_ref().is_some_and(|net| net.restrict));
     assert_eq!(nodes["no-user-network"].user_network, None);
     assert!(nodes["known-qemu-options"].balloon);
+    assert!(nodes["vm-variant"].vlans.is_empty());
+    let token = nodes["credentials"].credentials.iter().next();
+    let token = token.map(|(name, file)| (&**name, &**file));
+    assert_eq!(token, Some(("token", Path::new("/state/./token"))));
+    let copies = |name: &str| nodes[name].shares.iter().map(|share| share.copies.len()).sum();
+    assert_eq!((copies("certificates"), copies("own-certificates")), (1_usize, 0_usize));
     assert_eq!(nodes["own-settings"].vsock.as_ref().map(|vsock| vsock.cid.get()), Some(7));
 }

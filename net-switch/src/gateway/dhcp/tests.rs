@@ -72,10 +72,46 @@ fn others_get_other_addresses_and_wrong_wishes_are_refused() {
     let wish = Some(Ipv4Addr::new(10, 0, 2, 16));
     let given = server.answer(&message(DhcpMessageType::Request, OTHER, wish, NONE)).unwrap();
     assert_eq!(given.bound, Some((Ipv4Addr::new(10, 0, 2, 16).into(), OTHER)));
-    let answers = (0..=255_u8).filter_map(|last| {
-        server.answer(&message(DhcpMessageType::Discover, [2, 0, 0, 0, 1, last], None, NONE))
-    });
-    assert_eq!(answers.count(), MAX_CLIENTS - 2);
+}
+
+/// The address that a client is offered.
+fn offered(server: &mut Server, client: Mac, wants: Option<Ipv4Addr>) -> Ipv4Addr {
+    let offer = server.answer(&message(DhcpMessageType::Discover, client, wants, NONE)).unwrap();
+    DhcpRepr::parse(&DhcpPacket::new_checked(&offer.message[..]).unwrap()).unwrap().your_ip
+}
+
+#[test]
+fn there_is_always_an_address_for_one_more() {
+    let mut server = Server::new(CARD_MAC, "");
+    let client = |number: u16| [2, 0, 0, 0, number.to_be_bytes()[0], number.to_be_bytes()[1]];
+    let last = u16::from(MAX_CLIENTS) - 1;
+    let given: Vec<_> = (1..=last).map(|n| offered(&mut server, client(n), None)).collect();
+    let mut different = given.clone();
+    different.sort_unstable();
+    different.dedup();
+    assert_eq!(different.len(), given.len());
+    assert!(!given.contains(&GUEST_V4) && given.contains(&Ipv4Addr::new(10, 0, 2, 254)));
+    // The first is heard of again, so the second has been silent for longest.
+    assert_eq!(offered(&mut server, client(1), None), given[0]);
+    assert_eq!(offered(&mut server, client(1000), None), given[1]);
+    assert_eq!(offered(&mut server, CARD_MAC, None), GUEST_V4);
+}
+
+#[test]
+fn what_is_given_back_is_free() {
+    let mut server = Server::new(CARD_MAC, "");
+    let first = offered(&mut server, OTHER, None);
+    assert_eq!(offered(&mut server, OTHER, None), first, "it is kept");
+    let another = [2, 0, 0, 0, 0, 10];
+    assert_ne!(offered(&mut server, another, Some(first)), first);
+    for kind in [DhcpMessageType::Release, DhcpMessageType::Decline] {
+        for client in [OTHER, another] {
+            assert_eq!(server.answer(&message(kind, client, None, first)), None);
+        }
+        assert_eq!(offered(&mut server, another, Some(first)), first, "it can be wished for");
+    }
+    assert_eq!(server.answer(&message(DhcpMessageType::Release, CARD_MAC, None, GUEST_V4)), None);
+    assert_ne!(offered(&mut server, OTHER, Some(GUEST_V4)), GUEST_V4, "the first card keeps its");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::Duration;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::icmp::Reason;
 use super::route::Target;
@@ -20,14 +20,17 @@ use super::wire::{ETHERNET, Envelope, Mac, Packet, protocol};
 use super::{Inner, Protocol};
 use stack::{Buffers, Stack};
 pub(super) use table::Connections;
-#[cfg(test)]
-pub(super) use table::MAX_HALF_OPEN;
 use table::{Entry, Key};
 
 /// How long the host may try to connect: what hosts of BSD descent wait. The guest, which has heard
 /// nothing, goes on for as long as it likes.
 const CONNECT_TIMEOUT: Duration =
-    if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(75) };
+    if cfg!(test) { Duration::from_secs(8) } else { Duration::from_secs(75) };
+/// How long a guest is waited for beyond the time after which it should have repeated its wish to
+/// connect.
+const LATE: Duration = Duration::from_secs(2);
+/// How long a guest waits before it repeats its wish for the first time.
+const FIRST_WAIT: Duration = Duration::from_secs(3);
 
 /// What decides about a segment of the guest.
 #[derive(Clone, Copy, Debug)]
@@ -77,11 +80,13 @@ impl Inner {
     /// Takes a segment, and the frame it came in.
     pub(super) fn tcp(self: &Arc<Self>, from: Mac, segment: Segment, frame: Vec<u8>) {
         if let Some(connection) = self.connections.find(&segment.key) {
-            if !(segment.begins() && connection.is_another(segment.sequence)) {
+            let another = segment.begins() && connection.is_another(segment.sequence);
+            let given_up = segment.control == TcpControl::Rst && connection.waits();
+            if !another && !given_up {
                 connection.inbox.push(frame);
                 return;
             }
-            // The guest has forgotten the old one, as after a reboot.
+            // The guest has forgotten the old one, as after a reboot, or wants it no more.
             self.connections.remove(&connection);
             connection.inbox.close();
         }
@@ -120,7 +125,7 @@ impl Inner {
                     }
                     Err(_) => {}
                 },
-                () = entry.inbox.closed() => {}
+                () = given_up(&entry) => {}
             }
         });
     }
@@ -129,6 +134,7 @@ impl Inner {
     async fn accept(self: &Arc<Self>, entry: Entry, mac: Mac, syn: &[u8], stream: TcpStream) {
         // What came meanwhile was the same again.
         entry.inbox.clear();
+        entry.accept();
         let Some(mut buffers) = buffers(&entry, &stream) else { return };
         let stack = Stack::accept(Arc::clone(self), entry.key, &mut buffers, mac, syn);
         relay::relay(entry, stack, stream).await;
@@ -209,6 +215,29 @@ fn buffers(entry: &Entry, stream: &TcpStream) -> Option<Buffers> {
         relay::reset(stream);
     }
     buffers.ok()
+}
+
+/// Waits until the guest wants a connection no more that nobody has answered: it was closed, or its
+/// wish was not repeated. A guest that gives up says nothing.
+async fn given_up(entry: &Entry) {
+    let began = Instant::now();
+    let mut last = began;
+    loop {
+        match timeout_at(next_attempt(began, last) + LATE, entry.inbox.changed()).await {
+            Err(_) => return,
+            Ok(()) => match entry.inbox.take() {
+                None => return,
+                Some(_) => last = Instant::now(),
+            },
+        }
+    }
+}
+
+/// When a guest that has said last at `last` that it wants to connect says so again at the latest:
+/// each wait is at most twice the one before (RFC 6298, 5.5), so that all together are at most
+/// doubled, and the first is at most 3 s (RFC 1122, 4.2.3.1).
+fn next_attempt(began: Instant, last: Instant) -> Instant {
+    last + last.duration_since(began) + FIRST_WAIT
 }
 
 /// Connects to the first address that takes a connection.

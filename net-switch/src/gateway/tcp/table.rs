@@ -2,20 +2,18 @@
 
 use std::collections::HashMap;
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use smoltcp::wire::TcpSeqNumber;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Notify;
 
+use crate::gateway::limits::Limits;
 use crate::gateway::{GATEWAY_V4, GATEWAY_V6};
 use crate::lock;
 
-/// Most connections.
-pub(super) const MAX_CONNECTIONS: usize = 4096;
-/// Most connections that one side has not answered yet.
-pub(in crate::gateway) const MAX_HALF_OPEN: usize = 512;
 /// Bytes of buffers that connections share out. When they are gone, further ones get the least.
 const BUDGET: usize = 256 << 20;
 /// Each connection takes this part of what is left of the budget.
@@ -42,13 +40,17 @@ pub(super) struct Key {
 /// All connections.
 pub(crate) struct Connections {
     table: Arc<Mutex<Table>>,
-    half_open: Arc<Semaphore>,
+    limits: Limits,
 }
 
 #[derive(Default)]
 struct Table {
     connections: HashMap<Key, Arc<Connection>>,
-    /// Bytes that connections may have in their buffers.
+    /// Those among them that one side has not answered yet, the oldest first.
+    half_open: VecDeque<Arc<Connection>>,
+    /// Connections whose task has not ended, also those that are in the table no more.
+    alive: usize,
+    /// Bytes that they may have in their buffers.
     reserved: usize,
 }
 
@@ -57,12 +59,32 @@ pub(super) struct Connection {
     pub key: Key,
     /// Where the guest's sequence numbers began, if it was the guest who connected.
     began: Option<TcpSeqNumber>,
+    /// The host's side has answered.
+    accepted: AtomicBool,
     pub inbox: Inbox,
     /// Size of each buffer.
     pub buffer: usize,
 }
 
 impl Connection {
+    /// Whether the guest waits for the host's side.
+    pub fn waits(&self) -> bool {
+        self.began.is_some() && !self.accepted.load(Ordering::Relaxed)
+    }
+
+    /// The host's side has answered the guest.
+    pub fn accept(&self) {
+        self.accepted.store(true, Ordering::Relaxed);
+    }
+
+    /// Who is to answer: an address of the host's side, or the guest.
+    fn destination(&self) -> (bool, IpAddr) {
+        match self.began {
+            Some(_) => (true, self.key.remote.ip()),
+            None => (false, self.key.guest.ip()),
+        }
+    }
+
     /// Whether a SYN with this number is for another connection than this.
     pub fn is_another(&self, sequence: TcpSeqNumber) -> bool {
         self.began.is_some_and(|began| began != sequence)
@@ -78,13 +100,15 @@ impl Connection {
 pub(super) struct Entry {
     connection: Arc<Connection>,
     table: Arc<Mutex<Table>>,
-    half_open: Option<OwnedSemaphorePermit>,
+    half_open: bool,
 }
 
 impl Entry {
     /// Both sides have answered.
     pub fn established(&mut self) {
-        self.half_open = None;
+        if std::mem::take(&mut self.half_open) {
+            lock(&self.table).settle(&self.connection);
+        }
     }
 }
 
@@ -99,6 +123,7 @@ impl Deref for Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         let mut table = lock(&self.table);
+        table.alive -= 1;
         table.reserved -= self.connection.reserved();
         table.take(&self.connection);
     }
@@ -107,6 +132,7 @@ impl Drop for Entry {
 impl Table {
     /// Takes out this connection, but not one that has taken its place.
     fn take(&mut self, connection: &Arc<Connection>) {
+        self.settle(connection);
         let key = &connection.key;
         if self.connections.get(key).is_some_and(|there| Arc::ptr_eq(there, connection)) {
             self.connections.remove(key);
@@ -116,11 +142,46 @@ impl Table {
             }
         }
     }
+
+    /// Nobody has to answer this connection any more.
+    fn settle(&mut self, connection: &Arc<Connection>) {
+        let at = self.half_open.iter().position(|there| Arc::ptr_eq(there, connection));
+        at.and_then(|at| self.half_open.remove(at));
+    }
+
+    /// Ends a connection that nobody has answered if there are too many of them, now that one more comes: the oldest to
+    /// the destination that has the most. Who has begun it and still wants it tries again.
+    fn make_room(&mut self, new: &Connection, limits: Limits) {
+        if self.half_open.len() < limits.half_open_to_one {
+            return;
+        }
+        let mut counts = HashMap::new();
+        for connection in &self.half_open {
+            *counts.entry(connection.destination()).or_insert(0_usize) += 1;
+        }
+        let new = new.destination();
+        let fullest = if counts.get(&new).is_some_and(|count| *count >= limits.half_open_to_one) {
+            Some(new)
+        } else if self.half_open.len() >= limits.half_open {
+            let most = counts.values().max().copied();
+            // The first that has so many, so that of single ones the oldest goes.
+            let mut all = self.half_open.iter().map(|connection| connection.destination());
+            all.find(|destination| counts.get(destination).copied() == most)
+        } else {
+            None
+        };
+        let Some(fullest) = fullest else { return };
+        let oldest = self.half_open.iter().find(|there| there.destination() == fullest).cloned();
+        if let Some(oldest) = oldest {
+            self.take(&oldest);
+            oldest.inbox.close();
+        }
+    }
 }
 
 impl Connections {
-    pub fn new() -> Self {
-        Self { table: Arc::default(), half_open: Arc::new(Semaphore::new(MAX_HALF_OPEN)) }
+    pub fn new(limits: Limits) -> Self {
+        Self { table: Arc::default(), limits }
     }
 
     /// How many there are.
@@ -143,20 +204,23 @@ impl Connections {
 
     /// Adds a connection that the guest began, or the host's side; `None` if there are too many.
     pub(super) fn enter(&self, key: Key, began: Option<TcpSeqNumber>) -> Option<Entry> {
-        let half_open = Arc::clone(&self.half_open).try_acquire_owned().ok()?;
         let mut table = lock(&self.table);
-        // Those that were replaced and have not ended yet are not in the table, but in the budget.
-        if table.connections.len() >= MAX_CONNECTIONS || table.reserved >= 2 * BUDGET {
+        // Also those count that were replaced and have not ended yet.
+        if table.alive >= self.limits.connections || table.reserved >= 2 * BUDGET {
             return None;
         }
         let share = BUDGET.saturating_sub(table.reserved) / SHARE / 3;
         let buffer = share.clamp(MIN_BUFFER, MAX_BUFFER);
         let inbox = Inbox::new(buffer + INBOX_EXTRA);
-        let connection = Arc::new(Connection { key, began, inbox, buffer });
+        let accepted = AtomicBool::new(false);
+        let connection = Arc::new(Connection { key, began, accepted, inbox, buffer });
+        table.make_room(&connection, self.limits);
+        table.alive += 1;
         table.reserved += connection.reserved();
+        table.half_open.push_back(Arc::clone(&connection));
         table.connections.insert(key, Arc::clone(&connection));
         drop(table);
-        Some(Entry { connection, table: Arc::clone(&self.table), half_open: Some(half_open) })
+        Some(Entry { connection, table: Arc::clone(&self.table), half_open: true })
     }
 
     /// Adds a connection to the guest. It seems to come from the gateway, and if possible from
@@ -242,12 +306,5 @@ impl Inbox {
     /// Waits until there is something new.
     pub async fn changed(&self) {
         self.changed.notified().await;
-    }
-
-    /// Waits until the connection shall end.
-    pub async fn closed(&self) {
-        while !lock(&self.state).closed {
-            self.changed().await;
-        }
     }
 }

@@ -157,12 +157,17 @@ fn echo_requests_go_beyond_the_gateway_where_the_host_allows_it() {
 fn flows_of_datagrams_are_bounded() {
     let guest = Guest::new(GatewaySpec::default());
     let (host, address) = host();
+    host.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     for port in 1..3000 {
         let payload = datagram((GUEST_V4, port).into(), address, b"x").unwrap();
-        guest.cable.send(&raw(17, GATEWAY_V4, &payload));
-        receive(&host);
+        // One is lost now and then, where those that made room for it are not closed yet.
+        let mut arrived = false;
+        while !arrived {
+            guest.cable.send(&raw(17, GATEWAY_V4, &payload));
+            arrived = host.recv(&mut [0; 2]).is_ok();
+        }
     }
-    assert_eq!(guest.gateway().stats().datagram_flows, super::super::udp::MAX_FLOWS);
+    assert_eq!(guest.gateway().stats().datagram_flows, Limits::new(usize::MAX).flows);
     guest.gateway().detach();
     assert_eq!(guest.gateway().stats().datagram_flows, 0);
 }
@@ -231,6 +236,27 @@ fn the_longest_answers_arrive_and_those_too_short_are_passed_over() {
     guest.send_to(socket, QUERY, (DNS_V4, 53).into());
     assert_eq!(guest.receive_from(socket).0, b"\x12\x34\x81\x80 and so on");
     server.join().unwrap();
+}
+
+#[test]
+fn the_newest_question_is_asked_whatever_hangs() {
+    let (silent, _) = host();
+    let resolvers = Some(vec![silent.local_addr().unwrap()]);
+    let mut guest = Guest::new(GatewaySpec { resolvers, ..GatewaySpec::default() });
+    let socket = guest.udp(4000);
+    let count = u16::try_from(3 * Limits::new(usize::MAX).questions).unwrap();
+    let question = |number: u16| [&number.to_be_bytes(), &QUERY[2..]].concat();
+    for number in 0..count {
+        guest.send_to(socket, &question(number), (DNS_V4, 53).into());
+        guest.until(|_| Some(()));
+        assert_eq!(receive(&silent).0, question(number));
+    }
+    guest.send_to(socket, QUERY, (DNS_V4, 53).into());
+    guest.until(|_| Some(()));
+    let (query, peer) = receive(&silent);
+    assert_eq!(query, QUERY);
+    silent.send_to(b"\x12\x34\x81\x80 and so on", peer).unwrap();
+    assert_eq!(guest.receive_from(socket).0, b"\x12\x34\x81\x80 and so on");
 }
 
 #[test]

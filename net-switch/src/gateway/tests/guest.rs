@@ -10,7 +10,7 @@ use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{AnySocket, tcp, udp};
 use smoltcp::time::Instant;
-use smoltcp::wire::{EthernetAddress, IpCidr};
+use smoltcp::wire::{EthernetAddress, IpCidr, TcpControl};
 use tokio::runtime::Runtime;
 
 use super::PATIENCE;
@@ -302,18 +302,28 @@ pub(in crate::gateway) fn raw(protocol: u8, to: Ipv4Addr, payload: &[u8]) -> Vec
 
 /// The guest's SYN in a frame.
 pub(in crate::gateway) fn syn(from_port: u16, to: SocketAddr, sequence: i32) -> Vec<u8> {
+    segment(TcpControl::Syn, from_port, to, sequence)
+}
+
+/// The guest's reset in a frame.
+pub(in crate::gateway) fn reset(from_port: u16, to: SocketAddr, sequence: i32) -> Vec<u8> {
+    segment(TcpControl::Rst, from_port, to, sequence)
+}
+
+fn segment(control: TcpControl, from_port: u16, to: SocketAddr, sequence: i32) -> Vec<u8> {
     use smoltcp::phy::ChecksumCapabilities;
-    use smoltcp::wire::{TcpControl, TcpPacket, TcpRepr, TcpSeqNumber};
+    use smoltcp::wire::{TcpPacket, TcpRepr, TcpSeqNumber};
     let IpAddr::V4(address) = to.ip() else { panic!("{to}") };
+    let syn = control == TcpControl::Syn;
     let repr = TcpRepr {
         src_port: from_port,
         dst_port: to.port(),
-        control: TcpControl::Syn,
+        control,
         seq_number: TcpSeqNumber(sequence),
         ack_number: None,
         window_len: 8192,
-        window_scale: Some(0),
-        max_seg_size: Some(1460),
+        window_scale: syn.then_some(0),
+        max_seg_size: syn.then_some(1460),
         sack_permitted: false,
         sack_ranges: [None; 3],
         timestamp: None,

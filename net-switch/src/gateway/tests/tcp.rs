@@ -4,9 +4,8 @@ use std::net::{Shutdown, TcpStream};
 
 use smoltcp::socket::tcp::{Socket, State};
 
-use super::guest::syn;
+use super::guest::{reset, syn};
 use super::*;
-use crate::gateway::tcp::MAX_HALF_OPEN;
 
 /// Odd, and more than fits into all buffers together.
 const LARGE: usize = 6 << 20 | 1;
@@ -71,10 +70,7 @@ fn refusals_arrive_as_such() {
 #[test]
 fn a_host_that_does_not_answer_leaves_the_guest_to_its_own_timeout() {
     let mut guest = Guest::new(GatewaySpec::default());
-    let (host, address) = listener();
-    // With its queue full the host's kernel drops what asks for a connection.
-    socket2::SockRef::from(&host).listen(0).unwrap();
-    let first = TcpStream::connect(host.local_addr().unwrap()).unwrap();
+    let (host, first, address) = silent();
     let socket = guest.begin(address);
     let gateway = Arc::clone(&guest.cable.gateway);
     guest.until(|_| (gateway.stats().connections == 1).then_some(()));
@@ -83,6 +79,68 @@ fn a_host_that_does_not_answer_leaves_the_guest_to_its_own_timeout() {
     // The guest's next attempt is a new one for the host too.
     drop((first, host.accept().unwrap()));
     guest.state(socket, State::Established);
+}
+
+/// A port of the host where nobody is ever answered, and what keeps it so.
+fn silent() -> (TcpListener, TcpStream, SocketAddr) {
+    let (host, address) = listener();
+    // With its queue full the host's kernel drops what asks for a connection.
+    socket2::SockRef::from(&host).listen(0).unwrap();
+    let first = TcpStream::connect(host.local_addr().unwrap()).unwrap();
+    (host, first, address)
+}
+
+#[test]
+fn what_hangs_keeps_nobody_else_from_connecting() {
+    let mut guest = Guest::new(GatewaySpec::default());
+    let limits = Limits::new(usize::MAX);
+    let silent: Vec<_> = (0..3).map(|_| silent()).collect();
+    // Three destinations by port, but one by address: it gets its part.
+    for port in 1..u16::try_from(2 * limits.half_open).unwrap() {
+        let address = silent[usize::from(port) % 3].2;
+        guest.cable.send(&syn(port, address, i32::from(port)));
+    }
+    let gateway = Arc::clone(&guest.cable.gateway);
+    assert_eq!(gateway.stats().connections, limits.half_open_to_one);
+    let (host, address) = listener();
+    let began = Instant::now();
+    guest.connect(address).unwrap();
+    host.accept().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    // It had to make room in its own destination's part.
+    assert!(gateway.stats().connections <= limits.half_open_to_one);
+}
+
+#[test]
+fn what_the_guest_gives_up_is_forgotten() {
+    let guest = Guest::new(GatewaySpec::default());
+    let gateway = Arc::clone(&guest.cable.gateway);
+    let (_host, _first, address) = silent();
+    guest.cable.send(&syn(1000, address, 7));
+    guest.cable.send(&syn(1001, address, 7));
+    assert_eq!(gateway.stats().connections, 2);
+    // One is reset by the guest, of the other nothing is heard any more.
+    guest.cable.send(&reset(1000, address, 8));
+    assert_eq!(gateway.stats().connections, 1);
+    let began = Instant::now();
+    while gateway.stats().connections > 0 {
+        // Before the host would give up by itself.
+        assert!(began.elapsed() < Duration::from_secs(7), "{:?}", gateway.stats());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn what_the_guest_repeats_is_kept() {
+    let guest = Guest::new(GatewaySpec::default());
+    let (host, first, address) = silent();
+    for at in [0, 1, 3] {
+        thread::sleep(Duration::from_secs(at).min(Duration::from_secs(2)));
+        guest.cable.send(&syn(1000, address, 7));
+    }
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(guest.gateway().stats().connections, 1);
+    drop((first, host.accept().unwrap()));
 }
 
 #[test]
@@ -175,7 +233,7 @@ fn a_flood_of_syns_is_bounded() {
         }
     }
     let stats = guest.gateway().stats();
-    assert!(stats.connections <= MAX_HALF_OPEN, "{stats:?}");
+    assert!(stats.connections <= Limits::new(usize::MAX).half_open_to_one, "{stats:?}");
     assert!(stats.reserved <= 512 << 20, "{stats:?}");
     guest.gateway().detach();
     let began = Instant::now();
@@ -192,7 +250,8 @@ fn connections_that_the_guest_never_answers_are_bounded() {
     let loopback = (Ipv4Addr::LOCALHOST, 0).into();
     let spec = forward(Side::Host, Protocol::Tcp, loopback, (GUEST_V4, 80).into());
     let bound = guest.runtime.block_on(guest.gateway().forward(spec)).unwrap();
-    // All are taken from the listener: more than may be half open are reset at once.
+    let most = Limits::new(usize::MAX).half_open_to_one;
+    // All are taken from the listener: when there are more than may be half open the oldest is reset.
     let (mut waiting, mut reset) = (Vec::new(), 0);
     for _ in 0..COUNT {
         match TcpStream::connect(bound) {
@@ -204,7 +263,7 @@ fn connections_that_the_guest_never_answers_are_bounded() {
         while guest.cable.card.next(Duration::ZERO).is_some() {}
     }
     let began = Instant::now();
-    while waiting.len() > MAX_HALF_OPEN {
+    while waiting.len() > most {
         assert!(began.elapsed() < PATIENCE, "{} still wait", waiting.len());
         waiting.retain_mut(|stream| {
             stream.set_nonblocking(true).unwrap();
@@ -213,8 +272,8 @@ fn connections_that_the_guest_never_answers_are_bounded() {
             error.kind() == ErrorKind::WouldBlock
         });
     }
-    assert_eq!((waiting.len(), reset), (MAX_HALF_OPEN, COUNT - MAX_HALF_OPEN));
-    assert_eq!(guest.gateway().stats().connections, MAX_HALF_OPEN);
+    assert_eq!((waiting.len(), reset), (most, COUNT - most));
+    assert_eq!(guest.gateway().stats().connections, most);
     // The others hear when the guest goes.
     guest.gateway().detach();
     for mut stream in waiting {

@@ -15,8 +15,7 @@ use std::sync::Arc;
 use bolero::check;
 use firn_net_switch::{Header, NetPort, OwnedFrame, Switch};
 use firn_vmm::spec::{
-    CachePolicy, ConsolePortSpec, DiskCreateSpec, DiskFormat, DiskSpec, NetSpec, ShareSpec,
-    VsockSpec,
+    ConsolePortSpec, DiskFormat, DiskMib, DiskSpec, Mac, NetSpec, ShareSpec, VsockSpec,
 };
 use firn_vmm::virtio::VirtioDevice;
 use firn_vmm::virtio::balloon::Balloon;
@@ -137,7 +136,7 @@ fn net() {
     let make = || {
         let switch = Switch::new("fuzz");
         let (card, other) = (switch.add_port("guest"), switch.add_port("other"));
-        let spec = NetSpec { mac: [0x52, 0x54, 0, 0x12, 1, 1] };
+        let spec = NetSpec { mac: Mac([0x52, 0x54, 0, 0x12, 1, 1]) };
         let net = Net::new(&spec, Arc::new(card)).expect("descriptors");
         (Box::new(net) as Box<dyn VirtioDevice>, (switch, other))
     };
@@ -163,7 +162,7 @@ fn vsock() {
     let dir = tempfile::tempdir().expect("a directory");
     let socket = dir.path().join("vsock");
     let make = || {
-        let spec = VsockSpec { cid: CID.into(), socket: socket.clone() };
+        let spec = VsockSpec { cid: u64::from(CID).try_into().expect("in range"), socket: socket.clone() };
         let vsock = Vsock::new(&spec).expect("the place is free");
         (Box::new(vsock) as Box<dyn VirtioDevice>, Vec::new())
     };
@@ -204,12 +203,7 @@ fn fs() {
     fs::create_dir(&share).expect("it is new");
     fs::write(share.join("file"), "text").expect("there is room");
     let make = || {
-        let spec = ShareSpec {
-            tag: "fuzz".to_owned(),
-            source: share.clone(),
-            read_only: false,
-            cache: CachePolicy::Never,
-        };
+        let spec = ShareSpec::new("fuzz".try_into().expect("a tag"), share.clone());
         (Box::new(Fs::new(&spec).expect("a share")) as Box<dyn VirtioDevice>, ())
     };
     drive(FEWER, make, fuse, |(), _| {});
@@ -245,9 +239,12 @@ fn fuse(_queue: u16, bytes: &[u8]) -> Vec<u8> {
 
 /// A new disk image of 1 MiB.
 fn image(dir: &Path, format: DiskFormat) -> DiskSpec {
-    let create = DiskCreateSpec { size_mib: 1, ext4_label: None };
-    let path: PathBuf = dir.join(format!("disk.{format}"));
-    DiskSpec { path, format, read_only: false, serial: None, create: Some(create) }
+    DiskSpec {
+        image: dir.join(format!("disk.{format}")),
+        format: Some(format),
+        size: Some(DiskMib::MIN),
+        ..DiskSpec::default()
+    }
 }
 
 /// A header: kind and sector (virtio 1.2, 5.2.6), and data.
@@ -279,7 +276,7 @@ fn damaged_qcow2() {
     let dir = tempfile::tempdir().expect("a directory");
     let spec = image(dir.path(), DiskFormat::Qcow2);
     drop(Blk::new(&spec, 1).expect("it is made"));
-    let whole = fs::read(&spec.path).expect("it is there");
+    let whole = fs::read(&spec.image).expect("it is there");
     let input = check!().with_iterations(FEWER).with_type::<(Vec<(u8, u16, u8)>, u8, Vec<Step>)>();
     input.for_each(|(damage, cut, steps)| {
         let mut bytes = whole.clone();
@@ -293,8 +290,8 @@ fn damaged_qcow2() {
         if cut % 8 == 0 {
             bytes.truncate(bytes.len() * usize::from(*cut) / 256);
         }
-        fs::write(&spec.path, &bytes).expect("there is room");
-        let spec = DiskSpec { create: None, ..spec.clone() };
+        fs::write(&spec.image, &bytes).expect("there is room");
+        let spec = DiskSpec { size: None, ..spec.clone() };
         if let Ok(blk) = Blk::new(&spec, 1) {
             let mut rig = Rig::new(Box::new(blk), disk_request);
             rig.set_up(0);

@@ -66,7 +66,8 @@ pub(super) fn create(
     let fresh = || {
         tempfile::Builder::new()
             .prefix(".firn-disk-")
-            .permissions(Permissions::from_mode(0o666))
+            // What guests keep is not for other users of the host.
+            .permissions(Permissions::from_mode(0o600))
             .tempfile_in(directory)
             .map_err(host("make a file"))
     };

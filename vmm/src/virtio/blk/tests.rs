@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::*;
-use crate::spec::{DiskCreateSpec, DiskFormat};
+use crate::spec::DiskFormat;
 use crate::virtio::testing::{DriverQueue, Guest, Part, Used};
 
 const MIB: u64 = 1 << 20;
@@ -20,15 +20,14 @@ const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 
 fn spec(path: &Path, format: DiskFormat) -> DiskSpec {
-    let path = path.to_owned();
-    DiskSpec { path, format, read_only: false, serial: None, create: None }
+    DiskSpec { image: path.to_owned(), format: Some(format), ..DiskSpec::default() }
 }
 
 /// A directory with the spec of an image of `mib` MiB in it that is yet to be made.
 fn fresh(format: DiskFormat, mib: u64) -> (TempDir, DiskSpec) {
     let dir = tempfile::tempdir().unwrap();
     let mut spec = spec(&dir.path().join("disk"), format);
-    spec.create = Some(DiskCreateSpec { size_mib: mib, ext4_label: None });
+    spec.size = Some(mib.try_into().unwrap());
     (dir, spec)
 }
 

@@ -10,7 +10,7 @@ fn what_is_written_is_read_and_is_in_the_file() {
     assert_eq!(rig.write(3, &data), OK);
     assert_eq!(rig.read(3, data.len()), data);
     assert_eq!(rig.read(2, 512), [0; 512]);
-    let file = std::fs::read(&spec.path).unwrap();
+    let file = std::fs::read(&spec.image).unwrap();
     assert_eq!(file.len(), 4 << 20);
     assert_eq!(file[3 * 512..12 * 512], data);
 }
@@ -56,7 +56,7 @@ fn nothing_outside_the_disk_and_no_parts_of_sectors() {
         assert_eq!(rig.request(0, sector, &[], len).0, IOERR, "read {len} at {sector}");
         assert_eq!(rig.write(sector, &vec![1; len]), IOERR, "write {len} at {sector}");
     }
-    assert_eq!(std::fs::read(&spec.path).unwrap(), vec![0; 1 << 20], "nothing was written");
+    assert_eq!(std::fs::read(&spec.image).unwrap(), vec![0; 1 << 20], "nothing was written");
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn the_serial_number_is_told() {
     for serial in ["", "root", "exactly-20-bytes-long"] {
         let (_dir, mut spec) = fresh(DiskFormat::Raw, 1);
         let serial = &serial[..serial.len().min(SERIAL_LEN)];
-        spec.serial = Some(serial.to_owned());
+        spec.serial = Some(serial.try_into().unwrap());
         let mut rig = Rig::new(&spec);
         let (status, id) = rig.request(8, 0, &[], 20);
         assert_eq!(status, OK);
@@ -84,19 +84,9 @@ fn the_serial_number_is_told() {
 #[test]
 fn a_short_buffer_gets_the_beginning_of_the_serial_number() {
     let (_dir, mut spec) = fresh(DiskFormat::Raw, 1);
-    spec.serial = Some("abcdef".into());
+    spec.serial = Some("abcdef".try_into().unwrap());
     let mut rig = Rig::new(&spec);
     assert_eq!(rig.request(8, 0, &[], 3), (OK, b"abc".to_vec()));
-}
-
-#[test]
-fn serial_numbers_that_cannot_be_are_refused() {
-    for serial in ["123456789012345678901", "a\0b"] {
-        let (_dir, mut spec) = fresh(DiskFormat::Raw, 1);
-        spec.serial = Some(serial.into());
-        let error = Blk::new(&spec, 1).err().unwrap().to_string();
-        assert!(error.contains("20 bytes"), "{error}");
-    }
 }
 
 #[test]
@@ -155,7 +145,7 @@ fn discarding_and_unmapping_give_space_back_but_plain_zeroes_keep_it() {
             assert_eq!(rig.write(at * 2048, &pattern(1 << 20, 4)), OK);
         }
         assert_eq!(rig.flush(), OK);
-        let blocks = || std::fs::metadata(&spec.path).unwrap().blocks() * 512;
+        let blocks = || std::fs::metadata(&spec.image).unwrap().blocks() * 512;
         let before = blocks();
         assert!(before >= 4 * MIB);
         assert_eq!(rig.request(kind, 0, &range(2048, 3 * 2048, flags), 0).0, OK);

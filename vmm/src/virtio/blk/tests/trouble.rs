@@ -115,7 +115,7 @@ fn a_killed_process_loses_nothing_that_was_flushed() {
         (path, _) => (path.to_owned(), DiskFormat::Qcow2),
     };
     let mut spec = spec(Path::new(&path), format);
-    spec.create = Some(DiskCreateSpec { size_mib: 256, ext4_label: None });
+    spec.size = Some(256_u64.try_into().unwrap());
     let mut rig = Rig::new(&spec);
     for at in 0.. {
         let data = pattern(64 << 10, u8::try_from(at % 256).unwrap());

@@ -9,7 +9,7 @@ fn failure(spec: &VsockSpec) -> VsockError {
 }
 
 fn spec(dir: &TempDir) -> VsockSpec {
-    VsockSpec { cid: CID, socket: dir.path().join("vsock") }
+    VsockSpec { cid: u64::from(CID).try_into().unwrap(), socket: dir.path().join("vsock") }
 }
 
 #[test]
@@ -51,13 +51,9 @@ fn a_stale_socket_is_replaced_and_nothing_else() {
 #[test]
 fn what_cannot_be_is_said() {
     let dir = tempfile::tempdir().unwrap();
-    for cid in [0, 2, u32::MAX] {
-        let error = failure(&VsockSpec { cid, ..spec(&dir) });
-        assert!(matches!(error, VsockError::Cid(_)), "{error}");
-    }
     for path in ["no/such/dir", &"x".repeat(120)] {
         let socket = dir.path().join(path);
-        let error = failure(&VsockSpec { socket: socket.clone(), cid: CID });
+        let error = failure(&VsockSpec { socket: socket.clone(), ..spec(&dir) });
         let expected = format!("cannot listen at vsock socket {}", socket.display());
         assert_eq!(error.to_string(), expected);
     }
