@@ -14,6 +14,7 @@ pub mod interrupt;
 pub mod memory;
 pub mod probe;
 pub mod spec;
+pub mod tsc;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
