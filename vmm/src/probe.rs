@@ -179,6 +179,7 @@ fn measure(path: &Path) -> Result<Measured, ProbeError> {
             best.guest = best.guest.min(run_loop(&mut vcpu, ROUNDS)?);
         }
     }
+    tracing::debug!(?best, "the probe's loop");
     Ok(best)
 }
 

@@ -27,6 +27,10 @@ const PROGRAM: &str = "qemu-system-x86_64";
 /// but not one whose parent died before it asked for that.
 const IF_PARENT_LIVES: &str = "[ \"$PPID\" = \"$0\" ] && exec \"$@\"";
 
+/// What the processor must not have. QEMU 7.2 gives a guest of its guest no XCR0 of its own: what one writes there, the
+/// other has, and Linux 7 finds sizes that do not fit and stops. So there is no XSAVE, and nothing that needs it.
+const UNUSABLE: &str = "-xsave,-avx,-avx2,-f16c,-fma,-mpx,-pku,-vaes";
+
 /// How much of what QEMU and its guest's kernel print is kept, in bytes.
 const TAIL: usize = 16 << 10;
 
@@ -54,10 +58,8 @@ impl Machine {
         args.add("-M", "q35,smm=off,hpet=off,usb=off,vmport=off,sata=off,smbus=off");
         args.add("-nodefaults", "").add("-no-user-config", "").add("-no-reboot", "");
         args.add("-display", "none");
-        // QEMU 7.2 gives a guest of this guest no XCR0 of its own: what the one writes there the other has, and newer
-        // kernels see sizes that do not fit (and stop). So neither has one.
         if self.exact {
-            args.add("-cpu", "max,-xsave");
+            args.add("-cpu", format!("max,{UNUSABLE}"));
             // The clock is the number of instructions, 1 ns each; idle time is skipped.
             args.add("-accel", "tcg,thread=single")
                 .add("-icount", "shift=0,sleep=off")
@@ -65,7 +67,7 @@ impl Machine {
         } else {
             // Each byte of a `rep stosb` is an instruction to emulate. Without it Linux clears memory by words: a boot
             // takes a quarter less.
-            args.add("-cpu", "max,-xsave,-erms");
+            args.add("-cpu", format!("max,{UNUSABLE},-erms"));
             args.add("-accel", "tcg,thread=multi").add("-smp", self.cores.to_string());
         }
         args.add("-m", format!("{}M", self.memory_mib));
