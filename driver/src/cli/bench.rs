@@ -52,6 +52,8 @@ ready, and the process was gone, since exec; then the processor's work for guest
 kernel (sys), how far apart the totals were, and the monitor's resident memory beside the guest's (firn's with a
 console, a source of entropy, a network card and a share).
 
+A monitor that fails or hangs is given up: the table says why, the others are measured, and the exit status is 1.
+
 Examples:
   firn bench boot
   firn bench boot --compare qemu-q35,qemu-microvm --output results
@@ -199,7 +201,8 @@ fn here(args: &Boot) -> Result<ExitCode> {
         false => args.files.iter().try_for_each(|file| plan.add_file(file))?,
     }
     plan.add_monitors(&args.compare)?;
-    let measured = bench::measure(&plan.subjects, args.runs.into(), |what| {
+    let limit = if args.counted { bench::LIMIT_COUNTED } else { bench::LIMIT };
+    let measured = bench::measure(&plan.subjects, args.runs.into(), limit, |what| {
         if io::stderr().is_terminal() {
             eprint!("\r\x1b[K{what}");
         } else {
@@ -210,9 +213,9 @@ fn here(args: &Boot) -> Result<ExitCode> {
         eprint!("\r\x1b[K");
     }
     let unit = if args.counted { Unit::Instructions } else { Unit::Nanoseconds };
-    let report = Report::new(unit, args.runs.into(), &measured?);
+    let report = Report::new(unit, args.runs.into(), &measured);
     show(args, &report)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(if report.missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn show(args: &Boot, report: &Report) -> Result<()> {

@@ -27,11 +27,11 @@ impl PyLogger {
     }
 
     fn add_xml(&self, path: PathBuf) -> PyResult<()> {
-        Ok(self.0.add_xml(&path)?)
+        Ok(self.0.add_xml(&path).map_err(|error| about_file(&path, &error))?)
     }
 
     fn add_junit(&self, path: PathBuf) -> PyResult<()> {
-        Ok(self.0.add_junit(&path)?)
+        Ok(self.0.add_junit(&path).map_err(|error| about_file(&path, &error))?)
     }
 
     fn finish(&self) -> PyResult<()> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use firn::{Driver, Machine, kit};
+use firn_tests::skip::skipped;
 use firn_tests::{micro, with_machines};
 use tempfile::TempDir;
 
@@ -124,7 +125,7 @@ fn two_guests_and_the_host_write_to_one_share_without_root() {
 /// Runs the test `name` of this program again, as [`USER`].
 fn as_user(name: &str) {
     let Some(groups) = groups_for_kvm() else {
-        eprintln!("SKIPPED: on this host none but root may use /dev/kvm");
+        skipped("on this host none but root may use /dev/kvm");
         return;
     };
     let place = tempfile::tempdir().unwrap();

@@ -280,14 +280,7 @@ fn ext4_is_made_with_its_label() {
     for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
         let (_dir, mut spec) = fresh(format, 64);
         spec.create.as_mut().unwrap().ext4_label = Some("nixos".into());
-        let mut rig = match Blk::new(&spec, 1) {
-            Ok(blk) => Rig::around(blk, FEATURES),
-            Err(error) if error.source().unwrap().to_string().contains("e2fsprogs") => {
-                eprintln!("SKIPPED: there is no mkfs.ext4 here");
-                return;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let mut rig = Rig::around(Blk::new(&spec, 1).unwrap(), FEATURES);
         let superblock = rig.read(2, 1024);
         assert_eq!(superblock[0x38..0x3a], [0x53, 0xef], "{format}: s_magic");
         assert_eq!(&superblock[0x78..0x7e], b"nixos\0");
