@@ -111,6 +111,8 @@ struct RawShare {
     read_only: bool,
     #[serde(default)]
     cache: CachePolicy,
+    #[serde(default)]
+    allow_setuid: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -351,6 +353,7 @@ impl MachineFile {
                 target: None,
                 read_only: share.read_only,
                 cache: share.cache,
+                allow_setuid: share.allow_setuid,
             })
         });
         let vsock = raw.vsock.as_ref().map(|vsock| {

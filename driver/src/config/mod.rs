@@ -130,6 +130,8 @@ pub struct ShareConfig {
     pub read_only: bool,
     /// How long the guest may trust what it has read.
     pub cache: CachePolicy,
+    /// Let the guest give files set-uid and set-gid bits.
+    pub allow_setuid: bool,
 }
 
 /// A disk of a machine.
