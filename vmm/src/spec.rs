@@ -105,13 +105,19 @@ pub struct ShareSpec {
     /// How long the guest may trust what it has read.
     #[serde(default)]
     pub cache: CachePolicy,
+    /// Let the guest give files set-uid and set-gid bits. Otherwise they are left out of each mode
+    /// that it sets, without an error: what a guest wrote would run with the rights of firn's user,
+    /// for anybody on the host who reaches the directory.
+    #[serde(default)]
+    pub allow_setuid: bool,
 }
 
 /// How long the guest may trust what it has read of a share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CachePolicy {
-    /// Ask the host each time: for directories that others write.
+    /// Ask the host each time: for directories that others write. Guests before Linux 6.6 cannot
+    /// map such files shared (`MAP_SHARED`: ENODEV).
     #[default]
     Never,
     /// Trust metadata for a second, data while a file is open.

@@ -77,6 +77,11 @@ struct RawShare {
     target: Spanned<PathBuf>,
     #[serde(default)]
     read_only: bool,
+    /// Unless it is said otherwise, others write to it, the host at least.
+    #[serde(default)]
+    cache: CachePolicy,
+    #[serde(default)]
+    allow_setuid: bool,
 }
 
 #[derive(Deserialize)]
@@ -463,9 +468,9 @@ impl Reader<'_> {
             source,
             target: Some(raw.target.into_inner()),
             read_only: raw.read_only,
-            // Others write to it, the host at least.
-            cache: CachePolicy::Never,
             copies: BTreeMap::new(),
+            cache: raw.cache,
+            allow_setuid: raw.allow_setuid,
         })
     }
 

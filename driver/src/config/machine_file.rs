@@ -119,6 +119,8 @@ struct RawShare {
     /// Files that are copied into the source at each start, by their names there; what is empty or no file is left out.
     #[serde(default)]
     copies: BTreeMap<String, String>,
+    #[serde(default)]
+    allow_setuid: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -368,6 +370,7 @@ impl MachineFile {
                 read_only: share.read_only,
                 cache: share.cache,
                 copies: copies.collect::<Result<_, _>>()?,
+                allow_setuid: share.allow_setuid,
             })
         });
         let vsock = raw.vsock.as_ref().map(|vsock| {

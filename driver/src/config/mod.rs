@@ -135,6 +135,8 @@ pub struct ShareConfig {
     pub cache: CachePolicy,
     /// Files of the host that are copied into it at each start, by their names in it. It is made if there are any.
     pub copies: BTreeMap<String, PathBuf>,
+    /// Let the guest give files set-uid and set-gid bits.
+    pub allow_setuid: bool,
 }
 
 /// A disk of a machine.

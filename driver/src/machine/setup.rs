@@ -246,18 +246,25 @@ fn share(config: &ShareConfig) -> ShareSpec {
         source: config.source.clone(),
         read_only: config.read_only,
         cache: config.cache,
+        allow_setuid: config.allow_setuid,
     }
 }
 
 /// Nobody writes to it.
 fn store(source: &Path) -> ShareSpec {
     let (tag, source) = (STORE_TAG.to_owned(), source.to_owned());
-    ShareSpec { tag, source, read_only: true, cache: CachePolicy::Always }
+    ShareSpec { tag, source, read_only: true, cache: CachePolicy::Always, allow_setuid: false }
 }
 
 /// Host and other guests write to it.
 fn exchange(tag: &str, source: PathBuf) -> ShareSpec {
-    ShareSpec { tag: tag.to_owned(), source, read_only: false, cache: CachePolicy::Never }
+    ShareSpec {
+        tag: tag.to_owned(),
+        source,
+        read_only: false,
+        cache: CachePolicy::Never,
+        allow_setuid: false,
+    }
 }
 
 #[cfg(test)]

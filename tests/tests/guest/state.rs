@@ -85,6 +85,7 @@ fn spec(dir: &Path, index: usize) -> MachineSpec {
             source: share,
             read_only: false,
             cache: CachePolicy::Never,
+            allow_setuid: false,
         }],
         disks: vec![disk(dir.join(format!("{name}.qcow2")), DiskFormat::Qcow2)],
         rng: true,

@@ -209,6 +209,7 @@ fn fs() {
             source: share.clone(),
             read_only: false,
             cache: CachePolicy::Never,
+            allow_setuid: false,
         };
         (Box::new(Fs::new(&spec).expect("a share")) as Box<dyn VirtioDevice>, ())
     };

@@ -15,6 +15,15 @@
 //! read-only share the guest sees root as the owner, as it must for a Nix store. In both, ids of
 //! other users of the host stay as they are.
 //!
+//! **Set-uid and set-gid bits.** A write, a truncation or a change of owner takes them away, as on
+//! any file system. In a share that can be written a guest gets none at all unless the spec allows
+//! it: they are left out of each mode it sets, so that all see the same. Directories keep the
+//! set-gid bit, which there only says whose the new files are.
+//!
+//! **Extended attributes** a share that can be written has where the directory's file system has
+//! them (tmpfs: since Linux 6.6). Those of `trusted` and `security` are kept by other names; see
+//! [`xattr`]. ACLs are those of the host.
+//!
 //! **One request queue.** Kernels of today's stable distributions use no more than one, and the
 //! queue's lock is held only while a chain is taken or given back.
 //!
@@ -26,9 +35,11 @@
 //! cannot wait for each other: Linux handles FIFOs and file locks in the guest.
 
 mod confined;
+mod listing;
 mod server;
 #[cfg(test)]
 mod tests;
+mod xattr;
 
 use std::fs::{File, OpenOptions};
 use std::io;

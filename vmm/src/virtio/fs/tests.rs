@@ -1,6 +1,8 @@
 mod client;
 mod hostile;
+mod listing;
 mod process;
+mod rights;
 mod workers;
 
 use std::fs;
@@ -23,6 +25,7 @@ fn spec(source: &Path) -> ShareSpec {
         source: source.into(),
         read_only: false,
         cache: CachePolicy::Never,
+        allow_setuid: false,
     }
 }
 
