@@ -17,6 +17,7 @@ mod private;
 mod python;
 pub mod retry;
 pub mod scratch;
+mod signals;
 pub mod ssh;
 mod terminal;
 pub mod vlan;

@@ -83,9 +83,14 @@ class Driver:
         self.machines_nspawn: list[NspawnMachine] = []
         self.vlans: list[VLan] = []
         self.names: dict[str, object] = {}
-        self._take_over()
-        if test.ssh_backdoor or self.settings.vsock_offset is not None:
-            self._show_backdoor()
+        try:
+            self._take_over()
+            if test.ssh_backdoor or self.settings.vsock_offset is not None:
+                self._show_backdoor()
+        except BaseException:
+            # A signal, say: nobody else has this object to close it.
+            self._run.close()
+            raise
 
     def _take_over(self) -> None:
         """Take the names from the run and the script from the test."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from firn._firn import Test, in_carrier_if_needed
 from firn.driver import Settings
-from firn.runner import Options, guarded
+from firn.runner import Options, end_at_once, guarded
 from firn.terminal import with_terminal
 
 #: Set for the driver in a carrier, which shall not look for another.
@@ -166,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         log_level=args.log_level,
     )
     if args.accel != "none" and IN_CARRIER not in os.environ:
+        end_at_once()
         try:
             status = elsewhere(args, options, arguments)
         except (ValueError, RuntimeError, OSError) as error:

@@ -30,6 +30,20 @@ def terminate(number: int, _frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
+def end_at_once() -> None:
+    """Let signals end the process, also while Rust waits: nothing is there yet to be closed."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def end_by_raising() -> None:
+    """Let signals raise, so that all that is open is closed."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, terminate)
+
+
 @dataclass(frozen=True)
 class Options:
     """What a command line asks for."""
@@ -56,7 +70,9 @@ def run(options: Options) -> None:
         log.add_junit(options.settings.out_dir / options.junit)
     debug = DebugNop() if options.debug_attach is None else Debug(log, options.debug_attach)
     try:
-        driver = Driver(options.load(None), log, options.settings, debug)
+        test = options.load(None)
+        end_by_raising()
+        driver = Driver(test, log, options.settings, debug)
         try:
             if options.interactive:
                 from firn.interactive import interact  # noqa: PLC0415 - IPython is slow
@@ -79,8 +95,7 @@ def guarded(options: Options) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     interrupt_waits_by_signals()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, terminate)
+    end_at_once()
     try:
         run(options)
     except ScriptFailed:

@@ -293,6 +293,59 @@ class NixosTestDriver(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 5)
         self.assertEqual(list(self.state.iterdir()), [])
 
+    def test_what_others_plant(self) -> None:
+        """State that another user made is not used, kept or not, and not removed."""
+        if os.geteuid() != 0:
+            self.skipTest("only root can be another user")
+        config = self.config("print('here', flush=True)\nimport time\ntime.sleep(60)")
+        self.dir.chmod(0o755)
+        self.state.chmod(0o1777)
+        names = ("vm-state-machine", "shared-xchg", ".firn-run.lock")
+        for name, command in zip(names, ("mkdir", "ln -s /root", "touch"), strict=True):
+            planted = self.state / name
+            plant = [*command.split(), str(planted)]
+            subprocess.run(plant, check=True, user=65534, group=65534)
+            for flags in ((), ("-K",)):
+                with self.spawn("--config", config, *flags) as process:
+                    out, err = process.communicate(timeout=60)
+                self.assertEqual((process.returncode, out), (1, ""), err)
+                expected = (
+                    f"error: cannot keep state in {self.state}: {planted} belongs to another user "
+                    "(65534); set TMPDIR to another directory of yours\n"
+                )
+                self.assertEqual(err, expected)
+                self.assertTrue(planted.lstat().st_uid == 65534)
+            subprocess.run(["rm", "-r", str(planted)], check=True)
+            for own in self.state.iterdir():
+                subprocess.run(["rm", "-r", str(own)], check=True)
+        with self.spawn("--config", config) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            for name in ("vm-state-machine", "shared-xchg"):
+                self.assertEqual((self.state / name).stat().st_mode & 0o777, 0o700)
+            process.terminate()
+            process.communicate(timeout=60)
+        # Others write to it, and nothing keeps them from renaming what is there.
+        self.state.chmod(0o777)
+        _, _, err = self.drive("--config", config)
+        self.assertIn(f"{self.state} can be written to by other users; set TMPDIR", err)
+        os.chown(self.state, 65534, 65534)
+        _, _, err = self.drive("--config", config)
+        self.assertIn(f"{self.state} belongs to another user (65534); set TMPDIR", err)
+
+    def test_signals_before_the_script(self) -> None:
+        """Signals end it while it waits for its configuration, with or without a carrier."""
+        config = self.dir / "fifo"
+        os.mkfifo(config)
+        for accel in ("none", "carrier"):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                with self.spawn("--accel", accel, "--config", str(config)) as process:
+                    time.sleep(1)
+                    process.send_signal(number)
+                    process.communicate(timeout=10)
+                self.assertEqual(process.returncode, -number)
+        self.assertEqual(list(self.state.iterdir()), [])
+
     def test_create_machine(self) -> None:
         """A script makes machines of files and of their content."""
         path = self.machine("extra", nets=[{"vlan": 1}])

@@ -22,6 +22,7 @@ use crate::config::{ConfigError, MachineFile, TestConfig};
 use crate::driver::{Driver, DriverOptions};
 use crate::kit::{self, Kit, KitName};
 use crate::machine::Machine;
+use crate::private::{self, Place};
 
 /// Measure what firn does
 #[derive(Debug, clap::Args)]
@@ -187,7 +188,9 @@ impl Machines {
 
 fn here(args: &Boot) -> Result<ExitCode> {
     let kit = kit::build(KitName::Micro, &|line| eprintln!("{line}"))?;
-    let dir = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let dir = Place::open(&std::env::temp_dir())
+        .and_then(|place| private::temporary(&place, "firn-bench-"))
+        .context("cannot make a temporary directory")?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let manifest = kit.dir.join("manifest.json");
     let files = [&program, &kit.vmlinux(), &kit.kernel(), &kit.initrd(), &manifest];

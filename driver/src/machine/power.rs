@@ -194,14 +194,14 @@ impl Machine {
         if self.inner.dirs.keep {
             return Ok(());
         }
-        self.clean_up_state_dir().await
+        self.cleanup_state_dir().await
     }
 
     /// Removes its state, kept or not; the next start makes it anew.
     ///
     /// # Errors
     /// [`MachineError::Usage`] if it runs; if files cannot be removed.
-    pub async fn clean_up_state_dir(&self) -> Result<()> {
+    pub async fn cleanup_state_dir(&self) -> Result<()> {
         let _starting = self.inner.starting.lock().await;
         if self.booted() {
             let what = format!("{} runs, and needs its state", self.name());

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use super::duration::Timeout;
 use super::errors::exception;
@@ -19,6 +21,9 @@ use crate::error::{MachineError, chain};
 use crate::kit::{self, Kit, KitError};
 use crate::scratch::StatePlace;
 use crate::vlan::Vlan;
+
+/// How long a run that is not wanted any more may take to be there and to be removed.
+const REMOVAL: Duration = Duration::from_secs(1);
 
 /// What a test consists of, as data.
 #[pyclass(frozen, name = "Test", module = "firn._firn")]
@@ -136,8 +141,7 @@ impl PyRun {
             DriverOptions { kits, out_dir, log: log.0.clone(), state, ..DriverOptions::default() };
         let mut test = test.0.clone();
         test.vsock_offset = vsock_offset.or(test.vsock_offset);
-        let driver = Driver::new(&test, options).map_err(|e| exception(py, &e))?;
-        Ok(Self(Arc::new(driver)))
+        Ok(Self(Arc::new(make(py, test, options)?)))
     }
 
     #[getter]
@@ -236,6 +240,20 @@ impl PyRun {
         let made = self.0.create_machine(file, keep_state);
         made.map(PyMachine).map_err(|e| exception(py, &e))
     }
+}
+
+/// Makes the driver of a test; a signal's handler that raises meanwhile ends that.
+fn make(py: Python<'_>, test: TestConfig, options: DriverOptions) -> PyResult<Driver> {
+    let (sender, mut made) = mpsc::channel(1);
+    // What an earlier run left may take a while to remove.
+    runtime()?.spawn_blocking(move || sender.blocking_send(Driver::new(&test, options)));
+    let gone = || Err(MachineError::Usage("the run could not be made".to_owned()).into());
+    let driver = wait(py, async { made.recv().await.unwrap_or_else(gone) });
+    if driver.is_err() {
+        // It removes what it has made.
+        let _ = wait_through_signals(py, timeout(REMOVAL, made.recv()));
+    }
+    driver
 }
 
 /// What somebody wrote makes no sense.
