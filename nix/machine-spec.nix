@@ -35,6 +35,7 @@ let
     filter
     genList
     head
+    isAttrs
     isList
     isString
     length
@@ -140,6 +141,8 @@ let
     {
       image = fromShell given.file;
     }
+    # An image that is made from one of the store has it below it; that is no secret.
+    // optionalAttrs (format != "raw") { backing = [ builtins.storeDir ]; }
     // optionalAttrs (format != null) { inherit format; }
     // optionalAttrs (serial != null) { inherit serial; }
     // optionalAttrs (readonly == "on") { read_only = true; };
@@ -196,6 +199,8 @@ let
     split " *\n" (replaceStrings [ " -" ] [ "\n-" ] (" " + concatStringsSep " " qemuOptions))
   );
   fromOptions = builtins.foldl' (spec: text: spec // knownOptions.${text} or { }) { } givenOptions;
+
+  settings = cfg.firn.settings or { };
 
   # What firn cannot do: the option, and why.
   because =
@@ -310,13 +315,15 @@ in
         }) nets;
         qemu_opts = "\${QEMU_OPTS:-}";
       }
-      // optionalAttrs hasUserNetwork {
+      // fromOptions
+      // settings
+      # Its keys one by one: who wants one of them still has what the other options say.
+      // optionalAttrs (hasUserNetwork && isAttrs (settings.user_network or { })) {
         user_network = {
           restrict = cfg.restrictNetwork;
           forward_ports = map forwardPort cfg.forwardPorts;
           qemu_net_opts = "\${QEMU_NET_OPTS:-}";
-        };
-      }
-      // fromOptions
-      // cfg.firn.settings or { };
+        }
+        // settings.user_network or { };
+      };
 }

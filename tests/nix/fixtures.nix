@@ -147,6 +147,7 @@ let
         cid = 7;
         socket = "\${TMPDIR}/vsock";
       };
+      user_network.host_loopback = false;
     };
 
     other-name = {
