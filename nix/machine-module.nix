@@ -90,6 +90,7 @@ in
       };
       description = ''
         Keys of the machine file, which replace those made from other options: what only firn has.
+        Those of `user_network` are replaced one by one.
       '';
     };
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use firn_vmm::spec::VsockSpec;
@@ -11,6 +11,7 @@ use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
 use crate::config::{MachineFile, NodeConfig, TestConfig};
+use crate::descriptors::{self, Part};
 use crate::error::{MachineError, Result};
 use crate::kit::{Kit, KitName};
 use crate::log::{Logger, Step};
@@ -114,8 +115,9 @@ impl Driver {
             state: Mutex::new(Some(state)),
             replaced: AtomicBool::new(false),
         };
-        for plan in plans {
-            let machine = driver.make(plan, false)?;
+        let parts = descriptors::parts(plans.len());
+        for (plan, part) in plans.into_iter().zip(parts) {
+            let machine = driver.make(plan, false, part)?;
             driver.machines.push(machine);
         }
         Ok(driver)
@@ -163,7 +165,12 @@ impl Driver {
             let same = kept.iter().find(|old| old.name() == plan.node.name);
             let machine = match same {
                 Some(old) => old.clone(),
-                None => driver.make(plan, false)?,
+                None => {
+                    let name = &plan.node.name;
+                    let old = self.machines.iter().find(|old| old.name() == name);
+                    let part = old.map_or_else(descriptors::part, Machine::descriptors);
+                    driver.make(plan, false, part)?
+                }
             };
             driver.machines.push(machine);
         }
@@ -175,7 +182,7 @@ impl Driver {
         Ok(driver)
     }
 
-    fn make(&self, plan: Plan, keep: bool) -> Result<Machine> {
+    fn make(&self, plan: Plan, keep: bool, descriptors: Arc<Part>) -> Result<Machine> {
         let Plan { mut node, source } = plan;
         let missing = |vlan: &&u8| !self.vlans.iter().any(|there| there.number() == **vlan);
         if let Some(vlan) = node.vlans.iter().find(missing) {
@@ -195,7 +202,7 @@ impl Driver {
             keep,
             by_hand: self.base.is_some(),
         };
-        Machine::new(node, source, dirs, &self.vlans, &self.log)
+        Machine::new(node, source, dirs, &self.vlans, &self.log, descriptors)
     }
 
     /// The vsock of a machine that says none.
@@ -218,7 +225,7 @@ impl Driver {
         }
         let count = self.machines.len() + created.len() + 1;
         let number = u8::try_from(count).unwrap_or(u8::MAX);
-        let machine = self.make(Plan::of_file(file, number), keep_state)?;
+        let machine = self.make(Plan::of_file(file, number), keep_state, descriptors::part())?;
         created.push(machine.clone());
         Ok(machine)
     }

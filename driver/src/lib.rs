@@ -6,6 +6,7 @@ pub mod bench;
 pub mod carrier;
 pub mod cli;
 pub mod config;
+mod descriptors;
 pub mod driver;
 pub mod error;
 mod kernels;

@@ -146,6 +146,10 @@ pub struct DiskSpec {
     /// Make the image if it is not there.
     #[serde(default)]
     pub create: Option<DiskCreateSpec>,
+    /// The backing files that the image may have below it, at any depth: files, and directories of
+    /// files. Whoever has made the image has chosen their names, so by default there are none.
+    #[serde(default)]
+    pub backing: Vec<PathBuf>,
 }
 
 /// How a disk's image is laid out.

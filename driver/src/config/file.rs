@@ -48,6 +48,7 @@ struct RawNode {
     cores: Option<Spanned<u64>>,
     user_network: Option<Spanned<bool>>,
     restrict_network: Option<Spanned<bool>>,
+    host_loopback: Option<Spanned<bool>>,
     forward_ports: Option<Vec<Spanned<RawForward>>>,
     vlans: Option<Vec<Spanned<i64>>>,
     #[serde(default)]
@@ -94,6 +95,8 @@ struct RawDisk {
     serial: Option<Spanned<String>>,
     create_size: Option<Spanned<u64>>,
     ext4_label: Option<Spanned<String>>,
+    #[serde(default)]
+    backing: Vec<PathBuf>,
 }
 
 impl TestConfig {
@@ -266,6 +269,7 @@ impl Reader<'_> {
             user_network: self.user_network(
                 raw.user_network.is_none_or(Spanned::into_inner),
                 raw.restrict_network,
+                raw.host_loopback,
                 raw.forward_ports,
             )?,
             vlans: match raw.vlans {
@@ -305,18 +309,21 @@ impl Reader<'_> {
         &self,
         wanted: bool,
         restrict: Option<Spanned<bool>>,
+        host_loopback: Option<Spanned<bool>>,
         forwards: Option<Vec<Spanned<RawForward>>>,
     ) -> Result<Option<UserNetwork>, Report> {
         if wanted {
             let forwards = forwards.unwrap_or_default();
             return Ok(Some(UserNetwork {
                 restrict: restrict.is_some_and(Spanned::into_inner),
+                host_loopback: host_loopback.is_none_or(Spanned::into_inner),
                 forwards: forwards.iter().map(|raw| self.forward(raw)).collect::<Result<_, _>>()?,
             }));
         }
         let forward = forwards.iter().flatten().next();
         let useless = restrict
             .map(|restrict| ("restrict_network", restrict.span()))
+            .or(host_loopback.map(|loopback| ("host_loopback", loopback.span())))
             .or(forward.map(|forward| ("forward_ports", forward.span())));
         match useless {
             None => Ok(None),
@@ -389,7 +396,8 @@ impl Reader<'_> {
             _ => self.file("path", "disk image", Spanned::new(at, path))?,
         };
         let serial = raw.serial.map(Spanned::into_inner);
-        Ok(DiskImage { path, format, read_only: raw.read_only, serial, create })
+        let backing = raw.backing.iter().map(|path| self.resolve(path)).collect();
+        Ok(DiskImage { path, format, read_only: raw.read_only, serial, create, backing })
     }
 
     fn short(&self, key: &str, text: &Spanned<String>, max: usize) -> Result<(), Report> {

@@ -136,6 +136,9 @@ struct RawDisk {
     format: Option<DiskFormat>,
     #[serde(default)]
     read_only: bool,
+    /// The backing files that the image may have: files, and directories of files.
+    #[serde(default)]
+    backing: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -150,6 +153,9 @@ struct RawNet {
 struct RawUserNetwork {
     #[serde(default)]
     restrict: bool,
+    /// Let the guest reach the host's loopback by the gateway's addresses.
+    #[serde(default = "yes")]
+    host_loopback: bool,
     #[serde(default)]
     forward_ports: Vec<RawForward>,
     /// Options of QEMU's user network that change it; for QEMU_NET_OPTS.
@@ -288,12 +294,15 @@ impl MachineFile {
             std::iter::once(&mut share.source).chain(copies)
         });
         let images = node.disks.iter_mut().filter_map(|disk| match disk {
-            DiskConfig::Image(image) => Some(&mut image.path),
+            DiskConfig::Image(image) => {
+                Some([&mut image.path].into_iter().chain(&mut image.backing))
+            }
             DiskConfig::Empty(_) => None,
         });
         let sockets = node.vsock.iter_mut().map(|vsock| &mut vsock.socket);
         let credentials = node.credentials.values_mut();
-        for path in places.chain(sources).chain(images).chain(sockets).chain(credentials) {
+        let paths = places.chain(sources).chain(images.flatten()).chain(sockets);
+        for path in paths.chain(credentials) {
             *path = base.join(&*path);
         }
         let opts = expand("qemu_opts", &self.raw.qemu_opts)?;
@@ -346,6 +355,10 @@ impl MachineFile {
         let disks = raw.disks.iter().enumerate().map(|(at, disk)| {
             let image = disk.image.clone().unwrap_or_else(|| format!("${{TMPDIR}}/empty{at}.img"));
             let path = PathBuf::from(expand(&format!("disks[{at}].image"), &image)?);
+            let backing = disk
+                .backing
+                .iter()
+                .map(|path| Ok(PathBuf::from(expand(&format!("disks[{at}].backing"), path)?)));
             let create = disk
                 .size
                 .map(|size_mib| DiskCreateSpec { size_mib, ext4_label: disk.label.clone() });
@@ -355,6 +368,7 @@ impl MachineFile {
                 read_only: disk.read_only,
                 serial: disk.serial.clone(),
                 create,
+                backing: backing.collect::<Result<_, E>>()?,
             }))
         });
         let shares = raw.shares.iter().map(|share| {
@@ -555,7 +569,11 @@ impl Checker<'_> {
             })
         };
         let forwards = raw.forward_ports.iter().enumerate().map(forward);
-        Ok(UserNetwork { restrict: raw.restrict, forwards: forwards.collect::<Result<_, _>>()? })
+        Ok(UserNetwork {
+            restrict: raw.restrict,
+            host_loopback: raw.host_loopback,
+            forwards: forwards.collect::<Result<_, _>>()?,
+        })
     }
 
     fn name(&self, key: &str, name: &str) -> Checked {

@@ -161,6 +161,8 @@ pub struct DiskImage {
     pub serial: Option<String>,
     /// What to make if there is no such file.
     pub create: Option<DiskCreateSpec>,
+    /// The backing files that it may have: files, and directories of files.
+    pub backing: Vec<PathBuf>,
 }
 
 impl TestConfig {

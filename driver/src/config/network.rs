@@ -6,12 +6,20 @@ use firn_net_switch::gateway::{Forward, GUEST_V4, Protocol, Side};
 use serde::Deserialize;
 
 /// A machine's way to the host and beyond: the guest's eth0.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserNetwork {
     /// Nothing gets out but to forwarded ports.
     pub restrict: bool,
+    /// The gateway's addresses lead to the host's loopback.
+    pub host_loopback: bool,
     /// Ports that lead to the other side.
     pub forwards: Vec<Forward>,
+}
+
+impl Default for UserNetwork {
+    fn default() -> Self {
+        Self { restrict: false, host_loopback: true, forwards: Vec::new() }
+    }
 }
 
 /// A forwarded port, with NixOS's names (`virtualisation.forwardPorts`).

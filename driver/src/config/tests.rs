@@ -89,6 +89,7 @@ fn the_user_network_is_described_as_in_nixos() {
     assert_eq!(network("user_network = false"), None);
     assert_eq!(network("user_network = true"), Some(UserNetwork::default()));
     let lines = "restrict_network = true
+host_loopback = false
 [[nodes.machine1.forward_ports]]
 host.port = 2222
 guest.port = 22
@@ -100,8 +101,8 @@ guest = { address = '10.0.2.100', port = 5353 }
 [[nodes.machine1.forward_ports]]
 host = { address = '::1', port = 0 }
 guest = { address = 'fd00::5054:ff:fe12:3456', port = 80 }";
-    let UserNetwork { restrict, forwards } = network(lines).expect("there is one");
-    assert!(restrict);
+    let UserNetwork { restrict, host_loopback, forwards } = network(lines).expect("there is one");
+    assert!(restrict && !host_loopback);
     let said: Vec<_> = forwards
         .iter()
         .map(|f| format!("{:?} {} {} {}", f.from, f.protocol, f.host, f.guest))
@@ -129,7 +130,11 @@ fn forwards_that_make_no_sense() {
     assert!(text.contains("unknown variant `both`, expected `host` or `guest`"), "{text}");
     let text = forward("host.port = 65536\nguest.port = 1");
     assert!(text.contains("65536"), "{text}");
-    for key in ["restrict_network = true", "forward_ports = [{ host.port = 1, guest.port = 1 }]"] {
+    for key in [
+        "restrict_network = true",
+        "host_loopback = true",
+        "forward_ports = [{ host.port = 1, guest.port = 1 }]",
+    ] {
         let text = refused(&node(&format!("user_network = false\n{key}")));
         assert!(text.contains("is for the user network"), "{text}");
     }
@@ -298,6 +303,7 @@ fn disks_come_before_empty_disks() {
     let text = node(
         "empty_disks = [512, 1]\n[[nodes.machine1.disks]]\npath = 'root.qcow2'\nserial = 'root'\n\
          create_size = 1024\next4_label = 'nixos'\n\
+         backing = ['base.img', '/images']\n\
          [[nodes.machine1.disks]]\npath = 'store.img'\nread_only = true\n",
     );
     let test = TestConfig::from_toml(&text, &dir.path().join("t.toml")).expect("valid");
@@ -307,6 +313,7 @@ fn disks_come_before_empty_disks() {
         read_only: false,
         serial: Some("root".into()),
         create: Some(DiskCreateSpec { size_mib: 1024, ext4_label: Some("nixos".into()) }),
+        backing: vec![dir.path().join("base.img"), "/images".into()],
     };
     let store = DiskImage {
         path: dir.path().join("store.img"),
@@ -314,6 +321,7 @@ fn disks_come_before_empty_disks() {
         read_only: true,
         serial: None,
         create: None,
+        backing: Vec::new(),
     };
     let expected = [
         DiskConfig::Image(root),

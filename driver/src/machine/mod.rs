@@ -13,6 +13,7 @@ use firn_vmm::device::boot_timer::Mark;
 use tokio::sync::{Mutex, watch};
 
 use crate::config::{NodeConfig, Variables};
+use crate::descriptors::Part;
 use crate::error::{End, Error, MachineError, Result, Tail};
 use crate::log::{Logger, Step};
 use crate::private;
@@ -53,6 +54,8 @@ struct Inner {
     source: Source,
     dirs: Dirs,
     log: Logger,
+    /// How many files its guest may make this process open.
+    descriptors: Arc<Part>,
     console: Arc<Console>,
     events: qemu::Events,
     /// Where its cards on vlans are plugged in, in the order of the node's vlans.
@@ -132,6 +135,7 @@ impl Machine {
         dirs: Dirs,
         vlans: &[Vlan],
         log: &Logger,
+        descriptors: Arc<Part>,
     ) -> Result<Self> {
         dirs.make()?;
         let plugged = node
@@ -145,6 +149,7 @@ impl Machine {
                 node,
                 source,
                 dirs,
+                descriptors,
                 console: Arc::new(Console::new()),
                 events: qemu::Events::new(),
                 ports,
@@ -175,6 +180,11 @@ impl Machine {
         let vsock = node.vsock.is_none() || node.vsock == own.vsock;
         let node = NodeConfig { vsock: own.vsock.clone(), ..node.clone() };
         vsock && node == *own && *source == self.inner.source
+    }
+
+    /// What it may have open, for a machine that takes its place.
+    pub(crate) fn descriptors(&self) -> Arc<Part> {
+        Arc::clone(&self.inner.descriptors)
     }
 
     /// The directory of its own state, removed when the run ends.

@@ -29,6 +29,8 @@ pub(super) struct Wiring {
     pub(super) console: Arc<Console>,
     pub(super) console_ports: Vec<UnixStream>,
     pub(super) nets: Vec<Arc<dyn NetPort>>,
+    /// Most files that it may have open.
+    pub(super) descriptors: u64,
 }
 
 impl Monitor {
@@ -58,6 +60,7 @@ impl Monitor {
             serial: Box::new(ConsoleWriter(wiring.console)),
             console_ports: wiring.console_ports,
             nets: wiring.nets,
+            descriptors: wiring.descriptors,
         };
         let vm = blocking(move || {
             let mut vm = Vm::new(&spec, host)?;

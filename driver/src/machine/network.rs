@@ -52,6 +52,8 @@ impl Machine {
         let spec = GatewaySpec {
             host_name: self.name().to_owned(),
             restrict: network.restrict,
+            host_loopback: network.host_loopback,
+            descriptors: inner.descriptors.network(),
             ..GatewaySpec::default()
         };
         let failed = |source| self.network_error("cannot start its user network", source);

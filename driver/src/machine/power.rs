@@ -281,6 +281,7 @@ impl Machine {
             console: Arc::clone(&self.inner.console),
             console_ports: vec![hvc0_guest, agent_guest],
             nets: self.nets(),
+            descriptors: self.inner.descriptors.monitor(),
         };
         let (monitor, events) =
             Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;

@@ -229,6 +229,7 @@ fn disk(at: usize, config: &DiskConfig, state: &Path) -> DiskSpec {
             read_only: image.read_only,
             serial: image.serial.clone(),
             create: image.create.clone(),
+            backing: image.backing.clone(),
         },
         DiskConfig::Empty(size_mib) => DiskSpec {
             path: state.join(format!("disk{at}.img")),
@@ -236,6 +237,7 @@ fn disk(at: usize, config: &DiskConfig, state: &Path) -> DiskSpec {
             read_only: false,
             serial: None,
             create: Some(DiskCreateSpec { size_mib: *size_mib, ext4_label: None }),
+            backing: Vec::new(),
         },
     }
 }

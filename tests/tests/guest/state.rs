@@ -70,6 +70,7 @@ fn spec(dir: &Path, index: usize) -> MachineSpec {
         read_only: false,
         serial: None,
         create: Some(DiskCreateSpec { size_mib: 64, ext4_label: None }),
+        backing: Vec::new(),
     };
     MachineSpec {
         name: name.to_owned(),
@@ -102,6 +103,7 @@ fn host_side(switch: &Switch, name: &str) -> (HostSide, UnixStream) {
         serial: Box::new(io::stderr()),
         console_ports: vec![guest],
         nets: vec![Arc::new(switch.add_port(name)) as Arc<dyn NetPort>],
+        descriptors: 10_000,
     };
     (host, agent)
 }

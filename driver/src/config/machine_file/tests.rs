@@ -72,7 +72,7 @@ fn everything() {
         "disks": [
           {{"image": "${{NIX_DISK_IMAGE:-server.qcow2}}", "size": 1024, "label": "nixos", "serial": "root"}},
           {{"size": 512, "serial": "data"}},
-          {{"image": "/iso", "format": "raw", "read_only": true}}
+          {{"image": "/iso", "format": "raw", "read_only": true, "backing": ["base", "${{SHARED_DIR}}"]}}
         ],
         "nets": [{{"vlan": 2, "mac": "52:54:00:12:02:FF"}}, {{"vlan": 1}}],
         "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true, "oem_strings": ["a=b"],
@@ -100,6 +100,10 @@ fn everything() {
                 size_mib,
                 ext4_label: label.map(str::to_owned),
             }),
+            backing: match path {
+                "/iso" => vec!["/state/base".into(), "/shared".into()],
+                _ => Vec::new(),
+            },
         })
     };
     assert_eq!(
@@ -207,7 +211,7 @@ fn other_files_are_said_to_be_what_they_are() {
 fn qemus_variables() {
     let file = parse(
         r#""memory": 512, "qemu_opts": "${QEMU_OPTS:-}",
-        "user_network": {"restrict": true, "qemu_net_opts": "${QEMU_NET_OPTS:-}",
+        "user_network": {"restrict": true, "host_loopback": false, "qemu_net_opts": "${QEMU_NET_OPTS:-}",
           "forward_ports": [{"host": {"port": 1}, "guest": {"port": 2}}]}"#,
     )
     .expect("valid");
@@ -218,7 +222,7 @@ fn qemus_variables() {
     let plain = with("", "").expect("nothing is asked for");
     assert_eq!((plain.memory_mib, plain.cores), (512, 1));
     let network = plain.user_network.expect("there is one");
-    assert!(network.restrict && network.forwards.len() == 1);
+    assert!(network.restrict && !network.host_loopback && network.forwards.len() == 1);
     let changed = with("-m 1G -smp 3", "restrict=off,hostfwd=tcp::8080-:80").expect("allowed");
     assert_eq!((changed.memory_mib, changed.cores), (1024, 3));
     let network = changed.user_network.expect("there is one");

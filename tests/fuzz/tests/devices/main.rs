@@ -248,7 +248,14 @@ fn fuse(_queue: u16, bytes: &[u8]) -> Vec<u8> {
 fn image(dir: &Path, format: DiskFormat) -> DiskSpec {
     let create = DiskCreateSpec { size_mib: 1, ext4_label: None };
     let path: PathBuf = dir.join(format!("disk.{format}"));
-    DiskSpec { path, format, read_only: false, serial: None, create: Some(create) }
+    DiskSpec {
+        path,
+        format,
+        read_only: false,
+        serial: None,
+        create: Some(create),
+        backing: Vec::new(),
+    }
 }
 
 /// A header: kind and sector (virtio 1.2, 5.2.6), and data.

@@ -21,7 +21,7 @@ const UNSUPP: u8 = 2;
 
 fn spec(path: &Path, format: DiskFormat) -> DiskSpec {
     let path = path.to_owned();
-    DiskSpec { path, format, read_only: false, serial: None, create: None }
+    DiskSpec { path, format, read_only: false, serial: None, create: None, backing: Vec::new() }
 }
 
 /// A directory with the spec of an image of `mib` MiB in it that is yet to be made.

@@ -111,6 +111,8 @@ pub struct Fs {
     server: Arc<dyn Fuse>,
     root: File,
     spec: ShareSpec,
+    /// Most that it keeps for the guest.
+    descriptors: u64,
     alarm: Arc<EventFd>,
     config: [u8; TAG_LEN + 4],
 }
@@ -118,12 +120,19 @@ pub struct Fs {
 impl Fs {
     /// Opens the directory and makes its server. Threads are started when the guest mounts it.
     ///
-    /// The first share of a process raises its limit of open files to the hard limit.
-    ///
     /// # Errors
     /// A bad tag, a directory that cannot be read, or a host that lacks `/proc` or
     /// `unshare(CLONE_FS)`.
     pub fn new(spec: &ShareSpec) -> Result<Fs, FsError> {
+        Fs::limited(spec, u64::MAX)
+    }
+
+    /// As [`Self::new`], of a share that keeps no more than so many descriptors for the guest: one for each inode that
+    /// it remembers, and for each file that it has open. Beyond, it is told that the system has no more (`ENFILE`).
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn limited(spec: &ShareSpec, descriptors: u64) -> Result<Fs, FsError> {
         let tag = spec.tag.as_bytes();
         if tag.is_empty() || tag.len() > TAG_LEN || tag.contains(&0) {
             return Err(FsError::Tag { tag: spec.tag.clone(), path: spec.source.clone() });
@@ -139,20 +148,20 @@ impl Fs {
             })?;
         let refused =
             |source| FsError::Server { tag: spec.tag.clone(), path: spec.source.clone(), source };
-        let server = server::start(spec, &root).map_err(refused)?;
+        let server = server::start(spec, &root, descriptors).map_err(refused)?;
         let alarm = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(refused)?;
         let mut config = [0; TAG_LEN + 4];
         config[..tag.len()].copy_from_slice(tag);
         let request_queues = 1_u32;
         config[TAG_LEN..].copy_from_slice(&request_queues.to_le_bytes());
-        Ok(Fs { server, root, spec: spec.clone(), alarm: Arc::new(alarm), config })
+        Ok(Fs { server, root, spec: spec.clone(), descriptors, alarm: Arc::new(alarm), config })
     }
 
     /// Ends the guest's session. The server is made anew, for a panic may have left the old one
     /// in any state.
     fn renew(&mut self) {
         let ended = catch_unwind(AssertUnwindSafe(|| self.server.end_session()));
-        match server::start(&self.spec, &self.root) {
+        match server::start(&self.spec, &self.root, self.descriptors) {
             Ok(server) => self.server = server,
             Err(error) if ended.is_ok() => {
                 tracing::debug!(share = self.spec.tag, %error, "the old server stays");

@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -92,10 +92,11 @@ pub(super) fn on_detached_thread() -> io::Result<()> {
     if DETACHED.get() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EIO)) }
 }
 
-/// Makes the server for `spec` on its opened directory `root`, which must outlive it.
-pub(super) fn start(spec: &ShareSpec, root: &File) -> io::Result<Arc<dyn Fuse>> {
+/// Makes the server for `spec` on its opened directory `root`, which must outlive it. It keeps no more than
+/// `descriptors` for the guest, which holds one for each inode that it remembers.
+pub(super) fn start(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Arc<dyn Fuse>> {
     let squash = !can_act_for_others()?;
-    let config = config(spec, root, squash);
+    let config = config(spec, root, squash, descriptors);
     let rules = Rules { allow_setuid: spec.allow_setuid };
     // PassthroughFs::new sets the umask, which threads share until they say otherwise.
     on_own_thread(move || {
@@ -144,7 +145,7 @@ fn effective_ids() -> (u32, u32) {
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
-fn config(spec: &ShareSpec, root: &File, squash: bool) -> Config {
+fn config(spec: &ShareSpec, root: &File, squash: bool, descriptors: u64) -> Config {
     // Never: whoever writes the directory, the next look sees it, for names, attributes and data.
     let (cache_policy, timeout) = match spec.cache {
         CachePolicy::Never => (passthrough::CachePolicy::Never, Duration::ZERO),
@@ -179,7 +180,7 @@ fn config(spec: &ShareSpec, root: &File, squash: bool) -> Config {
         announce_submounts: true,
         // Handles could do without a descriptor for each inode but need CAP_DAC_READ_SEARCH.
         inode_file_handles: InodeFileHandlesMode::Never,
-        guest_fd_limit: descriptors_for_a_share(),
+        guest_fd_limit: descriptors,
         // Names are mapped before they get there; see [`xattr`].
         xattr: acls || have(c"user.firn"),
         posix_acl: if acls { NegotiationMode::Auto } else { NegotiationMode::Never },
@@ -204,26 +205,6 @@ fn one_owner(id: u32, shown: u32) -> Vec<IdMap> {
     let all = IdMap::SquashGuest { from_guest: 0, to_host: id, count: u32::MAX };
     let back = IdMap::Host { from_host: id, to_guest: shown, count: 1 };
     vec![all, back]
-}
-
-/// How many descriptors one share may use: half of what the process can have, which is raised to
-/// its hard limit. A guest keeps one for each inode it remembers, and a walk over a Nix store
-/// remembers hundreds of thousands.
-fn descriptors_for_a_share() -> u64 {
-    static LIMIT: OnceLock<u64> = OnceLock::new();
-    *LIMIT.get_or_init(|| {
-        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: `limit` is a valid rlimit that the kernel fills.
-        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
-            return 512;
-        }
-        let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
-        // SAFETY: `raised` is a valid rlimit that the kernel only reads.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raised) } == 0 {
-            limit = raised;
-        }
-        limit.rlim_cur / 2
-    })
 }
 
 struct Share<F: FileSystem + Sync> {
