@@ -6,6 +6,7 @@
 //! 0x0000_9000  page tables of the entry    |
 //! 0x0002_0000  kernel command line         |
 //! 0x000e_0000  ACPI tables, RSDP first     | boot::acpi
+//! 0x000f_0000  SMBIOS tables               | boot::smbios
 //! 0x000f_fff0  reset vector                | arch::x86_64::entry
 //! 0x0010_0000  kernel                      | boot::kernel
 //!      ...     initrd, below the end of low memory
@@ -47,8 +48,12 @@ const CHUNK: usize = 256 * PAGE;
 pub const LOW_END: u64 = 0x9_fc00;
 /// The BIOS area, in which Linux looks for the RSDP (`acpi_find_root_pointer`), also after kexec.
 pub const ACPI_START: u64 = 0xe_0000;
-/// Where room for tables ends: the reset vector follows.
-pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where room for ACPI tables ends.
+pub const ACPI_END: u64 = SMBIOS_START;
+/// The segment in which Linux looks for the SMBIOS entry point (`dmi_scan_machine`).
+pub const SMBIOS_START: u64 = 0xf_0000;
+/// Where room for SMBIOS tables ends: the reset vector follows.
+pub const SMBIOS_END: u64 = RESET_VECTOR;
 /// Where a processor starts after a reset, seen from real mode: ffff:0 (Intel SDM 3, 10.1.4).
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where memory above the BIOS area starts, and with it the kernel.

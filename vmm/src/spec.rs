@@ -44,6 +44,11 @@ pub struct MachineSpec {
     /// Sockets between programs of host and guest.
     #[serde(default)]
     pub vsock: Option<VsockSpec>,
+    /// Free texts of the SMBIOS tables (type 11), at most 60,000 bytes in all. systemd takes
+    /// `io.systemd.credential:NAME=TEXT` and `io.systemd.credential.binary:NAME=BASE64` for
+    /// credentials.
+    #[serde(default)]
+    pub oem_strings: Vec<String>,
 }
 
 /// Most vCPUs a machine can have.

@@ -58,6 +58,8 @@ struct RawNode {
     shared_directories: BTreeMap<Spanned<String>, RawShare>,
     #[serde(default)]
     balloon: bool,
+    #[serde(default)]
+    oem_strings: Vec<String>,
     vsock: Option<RawVsock>,
 }
 
@@ -273,6 +275,7 @@ impl Reader<'_> {
             balloon: raw.balloon,
             vsock: raw.vsock.map(|vsock| self.vsock(&vsock)).transpose()?,
             credentials: BTreeMap::new(),
+            oem_strings: raw.oem_strings,
         })
     }
 

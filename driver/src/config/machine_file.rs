@@ -103,6 +103,8 @@ struct RawMachine {
     /// Files, by the names of the credentials that they are for systemd in the guest.
     #[serde(default)]
     credentials: BTreeMap<String, String>,
+    #[serde(default)]
+    oem_strings: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -396,6 +398,7 @@ impl MachineFile {
             balloon: raw.balloon,
             vsock: vsock.transpose()?,
             credentials: credentials.collect::<Result<_, _>>()?,
+            oem_strings: raw.oem_strings.clone(),
         })
     }
 }

@@ -116,6 +116,8 @@ pub struct NodeConfig {
     /// Files of the host that systemd in the guest has as credentials, by the credentials' names. They are read at
     /// each start.
     pub credentials: BTreeMap<String, PathBuf>,
+    /// Free texts of its SMBIOS tables, in which systemd looks for credentials.
+    pub oem_strings: Vec<String>,
 }
 
 /// A directory of the host that a machine mounts.

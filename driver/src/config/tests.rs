@@ -47,6 +47,7 @@ fn a_short_file_is_filled_up() {
             balloon: false,
             vsock: None,
             credentials: BTreeMap::new(),
+            oem_strings: vec![],
         }]
     );
 }
@@ -67,11 +68,13 @@ fn kits_bring_their_memory() {
 }
 
 #[test]
-fn balloon_and_vsock() {
+fn balloon_vsock_and_oem_strings() {
     let lines = "balloon = true
+oem_strings = ['a=b']
 vsock = { cid = 3, socket = 'run/sock' }";
     let nodes = read(&node(lines)).expect("valid").nodes;
     assert!(nodes[0].balloon);
+    assert_eq!(nodes[0].oem_strings, ["a=b"]);
     let socket = "/nowhere/run/sock".into();
     assert_eq!(nodes[0].vsock, Some(VsockSpec { cid: 3, socket }));
     for cid in [0_u64, 2, 4_294_967_295, 1 << 40] {

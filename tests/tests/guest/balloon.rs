@@ -59,6 +59,7 @@ fn the_host_sets_the_size_and_the_guest_follows() {
         rng: false,
         balloon: true,
         vsock: None,
+        oem_strings: vec![],
     };
     let host_side = HostSide {
         events: Box::new(|_| {}),

@@ -83,3 +83,32 @@ fn stages_of_the_boot_are_marked() {
         }
     });
 }
+
+#[test]
+fn nothing_is_fatal_and_smbios_says_what_the_machine_is() {
+    const CREDENTIAL: &str = "io.systemd.credential.binary:greeting=aGVsbG8=";
+    let nodes = format!(
+        "[nodes.m]\noem_strings = [{CREDENTIAL:?}]\n\
+         [nodes.s]\nkit = 'systemd'\noem_strings = ['second', {CREDENTIAL:?}]"
+    );
+    with_machines(&nodes, async |driver| {
+        let mut ids = Vec::new();
+        for machine in driver.machines() {
+            let output = async |command: &str| {
+                machine.succeed(&[command], None).await.unwrap().trim().to_owned()
+            };
+            assert_eq!(output("dmesg | grep -i fatal || echo none").await, "none");
+            let id = "cd /sys/class/dmi/id; cat sys_vendor product_name product_serial bios_vendor";
+            let said = format!("firn\nfirn virtual machine\n{}\nfirn", machine.name());
+            assert_eq!(output(id).await, said);
+            ids.push(output("cat /sys/class/dmi/id/product_uuid").await);
+            output(&format!("grep -aF {CREDENTIAL} /sys/firmware/dmi/tables/DMI")).await;
+        }
+        assert_ne!(ids[0], ids[1]);
+        let [_, s] = driver.machines() else { panic!("two machines") };
+        let output = async |command: &str| s.succeed(&[command], None).await.unwrap();
+        assert_eq!(output("cat /run/credentials/@system/greeting").await, "hello");
+        assert!(output("hostnamectl").await.contains("Hardware Vendor: firn"));
+        assert_eq!(output("systemd-detect-virt").await, "kvm\n");
+    });
+}

@@ -90,6 +90,7 @@ fn spec(dir: &Path, index: usize) -> MachineSpec {
         rng: true,
         balloon: true,
         vsock: None,
+        oem_strings: vec![],
     }
 }
 

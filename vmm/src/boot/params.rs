@@ -15,9 +15,10 @@ const CMDLINE: u64 = 0x2_0000;
 /// Room for it up to the next thing in low memory; the kernel itself takes 2,048 bytes
 /// (`COMMAND_LINE_SIZE` in arch/x86/include/asm/setup.h).
 pub const MAX_CMDLINE: usize = 2047;
-/// What the monitor knows better than a kernel that would probe for it: there is no PCI. It goes
+/// What the monitor knows better than a kernel that would probe for it: how PCI is reached, namely
+/// by [`crate::device::pci`], and that looking for quirks of PCI devices early is in vain. It goes
 /// before the spec's own arguments, so that those win.
-const MACHINE_ARGUMENTS: &str = "pci=off";
+const MACHINE_ARGUMENTS: &str = "pci=conf1,noearly";
 /// `type_of_loader` for a boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
 /// `loadflags`: the kernel is loaded high.
@@ -111,9 +112,9 @@ mod tests {
     fn the_specs_arguments_come_last_and_so_win() {
         let memory = memory::allocate(64).unwrap();
         write(&memory, &kernel(), Initrd::default(), "pci=conf1 quiet").unwrap();
-        let mut text = [0; 24];
+        let mut text = [0; 34];
         memory.read_slice(&mut text, GuestAddress(CMDLINE)).unwrap();
-        assert_eq!(&text, b"pci=off pci=conf1 quiet\0");
+        assert_eq!(&text, b"pci=conf1,noearly pci=conf1 quiet\0");
     }
 
     #[test]

@@ -2,5 +2,6 @@
 
 pub mod boot_timer;
 pub mod panic;
+pub mod pci;
 pub mod power;
 pub mod serial;

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{Event, HostSide, VmError, host, kvm};
 use crate::arch::x86_64::cpuid::{self, Place};
 use crate::arch::x86_64::entry;
-use crate::boot::{acpi, kernel, params};
+use crate::boot::{acpi, kernel, params, smbios};
 use crate::device::boot_timer::{self, BootTimer};
 use crate::device::panic::PanicWatch;
 use crate::device::power;
@@ -45,10 +45,11 @@ pub(super) fn load_kernel(spec: &MachineSpec, memory: &Memory) -> Result<u64, Vm
 /// Writes what a PC's firmware would have left in memory.
 pub(super) fn write_firmware(
     memory: &Memory,
-    cores: u8,
+    spec: &MachineSpec,
     devices: &[acpi::MmioDevice],
 ) -> Result<(), VmError> {
-    acpi::write(memory, cores, devices)?;
+    acpi::write(memory, spec.cores, devices)?;
+    smbios::write(memory, spec)?;
     entry::write_tables(memory).map_err(entry::EntryError::from)?;
     Ok(entry::write_reset_vector(memory).map_err(entry::EntryError::from)?)
 }

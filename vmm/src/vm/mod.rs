@@ -20,11 +20,11 @@ use thiserror::Error;
 
 use crate::arch::x86_64::entry;
 use crate::arch::x86_64::state::StateError;
-use crate::boot::{acpi, kernel, params};
+use crate::boot::{acpi, kernel, params, smbios};
 use crate::bus::Overlap;
 use crate::device::boot_timer::{BootTimer, Mark};
-use crate::device::power;
 use crate::device::serial::{InputFull, SerialPort};
+use crate::device::{pci, power};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
 use crate::spec::MachineSpec;
@@ -114,6 +114,9 @@ pub enum VmError {
     /// The ACPI tables cannot be written.
     #[error(transparent)]
     Acpi(#[from] acpi::AcpiError),
+    /// The SMBIOS tables cannot be written.
+    #[error(transparent)]
+    Smbios(#[from] smbios::SmbiosError),
     /// A vCPU cannot be set up.
     #[error("vCPU")]
     Entry(#[from] entry::EntryError),
@@ -225,6 +228,7 @@ impl Vm {
         let serial = build::attach_serial(&vm, &mut buses, host_side.serial, events.clone())?;
         build::attach_power(&mut buses, group.clone(), events.clone())?;
         build::attach_boot_timer(&mut buses, timer.clone())?;
+        pci::attach(&mut buses.ports)?;
         let mut devices = build::build_devices(spec, host_side.console_ports, host_side.nets)?;
         let balloon = build::add_balloon(spec, &mut devices)?;
         build::check_count(spec, devices.len())?;
@@ -265,7 +269,7 @@ impl Vm {
 
     /// Lets the first vCPU enter the kernel at `entry`.
     fn prepare_entry(&self, entry: u64) -> Result<(), VmError> {
-        build::write_firmware(&self.memory, self.spec.cores, &self.announced)?;
+        build::write_firmware(&self.memory, &self.spec, &self.announced)?;
         if let Some(first) = self.vcpus.first() {
             entry::set_registers(&first.fd(), entry, params::ZERO_PAGE)?;
         }

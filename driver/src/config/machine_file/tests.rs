@@ -49,6 +49,7 @@ fn a_short_file() {
         balloon: false,
         vsock: None,
         credentials: BTreeMap::new(),
+        oem_strings: vec![],
     };
     assert_eq!(node, expected);
     assert_eq!(file.outline(7), expected);
@@ -74,7 +75,7 @@ fn everything() {
           {{"image": "/iso", "format": "raw", "read_only": true}}
         ],
         "nets": [{{"vlan": 2, "mac": "52:54:00:12:02:FF"}}, {{"vlan": 1}}],
-        "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true,
+        "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true, "oem_strings": ["a=b"],
         "credentials": {{"ssh.key": "${{TMPDIR}}/key", "token": "./token"}}"#
     ))
     .expect("valid");
@@ -119,6 +120,7 @@ fn everything() {
     assert_eq!(node.mac(1), [0x52, 0x54, 0, 0x12, 1, 3]);
     assert_eq!(node.vsock, Some(VsockSpec { cid: 3, socket: "/state/vsock".into() }));
     assert!(!node.rng && node.balloon);
+    assert_eq!(node.oem_strings, ["a=b"]);
 }
 
 #[test]
