@@ -160,6 +160,24 @@ in
     == "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
 
   system-that-is-no-node-is-a-machine = contains (build c).script "\"nets\":[],";
+  store-image-depends-on-its-paths-only =
+    let
+      inherit
+        (build (machine {
+          file = "/nixpkgs/nixos/modules/b.nix";
+          virtualisation = plain // {
+            useNixStoreImage = true;
+          };
+        }))
+        script
+        ;
+    in
+    all (contains script) [
+      " --sort=name "
+      " --hard-dereference "
+      " -U "
+      " -T 0 "
+    ];
   credentials-need-a-driver =
     let
       modules =
