@@ -64,6 +64,7 @@ let
     };
     runCommand = name: attributes: script: { inherit name attributes script; };
     e2fsprogs = "/e2fsprogs";
+    erofs-utils = "/erofs-utils";
     glibc.static = "/glibc-static";
     libcap_ng = "/libcap-ng";
     makeWrapper = "/make-wrapper";
