@@ -12,6 +12,7 @@ let
     throwIfNot =
       condition: message: value:
       if condition then value else throw message;
+    assertMsg = condition: message: if condition then true else throw message;
     genAttrs =
       names: value:
       builtins.listToAttrs (
