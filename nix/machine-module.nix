@@ -140,6 +140,11 @@ in
       }
     ) cfg.sharedDirectories;
 
+    # qemu-vm.nix turns them off: who turns them on again may expect some.
+    warnings = lib.optional config.networking.usePredictableInterfaceNames ''
+      ${name}: networking.usePredictableInterfaceNames gives firn's cards other names than QEMU's, which are on a PCI bus.
+    '';
+
     # There from the start of the system to its very end; the backdoor stays beside it.
     systemd.services.firn-agent = {
       description = "firn's agent";

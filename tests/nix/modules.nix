@@ -43,6 +43,7 @@ let
           networkingOptions = none;
         };
         config = {
+          networking.usePredictableInterfaceNames = false;
           system = {
             name = "plain";
             build.toplevel = "/nix/store/00000000000000000000000000000000-nixos-system-plain";
@@ -134,6 +135,9 @@ in
     && driver.module == extended.firn.module
     && builtins.elem "/e2fsprogs:/tesseract" driver.makeWrapperArgs
     && contains driver.postFixup " --set-default FIRN_AGENT /firn-agent/bin/firn-agent ";
+  driver-has-no-containers =
+    throws
+      (extended.nixos-test-driver.override { enableNspawn = true; }).pname;
   package-has-the-sources = extended.firn.module.src == ../..;
   package-is-of-this-version =
     extended.firn.version == (lib.importTOML ../../Cargo.toml).workspace.package.version;
@@ -160,6 +164,24 @@ in
     == "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
 
   system-that-is-no-node-is-a-machine = contains (build c).script "\"nets\":[],";
+  store-image-depends-on-its-paths-only =
+    let
+      inherit
+        (build (machine {
+          file = "/nixpkgs/nixos/modules/b.nix";
+          virtualisation = plain // {
+            useNixStoreImage = true;
+          };
+        }))
+        script
+        ;
+    in
+    all (contains script) [
+      " --sort=name "
+      " --hard-dereference "
+      " -U "
+      " -T 0 "
+    ];
   credentials-need-a-driver =
     let
       modules =

@@ -164,6 +164,8 @@ impl Machine {
             };
             inputs::fill(share, missing).await?;
         }
+        let mut oem_strings = inputs::credentials(node).await?;
+        oem_strings.extend_from_slice(&node.oem_strings);
         let mut initrd = boot.initrd.clone();
         if let Some(overlay) = &boot.overlay {
             let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
@@ -199,7 +201,7 @@ impl Machine {
             rng: node.rng,
             balloon: node.balloon,
             vsock: node.vsock.clone(),
-            oem_strings: node.oem_strings.clone(),
+            oem_strings,
         })
     }
 }
