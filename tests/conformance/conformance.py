@@ -15,8 +15,8 @@ The script's machines are in comments at its beginning:
 
 Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
 is read from the JUnit report; a case that is not in it, or is skipped there, has failed. `firn
-check` looks at the scripts too. One with `#: ways: agent backdoor` is run once over each of the ways
-into a guest.
+check` looks at the scripts too. One with `#: ways: agent backdoor` is run once over each of the
+ways into a guest.
 
     conformance.py run [FAMILY…]    run them; with --write keep the outcome in results.json
     conformance.py table [--check]  write the README's table, or look whether it is as it should be

@@ -57,9 +57,11 @@ with subtest("polling_condition, wrongly: one name of the interval only"):
         polling_condition(interval=1, seconds_interval=1)
 
 with subtest("retry: both names of the timeout"):
+    tries = []
     for more in ({}, {"timeout_seconds": 60}, {"timeout": 60}):
-        retry(lambda last: True, **more)
-    retry(lambda last: True, 60)
+        retry(lambda last: tries.append(last) or True, **more)
+    retry(lambda last: tries.append(last) or True, 60)
+    t.assertEqual(tries, [False] * 4)
 
 with subtest("retry, wrongly: says how long it took, and the limit"):
     said = r"^action timed out after 1\.\d\d seconds \(timeout=1\)$"

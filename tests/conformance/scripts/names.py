@@ -115,6 +115,8 @@ with subtest("test_driver.duration, wrongly: a text is none"):
 with subtest("test_driver.efi: can be imported"):
     from test_driver.efi import anything
 
+    t.assertNotIsInstance(c, anything)
+
 with subtest("test_driver.efi, wrongly: says when it is used that there is no firmware"):
     with t.assertRaisesRegex(MachineError, "no UEFI firmware"):
         anything()

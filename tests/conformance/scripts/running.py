@@ -107,7 +107,6 @@ with subtest("polling_condition: its description"):
     t.assertEqual(described.description, "given")
 
 with subtest("polling_condition: not entered again by what it calls"):
-
     depths = []
     depth = 0
 
@@ -195,7 +194,7 @@ with subtest("log: messages and steps"):
     )
 
 with subtest("log: anything can be a message"):
-    log.info({"some": ["thing", 4]})
+    t.assertIsNone(log.info({"some": ["thing", 4]}))
 
 with subtest("log, wrongly: there is no such level"):
     with t.assertRaisesRegex(ValueError, "allowed: debug, info, warning, error"):
