@@ -26,8 +26,10 @@ def shell(machine: "Machine") -> None:
                         text = console.recv(65536)
                         if not text:
                             return
-                        sys.stdout.write(text.decode(errors="replace"))
+                        # Unfiltered: this is the guest's terminal now.
                         sys.stdout.flush()
+                        sys.stdout.buffer.write(text)
+                        sys.stdout.buffer.flush()
                     else:
                         line = sys.stdin.readline()
                         if not line:

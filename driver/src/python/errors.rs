@@ -11,10 +11,19 @@ pub(super) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         Error::Assertion(_) => "RequestedAssertionFailed",
         Error::Machine(_) => "MachineError",
     };
+    of_class(py, name, chain(error))
+}
+
+/// Upstream has it, and here it has no meaning.
+pub(super) fn not_here(py: Python<'_>, why: String) -> PyErr {
+    of_class(py, "NotHere", why)
+}
+
+fn of_class(py: Python<'_>, name: &str, text: String) -> PyErr {
     let class =
         || py.import("firn.errors")?.getattr(name)?.cast_into::<PyType>().map_err(PyErr::from);
     match class() {
-        Ok(class) => PyErr::from_type(class, chain(error)),
+        Ok(class) => PyErr::from_type(class, text),
         Err(error) => error,
     }
 }
