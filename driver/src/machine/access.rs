@@ -4,7 +4,7 @@
 
 use std::convert::Infallible;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::Notify;
@@ -78,6 +78,14 @@ impl Access {
         }
     }
 
+    /// Another shell will come on hvc0.
+    fn leave_shell(&mut self) {
+        if matches!(self.shell, Shell::There(_)) {
+            self.shell = Shell::Awaited;
+            self.left.notify_one();
+        }
+    }
+
     /// Why there is no way any more, if so.
     fn lost(&self) -> Option<Arc<SessionError>> {
         match (&self.agent, &self.shell) {
@@ -103,7 +111,7 @@ impl Machine {
         match &*self.inner.state.borrow() {
             State::Running(run) => {
                 if let Some(session) = run.access.session() {
-                    return Ok(session);
+                    return Ok(self.use_session(session));
                 }
             }
             State::Ended(end) => return Err(self.ended_error(end)),
@@ -115,7 +123,27 @@ impl Machine {
         let session = self.unless_ended(self.await_session()).await?;
         self.log("connected to guest root shell");
         self.log(format_args!("(connecting took {:.2} seconds)", began.elapsed().as_secs_f64()));
-        Ok(session)
+        Ok(self.use_session(session))
+    }
+
+    /// Remembers the way by which a call goes.
+    fn use_session(&self, session: Session) -> Session {
+        *self.inner.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
+        session
+    }
+
+    /// Has the next call wait for another way into the guest than the last one took: that of its next boot. If that is
+    /// there already, there is nothing to wait for.
+    pub fn disconnect(&self) {
+        let used = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(used) = used else { return };
+        self.set_access(|access| {
+            if access.session().is_some_and(|now| now.is(&used)) {
+                // Whoever attends to the agent brings the next one when this one goes away.
+                access.agent = Agent::Awaited;
+                access.leave_shell();
+            }
+        });
     }
 
     async fn await_session(&self) -> Result<Session> {
@@ -186,12 +214,7 @@ impl Machine {
             session.lost().await;
         }
         // Nothing tells of the end of a shell on a console; the next one says that it is there.
-        self.set_access(|access| {
-            if matches!(access.shell, Shell::There(_)) {
-                access.shell = Shell::Awaited;
-                access.left.notify_one();
-            }
-        });
+        self.set_access(Access::leave_shell);
     }
 
     /// Waits for a session's answer, or for the guest's end. `failed` says what could not be done.

@@ -25,7 +25,7 @@ mod module {
     #[pymodule_export]
     use super::log::{PyLogger, PyStep};
     #[pymodule_export]
-    use super::machine::{PyMachine, PyQmpClient};
+    use super::machine::PyMachine;
     #[pymodule_export]
     use super::wait::{check_wait_hook, interrupt_waits_by_signals, set_wait_hook};
 
