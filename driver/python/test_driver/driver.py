@@ -1,5 +1,6 @@
 """A test run."""
 
 from firn.driver import Driver
+from firn.machine.start import pythonize_name
 
-__all__ = ["Driver"]
+__all__ = ["Driver", "pythonize_name"]

@@ -37,6 +37,8 @@ enum Agent {
     /// The guest has not come up yet, or its agent is being started again.
     Awaited,
     There(AgentSession),
+    /// It is that of a boot which is over for the script, and the next one's is awaited.
+    Left(AgentSession),
     /// There will be none any more as long as the guest runs.
     Lost(Arc<SessionError>),
 }
@@ -58,7 +60,7 @@ impl Access {
 
     /// Ends all sessions, because the guest is gone.
     pub(super) fn close(&self) {
-        if let Agent::There(session) = &self.agent {
+        if let Agent::There(session) | Agent::Left(session) = &self.agent {
             session.client().close();
         }
         if let Shell::There(shell) = &self.shell {
@@ -78,6 +80,13 @@ impl Access {
         }
     }
 
+    /// Whoever attends to the agent brings the next session when this one ends.
+    fn leave_agent(&mut self) {
+        if let Agent::There(session) = &self.agent {
+            self.agent = Agent::Left(session.clone());
+        }
+    }
+
     /// Another shell will come on hvc0.
     fn leave_shell(&mut self) {
         if matches!(self.shell, Shell::There(_)) {
@@ -90,8 +99,10 @@ impl Access {
     fn lost(&self) -> Option<Arc<SessionError>> {
         match (&self.agent, &self.shell) {
             (Agent::There(_), _) | (_, Shell::There(_)) => None,
-            (Agent::Lost(why), _) | (Agent::Awaited, Shell::Lost(why)) => Some(Arc::clone(why)),
-            (Agent::Awaited, Shell::Awaited) => None,
+            (Agent::Lost(why), _) | (Agent::Awaited | Agent::Left(_), Shell::Lost(why)) => {
+                Some(Arc::clone(why))
+            }
+            (Agent::Awaited | Agent::Left(_), Shell::Awaited) => None,
         }
     }
 }
@@ -139,8 +150,7 @@ impl Machine {
         let Some(used) = used else { return };
         self.set_access(|access| {
             if access.session().is_some_and(|now| now.is(&used)) {
-                // Whoever attends to the agent brings the next one when this one goes away.
-                access.agent = Agent::Awaited;
+                access.leave_agent();
                 access.leave_shell();
             }
         });

@@ -17,6 +17,11 @@ def make_command(args: Iterable[object]) -> str:
     return shlex.join(map(str, args))
 
 
+def pythonize_name(name: str) -> str:
+    """Give the name of a script's variable for a machine of this name."""
+    return re.sub(r"^[^A-Za-z_]", "_", re.sub(r"[^A-Za-z0-9_]", "_", name))
+
+
 class QemuStartCommand:
     """The command that starts a machine. firn reads what would be run, and runs nothing."""
 
@@ -93,4 +98,4 @@ class Process:
     kill = terminate
 
 
-__all__ = ["Process", "QemuStartCommand", "make_command"]
+__all__ = ["Process", "QemuStartCommand", "make_command", "pythonize_name"]
