@@ -200,6 +200,7 @@ impl Driver {
             shared,
             out: self.out.clone(),
             keep,
+            borrowed: false,
             by_hand: self.base.is_some(),
         };
         Machine::new(node, source, dirs, &self.vlans, &self.log, descriptors)

@@ -160,10 +160,14 @@ pub enum End {
 }
 
 impl End {
-    /// Whether the guest, or the script, wanted it so.
+    /// Whether a machine that ends so is off, as whoever waits for that wants it: a kernel that panicked is, and the log
+    /// says so. One that stands still is not.
     #[must_use]
-    pub fn orderly(&self) -> bool {
-        matches!(self, Self::PoweredOff | Self::Reset | Self::Stopped)
+    pub fn is_off(&self) -> bool {
+        match self {
+            Self::PoweredOff | Self::Reset | Self::Stopped | Self::Panicked(_) => true,
+            Self::Halted | Self::VcpuDied { .. } | Self::Failed(_) => false,
+        }
     }
 }
 

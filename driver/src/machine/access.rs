@@ -4,7 +4,7 @@
 
 use std::convert::Infallible;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::Notify;
@@ -37,6 +37,8 @@ enum Agent {
     /// The guest has not come up yet, or its agent is being started again.
     Awaited,
     There(AgentSession),
+    /// It is that of a boot which is over for the script, and the next one's is awaited.
+    Left(AgentSession),
     /// There will be none any more as long as the guest runs.
     Lost(Arc<SessionError>),
 }
@@ -58,7 +60,7 @@ impl Access {
 
     /// Ends all sessions, because the guest is gone.
     pub(super) fn close(&self) {
-        if let Agent::There(session) = &self.agent {
+        if let Agent::There(session) | Agent::Left(session) = &self.agent {
             session.client().close();
         }
         if let Shell::There(shell) = &self.shell {
@@ -78,12 +80,29 @@ impl Access {
         }
     }
 
+    /// Whoever attends to the agent brings the next session when this one ends.
+    fn leave_agent(&mut self) {
+        if let Agent::There(session) = &self.agent {
+            self.agent = Agent::Left(session.clone());
+        }
+    }
+
+    /// Another shell will come on hvc0.
+    fn leave_shell(&mut self) {
+        if matches!(self.shell, Shell::There(_)) {
+            self.shell = Shell::Awaited;
+            self.left.notify_one();
+        }
+    }
+
     /// Why there is no way any more, if so.
     fn lost(&self) -> Option<Arc<SessionError>> {
         match (&self.agent, &self.shell) {
             (Agent::There(_), _) | (_, Shell::There(_)) => None,
-            (Agent::Lost(why), _) | (Agent::Awaited, Shell::Lost(why)) => Some(Arc::clone(why)),
-            (Agent::Awaited, Shell::Awaited) => None,
+            (Agent::Lost(why), _) | (Agent::Awaited | Agent::Left(_), Shell::Lost(why)) => {
+                Some(Arc::clone(why))
+            }
+            (Agent::Awaited | Agent::Left(_), Shell::Awaited) => None,
         }
     }
 }
@@ -103,7 +122,7 @@ impl Machine {
         match &*self.inner.state.borrow() {
             State::Running(run) => {
                 if let Some(session) = run.access.session() {
-                    return Ok(session);
+                    return Ok(self.use_session(session));
                 }
             }
             State::Ended(end) => return Err(self.ended_error(end)),
@@ -115,7 +134,26 @@ impl Machine {
         let session = self.unless_ended(self.await_session()).await?;
         self.log("connected to guest root shell");
         self.log(format_args!("(connecting took {:.2} seconds)", began.elapsed().as_secs_f64()));
-        Ok(session)
+        Ok(self.use_session(session))
+    }
+
+    /// Remembers the way by which a call goes.
+    fn use_session(&self, session: Session) -> Session {
+        *self.inner.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
+        session
+    }
+
+    /// Has the next call wait for another way into the guest than the last one took: that of its next boot. If that is
+    /// there already, there is nothing to wait for.
+    pub fn disconnect(&self) {
+        let used = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(used) = used else { return };
+        self.set_access(|access| {
+            if access.session().is_some_and(|now| now.is(&used)) {
+                access.leave_agent();
+                access.leave_shell();
+            }
+        });
     }
 
     async fn await_session(&self) -> Result<Session> {
@@ -186,12 +224,7 @@ impl Machine {
             session.lost().await;
         }
         // Nothing tells of the end of a shell on a console; the next one says that it is there.
-        self.set_access(|access| {
-            if matches!(access.shell, Shell::There(_)) {
-                access.shell = Shell::Awaited;
-                access.left.notify_one();
-            }
-        });
+        self.set_access(Access::leave_shell);
     }
 
     /// Waits for a session's answer, or for the guest's end. `failed` says what could not be done.

@@ -46,7 +46,7 @@ impl Machine {
             return Ok(());
         }
         let inner = &self.inner;
-        let Some(network) = inner.source.user_network(&inner.node, &inner.dirs)? else {
+        let Some(network) = inner.source.user_network(&inner.node, &self.dirs().clone())? else {
             return Ok(());
         };
         let spec = GatewaySpec {

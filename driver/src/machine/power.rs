@@ -160,7 +160,7 @@ impl Machine {
         }
     }
 
-    /// Waits until it has powered off. Nothing if it is off.
+    /// Waits until it is off: has powered off, reset itself, or panicked. Nothing if it is off.
     ///
     /// # Errors
     /// If the guest ends otherwise.
@@ -174,7 +174,7 @@ impl Machine {
         };
         drop(ended);
         self.inner.state.send_if_modified(forget_end);
-        if end.orderly() { Ok(()) } else { Err(self.ended_error(&end)) }
+        if end.is_off() { Ok(()) } else { Err(self.ended_error(&end)) }
     }
 
     /// Ends it at once, as if the power went. Nothing if it is off.
@@ -191,7 +191,7 @@ impl Machine {
     /// If files cannot be removed.
     pub async fn release(&self) -> Result<()> {
         self.stop().await;
-        if self.inner.dirs.keep {
+        if self.dirs().keep || self.dirs().borrowed {
             return Ok(());
         }
         self.cleanup_state_dir().await
@@ -230,6 +230,13 @@ impl Machine {
         })
     }
 
+    /// Waits until it does not run, without taking note of how it ended.
+    pub async fn wait_for_end(&self) {
+        let mut state = self.inner.state.subscribe();
+        // The sender lives in self.
+        let _ = state.wait_for(|state| !matches!(state, State::Running(_))).await;
+    }
+
     /// When its last boot, if that has ended, reached which stage.
     #[must_use]
     pub fn boot_marks(&self) -> Vec<Mark> {
@@ -257,8 +264,7 @@ impl Machine {
         // One that is just being started is ended once it is.
         let _starting = self.inner.starting.lock().await;
         self.request_stop();
-        let mut state = self.inner.state.subscribe();
-        let _ = state.wait_for(|state| !matches!(state, State::Running(_))).await;
+        self.wait_for_end().await;
         self.inner.state.send_if_modified(forget_end);
     }
 

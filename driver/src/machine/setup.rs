@@ -151,10 +151,18 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
 }
 
 impl Machine {
+    /// What it would be made of if it were started now, and its disks.
+    pub(super) fn devices(&self) -> Result<(NodeConfig, Vec<DiskSpec>)> {
+        let dirs = self.dirs().clone();
+        let (node, _) = *self.inner.source.resolve(&self.inner.node, &dirs)?;
+        let disks = disks(&node, &dirs);
+        Ok((node, disks))
+    }
+
     /// Writes what the start needs into the state directory, and says what to build.
     pub(super) async fn prepare(&self) -> Result<MachineSpec> {
-        let dirs = &self.inner.dirs;
-        let (node, boot) = &*self.inner.source.resolve(&self.inner.node, dirs)?;
+        let dirs = self.dirs().clone();
+        let (node, boot) = &*self.inner.source.resolve(&self.inner.node, &dirs)?;
         // `release` may have removed it.
         dirs.make()?;
         for share in &node.shares {
@@ -194,10 +202,7 @@ impl Machine {
             ],
             nets: nets(node),
             shares: own.chain(node.shares.iter().map(share)).collect(),
-            disks: (0..)
-                .zip(&node.disks)
-                .map(|(at, config)| disk(at, config, &dirs.state))
-                .collect(),
+            disks: disks(node, &dirs),
             rng: node.rng,
             balloon: node.balloon,
             vsock: node.vsock.clone(),
@@ -220,6 +225,10 @@ fn nets(node: &NodeConfig) -> Vec<NetSpec> {
     let user = node.user_network.iter().map(|_| CARD_MAC);
     let vlans = node.vlans.iter().map(|vlan| node.mac(*vlan));
     user.chain(vlans).map(|mac| NetSpec { mac }).collect()
+}
+
+fn disks(node: &NodeConfig, dirs: &Dirs) -> Vec<DiskSpec> {
+    (0..).zip(&node.disks).map(|(at, config)| disk(at, config, &dirs.state)).collect()
 }
 
 /// The disk at place `at`. Empty disks are made in `state`, where they outlive the machine's restarts.

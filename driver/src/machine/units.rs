@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Machine;
 use super::bus::{Bus, BusError};
 use super::exec::{ExecOptions, quote};
-use super::session::Session;
+use super::session::{AgentSession, Session};
 use crate::error::{Error, Result, chain};
 use crate::retry::{retry, timed_out};
 
@@ -149,6 +149,37 @@ impl Machine {
         retry(probe, timeout).await
     }
 
+    /// Waits until a unit is in a state: `active`, `inactive`, `activating`, `failed`, … Over the agent systemd itself
+    /// says when its state changes; else it is asked each second, and a state that lasts less may be missed.
+    ///
+    /// # Errors
+    /// [`Error::Assertion`] after `timeout`; else as [`Self::get_unit_property`].
+    pub async fn wait_for_unit_active_state(
+        &self,
+        unit: &str,
+        state: &str,
+        user: Option<&str>,
+        timeout: Duration,
+    ) -> Result<()> {
+        let by = user.map_or(String::new(), |user| format!(" with user {user}"));
+        let _step = self.nested(format_args!("waiting for unit {unit} to be {state}{by}"));
+        if let Session::Agent(agent) = self.session().await? {
+            let watch = self.unless_ended(async { Ok(watch_for(&agent, unit, state, user).await) });
+            match tokio::time::timeout(timeout, watch).await {
+                Err(_) => return Err(timed_out(timeout)),
+                Ok(answer) => match answer? {
+                    Ok(()) => return Ok(()),
+                    Err(error) => tracing::debug!("asking systemctl: {}", chain(&error)),
+                },
+            }
+        }
+        let probe = |_: bool| async {
+            let now = self.get_unit_property(unit, "ActiveState", user).await?;
+            Ok((now == state).then_some(()))
+        };
+        retry(probe, timeout).await
+    }
+
     /// Whether a unit is active.
     async fn probe_unit(&self, unit: &str, user: Option<&str>) -> Result<bool> {
         match self.get_unit_property(unit, "ActiveState", user).await?.as_str() {
@@ -200,6 +231,24 @@ async fn watch(bus: &Bus, unit: &str) -> std::result::Result<(), Unwatched> {
             }
             _ => changes.next().await?,
         }
+    }
+}
+
+/// Waits until a unit is in a state, as systemd tells.
+async fn watch_for(
+    agent: &AgentSession,
+    unit: &str,
+    state: &str,
+    user: Option<&str>,
+) -> std::result::Result<(), BusError> {
+    let bus = Bus::connect(agent, user).await?;
+    let mut changes = bus.watch_unit(unit).await?;
+    loop {
+        changes.mark_seen();
+        if bus.active_state(&changes).await? == state {
+            return Ok(());
+        }
+        changes.next().await?;
     }
 }
 

@@ -188,8 +188,8 @@ impl PyRun {
     }
 
     #[getter]
-    fn machines(&self) -> Vec<PyMachine> {
-        self.0.machines().iter().cloned().map(PyMachine).collect()
+    fn machines(&self, py: Python<'_>) -> PyResult<Vec<Py<PyAny>>> {
+        self.0.machines().iter().map(|machine| PyMachine::object(py, machine.clone())).collect()
     }
 
     #[getter]
@@ -220,7 +220,7 @@ impl PyRun {
         start_script: PathBuf,
         name: Option<&str>,
         keep_state: bool,
-    ) -> PyResult<PyMachine> {
+    ) -> PyResult<Py<PyAny>> {
         let file = MachineFile::read(&start_script).map_err(|e| senseless(&e))?;
         self.create(py, file, name, keep_state)
     }
@@ -233,7 +233,7 @@ impl PyRun {
         json: &str,
         name: Option<&str>,
         keep_state: bool,
-    ) -> PyResult<PyMachine> {
+    ) -> PyResult<Py<PyAny>> {
         let file =
             MachineFile::parse(json, "create_machine".as_ref()).map_err(|e| senseless(&e))?;
         self.create(py, file, name, keep_state)
@@ -299,12 +299,12 @@ impl PyRun {
         mut file: MachineFile,
         name: Option<&str>,
         keep_state: bool,
-    ) -> PyResult<PyMachine> {
+    ) -> PyResult<Py<PyAny>> {
         if let Some(name) = name {
             file.rename(name).map_err(|e| senseless(&e))?;
         }
         let made = self.0.create_machine(file, keep_state);
-        made.map(PyMachine).map_err(|e| exception(py, &e))
+        PyMachine::object(py, made.map_err(|e| exception(py, &e))?)
     }
 }
 

@@ -26,7 +26,7 @@ mod module {
     #[pymodule_export]
     use super::log::{PyLogger, PyStep, py_printable};
     #[pymodule_export]
-    use super::machine::{PyMachine, PyQmpClient};
+    use super::machine::PyMachine;
     #[pymodule_export]
     use super::wait::{check_wait_hook, interrupt_waits_by_signals, set_wait_hook};
 

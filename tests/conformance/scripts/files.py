@@ -10,7 +10,7 @@ import urllib.request
 import warnings
 from pathlib import Path
 
-from test_driver.errors import MachineError, RequestedAssertionFailed
+from test_driver.errors import MachineError
 
 machine.start(allow_reboot=True)
 machine.wait_for_unit("multi-user.target")
@@ -100,7 +100,7 @@ with subtest("forward_port: to the host, while it runs"):
 
 with subtest("forward_port, wrongly: a port that somebody has"):
     with t.assertRaisesRegex(MachineError, str(forwarded)):
-        peer.forward_port(host_port=forwarded)
+        peer.forward_port(host_port=str(forwarded))
 
 with subtest("send_console: types"):
     peer.execute("(read line < /dev/ttyS0; echo $line > /tmp/typed) &", check_output=False)
@@ -113,26 +113,26 @@ with subtest("send_console, wrongly: to what does not run"):
         idle.send_console("x")
 
 with subtest("shell, wrongly: of what does not run"):
-    with t.assertRaisesRegex(MachineError, "is not running"):
-        idle.shell.sendall(b"x")
+    t.assertIsNone(idle.shell)
 
 with subtest("shell: the backdoor's own socket"):
-    machine.shell.sendall(b"echo by $((40 + 2))\n")
+    shell = machine.shell
+    assert shell
+    shell.sendall(b"echo by $((40 + 2))\n")
     got = b""
-    while b"by 42" not in got and (more := machine.shell.recv(4096)):
+    while b"by 42" not in got and (more := shell.recv(4096)):
         got += more
     t.assertIn(b"by 42", got)
 
-with subtest("send_monitor_command: what firn knows"):
-    t.assertEqual(machine.send_monitor_command("info status"), "VM status: running\n")
+with subtest("send_monitor_command: pulls and plugs a cable"):
     machine.send_monitor_command("set_link virtio-net-pci.1 off")
     machine.fail("ping -c 1 -W 2 peer")
     machine.send_monitor_command("set_link virtio-net-pci.1 on")
-    t.assertEqual(machine.qmp_client.send("query-status")["running"], True)
+    machine.succeed("ping -c 1 -W 10 peer")
 
 with subtest("send_monitor_command, wrongly: what firn does not know"):
     with t.assertRaisesRegex(MachineError, "firn has no QEMU monitor"):
-        machine.send_monitor_command("migrate")
+        machine.send_monitor_command("no_such_command")
 
 with subtest("reboot: comes up again"):
     machine.succeed("touch /run/before")
@@ -143,10 +143,6 @@ with subtest("reboot: comes up again"):
 with subtest("wait_for_qmp_event: of the reboot"):
     event = machine.wait_for_qmp_event(lambda event: event["event"] == "RESET", timeout=10)
     t.assertTrue(event["data"]["guest"])
-
-with subtest("wait_for_qmp_event, wrongly: within its time only"):
-    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
-        machine.wait_for_qmp_event(lambda event: event["event"] == "NONSENSE", timeout=1)
 
 with subtest("reboot, wrongly: without allow_reboot"):
     with t.assertRaisesRegex(MachineError, "allow_reboot=True"):
@@ -165,11 +161,18 @@ with subtest("wait_for_shutdown: of a guest that does so by itself"):
     peer.wait_for_shutdown()
     t.assertFalse(peer.booted)
 
-with subtest("wait_for_shutdown, wrongly: of a guest that crashes"):
+with subtest("wait_for_shutdown: of a guest that panics"):
     peer.start()
     peer.connect()
     peer.execute("sleep 1; echo c > /proc/sysrq-trigger", check_output=False)
-    with t.assertRaisesRegex(MachineError, "panicked"):
+    peer.wait_for_shutdown()
+    t.assertFalse(peer.booted)
+
+with subtest("wait_for_shutdown, wrongly: of a guest that halts and stands still"):
+    peer.start()
+    peer.connect()
+    peer.execute("sleep 1; halt -f", check_output=False)
+    with t.assertRaisesRegex(MachineError, "peer halted"):
         peer.wait_for_shutdown()
 
 with subtest("release: removes its state"):

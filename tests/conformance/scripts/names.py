@@ -7,6 +7,14 @@ with subtest("machines: a variable for each, other characters replaced"):
     t.assertEqual([m.name for m in machines], ["a-b", "c"])
     t.assertEqual([a_b.name, c.name], ["a-b", "c"])
 
+with subtest("pythonize_name: as the variables are called"):
+    from test_driver.driver import pythonize_name
+
+    t.assertEqual([pythonize_name(m.name) for m in machines], [m.variable for m in machines])
+
+with subtest("pythonize_name, wrongly: what cannot begin a name"):
+    t.assertEqual(pythonize_name("1-a.b"), "__a_b")
+
 with subtest("machines, wrongly: no alias where there are several"):
     t.assertNotIn("machine", globals())
 

@@ -61,6 +61,11 @@ impl AgentSession {
         &self.client
     }
 
+    /// Whether both are the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.environment, &other.environment)
+    }
+
     /// Waits for an answer as long as the agent lives.
     async fn attend<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {

@@ -97,6 +97,15 @@ impl Session {
         }
     }
 
+    /// Whether both are the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Agent(one), Self::Agent(other)) => one.is(other),
+            (Self::Shell(one), Self::Shell(other)) => one.is(other),
+            _ => false,
+        }
+    }
+
     /// Starts a command and leaves it alone.
     pub(super) async fn spawn(&self, command: Command) -> Result<()> {
         each!(self, session => session.spawn(command).await)

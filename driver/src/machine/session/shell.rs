@@ -106,6 +106,11 @@ impl ShellSession {
         Ok(Self { line, closed: Arc::new(watch::Sender::new(false)) })
     }
 
+    /// Whether both are the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.line, &other.line)
+    }
+
     /// Ends all calls, now and later, because the guest is gone.
     pub(crate) fn close(&self) {
         self.closed.send_replace(true);
