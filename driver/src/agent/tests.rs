@@ -569,6 +569,7 @@ fn ready() -> Ready {
     Ready {
         agent_version: String::new(),
         init: true,
+        early: false,
         hostname: "puppet".to_owned(),
         kernel: String::new(),
         uptime_ms: 1,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use firn_guest_agent::protocol::{SYSTEM_DOWN, SYSTEM_UP};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OnceCell, watch};
 use tokio::time::{sleep, timeout};
@@ -91,6 +92,21 @@ impl AgentSession {
         let boot =
             ready.boot.filter(|exit| !exit.success()).map(|exit| format!("/etc/firn/boot: {exit}"));
         ready.warnings.iter().cloned().chain(boot).collect()
+    }
+
+    /// Whether the guest's system may not be up yet.
+    pub(crate) fn early(&self) -> bool {
+        self.client.ready().early
+    }
+
+    /// Waits until the system of an early agent is up.
+    pub(crate) async fn system_up(&self) -> Result<()> {
+        self.wait(Condition::Exists(SYSTEM_UP.into())).await
+    }
+
+    /// Waits until the system of an early agent will not come up by itself.
+    pub(crate) async fn system_down(&self) -> Result<()> {
+        self.wait(Condition::Exists(SYSTEM_DOWN.into())).await
     }
 
     /// Waits until the session is gone, and says why.
