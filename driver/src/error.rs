@@ -102,6 +102,12 @@ pub enum MachineError {
         /// Which machine.
         machine: String,
     },
+    /// What shall be copied from the host is not there.
+    #[error("No such file or directory: {}", path.display())]
+    Missing {
+        /// What.
+        path: PathBuf,
+    },
     /// A file of the host cannot be used.
     #[error("cannot {action} {}", path.display())]
     File {

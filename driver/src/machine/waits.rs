@@ -3,10 +3,12 @@
 //! Over the agent the guest itself looks, many times a second; over the backdoor's shell, which serves one call at a
 //! time, each look is a call, once a second.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::Machine;
 use super::exec::{ExecOptions, last_probe, quote};
+use super::files::in_guest;
 use super::session::{AgentSession, Session};
 use crate::agent::Condition;
 use crate::error::{Error, Result};
@@ -80,7 +82,8 @@ impl Machine {
     ) -> Result<()> {
         let _step = self.nested(format_args!("waiting for UNIX socket {path}"));
         let kind = if is_datagram { "-uU" } else { "-U" };
-        let condition = Condition::SocketOpen { path: path.into(), datagram: is_datagram };
+        let at = &in_guest(Path::new(path));
+        let condition = Condition::SocketOpen { path: at.into(), datagram: is_datagram };
         self.wait_until(Some(condition), &format!("nc -z {kind} {}", quote(path)), timeout).await
     }
 

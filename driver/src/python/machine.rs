@@ -346,14 +346,14 @@ impl PyMachine {
         wait(py, self.0.copy_from_host(&source, &target))
     }
 
-    /// As [`Self::copy_from_host`], which needs no share either.
     fn copy_from_host_via_shell(
         &self,
         py: Python<'_>,
         source: PathBuf,
         target: PathBuf,
     ) -> PyResult<()> {
-        self.copy_from_host(py, source, target)
+        let target = target.to_string_lossy();
+        wait(py, self.0.copy_from_host_via_shell(&source, &target))
     }
 
     #[pyo3(signature = (source, target_dir = PathBuf::new()))]

@@ -13,8 +13,8 @@ use tokio::time::{sleep, timeout};
 
 use super::{Command, MAX_OUTPUT, Result, SessionError};
 use crate::agent::{
-    AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest, FileInfo, Lost,
-    StderrMode, Stream,
+    ANSWER_WITHIN, AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest,
+    FileInfo, Lost, StderrMode, Stream,
 };
 
 /// How often the agent shall say that it is alive.
@@ -133,7 +133,9 @@ impl AgentSession {
             Ok(_) => {
                 let mut request = ExecRequest::shell(ENVIRONMENT);
                 request.stderr = StderrMode::Null;
-                parse_environment(&self.client.exec_collect(request).await?.stdout)
+                let answer = timeout(ANSWER_WITHIN, self.client.exec_collect(request)).await;
+                let answer = answer.map_err(|_| AgentError::Late(ANSWER_WITHIN))?;
+                parse_environment(&answer?.stdout)
             }
             Err(AgentError::Refused(_)) => Environment::new(),
             Err(error) => return Err(error.into()),
@@ -216,10 +218,6 @@ impl AgentSession {
 
     pub(super) async fn make_directory(&self, path: &Path, mode: u32) -> Result<()> {
         self.attend(async { Ok(self.client.make_directory(path, mode).await?) }).await
-    }
-
-    pub(super) async fn symlink(&self, path: &Path, target: &Path) -> Result<()> {
-        self.attend(async { Ok(self.client.symlink(path, target).await?) }).await
     }
 
     pub(super) async fn stat(&self, path: &Path, follow: bool) -> Result<FileInfo> {
