@@ -167,11 +167,10 @@ in
       restartIfChanged = false;
       serviceConfig = {
         # It waits for its port by itself.
-        ExecStart = lib.concatStringsSep " " [
+        ExecStart =
           "${cfg.firn.package.agent}/bin/firn-agent --port /dev/virtio-ports/org.firn.agent"
-          # What commands say of themselves goes where the backdoor's does, whatever becomes of the journal.
-          "--console /dev/ttyS0 --early"
-        ];
+          # Where the backdoor's commands complain, too, whatever becomes of the journal.
+          + " --console /dev/ttyS0 --early";
         Restart = "always";
         RestartSec = "100ms";
         # Commands that it has started outlive it.

@@ -10,7 +10,8 @@ use crate::error::{Error, MachineError, chain};
 pub(super) fn exception(py: Python<'_>, error: &Error) -> PyErr {
     let name = match error {
         Error::Machine(MachineError::Missing { path }) => {
-            let arguments = (nix::errno::Errno::ENOENT as i32, "No such file or directory", path.clone());
+            let arguments =
+                (nix::errno::Errno::ENOENT as i32, "No such file or directory", path.clone());
             return PyFileNotFoundError::new_err(arguments);
         }
         Error::Assertion(_) => "RequestedAssertionFailed",

@@ -96,18 +96,36 @@ with subtest("require_unit_state: what it is"):
     machine.require_unit_state("bad", "failed")
 
 with subtest("require_unit_state, wrongly: what it is not"):
-    with t.assertRaisesRegex(RequestedAssertionFailed, 'but it is in state "failed"'):
+    with t.assertRaisesRegex(
+        RequestedAssertionFailed,
+        "^Expected unit 'bad' to to be in state 'active' but it is in state 'failed'$",
+    ):
         machine.require_unit_state("bad")
 
 with subtest("stop_job: stops"):
     t.assertEqual(machine.stop_job("slow.service")[0], 0)
     machine.require_unit_state("slow", "inactive")
 
+with subtest("stop_job: several, with options"):
+    run = "systemd-run --unit={} sleep 1000"
+    machine.succeed(run.format("one"), run.format("two"))
+    t.assertEqual(machine.stop_job("--no-block one.service two.service")[0], 0)
+    machine.wait_until_fails("systemctl is-active one two")
+
 with subtest("stop_job, wrongly: what does not exist"):
     t.assertNotEqual(machine.stop_job("nonsense.service")[0], 0)
 
 with subtest("start_job: starts"):
     t.assertEqual(machine.start_job("systemd-tmpfiles-clean.service")[0], 0)
+
+with subtest("start_job: several, with options"):
+    machine.succeed(
+        "printf '[Service]\nExecStart=/bin/sleep 1000\n' | tee /run/systemd/system/{one,two}.service",
+        "systemctl daemon-reload",
+    )
+    t.assertEqual(machine.start_job("--no-block one two")[0], 0)
+    machine.wait_for_unit("one")
+    machine.wait_for_unit("two")
 
 with subtest("start_job, wrongly: what does not exist"):
     t.assertNotEqual(machine.start_job("nonsense.service")[0], 0)
@@ -148,6 +166,10 @@ with subtest("wait_for_open_unix_socket: of streams"):
 
 with subtest("wait_for_open_unix_socket: of datagrams"):
     machine.wait_for_open_unix_socket("/run/systemd/journal/socket", is_datagram=True)
+
+with subtest("wait_for_open_unix_socket: of a path that starts where commands do"):
+    later(1, "exec nc -lU sub.socket")
+    machine.wait_for_open_unix_socket("sub.socket", timeout=60)
 
 with subtest("wait_for_open_unix_socket, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):

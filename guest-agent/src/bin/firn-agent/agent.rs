@@ -138,7 +138,7 @@ impl Agent {
     }
 
     fn warn(&mut self, warning: String) {
-        eprintln!("firn-agent: {warning}");
+        complain!("firn-agent: {warning}");
         self.warnings.push(warning);
     }
 
@@ -175,7 +175,7 @@ impl Agent {
             self.devices = Some(devices);
             // It may have come just before the socket listened.
             if !self.try_open()? {
-                eprintln!("firn-agent: waiting for the port {:?}", self.place);
+                complain!("firn-agent: waiting for the port {:?}", self.place);
             }
         }
         Ok(())
@@ -282,7 +282,7 @@ impl Agent {
     /// The stream itself is gone.
     fn lose(&mut self, error: Errno) {
         if self.place.is_machine() {
-            eprintln!("firn-agent: the port is gone: {}", error.desc());
+            complain!("firn-agent: the port is gone: {}", error.desc());
         }
         self.session = None;
         self.decoder.clear();
@@ -305,7 +305,7 @@ impl Agent {
                 },
             };
             if let Err(error) = result {
-                eprintln!("firn-agent: session ended: {error}");
+                complain!("firn-agent: session ended: {error}");
                 if let Some(session) = self.session.take() {
                     session.refuse(&error);
                     // What is half sent must be finished, or the host could not read the refusal.
@@ -347,7 +347,7 @@ impl Agent {
             self.session = Some(Session::new(hello.nonce, outbox, Arc::clone(&self.spawner)));
             self.greet();
         } else {
-            eprintln!("firn-agent: the host speaks version {}, this is {VERSION}", hello.version);
+            complain!("firn-agent: the host speaks version {}, this is {VERSION}", hello.version);
         }
         Ok(())
     }
@@ -444,7 +444,7 @@ impl Agent {
         if self.init {
             self.ending.get_or_insert((outcome, Instant::now() + FAREWELL));
         } else if let Err(failure) = crate::power::ask_init(outcome) {
-            eprintln!("firn-agent: {}", failure.message);
+            complain!("firn-agent: {}", failure.message);
         }
     }
 
@@ -464,7 +464,7 @@ impl Agent {
                     continue;
                 }
                 Err(error) => {
-                    eprintln!("firn-agent: wait for children: {}", error.desc());
+                    complain!("firn-agent: wait for children: {}", error.desc());
                     return;
                 }
             };

@@ -329,7 +329,7 @@ impl Command {
         if self.exit.is_none()
             && let Err(error) = killpg(self.pid, signal)
         {
-            eprintln!("firn-agent: send {signal} to process group {}: {}", self.pid, error.desc());
+            complain!("firn-agent: send {signal} to process group {}: {}", self.pid, error.desc());
         }
     }
 
@@ -342,7 +342,7 @@ impl Command {
             };
             let thread = std::thread::Builder::new().name("drain".to_owned()).stack_size(64 * 1024);
             if let Err(error) = thread.spawn(drain) {
-                eprintln!("firn-agent: detached command loses its output pipe: {error}");
+                complain!("firn-agent: detached command loses its output pipe: {error}");
             }
         }
     }

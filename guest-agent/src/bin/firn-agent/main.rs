@@ -6,6 +6,14 @@
 //! their own.
 #![forbid(unsafe_code)]
 
+/// Prints to standard error, whatever has become of that: `eprintln!` would panic once the journal is gone.
+macro_rules! complain {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stderr(), $($words)*).ok();
+    }};
+}
+
 mod agent;
 mod boot_timer;
 mod exec;
@@ -90,7 +98,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(message) => {
-            eprintln!("firn-agent: {message}");
+            complain!("firn-agent: {message}");
             return ExitCode::from(2);
         }
     };
@@ -98,7 +106,7 @@ fn main() -> ExitCode {
     let outcome = match result {
         Ok(Ok(outcome)) => Some(outcome),
         Ok(Err(message)) => {
-            eprintln!("firn-agent: {message}");
+            complain!("firn-agent: {message}");
             None
         }
         // The panic's message has been printed.
@@ -110,7 +118,7 @@ fn main() -> ExitCode {
             Some(Outcome::Reboot) => RebootMode::RB_AUTOBOOT,
             Some(Outcome::PowerOff) => RebootMode::RB_POWER_OFF,
             Some(Outcome::Disconnected) | None => {
-                eprintln!("firn-agent: process 1 cannot go on, powering off");
+                complain!("firn-agent: process 1 cannot go on, powering off");
                 RebootMode::RB_POWER_OFF
             }
         };

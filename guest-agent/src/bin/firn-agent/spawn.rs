@@ -32,7 +32,7 @@ impl Spawner {
         match open_terminal(path) {
             Ok(console) => console.into(),
             Err(error) => {
-                eprintln!("firn-agent: open {}: {error}", path.display());
+                complain!("firn-agent: open {}: {error}", path.display());
                 Stdio::inherit()
             }
         }
@@ -59,6 +59,6 @@ fn open_terminal(path: &Path) -> io::Result<File> {
 
 fn set_score(score: &str) {
     if let Err(error) = fs::write(OOM_SCORE, score) {
-        eprintln!("firn-agent: {OOM_SCORE}: {error}");
+        complain!("firn-agent: {OOM_SCORE}: {error}");
     }
 }
