@@ -112,7 +112,9 @@ with subtest("succeed, wrongly: says which command failed, and how"):
         machine.succeed("sleep 1000", timeout=1)
 
 with subtest("succeed, wrongly: a long command is shown in part"):
-    with t.assertRaisesRegex(RequestedAssertionFailed, r"^command `false # x+… .*200008 bytes") as caught:
+    with t.assertRaisesRegex(
+        RequestedAssertionFailed, r"^command `false # x+… .*200008 bytes"
+    ) as caught:
         machine.succeed("false # " + "x" * 200_000)
     t.assertLess(len(str(caught.exception)), 2000)
 

@@ -120,12 +120,13 @@ with subtest("start_job: starts"):
 
 with subtest("start_job: several, with options"):
     machine.succeed(
-        "printf '[Service]\nExecStart=/bin/sleep 1000\n' | tee /run/systemd/system/{one,two}.service",
+        "printf '[Service]\\nExecStart=/bin/sleep 1000\\n' >/run/systemd/system/three.service",
+        "cp /run/systemd/system/{three,four}.service",
         "systemctl daemon-reload",
     )
-    t.assertEqual(machine.start_job("--no-block one two")[0], 0)
-    machine.wait_for_unit("one")
-    machine.wait_for_unit("two")
+    t.assertEqual(machine.start_job("--no-block three four")[0], 0)
+    machine.wait_for_unit("three")
+    machine.wait_for_unit("four")
 
 with subtest("start_job, wrongly: what does not exist"):
     t.assertNotEqual(machine.start_job("nonsense.service")[0], 0)
