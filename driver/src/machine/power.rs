@@ -145,7 +145,7 @@ impl Machine {
             self.inner.state.send_if_modified(forget_end);
             return Ok(());
         }
-        let session = self.session().await?;
+        let session = self.session_even_down().await?;
         self.ask_for_power_off(&session).await?;
         self.wait_for_shutdown().await
     }

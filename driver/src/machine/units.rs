@@ -93,25 +93,26 @@ impl Machine {
         if is == state {
             return Ok(());
         }
+        // These are upstream's words, which tests match.
         Err(Error::Assertion(format!(
-            "Expected unit \"{unit}\" to be in state \"{state}\" but it is in state \"{is}\""
+            "Expected unit '{unit}' to to be in state '{state}' but it is in state '{is}'"
         )))
     }
 
-    /// Starts a unit, as `systemctl start` does; answers its status and output.
+    /// Starts units, shell words with or without options of `systemctl start`; answers its status and output.
     ///
     /// # Errors
     /// As [`Machine::execute`].
-    pub async fn start_job(&self, unit: &str, user: Option<&str>) -> Result<(i32, String)> {
-        self.systemctl(&format!("start {}", quote(unit)), user).await
+    pub async fn start_job(&self, units: &str, user: Option<&str>) -> Result<(i32, String)> {
+        self.systemctl(&format!("start {units}"), user).await
     }
 
-    /// Stops a unit, as `systemctl stop` does; answers its status and output.
+    /// Stops units, shell words with or without options of `systemctl stop`; answers its status and output.
     ///
     /// # Errors
     /// As [`Machine::execute`].
-    pub async fn stop_job(&self, unit: &str, user: Option<&str>) -> Result<(i32, String)> {
-        self.systemctl(&format!("stop {}", quote(unit)), user).await
+    pub async fn stop_job(&self, units: &str, user: Option<&str>) -> Result<(i32, String)> {
+        self.systemctl(&format!("stop {units}"), user).await
     }
 
     /// Waits until a unit is active. Over the agent systemd itself says when; else it is asked each second.

@@ -1,13 +1,19 @@
 //! Errors of the Rust API as exceptions of `firn.errors`.
 
+use pyo3::exceptions::PyFileNotFoundError;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
-use crate::error::{Error, chain};
+use crate::error::{Error, MachineError, chain};
 
 /// The exception for an error.
 pub(super) fn exception(py: Python<'_>, error: &Error) -> PyErr {
     let name = match error {
+        Error::Machine(MachineError::Missing { path }) => {
+            let arguments =
+                (nix::errno::Errno::ENOENT as i32, "No such file or directory", path.clone());
+            return PyFileNotFoundError::new_err(arguments);
+        }
         Error::Assertion(_) => "RequestedAssertionFailed",
         Error::Machine(_) => "MachineError",
     };

@@ -28,19 +28,45 @@ with subtest("copy_from_host: a file with its mode, owned by root"):
 
 with subtest("copy_from_host: a directory"):
     machine.copy_from_host(str(here / "dir"), "/tmp/copied")
-    machine.succeed("cmp /tmp/copied/link /tmp/copied/inner/bytes; test -L /tmp/copied/link")
+    machine.succeed("cmp /tmp/copied/link /tmp/copied/inner/bytes; test ! -L /tmp/copied/link")
+    machine.succeed("ln -sf inner/bytes /tmp/copied/link")
+
+with subtest("copy_from_host: what links to directories lead to"):
+    (here / "linked").mkdir()
+    (here / "linked/dir").symlink_to(here / "dir")
+    machine.copy_from_host(here / "linked", "/tmp/linked")
+    machine.succeed("test ! -L /tmp/linked/dir; cmp /tmp/linked/dir/inner/bytes /tmp/copied/link")
+
+with subtest("copy_from_host: a relative target starts where commands do"):
+    machine.copy_from_host(here / "run.sh", "rel/run.sh")
+    t.assertEqual(machine.succeed("rel/run.sh; /tmp/rel/run.sh"), "ran\nran\n")
 
 with subtest("copy_from_host, wrongly: what is not there"):
-    with t.assertRaisesRegex(MachineError, "nothing: No such file"):
+    with t.assertRaisesRegex(FileNotFoundError, "No such file or directory: '.*/nothing'"):
         machine.copy_from_host(here / "nothing", "/tmp/x")
+    (here / "dangling").mkdir()
+    (here / "dangling/link").symlink_to("nowhere")
+    with t.assertRaises(OSError):
+        machine.copy_from_host(here / "dangling", "/tmp/x")
 
 with subtest("copy_from_host_via_shell: a file"):
     machine.copy_from_host_via_shell(here / "dir/inner/bytes", "/tmp/shell/bytes")
     machine.succeed("cmp /tmp/shell/bytes /tmp/copied/inner/bytes")
 
+with subtest("copy_from_host_via_shell: a target that the guest's shell expands"):
+    machine.copy_from_host_via_shell(here / "run.sh", "$HOME/by-shell")
+    machine.copy_from_host_via_shell(here / "run.sh", "'/tmp/a space'")
+    machine.copy_from_host_via_shell(here / "run.sh", "~/$(echo by)-tilde")
+    t.assertEqual(machine.succeed("ls /root"), "by-shell\nby-tilde\n")
+    machine.succeed("test -e '/tmp/a space'")
+
 with subtest("copy_from_host_via_shell, wrongly: where nothing can be"):
-    with t.assertRaises(MachineError):
+    with t.assertRaises(RequestedAssertionFailed):
         machine.copy_from_host_via_shell(here / "run.sh", "/proc/nothing/run.sh")
+    with t.assertRaisesRegex(RequestedAssertionFailed, "is not one path"):
+        machine.copy_from_host_via_shell(here / "run.sh", "/tmp/one /tmp/two")
+    with t.assertRaises(FileNotFoundError):
+        machine.copy_from_host_via_shell(here / "nothing", "/tmp/x")
 
 with subtest("copy_from_machine: to the output directory"):
     machine.copy_from_machine("/tmp/copied", "results")
@@ -48,13 +74,30 @@ with subtest("copy_from_machine: to the output directory"):
     t.assertEqual((copied / "inner/bytes").read_bytes(), (here / "dir/inner/bytes").read_bytes())
     t.assertEqual(os.readlink(copied / "link"), "inner/bytes")
 
+with subtest("copy_from_machine: of a path that starts where commands do"):
+    machine.succeed("echo hi > f")
+    machine.copy_from_machine("f")
+    t.assertEqual((Path(machine.out_dir) / "f").read_text(), "hi\n")
+
+with subtest("copy_from_machine: to other directories of the host"):
+    machine.copy_from_machine("f", str(here / "absolute/new"))
+    t.assertEqual((here / "absolute/new/f").read_text(), "hi\n")
+    machine.copy_from_machine("f", "results/../up")
+    t.assertEqual((Path(machine.out_dir) / "up/f").read_text(), "hi\n")
+    beside = os.path.relpath(here / "beside", machine.out_dir)
+    machine.copy_from_machine("f", beside)
+    t.assertEqual((here / "beside/f").read_text(), "hi\n")
+
 with subtest("copy_from_machine, wrongly: what is not there"):
-    with t.assertRaises(MachineError):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "/tmp/nothing"):
         machine.copy_from_machine("/tmp/nothing")
 
-with subtest("copy_from_machine, wrongly: out of the output directory"):
-    with t.assertRaises(MachineError):
-        machine.copy_from_machine("/tmp/copied", "../elsewhere")
+with subtest("copy_from_machine, wrongly: through a link that the guest has made"):
+    machine.succeed(f"mkdir -p out; ln -s {here} out/link")
+    machine.copy_from_machine("out")
+    with t.assertRaisesRegex(MachineError, "outside of the output directory"):
+        machine.copy_from_machine("f", "out/link/made")
+    t.assertFalse((here / "made").exists())
 
 with subtest("copy_from_vm: the old name"):
     with warnings.catch_warnings(record=True) as caught:
@@ -63,7 +106,7 @@ with subtest("copy_from_vm: the old name"):
     t.assertTrue((Path(machine.out_dir) / "bytes").exists() and caught)
 
 with subtest("copy_from_vm, wrongly: what is not there"):
-    with t.assertRaises(MachineError):
+    with t.assertRaises(RequestedAssertionFailed):
         machine.copy_from_vm("/tmp/nothing")
 
 with subtest("shared_dir: one directory of all machines and the host"):

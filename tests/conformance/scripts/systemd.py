@@ -126,18 +126,37 @@ with subtest("require_unit_state: what it is"):
     t.assertEqual(machine.get_unit_property("bad", "ActiveState"), "failed")
 
 with subtest("require_unit_state, wrongly: what it is not"):
-    with t.assertRaisesRegex(RequestedAssertionFailed, 'but it is in state "failed"'):
+    with t.assertRaisesRegex(
+        RequestedAssertionFailed,
+        "^Expected unit 'bad' to to be in state 'active' but it is in state 'failed'$",
+    ):
         machine.require_unit_state("bad")
 
 with subtest("stop_job: stops"):
     t.assertEqual(machine.stop_job("slow.service")[0], 0)
     machine.require_unit_state("slow", "inactive")
 
+with subtest("stop_job: several, with options"):
+    run = "systemd-run --unit={} sleep 1000"
+    machine.succeed(run.format("one"), run.format("two"))
+    t.assertEqual(machine.stop_job("--no-block one.service two.service")[0], 0)
+    machine.wait_until_fails("systemctl is-active one two")
+
 with subtest("stop_job, wrongly: what does not exist"):
     t.assertNotEqual(machine.stop_job("nonsense.service")[0], 0)
 
 with subtest("start_job: starts"):
     t.assertEqual(machine.start_job("systemd-tmpfiles-clean.service")[0], 0)
+
+with subtest("start_job: several, with options"):
+    machine.succeed(
+        "printf '[Service]\\nExecStart=/bin/sleep 1000\\n' >/run/systemd/system/three.service",
+        "cp /run/systemd/system/{three,four}.service",
+        "systemctl daemon-reload",
+    )
+    t.assertEqual(machine.start_job("--no-block three four")[0], 0)
+    machine.wait_for_unit("three")
+    machine.wait_for_unit("four")
 
 with subtest("start_job, wrongly: what does not exist"):
     t.assertNotEqual(machine.start_job("nonsense.service")[0], 0)
@@ -202,6 +221,10 @@ with subtest("wait_for_open_unix_socket: of datagrams"):
     later(1, "exec nc -l -k -u -U /run/late-datagrams")
     machine.wait_for_open_unix_socket("/run/late-datagrams", is_datagram=True)
     machine.succeed("test -S /run/late-datagrams")
+
+with subtest("wait_for_open_unix_socket: of a path that starts where commands do"):
+    later(1, "exec nc -lU sub.socket")
+    machine.wait_for_open_unix_socket("sub.socket", timeout=60)
 
 with subtest("wait_for_open_unix_socket, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):

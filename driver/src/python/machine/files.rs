@@ -16,14 +16,15 @@ impl PyMachine {
         self.call(py, |machine| machine.copy_from_host(&source, &target))
     }
 
-    /// As copy_from_host(), which needs no shared directory either.
+    /// As copy_from_host(), but the guest's shell expands the target.
     fn copy_from_host_via_shell(
         &self,
         py: Python<'_>,
         source: PathBuf,
         target: PathBuf,
     ) -> PyResult<()> {
-        self.copy_from_host(py, source, target)
+        let target = target.to_string_lossy();
+        wait(py, self.0.copy_from_host_via_shell(&source, &target))
     }
 
     /// Copy a file or directory of the guest into `out_dir`.
