@@ -15,6 +15,9 @@ NIX := $(wildcard flake.nix nix/*.nix nix/*/*.nix tests/nix/*.nix)
 RUN_IN = FIRN_AGENT="$(abspath $(VENV)/firn-agent)" \
 	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(abspath $(FIRN)) carrier exec $(1) --"
 
+# Tests that cannot run here list themselves there.
+SKIPPED := $(abspath target/skipped)
+
 RUNS = 1000000
 
 .PHONY: fuzz demo test conformance lint bench clean build setup kit
@@ -22,15 +25,19 @@ RUNS = 1000000
 demo: kit
 	$(FIRN) test tests/examples/ping/test.toml
 
+test: export FIRN_SKIPPED = $(SKIPPED)/list
 test: kit
+	rm -rf $(SKIPPED)
+	mkdir -p $(SKIPPED)
 	tests/nix/evaluate.py
 	cargo test --release --workspace --exclude firn-tests
 	$(VENV)/pip install -q mypy pexpect
 	$(VENV)/python -m unittest discover -s driver/python/tests
 	$(VENV)/python tests/conformance/conformance.py run
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
-	$(call RUN_IN,--if-needed) cargo test --release -p firn-tests \
+	$(call RUN_IN,--if-needed --writable $(SKIPPED)) cargo test --release -p firn-tests \
 		--test ping --test guest -- --test-threads=1
+	@touch $$FIRN_SKIPPED; echo "skipped tests: $$(wc -l <$$FIRN_SKIPPED)"; cat $$FIRN_SKIPPED
 
 conformance: kit
 	$(VENV)/python tests/conformance/conformance.py run --write

@@ -71,6 +71,27 @@ let
     ${builtins.toJSON machine.spec}
   '';
 
+  # A command that runs out of memory ends alone, and a test may start as many as it likes.
+  limits = {
+    OOMPolicy = "continue";
+    TasksMax = "infinity";
+    LimitNOFILE = "1024:524288";
+  };
+
+  # A directory in /run that is there as long as the unit is active.
+  state =
+    name: unit:
+    unit
+    // {
+      restartIfChanged = false;
+      serviceConfig = {
+        Type = "oneshot";
+        RemainAfterExit = true;
+        ExecStart = "${pkgs.coreutils}/bin/true";
+        RuntimeDirectory = name;
+      };
+    };
+
   leftToQemu = cfg.firn.fallback == "qemu" && machine.unsupported != [ ];
 in
 {
@@ -90,6 +111,7 @@ in
       };
       description = ''
         Keys of the machine file, which replace those made from other options: what only firn has.
+        Those of `user_network` are replaced one by one.
       '';
     };
 
@@ -139,21 +161,53 @@ in
       }
     ) cfg.sharedDirectories;
 
+    # qemu-vm.nix turns them off: who turns them on again may expect some.
+    warnings = lib.optional config.networking.usePredictableInterfaceNames ''
+      ${name}: networking.usePredictableInterfaceNames gives firn's cards other names than QEMU's, which are on a PCI bus.
+    '';
+
     # There from the start of the system to its very end; the backdoor stays beside it.
     systemd.services.firn-agent = {
       description = "firn's agent";
-      wantedBy = [ "sysinit.target" ];
+      wantedBy = [
+        "sysinit.target"
+        "emergency.target"
+      ];
       unitConfig.DefaultDependencies = false;
       # Switching to another configuration must not cut the driver off.
       restartIfChanged = false;
       serviceConfig = {
         # It waits for its port by itself.
-        ExecStart = "${cfg.firn.package.agent}/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
+        ExecStart =
+          "${cfg.firn.package.agent}/bin/firn-agent --port /dev/virtio-ports/org.firn.agent"
+          # Where the backdoor's commands complain, too, whatever becomes of the journal.
+          + " --console /dev/ttyS0 --early";
         Restart = "always";
         RestartSec = "100ms";
         # Commands that it has started outlive it.
         KillMode = "process";
-      };
+        # The agent gives its commands a score of 0 again.
+        OOMScoreAdjust = -1000;
+      }
+      // limits;
+    };
+
+    # The agent is there early, but the driver leaves a script's commands until what the backdoor
+    # waits for, too: tests rely on it.
+    systemd.services.firn-system-up = state "firn-system-up" {
+      description = "The system is up, for firn's agent";
+      wantedBy = [ "multi-user.target" ];
+    };
+    systemd.services.firn-system-down = state "firn-system-down" {
+      description = "The system waits to be mended, for firn's agent";
+      wantedBy = [
+        "emergency.target"
+        "rescue.target"
+      ];
+      unitConfig.DefaultDependencies = false;
+    };
+    systemd.services.backdoor = lib.mkIf (config.testing.backdoor or (options ? testing)) {
+      serviceConfig = limits;
     };
 
     # It would wait for a port that is QEMU's.

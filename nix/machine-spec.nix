@@ -35,6 +35,7 @@ let
     filter
     genList
     head
+    isAttrs
     isList
     isString
     length
@@ -131,7 +132,15 @@ let
       }
       // drive (given.driveConfig or { })
     ) cfg.emptyDiskImages
-    ++ map (given: { image = fromShell given.file; } // drive given) qemuDrives;
+    ++ map (
+      given:
+      {
+        image = fromShell given.file;
+      }
+      # An image that is made from one of the store has it below it; that is no secret.
+      // optionalAttrs ((driveOptions given).format != "raw") { backing = [ builtins.storeDir ]; }
+      // drive given
+    ) qemuDrives;
 
   # What a drive's options for QEMU say of a disk.
   drive =
@@ -195,6 +204,8 @@ let
     split " *\n" (replaceStrings [ " -" ] [ "\n-" ] (" " + concatStringsSep " " qemuOptions))
   );
   fromOptions = builtins.foldl' (spec: text: spec // knownOptions.${text} or { }) { } givenOptions;
+
+  settings = cfg.firn.settings or { };
 
   # What firn cannot do: the option, and why.
   because =
@@ -324,14 +335,16 @@ in
         );
         qemu_opts = "\${QEMU_OPTS:-}";
       }
-      // optionalAttrs hasUserNetwork {
+      // optionalAttrs (credentials != { }) { inherit credentials; }
+      // fromOptions
+      // settings
+      # Its keys one by one: who wants one of them still has what the other options say.
+      // optionalAttrs (hasUserNetwork && isAttrs (settings.user_network or { })) {
         user_network = {
           restrict = cfg.restrictNetwork;
           forward_ports = map forwardPort cfg.forwardPorts;
           qemu_net_opts = "\${QEMU_NET_OPTS:-}";
-        };
-      }
-      // optionalAttrs (credentials != { }) { inherit credentials; }
-      // fromOptions
-      // cfg.firn.settings or { };
+        }
+        // settings.user_network or { };
+      };
 }

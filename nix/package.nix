@@ -13,7 +13,7 @@
   # What the test framework asks of its driver.
   enableOCR ? false,
   extraPythonPackages ? (_: [ ]),
-  # Accepted, and of no use: firn has no QEMU, and no containers.
+  # Accepted, and of no use: firn has no QEMU.
   qemu_pkg ? null,
   enableNspawn ? false,
 }:
@@ -113,6 +113,8 @@ let
   # It makes ext4 file systems on new disks, and reads screens.
   path = lib.makeBinPath ([ e2fsprogs ] ++ lib.optional enableOCR tesseract);
 in
+# A test has containers; `test-module.nix` says which.
+assert lib.assertMsg (!enableNspawn) "containers are not there yet with firn, only nodes are";
 python3Packages.buildPythonApplication {
   pname = "firn";
   inherit (common) version meta;

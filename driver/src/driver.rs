@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use firn_vmm::spec::{Cid, Number, VsockSpec};
@@ -11,6 +11,7 @@ use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
 use crate::config::{MachineFile, NodeConfig, TestConfig};
+use crate::descriptors::{self, Part};
 use crate::error::{MachineError, Result};
 use crate::kit::{Kit, KitName};
 use crate::log::{Logger, Step};
@@ -102,8 +103,9 @@ impl Driver {
             state: Mutex::new(Some(state)),
             replaced: AtomicBool::new(false),
         };
-        for source in sources {
-            let machine = driver.make(source, false)?;
+        let parts = descriptors::parts(sources.len());
+        for (source, part) in sources.into_iter().zip(parts) {
+            let machine = driver.make(source, false, part)?;
             driver.machines.push(machine);
         }
         Ok(driver)
@@ -149,7 +151,11 @@ impl Driver {
             let same = kept.iter().find(|old| old.is_of(&source));
             let machine = match same {
                 Some(old) => old.clone(),
-                None => driver.make(source, false)?,
+                None => {
+                    let old = self.machines.iter().find(|old| old.name() == source.name());
+                    let part = old.map_or_else(descriptors::part, Machine::descriptors);
+                    driver.make(source, false, part)?
+                }
             };
             driver.machines.push(machine);
         }
@@ -161,7 +167,7 @@ impl Driver {
         Ok(driver)
     }
 
-    fn make(&self, source: Source, keep: bool) -> Result<Machine> {
+    fn make(&self, source: Source, keep: bool, descriptors: Arc<Part>) -> Result<Machine> {
         let (state, shared, keep) = match &*self.state() {
             Some(state) => state.machine(source.name(), keep)?,
             None => return Err(MachineError::Usage("the run is over".to_owned()).into()),
@@ -172,6 +178,7 @@ impl Driver {
             shared,
             out: self.out.clone(),
             keep,
+            borrowed: false,
             by_hand: self.base.is_some(),
         };
         let mut node = source.describe(&dirs)?;
@@ -183,7 +190,7 @@ impl Driver {
         if node.vsock.is_none() {
             node.vsock = self.backdoor(&node, &dirs)?;
         }
-        Machine::new(node, source, dirs, &self.vlans, &self.log)
+        Machine::new(node, source, dirs, &self.vlans, &self.log, descriptors)
     }
 
     /// The vsock of a machine that says none.
@@ -210,7 +217,8 @@ impl Driver {
         }
         let count = self.machines.len() + created.len() + 1;
         let number = u8::try_from(count).unwrap_or(u8::MAX);
-        let machine = self.make(Source::File { file: Box::new(file), number }, keep_state)?;
+        let source = Source::File { file: Box::new(file), number };
+        let machine = self.make(source, keep_state, descriptors::part())?;
         created.push(machine.clone());
         Ok(machine)
     }

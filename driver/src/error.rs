@@ -33,6 +33,16 @@ pub enum MachineError {
         /// The last console lines.
         tail: Tail,
     },
+    /// The guest runs, but its system does not come up.
+    #[error("{machine} cannot be used: {why}{tail}")]
+    NotUp {
+        /// Which machine.
+        machine: String,
+        /// What keeps it from that.
+        why: Arc<str>,
+        /// The last console lines.
+        tail: Tail,
+    },
     /// The guest agent went away while somebody waited for it.
     #[error("{machine} lost its agent{tail}")]
     AgentLost {
@@ -91,6 +101,12 @@ pub enum MachineError {
     NotRunning {
         /// Which machine.
         machine: String,
+    },
+    /// What shall be copied from the host is not there.
+    #[error("No such file or directory: {}", path.display())]
+    Missing {
+        /// What.
+        path: PathBuf,
     },
     /// A file of the host cannot be used.
     #[error("cannot {action} {}", path.display())]
@@ -160,10 +176,14 @@ pub enum End {
 }
 
 impl End {
-    /// Whether the guest, or the script, wanted it so.
+    /// Whether a machine that ends so is off, as whoever waits for that wants it: a kernel that panicked is, and the log
+    /// says so. One that stands still is not.
     #[must_use]
-    pub fn orderly(&self) -> bool {
-        matches!(self, Self::PoweredOff | Self::Reset | Self::Stopped)
+    pub fn is_off(&self) -> bool {
+        match self {
+            Self::PoweredOff | Self::Reset | Self::Stopped | Self::Panicked(_) => true,
+            Self::Halted | Self::VcpuDied { .. } | Self::Failed(_) => false,
+        }
     }
 }
 

@@ -1,11 +1,13 @@
 //! Kernels unpacked once: a directory of the cache with the ELF files of bzImages.
 //!
 //! A bzImage unpacks itself in the guest at every boot, which is more work than all the rest of one. So it is unpacked
-//! on the host and kept, named by the SHA-256 of the bzImage. Beside it stands a link for each file with that content,
+//! on the host and kept, named by the SHA-256 of the bzImage and its own size. Beside it stands a link for each file with that content,
 //! named by what tells files and their changes apart, so that a known bzImage is not read again. An entry appears whole,
-//! by a rename, is never written again, and may be removed at any time: a kernel that is not there is unpacked anew.
+//! by a rename, is never written again, and may be removed at any time: a kernel that is not there, or has another size
+//! than its name says, is unpacked anew.
 //! Where that cannot be done, machines boot the bzImage.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -15,6 +17,8 @@ use std::time::{Duration, SystemTime};
 use firn_vmm::boot::unpack::{self, UnpackError};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
+
+use crate::private;
 
 /// A larger file is no bzImage; in bytes.
 const MAX_IMAGE: u64 = 256 << 20;
@@ -61,38 +65,49 @@ impl Kernels {
         }
         let known = self.dir.join(identity(&metadata));
         if let Ok(entry) = fs::canonicalize(&known)
-            && mark_used(&entry).is_ok()
+            && use_entry(&entry)
         {
             return Ok(Some(entry));
         }
         let Some(image) = read_bzimage(kernel)? else { return Ok(None) };
-        let name = crate::kit::hex(&Sha256::digest(&image));
-        let path = self.dir.join(&name);
-        if mark_used(&path).is_err() {
-            self.unpack(&image, &path)?;
-        }
+        let hash = crate::kit::hex(&Sha256::digest(&image));
+        let path = match self.unpacked_before(&hash) {
+            Some(path) => path,
+            None => self.unpack(&image, &hash)?,
+        };
         // In the carrier nothing of the cache can be written.
-        if let Err(error) = self.link(&name, &known) {
+        if let Err(error) = self.link(path.file_name().unwrap_or_default(), &known) {
             tracing::debug!(kernel = %kernel.display(), %error, "a kernel is read each time");
         }
         Ok(Some(path))
     }
 
-    fn unpack(&self, image: &[u8], path: &Path) -> Result<(), KernelError> {
+    /// The entry of the bzImage with this hash, if it is there.
+    fn unpacked_before(&self, hash: &str) -> Option<PathBuf> {
+        let mut entries = fs::read_dir(&self.dir).ok()?.filter_map(Result::ok);
+        let of_image = |name: &OsStr| name.as_encoded_bytes().starts_with(hash.as_bytes());
+        entries.find_map(|entry| {
+            Some(entry.path()).filter(|path| of_image(&entry.file_name()) && use_entry(path))
+        })
+    }
+
+    fn unpack(&self, image: &[u8], hash: &str) -> Result<PathBuf, KernelError> {
         // Before the work, which is for nothing if it cannot be kept.
-        fs::create_dir_all(&self.dir)?;
+        private::make(&self.dir)?;
         let mut file = tempfile::Builder::new().prefix(".").tempfile_in(&self.dir)?;
-        file.write_all(&unpack::vmlinux(image)?)?;
+        let kernel = unpack::vmlinux(image)?;
+        file.write_all(&kernel)?;
         // The monitor maps only what nobody may write.
-        file.as_file().set_permissions(Permissions::from_mode(0o444))?;
+        file.as_file().set_permissions(Permissions::from_mode(0o400))?;
         file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        self.prune(path)?;
-        Ok(())
+        let path = self.dir.join(format!("{hash}-{}", kernel.len()));
+        file.persist(&path).map_err(|error| error.error)?;
+        self.prune(&path)?;
+        Ok(path)
     }
 
     /// Notes that the file `known` has the content `name`.
-    fn link(&self, name: &str, known: &Path) -> io::Result<()> {
+    fn link(&self, name: &OsStr, known: &Path) -> io::Result<()> {
         let made =
             tempfile::Builder::new().prefix(".").make_in(&self.dir, |path| symlink(name, path))?;
         made.persist(known).map_err(|error| error.error)
@@ -130,12 +145,14 @@ fn read_bzimage(path: &Path) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(image))
 }
 
-/// Puts off the removal of an entry; an error if it is not there.
-fn mark_used(entry: &Path) -> io::Result<()> {
-    let file = File::open(entry)?;
-    // One that another user owns is pruned early, no more.
+/// Puts off the removal of an entry; false if it is not there, or damaged.
+fn use_entry(entry: &Path) -> bool {
+    let Ok(file) = File::open(entry) else { return false };
+    let name = entry.file_name().unwrap_or_default().to_string_lossy();
+    let size = name.rsplit_once('-').and_then(|(_, size)| size.parse().ok());
+    // One that root owns is pruned early, no more.
     let _ = file.set_modified(SystemTime::now());
-    Ok(())
+    file.metadata().is_ok_and(|meta| Some(meta.len()) == size)
 }
 
 #[cfg(test)]
@@ -226,6 +243,16 @@ mod tests {
         let Place { dir: _dir, kernels, image } = place();
         let entry = kernels.unpacked(&image);
         fs::remove_file(&entry).expect("it is there");
+        assert_eq!(kernels.unpacked(&image), entry);
+        assert!(starts_with_elf(&entry));
+    }
+
+    #[test]
+    fn a_damaged_one_is_unpacked_anew() {
+        let Place { dir: _dir, kernels, image } = place();
+        let entry = kernels.unpacked(&image);
+        fs::set_permissions(&entry, Permissions::from_mode(0o600)).expect("it is ours");
+        fs::write(&entry, &ELF[..5]).expect("it is ours");
         assert_eq!(kernels.unpacked(&image), entry);
         assert!(starts_with_elf(&entry));
     }

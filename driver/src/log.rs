@@ -63,7 +63,7 @@ struct Core {
 
 /// Something that happened.
 #[derive(Clone, Copy)]
-enum Event<'a> {
+pub(crate) enum Event<'a> {
     Message {
         level: Level,
         machine: Option<&'a str>,
@@ -80,6 +80,10 @@ enum Event<'a> {
         text: &'a str,
         subtest: Option<&'a str>,
     },
+    /// The run fails, and says why elsewhere.
+    Failure {
+        why: &'a str,
+    },
     /// `failure` is why a subtest failed.
     End {
         machine: Option<&'a str>,
@@ -91,14 +95,38 @@ enum Event<'a> {
 }
 
 /// Where a log goes.
-trait Sink: Send {
+pub(crate) trait Sink: Send {
     fn take(&mut self, event: Event<'_>);
 
-    /// Nothing more will come.
+    /// Leaves out what is less important, where it is for people to read as it comes.
+    fn set_level(&mut self, _level: Level) {}
+
+    /// Completes what was written. Answers whether more may come.
     ///
     /// # Errors
     /// If what came could not be written.
-    fn finish(self: Box<Self>) -> io::Result<()>;
+    fn finish(&mut self) -> io::Result<bool>;
+}
+
+/// A log within a log.
+impl Sink for Logger {
+    fn take(&mut self, event: Event<'_>) {
+        let event = match event {
+            Event::Serial { machine, line, shown } => {
+                Event::Serial { machine, line, shown: shown && self.shows_serial() }
+            }
+            other => other,
+        };
+        self.emit(event);
+    }
+
+    fn set_level(&mut self, level: Level) {
+        Self::set_level(self, level);
+    }
+
+    fn finish(&mut self) -> io::Result<bool> {
+        Self::finish(self).map(|()| true)
+    }
 }
 
 impl Default for Logger {
@@ -117,21 +145,45 @@ impl Logger {
     /// As [`Self::stderr`], without what is less important than `level`.
     #[must_use]
     pub fn stderr_from(level: Level) -> Self {
-        Self::with_terminal(Box::new(io::stderr()), colours_wanted(&io::stderr()), level)
+        let new = Self::nowhere();
+        new.add_stderr(level);
+        new
+    }
+
+    /// Writes to stderr as well, as [`Self::stderr_from`].
+    pub fn add_stderr(&self, level: Level) {
+        let out = io::stderr();
+        let colours = colours_wanted(&out);
+        self.add_sink(Box::new(Terminal::new(Box::new(out), colours, level)));
     }
 
     /// A log on anything else.
     #[must_use]
     pub fn new(out: Box<dyn Write + Send>, colours: bool) -> Self {
-        Self::with_terminal(out, colours, Level::Info)
+        let new = Self::nowhere();
+        new.add_sink(Box::new(Terminal::new(out, colours, Level::Info)));
+        new
     }
 
-    fn with_terminal(out: Box<dyn Write + Send>, colours: bool, level: Level) -> Self {
-        let sinks: Vec<Box<dyn Sink>> = vec![Box::new(Terminal::new(out, colours, level))];
-        Self {
-            core: Arc::new(Core { sinks: Mutex::new(sinks), serial: AtomicBool::new(true) }),
-            machine: None,
+    /// A log that goes nowhere, until something is added.
+    #[must_use]
+    pub fn nowhere() -> Self {
+        let core = Core { sinks: Mutex::default(), serial: AtomicBool::new(true) };
+        Self { core: Arc::new(core), machine: None }
+    }
+
+    /// Writes to another log as well. Answers false, and does nothing, if that is this one.
+    #[must_use]
+    pub fn add_log(&self, other: &Self) -> bool {
+        let new = !Arc::ptr_eq(&self.core, &other.core);
+        if new {
+            self.add_sink(Box::new(other.clone()));
         }
+        new
+    }
+
+    pub(crate) fn add_sink(&self, sink: Box<dyn Sink>) {
+        self.sinks().push(sink);
     }
 
     /// Writes the log to an XML file as well.
@@ -139,7 +191,7 @@ impl Logger {
     /// # Errors
     /// If the file cannot be made.
     pub fn add_xml(&self, path: &Path) -> io::Result<()> {
-        self.sinks().push(Box::new(XmlLog::create(path)?));
+        self.add_sink(Box::new(XmlLog::create(path)?));
         Ok(())
     }
 
@@ -148,7 +200,7 @@ impl Logger {
     /// # Errors
     /// If the file cannot be made.
     pub fn add_junit(&self, path: &Path) -> io::Result<()> {
-        self.sinks().push(Box::new(Junit::create(path)?));
+        self.add_sink(Box::new(Junit::create(path)?));
         Ok(())
     }
 
@@ -157,9 +209,22 @@ impl Logger {
     /// # Errors
     /// The first error of writing them.
     pub fn finish(&self) -> io::Result<()> {
-        // The first is the terminal, if this is called once more too.
-        let files: Vec<_> = self.sinks().drain(1..).collect();
-        files.into_iter().map(Sink::finish).fold(Ok(()), Result::and)
+        let mut done = Ok(());
+        self.sinks().retain_mut(|sink| {
+            sink.finish().unwrap_or_else(|error| {
+                // The first one tells the most.
+                done = std::mem::replace(&mut done, Ok(())).and(Err(error));
+                false
+            })
+        });
+        done
+    }
+
+    /// Leaves out of the terminal what is less important than `level`.
+    pub fn set_level(&self, level: Level) {
+        for sink in self.sinks().iter_mut() {
+            sink.set_level(level);
+        }
     }
 
     /// The same log, with the machine's name before each message.
@@ -180,12 +245,17 @@ impl Logger {
 
     /// Writes a message that somebody should look at though the test goes on.
     pub fn warning(&self, message: impl Display) {
-        self.message(Level::Warning, &format!("warning: {message}"));
+        self.message(Level::Warning, &message.to_string());
     }
 
     /// Writes an error of the test, each line behind `!!!`.
     pub fn error(&self, text: impl Display) {
         self.message(Level::Error, &text.to_string());
+    }
+
+    /// Notes for the reports that the run fails. The terminal does not have it: who calls this says it there.
+    pub fn fail(&self, why: impl Display) {
+        self.emit(Event::Failure { why: &why.to_string() });
     }
 
     /// Begins a step; it ends, and its duration is written, when the answer is dropped.
@@ -208,8 +278,12 @@ impl Logger {
 
     /// Writes a line that a guest printed.
     pub fn serial(&self, machine: &str, line: &str) {
-        let shown = self.core.serial.load(Ordering::Relaxed);
+        let shown = self.shows_serial();
         self.emit(Event::Serial { machine, line: &printable(line), shown });
+    }
+
+    fn shows_serial(&self) -> bool {
+        self.core.serial.load(Ordering::Relaxed)
     }
 
     /// Shows or hides what the guests print. Files have it always.
@@ -276,12 +350,14 @@ pub(crate) fn colours_wanted(stream: &impl IsTerminal) -> bool {
     set("NO_COLOR").is_none() && (forced || stream.is_terminal())
 }
 
-/// A guest's line without escape sequences and control characters, which could move the cursor, change
-/// the colours or the title of the reader's terminal.
-pub(crate) fn printable(line: &str) -> String {
-    anstream::adapter::strip_str(line)
+/// Text without escape sequences and control characters other than tabs and line ends: those could move the cursor,
+/// change the colours or the title of the reader's terminal, or answer in its name. Wherever text of a guest may be in
+/// what is written to a terminal, it goes through this.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    anstream::adapter::strip_str(text)
         .to_string()
         .chars()
-        .filter(|c| !c.is_control() || *c == '\t')
+        .filter(|c| !c.is_control() || matches!(c, '\t' | '\n'))
         .collect()
 }

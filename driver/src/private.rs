@@ -68,6 +68,19 @@ impl Place {
         Path::new("/proc/self/fd").join(self.dir.as_raw_fd().to_string()).join(name)
     }
 
+    /// Closes it to all other users, if it is this user's.
+    pub(crate) fn close(&self) -> io::Result<()> {
+        let meta = self.dir.metadata()?;
+        if meta.uid() != me() || meta.mode() & 0o077 == 0 {
+            return Ok(());
+        }
+        match fs::set_permissions(self.entry(".".as_ref()), Permissions::from_mode(DIR_MODE)) {
+            // Nor can anybody else change anything there, as in the carrier.
+            Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => Ok(()),
+            done => done,
+        }
+    }
+
     /// Whether nobody but this user can look into it.
     fn is_private(&self) -> io::Result<bool> {
         let meta = self.dir.metadata()?;

@@ -32,7 +32,7 @@ where
 /// The error of a wait whose time is over.
 pub(crate) fn timed_out(timeout: Duration) -> Error {
     let seconds = timeout.as_secs_f64();
-    Error::Assertion(format!("action timed out after {seconds} seconds"))
+    Error::Assertion(format!("action timed out after {seconds} seconds (timeout={seconds})"))
 }
 
 #[cfg(test)]
@@ -63,7 +63,7 @@ mod tests {
             async { Ok(None::<()>) }
         };
         let error = retry(probe, Duration::from_millis(1500)).await.expect_err("never an answer");
-        assert_eq!(error.to_string(), "action timed out after 1.5 seconds");
+        assert_eq!(error.to_string(), "action timed out after 1.5 seconds (timeout=1.5)");
         assert_eq!(*seen.borrow(), [false, false, true]);
     }
 

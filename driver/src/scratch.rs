@@ -144,7 +144,8 @@ impl Named {
 
 impl Drop for Named {
     fn drop(&mut self) {
-        let entered = std::mem::take(self.entered.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let entered =
+            std::mem::take(self.entered.get_mut().unwrap_or_else(PoisonError::into_inner));
         let shared = Some(OsString::from(SHARED)).filter(|_| !self.keep);
         for name in entered.into_iter().chain(shared) {
             // Nobody is left to tell.
@@ -203,8 +204,11 @@ impl Scratch {
         let place = Place::open(parent)?;
         sweep(&place);
         let dir = private::temporary(&place, PREFIX)?;
-        let lock =
-            File::options().write(true).create_new(true).mode(FILE_MODE).open(dir.path().join(LOCK))?;
+        let lock = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(FILE_MODE)
+            .open(dir.path().join(LOCK))?;
         lock.lock()?;
         Ok(Self { dir: dir.keep(), _lock: lock })
     }
@@ -254,6 +258,8 @@ fn aged(file: &File) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
     use std::time::{Duration, SystemTime};
 
     use super::*;
@@ -269,21 +275,22 @@ mod tests {
         let parent = tempfile::tempdir().expect("a temp dir");
         let old = parent.path().join("vm-state-a");
         fs::create_dir_all(old.join("x")).expect("made");
+        let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode();
         let kept = State::Named(Named::new(parent.path(), true).expect("made"));
         assert_eq!(
             kept.machine("a", false).expect("made"),
             (old.clone(), parent.path().join(SHARED), true)
         );
+        assert_eq!(mode(&old) & 0o777, 0o700, "it is closed to others");
+        assert_eq!(mode(&parent.path().join(SHARED)) & 0o777, 0o700);
         let error = Named::new(parent.path(), false).expect_err("it is taken").to_string();
-        assert!(error.contains("set TMPDIR"), "{error}");
+        assert!(error.contains("another run"), "{error}");
         drop(kept);
         assert!(old.join("x").exists());
         let fresh = State::Named(Named::new(parent.path(), false).expect("free again"));
-        assert!(!fresh.machine("a", false).expect("made").2 && !old.exists());
-        fs::create_dir_all(&old).expect("made");
+        assert!(!fresh.machine("a", false).expect("made").2 && !old.join("x").exists());
         assert!(fresh.machine("b", true).expect("made").2);
         let b = parent.path().join("vm-state-b");
-        fs::create_dir(&b).expect("made");
         drop(fresh);
         let left = fs::read_dir(parent.path()).expect("readable").flatten().map(|e| e.path());
         assert_eq!(left.collect::<Vec<_>>(), [b], "what shall be kept, and no lock");
@@ -312,5 +319,52 @@ mod tests {
         assert!(!dead.exists());
         let second = Scratch::new_in(parent.path()).expect("made");
         assert!(alive.path().exists() && second.path().exists() && other.exists());
+    }
+    #[test]
+    fn nothing_that_others_plant_keeps_a_run_waiting() {
+        let parent = tempfile::tempdir().expect("a temp dir");
+        let planted = parent.path().join("firn-run-planted");
+        fs::create_dir(&planted).expect("made");
+        let made = Command::new("mkfifo").arg(planted.join(LOCK)).status().expect("it can be run");
+        assert!(made.success());
+        fs::write(parent.path().join("firn-run-file"), "").expect("written");
+        std::os::unix::fs::symlink("/etc", parent.path().join("firn-run-link")).expect("made");
+        let scratch = Scratch::new_in(parent.path()).expect("made");
+        assert!(planted.join(LOCK).exists() && scratch.path().exists());
+        let fifo = parent.path().join(NAMED_LOCK);
+        assert!(Command::new("mkfifo").arg(&fifo).status().expect("it can be run").success());
+        Named::new(parent.path(), false).expect_err("no lock is a FIFO");
+    }
+
+    #[test]
+    fn what_was_killed_before_it_had_a_lock_goes_too() {
+        let parent = tempfile::tempdir().expect("a temp dir");
+        let dead = parent.path().join("firn-run-dead");
+        fs::create_dir(&dead).expect("made");
+        let _young = Scratch::new_in(parent.path()).expect("made");
+        assert!(dead.exists());
+        let past = SystemTime::now() - Duration::from_secs(60);
+        File::open(&dead).and_then(|dir| dir.set_modified(past)).expect("it is ours");
+        let _second = Scratch::new_in(parent.path()).expect("made");
+        assert!(!dead.exists());
+    }
+
+    #[test]
+    fn a_directory_of_the_users_own_is_left_as_it_is() {
+        let dir = tempfile::tempdir().expect("a temp dir");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("ours");
+        let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode();
+        let state = State::new(&StatePlace::Of(dir.path().to_owned())).expect("it is ours");
+        let (own, exchange, keep) = state.machine("a", false).expect("made");
+        assert_eq!((own.as_path(), keep), (dir.path(), true));
+        assert_eq!((mode(dir.path()) & 0o777, mode(&exchange) & 0o777), (0o755, 0o700));
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).expect("ours");
+        let error = State::new(&StatePlace::Of(dir.path().to_owned())).expect_err("as /tmp");
+        let expected = format!(
+            "cannot keep state in {0}: {0} can be written to by other users; set TMPDIR to another \
+             directory of yours",
+            dir.path().display()
+        );
+        assert_eq!(error.to_string(), expected);
     }
 }

@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "a failing test may panic in its helpers too")]
 
 mod common;
+#[path = "../../tests/src/skip.rs"]
+mod skip;
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command};
@@ -32,9 +34,7 @@ fn unshare() -> Option<Command> {
         command.arg("--");
         return Some(command);
     }
-    eprintln!(
-        "SKIPPED: this system allows no user namespaces, so the agent is not tested as process 1"
-    );
+    skip::skipped("this system allows no user namespaces, so the agent is not process 1");
     None
 }
 

@@ -190,6 +190,7 @@ impl Firn {
             serial: Box::new(std::io::sink()),
             console_ports: Vec::new(),
             nets: vec![Arc::clone(&gateway) as Arc<dyn NetPort>],
+            descriptors: 10_000,
         };
         let mut vm = Vm::new(&spec, host).expect("the machine can be made");
         vm.start().expect("it starts");

@@ -15,8 +15,8 @@ The script's machines are in comments at its beginning:
 
 Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
 is read from the JUnit report; a case that is not in it, or is skipped there, has failed. `firn
-check` looks at the scripts too. One with `#: ways: agent backdoor` is run once over each of the ways
-into a guest.
+check` looks at the scripts too. One with `#: ways: agent backdoor` is run once over each of the
+ways into a guest.
 
     conformance.py run [FAMILY…]    run them; with --write keep the outcome in results.json
     conformance.py table [--check]  write the README's table, or look whether it is as it should be
@@ -49,6 +49,8 @@ GUEST_CHECKS = {"succeed", "fail", "wait_until_succeeds", "wait_until_fails"}
 #: The command line's names, and the tests of driver/python/tests that show them: right and wrong.
 COMMANDS = {
     "--config": ("test_nixos.test_names", "test_nixos.test_bad_configuration"),
+    "--test-script": ("test_nixos.test_other_script", "test_nixos.test_usage"),
+    "--no-interactive": ("test_nixos.test_other_script", "test_nixos.test_usage"),
     "--start-scripts": ("test_nixos.test_without_configuration", "test_nixos.test_usage"),
     "--vlans": ("test_nixos.test_without_configuration", "test_nixos.test_create_machine"),
     "--keep-machine-state": ("test_nixos.test_keep_machine_state", "test_nixos.test_two_runs"),
@@ -59,6 +61,7 @@ COMMANDS = {
     "--junit-xml": ("test_nixos.test_reports", "test_nixos.test_bad_reports"),
     "--log-level": ("test_nixos.test_log", "test_nixos.test_usage"),
     "--dump-vsocks": ("test_nixos.test_vsocks", "test_nixos.test_without_vsocks"),
+    "logLevel": ("test_nixos.test_log", "test_nixos.test_usage"),
     "LOGFILE": ("test_nixos.test_reports", "test_nixos.test_bad_reports"),
     "generate-driver-symbols": ("test_nixos.test_names", "test_check.test_bad"),
     "machine": ("test_nixos.test_alias", "test_nixos.test_no_alias"),

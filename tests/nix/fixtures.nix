@@ -163,6 +163,7 @@ let
         cid = 7;
         socket = "\${TMPDIR}/vsock";
       };
+      user_network.host_loopback = false;
     };
 
     vm-variant.options = vmVariant;

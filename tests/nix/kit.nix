@@ -28,6 +28,13 @@ in
     ];
     sharedDirectories = options.sharedDirectories // {
       nix-store = share store "/nix/.ro-store";
+      certs = share ''"$TMPDIR"/certs'' "/etc/ssl/certs";
+    };
+    useHostCerts = true;
+    credentials = {
+      parameters.source = "${host}/kernel-params";
+      # In the state directory; by hand where the file is run.
+      "test.token".source = "./token";
     };
     firn.settings = {
       kernel = "${host}/kernel";

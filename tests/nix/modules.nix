@@ -16,7 +16,11 @@ let
 
   # A node's options, with `file` the one that asks something of QEMU.
   machine =
-    { file, virtualisation }:
+    {
+      file,
+      virtualisation,
+      testing ? { },
+    }:
     let
       defined = value: {
         definitionsWithLocations = [
@@ -43,6 +47,7 @@ let
           networkingOptions = none;
         };
         config = {
+          networking.usePredictableInterfaceNames = false;
           system = {
             name = "plain";
             build.toplevel = "/nix/store/00000000000000000000000000000000-nixos-system-plain";
@@ -57,7 +62,8 @@ let
             }
             // virtualisation.firn or { };
           };
-        };
+        }
+        // testing;
       };
     in
     module.config;
@@ -134,6 +140,9 @@ in
     && driver.module == extended.firn.module
     && builtins.elem "/e2fsprogs:/tesseract" driver.makeWrapperArgs
     && contains driver.postFixup " --set-default FIRN_AGENT /firn-agent/bin/firn-agent ";
+  driver-has-no-containers =
+    throws
+      (extended.nixos-test-driver.override { enableNspawn = true; }).pname;
   package-has-the-sources = extended.firn.module.src == ../..;
   package-is-of-this-version =
     extended.firn.version == (lib.importTOML ../../Cargo.toml).workspace.package.version;
@@ -157,9 +166,59 @@ in
     && all (mount: mount.fsType.force == "virtiofs") (builtins.attrValues fileSystems);
   agent-is-a-service =
     b.content.systemd.services.firn-agent.serviceConfig.ExecStart
-    == "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent";
+    ==
+      "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent --console /dev/ttyS0 --early";
+  agent-looks-where-units-say-how-the-system-is =
+    let
+      protocol = builtins.readFile ../../guest-agent/src/protocol/mod.rs;
+      told =
+        name: contains protocol "\"/run/${b.content.systemd.services.${name}.serviceConfig.RuntimeDirectory}\"";
+    in
+    told "firn-system-up" && told "firn-system-down";
+  system-is-up-when-the-backdoor-would-come =
+    let
+      unit = b.content.systemd.services.firn-system-up;
+    in
+    unit.wantedBy == [ "multi-user.target" ] && !unit ? unitConfig && !unit ? after && !unit ? before;
+  memory-that-runs-out-ends-a-command-only =
+    let
+      node = machine {
+        file = "/nixpkgs/nixos/modules/b.nix";
+        virtualisation = plain;
+        testing.testing.backdoor = true;
+      };
+      inherit (node.content.systemd.services) backdoor firn-agent;
+      limits = {
+        OOMPolicy = "continue";
+        TasksMax = "infinity";
+        LimitNOFILE = "1024:524288";
+      };
+    in
+    backdoor.condition
+    && backdoor.content.serviceConfig == limits
+    && firn-agent.serviceConfig // limits == firn-agent.serviceConfig
+    && firn-agent.serviceConfig.OOMScoreAdjust == -1000;
+  without-the-backdoor-there-is-none = !b.content.systemd.services.backdoor.condition;
 
   system-that-is-no-node-is-a-machine = contains (build c).script "\"nets\":[],";
+  store-image-depends-on-its-paths-only =
+    let
+      inherit
+        (build (machine {
+          file = "/nixpkgs/nixos/modules/b.nix";
+          virtualisation = plain // {
+            useNixStoreImage = true;
+          };
+        }))
+        script
+        ;
+    in
+    all (contains script) [
+      " --sort=name "
+      " --hard-dereference "
+      " -U "
+      " -T 0 "
+    ];
   credentials-need-a-driver =
     let
       modules =

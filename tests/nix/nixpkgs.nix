@@ -12,6 +12,7 @@ let
     throwIfNot =
       condition: message: value:
       if condition then value else throw message;
+    assertMsg = condition: message: if condition then true else throw message;
     genAttrs =
       names: value:
       builtins.listToAttrs (
@@ -64,6 +65,7 @@ let
     };
     runCommand = name: attributes: script: { inherit name attributes script; };
     e2fsprogs = "/e2fsprogs";
+    erofs-utils = "/erofs-utils";
     glibc.static = "/glibc-static";
     libcap_ng = "/libcap-ng";
     makeWrapper = "/make-wrapper";

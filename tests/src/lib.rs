@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod skip;
+
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -79,12 +81,13 @@ pub struct SmallFileSystem(PathBuf);
 
 impl SmallFileSystem {
     /// Mounts one of `mib` MiB at a directory; `None` where that is not allowed.
+    #[track_caller]
     pub fn mount(at: &Path, mib: u32) -> Option<Self> {
         let size = format!("size={mib}m");
         let mut mount = Command::new("mount");
         let status = mount.args(["-t", "tmpfs", "-o", &size, "none"]).arg(at).status();
         if !status.is_ok_and(|status| status.success()) {
-            eprintln!("SKIPPED: no file system can be mounted here");
+            skip::skipped("no file system can be mounted here");
             return None;
         }
         Some(Self(at.to_owned()))

@@ -13,7 +13,11 @@ mod event_loop;
 pub mod interrupt;
 pub mod memory;
 pub mod probe;
+#[cfg(test)]
+#[path = "../../tests/src/skip.rs"]
+mod skip;
 pub mod spec;
+pub mod tsc;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

@@ -2,12 +2,14 @@
 //! versions of it that interpret every instruction of a guest's kernel.
 
 use std::fs::OpenOptions;
+use std::hint::black_box;
 use std::io;
 use std::path::Path;
-use std::time::Instant;
+use std::time::Duration;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
@@ -17,14 +19,15 @@ use crate::memory;
 /// Where KVM is found.
 pub const KVM_PATH: &str = "/dev/kvm";
 
-/// Rounds of the probe's two-instruction loop: some that tell an interpreter within 40 ms, and
-/// enough that entering and leaving the guest do not count.
-const SHORT: u32 = 10_000;
-const SHORT_RUNS: usize = 3;
-const LONG: u32 = 2_000_000;
-/// Below this a kernel takes minutes to boot; hardware and emulated AMD-V are far above,
-/// interpreters (1.6 million a second were measured) far below.
-const MIN_PER_SECOND: f64 = 20e6;
+/// Rounds of the probe's two-instruction loop, enough that entering and leaving the guest count
+/// little.
+const ROUNDS: u32 = 10_000;
+/// How often it runs at most: an interpreter is told in 100 ms, a good KVM by the first run that
+/// nothing disturbs.
+const RUNS: usize = 8;
+/// How many times slower than this program's own loop the guest's may be. With hardware it is as
+/// fast, with emulated AMD-V a few times slower; interpreters take thousands of times as long.
+const MAX_TIMES: u32 = 100;
 
 /// Where the probe's code lies; below are the tables of the entry.
 const CODE: u64 = 0x1_0000;
@@ -43,12 +46,12 @@ pub enum KvmStatus {
     },
     /// It interprets the guest's kernel: too slow, and too incomplete to boot one.
     Interpreting {
-        /// Measured instructions a second, in ring 0.
+        /// Measured instructions in a second of processor time, in ring 0.
         per_second: f64,
     },
     /// It works.
     Usable {
-        /// Measured instructions a second, in ring 0.
+        /// Measured instructions in a second of processor time, in ring 0.
         per_second: f64,
     },
 }
@@ -96,8 +99,7 @@ pub fn kvm_at(path: &Path) -> KvmStatus {
             _ => KvmStatus::Broken { reason: error.to_string() },
         },
         Ok(_) => match measure(path) {
-            Ok(per_second) if per_second < MIN_PER_SECOND => KvmStatus::Interpreting { per_second },
-            Ok(per_second) => KvmStatus::Usable { per_second },
+            Ok(measured) => measured.verdict(),
             Err(error) => KvmStatus::Broken { reason: error.to_string() },
         },
     }
@@ -119,7 +121,31 @@ enum ProbeError {
     Exit(String),
 }
 
-fn measure(path: &Path) -> Result<f64, ProbeError> {
+/// The processor time that the loop takes at best.
+#[derive(Clone, Copy, Debug)]
+struct Measured {
+    /// In this program.
+    here: Duration,
+    /// In the guest.
+    guest: Duration,
+}
+
+impl Measured {
+    /// How fast the host is, or how busy, is the same for both.
+    fn interprets(self) -> bool {
+        self.guest > self.here * MAX_TIMES
+    }
+
+    fn verdict(self) -> KvmStatus {
+        let per_second = 2.0 * f64::from(ROUNDS) / self.guest.as_secs_f64();
+        match self.interprets() {
+            true => KvmStatus::Interpreting { per_second },
+            false => KvmStatus::Usable { per_second },
+        }
+    }
+}
+
+fn measure(path: &Path) -> Result<Measured, ProbeError> {
     let call = |operation| move |source| ProbeError::Kvm { operation, source };
     let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())
         .map_err(|_| ProbeError::Path { path: path.display().to_string() })?;
@@ -146,23 +172,24 @@ fn measure(path: &Path) -> Result<f64, ProbeError> {
 
     // The first entry pays for page faults that say nothing of the speed.
     run_loop(&mut vcpu, 1)?;
-    let mut best = 0.0;
-    for _ in 0..SHORT_RUNS {
-        best = run_loop(&mut vcpu, SHORT)?.max(best);
-        if best > MIN_PER_SECOND {
-            return run_loop(&mut vcpu, LONG);
+    let here = (0..RUNS).map(|_| run_here()).min().unwrap_or_default();
+    let mut best = Measured { here, guest: run_loop(&mut vcpu, ROUNDS)? };
+    for _ in 1..RUNS {
+        if best.interprets() {
+            best.guest = best.guest.min(run_loop(&mut vcpu, ROUNDS)?);
         }
     }
+    tracing::debug!(?best, "the probe's loop");
     Ok(best)
 }
 
-/// Runs so many rounds of the loop and gives the instructions a second.
-fn run_loop(vcpu: &mut VcpuFd, rounds: u32) -> Result<f64, ProbeError> {
+/// Runs so many rounds of the loop and gives the processor time they took.
+fn run_loop(vcpu: &mut VcpuFd, rounds: u32) -> Result<Duration, ProbeError> {
     let call = |operation| move |source| ProbeError::Kvm { operation, source };
     let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
     regs.rbx = u64::from(rounds);
     vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
-    let started = Instant::now();
+    let started = processor_time();
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(..)) => break,
@@ -171,5 +198,44 @@ fn run_loop(vcpu: &mut VcpuFd, rounds: u32) -> Result<f64, ProbeError> {
             Err(source) => return Err(ProbeError::Kvm { operation: "KVM_RUN", source }),
         }
     }
-    Ok(2.0 * f64::from(rounds) / started.elapsed().as_secs_f64())
+    Ok(processor_time().saturating_sub(started))
+}
+
+/// The same in this program.
+fn run_here() -> Duration {
+    let started = processor_time();
+    let mut left = ROUNDS;
+    while left != 0 {
+        left = black_box(left - 1);
+    }
+    processor_time().saturating_sub(started)
+}
+
+/// What this thread has had of a processor. Other threads make it no longer, but what shares the
+/// processor with a whole virtual machine does, so the shortest of several counts.
+fn processor_time() -> Duration {
+    // It fails for no clock of one's own.
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interpreter_is_told_from_a_slow_host() {
+        let ms = |ms: f64| Duration::from_secs_f64(ms / 1e3);
+        for (here, guest, usable) in [
+            // Hardware, the carrier, the carrier on a host that is ten times as slow.
+            (0.01, 0.01, true),
+            (0.04, 0.2, true),
+            (0.4, 2.0, true),
+            // 1.6 million instructions a second beside native ones, here and on a slow host.
+            (0.01, 12.5, false),
+            (0.1, 125.0, false),
+        ] {
+            let verdict = Measured { here: ms(here), guest: ms(guest) }.verdict();
+            assert_eq!(verdict.usable(), usable, "{here} ms and {guest} ms: {verdict}");
+        }
+    }
 }

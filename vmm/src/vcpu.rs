@@ -1,7 +1,9 @@
 //! The vCPU threads: run, dispatch exits, pause, stop.
 
+use std::any::Any;
 use std::cell::Cell;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
@@ -179,23 +181,15 @@ impl Group {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn join(&self) {
+    /// Makes the calling thread a member for as long as it keeps what this gives.
+    fn join(&self) -> Membership<'_> {
         // SAFETY: has no preconditions.
         let this = unsafe { libc::pthread_self() };
         let mut members = self.members();
         members.threads.push(this);
         // It would lack this one's answer.
         self.end_look(&mut members);
-    }
-
-    fn leave(&self) {
-        // SAFETY: has no preconditions.
-        let this = unsafe { libc::pthread_self() };
-        let mut members = self.members();
-        members.threads.retain(|&thread| thread != this);
-        self.end_look(&mut members);
-        drop(members);
-        self.changed.notify_all();
+        Membership(self)
     }
 
     /// Waits out a pause; false if the vCPU has to end.
@@ -208,6 +202,23 @@ impl Group {
         }
         members.parked -= 1;
         members.target == Target::Run
+    }
+}
+
+/// That the thread is in a group. It ends also when the thread panics: who waits for all members
+/// would wait for it for ever, and a kick would go to a thread that is gone.
+struct Membership<'a>(&'a Group);
+
+impl Drop for Membership<'_> {
+    fn drop(&mut self) {
+        let Membership(group) = self;
+        // SAFETY: has no preconditions.
+        let this = unsafe { libc::pthread_self() };
+        let mut members = group.members();
+        members.threads.retain(|&thread| thread != this);
+        group.end_look(&mut members);
+        drop(members);
+        group.changed.notify_all();
     }
 }
 
@@ -293,9 +304,12 @@ impl Vcpu {
     /// Why the vCPU cannot go on, as a sentence for people.
     pub fn run(&self) -> Result<Ending, String> {
         KVM_RUN.set(self.fd().get_kvm_run());
-        self.group.join();
-        let result = self.run_loop();
-        self.group.leave();
+        let member = self.group.join();
+        // A panic is the monitor's fault, but the machine's end: it must not go on with one vCPU
+        // less, and who waits for it has to hear of it.
+        let result = catch_unwind(AssertUnwindSafe(|| self.run_loop()))
+            .unwrap_or_else(|panic| Err(format!("the monitor panicked: {}", words(&*panic))));
+        drop(member);
         KVM_RUN.set(ptr::null_mut());
         result
     }
@@ -363,6 +377,12 @@ impl Vcpu {
     }
 }
 
+/// What a panic said.
+fn words(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it did not say why")
+}
+
 /// Lets KVM finish the instruction of the last exit, without going on to the next: until then the
 /// registers are those of its middle.
 fn finish_exit(fd: &mut VcpuFd) {
@@ -418,5 +438,43 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
         // very thread, and the kernel reads this byte with the thread in KVM_RUN only.
         unsafe { ptr::write_volatile(&raw mut (*run).immediate_exit, 1) };
         fence(Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_pause_does_not_wait_for_a_thread_that_panicked() {
+        let group = Arc::new(Group::default());
+        let panicking = thread::spawn({
+            let group = group.clone();
+            move || {
+                let _member = group.join();
+                panic!("on purpose");
+            }
+        });
+        panicking.join().unwrap_err();
+        let (tell, paused) = channel();
+        thread::spawn(move || {
+            group.pause();
+            // Nobody is to be kicked.
+            group.resume();
+            group.request_stop();
+            tell.send(())
+        });
+        paused.recv_timeout(Duration::from_secs(30)).expect("the pause ends");
+    }
+
+    #[test]
+    fn a_panic_is_quoted() {
+        let quoted = |panic: Box<dyn Any + Send>| words(&*panic).to_owned();
+        assert_eq!(quoted(Box::new("a text")), "a text");
+        assert_eq!(quoted(Box::new("a String".to_owned())), "a String");
+        assert_eq!(quoted(Box::new(5)), "it did not say why");
     }
 }

@@ -32,11 +32,17 @@ from test_driver.debug import DebugAbstract
 from test_driver.driver import Driver
 from test_driver.logger import CompositeLogger
 from test_driver.machine import BaseMachine as BaseMachine
-from test_driver.machine import NspawnMachine, QemuMachine
+from test_driver.machine import NspawnMachine as NspawnMachine
+from test_driver.machine import QemuMachine as QemuMachine
 from test_driver.vlan import VLan
 
 class _Retry(Protocol):
-    def __call__(self, fn: Callable[[bool], bool], timeout: Duration = 900) -> None: ...
+    def __call__(
+        self,
+        fn: Callable[[bool], bool],
+        timeout_seconds: Duration | None = None,
+        timeout: Duration | None = None,
+    ) -> None: ...
 
 class _CreateMachine(Protocol):
     def __call__(
@@ -50,6 +56,7 @@ class _CreateMachine(Protocol):
 create_machine: _CreateMachine
 debug: DebugAbstract
 driver: Driver
+dump_machine_ssh: Callable[[], None]
 join_all: Callable[[], None]
 log: CompositeLogger
 machines: list[QemuMachine]

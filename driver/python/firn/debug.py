@@ -48,7 +48,7 @@ class Debug(DebugAbstract):
         mark = str(random.randrange(1_000_000, 10_000_000))
         shell = os.environ | {"bashInteractive": shutil.which("bash") or "/bin/sh"}
         self._marks.append(subprocess.Popen(["sleep", mark], env=shell))
-        self._log.error(f"Breakpoint reached, run '{self._attach} {mark}'")
+        self._log.log_test_error(f"Breakpoint reached, run '{self._attach} {mark}'")
         self._log.info(f"the debugger listens on {host}:{port}")
         RemotePdb(host, port, quiet=True).set_trace(sys._getframe().f_back)
 

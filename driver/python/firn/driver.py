@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
-from firn._firn import Logger, Machine, Run, Test, VLan
+from firn._firn import Logger, Machine, Run, Test, Timer, VLan
+from firn.config import DriverConfiguration
 from firn.debug import DebugAbstract, DebugNop
 from firn.duration import Duration, seconds
 from firn.errors import RequestedAssertionFailed
-from firn.machine import BaseMachine, NspawnMachine
-from firn.polling import Check, Decorator, PollingCondition
+from firn.logger import CompositeLogger, TerminalLogger
+from firn.machine import BaseMachine, NspawnMachine, QemuMachine
+from firn.polling import Check, Decorator, PollingCondition, active, check_active
 from firn.retry import retry
 
 
@@ -51,6 +54,28 @@ class VhostVsock:
         self.sockets = {name: SimpleNamespace(host=path) for name, path in sockets.items()}
 
 
+class RaceTimer:
+    """The global timeout: at its end everything is ended, and this process by SIGTERM."""
+
+    def __init__(self, run: Run, interval: float | None) -> None:
+        """Take what to end, and after how many seconds; None: never."""
+        self._run = run
+        self.interval = interval
+        self._timer: Timer | None = None
+
+    def start(self) -> None:
+        """From now on time runs."""
+        self.cancel()
+        if self.interval is not None:
+            self._timer = self._run.terminate_after(self.interval)
+
+    def cancel(self) -> None:
+        """Let the run take as long as it takes."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Driver:
     """A test run: its machines, networks and script."""
 
@@ -63,7 +88,7 @@ class Driver:
     ) -> None:
         """Make the machines and networks of a test; starts none."""
         self.test = test
-        self.logger = log or Logger()
+        self.logger = log or CompositeLogger([TerminalLogger()])
         self.settings = settings or Settings()
         self.debug = debug or DebugNop()
         limit = self.settings.global_timeout
@@ -78,14 +103,19 @@ class Driver:
             keep_state=self.settings.keep_machine_state,
             vsock_offset=self.settings.vsock_offset,
         )
+        self.race_timer = RaceTimer(self._run, self.global_timeout)
         self.machines: list[Machine] = []
         self.machines_qemu = self.machines
         self.machines_nspawn: list[NspawnMachine] = []
         self.vlans: list[VLan] = []
         self.names: dict[str, object] = {}
-        self._take_over()
-        if test.ssh_backdoor or self.settings.vsock_offset is not None:
-            self._show_backdoor()
+        try:
+            self._take_over()
+            self.dump_machine_ssh()
+        except BaseException:
+            # A signal, say: nobody else has this object to close it.
+            self._run.close()
+            raise
 
     def _take_over(self) -> None:
         """Take the names from the run and the script from the test."""
@@ -99,10 +129,36 @@ class Driver:
         linecache.cache[self.file] = (len(self.text), None, lines, self.file)
         self.names.update(self.test_symbols())
 
-    def _show_backdoor(self) -> None:
+    def dump_machine_ssh(self) -> None:
+        """Say how machines can be entered by ssh, if they can."""
+        if not self.test.ssh_backdoor and self.settings.vsock_offset is None:
+            return
         self.logger.info("SSH backdoor enabled, the machines can be accessed like this:")
         for machine in sorted(self.machines, key=lambda machine: machine.name):
             self.logger.info(f"    {machine.name}:  {machine.ssh_backdoor_command()}")
+
+    @property
+    def tests(self) -> str:
+        """The script's text."""
+        return self.test.script[0]
+
+    @property
+    def config(self) -> DriverConfiguration:
+        """What the test consists of, as the NixOS test framework has it."""
+        return DriverConfiguration.of(self.test)
+
+    @property
+    def polling_conditions(self) -> list[PollingCondition]:
+        """The conditions that have to hold now, the innermost last."""
+        return active()
+
+    def check_polling_conditions(self) -> None:
+        """Check the conditions that have to hold now, as far as that is due."""
+        check_active()
+
+    def terminate_test(self) -> NoReturn:
+        """End everything at once, and this process by SIGTERM."""
+        self._run.terminate("timeout reached; test terminating...")
 
     @property
     def out_dir(self) -> Path:
@@ -125,9 +181,12 @@ class Driver:
             "__name__": "__test__",
             "__file__": self.file,
             "BaseMachine": BaseMachine,
+            "NspawnMachine": NspawnMachine,
+            "QemuMachine": QemuMachine,
             "create_machine": self.create_machine,
             "debug": self.debug,
             "driver": self,
+            "dump_machine_ssh": self.dump_machine_ssh,
             "join_all": self.join_all,
             "log": self.logger,
             "machines": self.machines,
@@ -213,7 +272,7 @@ class Driver:
         )
         if self.global_timeout is not None:
             self.logger.info(f"Test will time out and terminate in {self.global_timeout:g} seconds")
-            self._run.terminate_after(self.global_timeout)
+            self.race_timer.start()
         began = time.monotonic()
         self.test_script()
         self.logger.info(f"test script finished in {time.monotonic() - began:.2f}s")
@@ -222,6 +281,8 @@ class Driver:
     def replace(self, test: Test) -> None:
         """Go on with a changed test: machines that it does not change go on as they are."""
         self._run = self._run.replace(test, self.settings.kit_dirs)
+        self.race_timer.cancel()
+        self.race_timer = RaceTimer(self._run, self.global_timeout)
         before = set(self.names)
         self.test = test
         self._take_over()
@@ -240,7 +301,7 @@ class Driver:
             self._warn_of_alias(tree)
             exec(compile(tree, self.file, "exec"), self.names)
         except Exception as error:
-            self.logger.error("\n".join(self._describe(error)))
+            self.logger.log_test_error("\n".join(self._describe(error)))
             self.debug.breakpoint()
             raise ScriptFailed from error
 

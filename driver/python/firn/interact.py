@@ -1,21 +1,32 @@
 """Hands the terminal to a machine's shell or serial console."""
 
 import selectors
+import subprocess
 import sys
+from socket import socket
 from typing import TYPE_CHECKING
 
+from firn.errors import MachineError
+
 if TYPE_CHECKING:
-    from firn._firn import Machine
+    from firn.machine import QemuMachine
 
 
-def shell(machine: "Machine") -> None:
+def shell(machine: "QemuMachine", address: str | None = None) -> None:
     """Let the user talk to the root shell on hvc0 until Ctrl-D or Ctrl-C.
 
-    The terminal keeps its line editing and echo, of which the shell has none.
+    The terminal keeps its line editing and echo, of which the shell has none. With an address it is
+    socat's, not the terminal, that is connected to the shell.
     """
     machine.connect()
-    machine.log("Terminal is ready (there is no initial prompt); Ctrl-D leaves it:")
     console = machine.shell
+    if console is None:
+        raise MachineError(f"{machine.name} is not running")
+    if address is not None:
+        with console:
+            _socat(address, console)
+        return
+    machine.log("Terminal is ready (there is no initial prompt); Ctrl-D leaves it:")
     with console, selectors.DefaultSelector() as ready:
         ready.register(sys.stdin, selectors.EVENT_READ)
         ready.register(console, selectors.EVENT_READ)
@@ -26,8 +37,10 @@ def shell(machine: "Machine") -> None:
                         text = console.recv(65536)
                         if not text:
                             return
-                        sys.stdout.write(text.decode(errors="replace"))
+                        # Unfiltered: this is the guest's terminal now.
                         sys.stdout.flush()
+                        sys.stdout.buffer.write(text)
+                        sys.stdout.buffer.flush()
                     else:
                         line = sys.stdin.readline()
                         if not line:
@@ -37,7 +50,19 @@ def shell(machine: "Machine") -> None:
             return
 
 
-def console(machine: "Machine") -> None:
+def _socat(address: str, console: socket) -> None:
+    """Let socat carry what goes between an address and the shell, until one of them ends."""
+    try:
+        subprocess.run(
+            ["socat", address, f"FD:{console.fileno()}"], pass_fds=[console.fileno()], check=False
+        )
+    except FileNotFoundError:
+        raise MachineError(f"to connect {address} to the shell, socat is needed") from None
+    except KeyboardInterrupt:
+        pass
+
+
+def console(machine: "QemuMachine") -> None:
     """Send what the user types to the serial console until Ctrl-D or Ctrl-C.
 
     What the guest prints there is in the log already.

@@ -1,5 +1,6 @@
 """A prompt at which people drive the machines themselves."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,18 @@ from firn.errors import MachineError
 
 #: What was typed, in the directory where the driver runs.
 HISTORY = ".nixos-test-history"
+
+
+def history() -> str:
+    """Give the file for what was typed, made for this user alone; not one that others planted."""
+    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(HISTORY, flags, 0o600)
+    except OSError:
+        return ":memory:"
+    is_own = os.fstat(descriptor).st_uid == os.geteuid()
+    os.close(descriptor)
+    return HISTORY if is_own else ":memory:"
 
 
 class Rebuild:
@@ -50,7 +63,7 @@ def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
         ) from None
     driver.names["rebuild"] = Rebuild(driver, load)
     config = Config()
-    config.HistoryManager.hist_file = HISTORY
+    config.HistoryManager.hist_file = history()
     config.TerminalInteractiveShell.confirm_exit = False
     config.TerminalInteractiveShell.term_title = False
     shell: Any = TerminalInteractiveShell.instance(config=config, user_ns=driver.names)

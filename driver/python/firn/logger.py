@@ -1,44 +1,66 @@
 """The log, by the names that scripts know."""
 
+import atexit
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from enum import IntEnum
+from os import PathLike
 
 from firn._firn import Logger, Step
 
-Attributes = Mapping[str, str] | None
+
+class LogLevel(IntEnum):
+    """How important a message is."""
+
+    DEBUG = 1
+    INFO = 2
+    WARNING = 3
+    ERROR = 4
 
 
 class AbstractLogger(ABC):
     """What can be asked of a log. `attributes` may name the `machine` that a message is about."""
 
     @abstractmethod
-    def log(self, message: str, attributes: Attributes = None) -> None:
+    def log(self, message: str, attributes: dict[str, str] = {}) -> None:  # noqa: B006
         """Write a message."""
 
     @abstractmethod
-    def subtest(self, name: str, attributes: Attributes = None) -> AbstractContextManager[None]:
+    def subtest(
+        self,
+        name: str,
+        attributes: dict[str, str] = {},  # noqa: B006
+    ) -> AbstractContextManager[None]:
         """Group what happens inside as a test case."""
 
     @abstractmethod
-    def nested(self, message: str, attributes: Attributes = None) -> AbstractContextManager[None]:
+    def nested(
+        self,
+        message: str,
+        attributes: dict[str, str] = {},  # noqa: B006
+    ) -> AbstractContextManager[None]:
         """Group what happens inside, and say how long it took."""
 
     @abstractmethod
-    def debug(self, message: str, attributes: Attributes = None) -> None:
+    def debug(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
         """Write a message that helps to find out why."""
 
     @abstractmethod
-    def info(self, message: str, attributes: Attributes = None) -> None:
+    def info(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
         """Write a message."""
 
     @abstractmethod
-    def warning(self, message: str, attributes: Attributes = None) -> None:
+    def warning(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
         """Write a message that somebody should look at though the test goes on."""
 
     @abstractmethod
-    def error(self, message: str, attributes: Attributes = None) -> None:
-        """Write an error of the test."""
+    def error(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
+        """Write an error; of a run's log that ends the run."""
+
+    @abstractmethod
+    def log_test_error(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
+        """Write an error of the test, and go on."""
 
     @abstractmethod
     def log_serial(self, message: str, machine: str) -> None:
@@ -48,10 +70,123 @@ class AbstractLogger(ABC):
     def print_serial_logs(self, enable: bool) -> None:
         """Show or hide what guests print."""
 
+    @abstractmethod
+    def set_log_level(self, level: LogLevel) -> None:
+        """Leave out what is less important."""
+
 
 AbstractLogger.register(Logger)
 
-# A run has one log, which writes to the terminal, and to files if they are asked for.
-CompositeLogger = Logger
 
-__all__ = ["AbstractLogger", "CompositeLogger", "Logger", "Step"]
+class TerminalLogger(Logger):
+    """A log on stderr."""
+
+    def __init__(self, level: str = "info") -> None:
+        """Leave out what is less important than `level`."""
+        self.add_terminal(level)
+
+
+class XMLLogger(Logger):
+    """A log in an XML file."""
+
+    def __init__(self, outfile: str | PathLike[str]) -> None:
+        """Make the file; it is complete when the run has ended, or at `close`."""
+        self.add_xml(outfile)
+        atexit.register(self.finish)
+
+    def close(self) -> None:
+        """Complete the file."""
+        self.finish()
+
+
+class JunitXMLLogger(Logger):
+    """A JUnit report, with a case for the script and one for each name of its subtests."""
+
+    def __init__(self, outfile: str | PathLike[str]) -> None:
+        """Make the file; it is written when the run has ended, or at `close`."""
+        self.add_junit(outfile)
+        atexit.register(self.finish)
+
+    def close(self) -> None:
+        """Write the file."""
+        self.finish()
+
+
+class CompositeLogger(Logger):
+    """The log of a run: what is written to it goes to several."""
+
+    def __init__(self, logger_list: list[AbstractLogger]) -> None:
+        """Take the loggers."""
+        self.logger_list: list[AbstractLogger] = []
+        for logger in logger_list:
+            self.add_logger(logger)
+
+    def add_logger(self, logger: AbstractLogger) -> None:
+        """Write to this one as well."""
+        if isinstance(logger, Logger):
+            self.add_log(logger)
+        else:
+            self.add_listener(_Listener(logger))
+        self.logger_list.append(logger)
+
+    def error(self, message: object, attributes: dict[str, str] | None = None) -> None:
+        """Write an error, and end the run with the status 1."""
+        self.log_test_error(message, attributes)
+        sys.exit(1)
+
+    def print_serial_logs(self, enable: bool) -> None:
+        """Show or hide what guests print."""
+        super().print_serial_logs(enable)
+        for logger in self._foreign():
+            logger.print_serial_logs(enable)
+
+    def set_log_level(self, level: LogLevel) -> None:
+        """Leave out what is less important."""
+        super().set_log_level(level)
+        for logger in self._foreign():
+            logger.set_log_level(level)
+
+    def _foreign(self) -> list[AbstractLogger]:
+        """Loggers that scripts have written."""
+        return [logger for logger in self.logger_list if not isinstance(logger, Logger)]
+
+
+class _Listener:
+    """Tells a logger that a script has written what happens."""
+
+    def __init__(self, logger: AbstractLogger) -> None:
+        self._logger = logger
+        self._steps: list[tuple[str, AbstractContextManager[None]]] = []
+
+    def __call__(self, kind: str, text: str, machine: str | None) -> None:
+        attributes = {} if machine is None else {"machine": machine}
+        match kind:
+            case "log_serial":
+                self._logger.log_serial(text, machine or "")
+            case "nested" | "subtest":
+                step = getattr(self._logger, kind)(text, attributes)
+                step.__enter__()
+                self._steps.append((text, step))
+            case "end":
+                self._end(text)
+            case _:
+                getattr(self._logger, kind)(text, attributes)
+
+    def _end(self, text: str) -> None:
+        """End the innermost step of this name; threads may end theirs in any order."""
+        for at in reversed(range(len(self._steps))):
+            if self._steps[at][0] == text:
+                self._steps.pop(at)[1].__exit__(None, None, None)
+                return
+
+
+__all__ = [
+    "AbstractLogger",
+    "CompositeLogger",
+    "JunitXMLLogger",
+    "LogLevel",
+    "Logger",
+    "Step",
+    "TerminalLogger",
+    "XMLLogger",
+]

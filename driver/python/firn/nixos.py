@@ -5,22 +5,28 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from firn._firn import Test, in_carrier_if_needed
 from firn.driver import Settings
-from firn.runner import Options, guarded
+from firn.runner import Options, end_at_once, guarded
 from firn.terminal import with_terminal
 
 #: Set for the driver in a carrier, which shall not look for another.
 IN_CARRIER = "FIRN_IN_CARRIER"
 
+LEVELS = ("debug", "info", "warning", "error")
+
 #: The names of every script, without machines and vlans.
 SYMBOLS = (
     "BaseMachine",
+    "NspawnMachine",
+    "QemuMachine",
     "create_machine",
     "debug",
     "driver",
+    "dump_machine_ssh",
     "join_all",
     "log",
     "machines",
@@ -60,11 +66,25 @@ def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(
         prog="nixos-test-driver",
         description="Run a NixOS test: boot its machines and run its script.",
-        epilog="Exit status: 0 the script ended; 1 it failed; 2 wrong usage. The global timeout "
-        "ends everything, and this process by SIGTERM.",
+        epilog="Exit status: 0 the script ended; 1 it failed; 2 wrong usage; 130 Ctrl-C. "
+        "The global timeout ends everything, and this process by SIGTERM. "
+        "Of the environment: TMPDIR, where state is kept; LOGFILE, a log in XML as well.",
     )
     add = new.add_argument
-    add("--config", type=Path, metavar="FILE", help="the test, as the framework writes it (JSON)")
+    add(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the test, as the framework writes it (JSON)",
+    )
+    add(
+        "--test-script",
+        type=Path,
+        metavar="FILE",
+        dest="other_script",
+        help="run this script instead of the test's own",
+    )
     add(
         "-K",
         "--keep-machine-state",
@@ -72,7 +92,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with the machines' state below TMPDIR, and leave it there",
     )
-    add("-I", "--interactive", action="store_true", help="give a prompt instead of running it")
+    add(
+        "-I",
+        "--interactive",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="give a prompt instead of running the script, or do not",
+    )
     add("--debug-hook-attach", metavar="CMD", help="turn breakpoints on; CMD leads people to them")
     add(
         "--global-timeout",
@@ -92,9 +118,9 @@ def parser() -> argparse.ArgumentParser:
     add("--junit-xml", type=Path, metavar="FILE", help="a JUnit report, in the output directory")
     add(
         "--log-level",
-        choices=["debug", "info", "warning", "error"],
-        default="info",
-        help="what the log shows at least (default: %(default)s)",
+        choices=LEVELS,
+        default=env("logLevel") or "info",
+        help="what the log shows at least (default: the variable logLevel, then info)",
     )
     add(
         "--dump-vsocks",
@@ -109,12 +135,19 @@ def parser() -> argparse.ArgumentParser:
         help="where machines run: auto takes KVM if it works here, else the carrier; "
         "none does not look (default: %(default)s)",
     )
+    add(
+        "test_script",
+        nargs="?",
+        type=Path,
+        metavar="SCRIPT",
+        help="as --test-script; a test without --config needs it (default: the variable "
+        "testScript)",
+    )
     old = new.add_argument_group("a test without --config")
     old.add_argument(
         "--start-scripts",
         nargs="*",
         type=Path,
-        default=[Path(word) for word in env("startScripts", "").split()],
         metavar="FILE",
         help="the machines' files (default: the variable startScripts)",
     )
@@ -122,26 +155,46 @@ def parser() -> argparse.ArgumentParser:
         "--vlans",
         nargs="*",
         type=int,
-        default=[int(word) for word in env("vlans", "").split() if word.isdigit()],
         metavar="N",
         help="vlans beside those that machines are on (default: the variable vlans)",
-    )
-    old.add_argument(
-        "test_script",
-        nargs="?",
-        type=Path,
-        default=env("testScript") or None,
-        help="the script (default: the variable testScript)",
     )
     return new
 
 
-def load(args: argparse.Namespace, other: Path | None) -> Test:
-    """Read the test that the command line names, or another configuration."""
-    config = other or args.config
-    if config is not None:
-        return Test.from_driver_file(config)
-    return Test.from_start_scripts(args.start_scripts, args.vlans, args.test_script)
+def source(args: argparse.Namespace, own: argparse.ArgumentParser) -> Callable[[Path | None], Test]:
+    """Give what reads the test that the command line names, or another configuration."""
+    scripts = [path for path in (args.other_script, args.test_script) if path is not None]
+    if len(scripts) > 1:
+        own.error(f"there are two scripts: --test-script {scripts[0]}, and {scripts[1]}")
+    script = scripts[0] if scripts else None
+
+    if args.config is not None:
+        if args.start_scripts is not None or args.vlans is not None:
+            own.error("--start-scripts and --vlans are for a test without --config, which has both")
+
+        def configured(other: Path | None) -> Test:
+            test = Test.from_driver_file(other or args.config)
+            return test if script is None else test.with_script(script)
+
+        return configured
+
+    env = os.environ.get
+    if variable := env("testScript"):
+        script = script or Path(variable)
+    if script is None:
+        own.error("there is no test: give --config FILE, or a test script")
+    starts, vlans = args.start_scripts, args.vlans
+    if starts is None:
+        starts = [Path(word) for word in env("startScripts", "").split()]
+    if vlans is None:
+        vlans = [int(word) for word in env("vlans", "").split() if word.isdigit()]
+
+    def listed(other: Path | None) -> Test:
+        if other is not None:
+            return Test.from_driver_file(other)
+        return Test.from_start_scripts(starts, vlans, script)
+
+    return listed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,10 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     own = parser()
     args = own.parse_args(arguments)
-    if args.config is None and args.test_script is None:
-        own.error("there is no test: give --config FILE, or a test script")
+    if args.log_level not in LEVELS:
+        own.error(f"the variable logLevel is {args.log_level!r}; allowed: {', '.join(LEVELS)}")
     options = Options(
-        load=lambda other: load(args, other),
+        load=source(args, own),
         settings=Settings(
             out_dir=args.output_directory,
             global_timeout=args.global_timeout,
@@ -166,6 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         log_level=args.log_level,
     )
     if args.accel != "none" and IN_CARRIER not in os.environ:
+        end_at_once()
         try:
             status = elsewhere(args, options, arguments)
         except (ValueError, RuntimeError, OSError) as error:

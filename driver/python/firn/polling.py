@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import overload
 
 from firn._firn import Logger, set_wait_hook
-from firn.duration import Duration, seconds
-from firn.errors import RequestedAssertionFailed
+from firn.duration import Duration, one_of, seconds
+from firn.errors import PollingConditionError
 from firn.retry import retry
 
 Check = Callable[[], bool | None]
@@ -33,6 +33,11 @@ class PollingCondition:
         self._checking = threading.Lock()
         name = getattr(check, "__name__", repr(check))
         self.description = " ".join((description or check.__doc__ or name).split())
+
+    @property
+    def condition(self) -> "PollingCondition":
+        """Itself: upstream's driver has it within another object."""
+        return self
 
     def __call__(self) -> bool | None:
         """Call the function that was decorated."""
@@ -64,15 +69,17 @@ class PollingCondition:
     def maybe_raise(self) -> None:
         """Raise if it does not hold any more."""
         if not self.check():
-            raise RequestedAssertionFailed(f"Polling condition failed: {self.description}")
+            raise PollingConditionError(f"Polling condition failed: {self.description}")
 
-    def wait(self, timeout: Duration = 900) -> None:
-        """Wait until it holds.
+    def wait(
+        self, timeout_seconds: Duration | None = None, timeout: Duration | None = None
+    ) -> None:
+        """Wait until it holds, by default for 900 seconds; the timeout has two names.
 
         Only the condition knows what it looks at, so no event can say when to look.
         """
         with self._log.nested(f"waiting for {self.description}"):
-            retry(lambda _last: self.check(force=True), timeout)
+            retry(lambda _last: self.check(force=True), timeout_seconds, timeout)
 
     def __enter__(self) -> None:
         """From now on it has to hold."""
@@ -107,12 +114,25 @@ class _Active:
             if not self._conditions:
                 set_wait_hook(None)
 
+    def all(self) -> list[PollingCondition]:
+        return list(self._conditions)
+
     def check(self) -> None:
         for condition in self._conditions:
             condition.maybe_raise()
 
 
 _active = _Active()
+
+
+def active() -> list[PollingCondition]:
+    """Give the conditions that have to hold now."""
+    return _active.all()
+
+
+def check_active() -> None:
+    """Check the conditions that have to hold now, as far as that is due."""
+    _active.check()
 
 
 class Decorator:
@@ -123,21 +143,37 @@ class Decorator:
         self._log = log
 
     @overload
-    def __call__(self, check: Check) -> PollingCondition: ...
+    def __call__(
+        self,
+        fun_: Check,
+        *,
+        seconds_interval: Duration | None = None,
+        description: str | None = None,
+        interval: Duration | None = None,
+    ) -> PollingCondition: ...
 
     @overload
     def __call__(
-        self, *, seconds_interval: Duration = 2.0, description: str | None = None
+        self,
+        fun_: None = None,
+        *,
+        seconds_interval: Duration | None = None,
+        description: str | None = None,
+        interval: Duration | None = None,
     ) -> Callable[[Check], PollingCondition]: ...
 
     def __call__(
         self,
-        check: Check | None = None,
+        fun_: Check | None = None,
         *,
-        seconds_interval: Duration = 2.0,
+        seconds_interval: Duration | None = None,
         description: str | None = None,
+        interval: Duration | None = None,
     ) -> PollingCondition | Callable[[Check], PollingCondition]:
-        """Make a condition of a function."""
-        if check is not None:
-            return PollingCondition(check, self._log, seconds_interval, description)
-        return lambda check: PollingCondition(check, self._log, seconds_interval, description)
+        """Make a condition of a function. The interval has two names, by default it is 2 s."""
+        every = one_of("the interval", seconds_interval, interval, default=2.0)
+
+        def made_of(check: Check) -> PollingCondition:
+            return PollingCondition(check, self._log, every, description)
+
+        return made_of if fun_ is None else made_of(fun_)

@@ -1,7 +1,6 @@
 """Runs a test: `python3 -m firn.runner FILE`. The command `firn test` ends here."""
 
 import argparse
-import io
 import os
 import signal
 import sys
@@ -10,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from firn._firn import Logger, Test, interrupt_waits_by_signals
+from firn._firn import Test, interrupt_waits_by_signals
 from firn.debug import Debug, DebugNop
 from firn.driver import Driver, ScriptFailed, Settings
 from firn.errors import MachineError, RequestedAssertionFailed
+from firn.logger import CompositeLogger, JunitXMLLogger, TerminalLogger, XMLLogger
+from firn.terminal import filter_output
 
 
 class Terminated(BaseException):
@@ -28,6 +29,20 @@ class Terminated(BaseException):
 def terminate(number: int, _frame: FrameType | None) -> None:
     """Handle a signal by raising, so that all that is open is closed."""
     raise Terminated(number)
+
+
+def end_at_once() -> None:
+    """Let signals end the process, also while Rust waits: nothing is there yet to be closed."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def end_by_raising() -> None:
+    """Let signals raise, so that all that is open is closed."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, terminate)
 
 
 @dataclass(frozen=True)
@@ -47,16 +62,18 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the test and leave nothing of it behind."""
-    log = Logger(options.log_level)
+    log = CompositeLogger([TerminalLogger(options.log_level)])
     # As upstream's driver has it. Nothing need be written to nowhere.
     xml = os.environ.get("LOGFILE")
     if xml and xml != os.devnull:
-        log.add_xml(xml)
+        log.add_logger(XMLLogger(xml))
     if options.junit is not None:
-        log.add_junit(options.settings.out_dir / options.junit)
+        log.add_logger(JunitXMLLogger(options.settings.out_dir / options.junit))
     debug = DebugNop() if options.debug_attach is None else Debug(log, options.debug_attach)
     try:
-        driver = Driver(options.load(None), log, options.settings, debug)
+        test = options.load(None)
+        end_by_raising()
+        driver = Driver(test, log, options.settings, debug)
         try:
             if options.interactive:
                 from firn.interactive import interact  # noqa: PLC0415 - IPython is slow
@@ -69,32 +86,52 @@ def run(options: Options) -> None:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             driver.close()
+    except ScriptFailed:
+        raise
+    except BaseException as error:
+        if (why := failure(error)) is not None:
+            log.fail(why)
+        raise
     finally:
         log.finish()
 
 
+def failure(error: BaseException) -> str | None:
+    """Say why a run fails that `error` ends; None if it does not."""
+    match error:
+        case SystemExit(code=None | 0):
+            return None
+        case SystemExit(code=code):
+            return f"the script ended by exit({code!r})"
+        case KeyboardInterrupt():
+            return "interrupted"
+        case Terminated():
+            return f"ended by {error}"
+    return str(error) or type(error).__name__
+
+
 def guarded(options: Options) -> int:
     """Run the test; the answer is the exit status."""
-    # What the script prints comes at once, in order with the log, also through a pipe.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
+    filter_output()
     interrupt_waits_by_signals()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, terminate)
+    end_at_once()
     try:
         run(options)
     except ScriptFailed:
         return 1
     except (MachineError, RequestedAssertionFailed, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        status = 1
+        said = failure(error)
+    except KeyboardInterrupt as error:
+        status = 128 + signal.SIGINT
+        said = failure(error)
     except Terminated as error:
-        print(f"error: ended by {error}", file=sys.stderr)
-        return 128 + error.number
-    return 0
+        status = 128 + error.number
+        said = failure(error)
+    else:
+        return 0
+    print(f"error: {said}", file=sys.stderr)
+    return status
 
 
 def parse(arguments: list[str]) -> Options:

@@ -1,15 +1,60 @@
-"""Gives a command a terminal of its own: `python3 -m firn.terminal ROWS COLS CMD…`.
+"""The terminal: filters what goes there, and gives a command one of its own.
 
-A carrier passes on what is typed, but has no terminal; a prompt needs one.
+The latter is `python3 -m firn.terminal ROWS COLS CMD…`: a carrier passes on what is typed, but has
+no terminal, and a prompt needs one.
 """
 
+import io
 import os
 import pty
+import re
 import shutil
 import sys
+from typing import TextIO
+
+from firn._firn import printable
 
 #: Sets the terminal's size and becomes the command.
 SIZED = 'stty rows "$1" cols "$2"; shift 2; exec "$@"'
+
+
+#: What sets colours, and does nothing else.
+COLOURS = re.compile(r"(\x1b\[[0-9;:]*m)")
+
+
+class Filtered(io.TextIOWrapper):
+    """Text on its way to a terminal: nothing in it drives the terminal, but colours stay.
+
+    What a script prints may be what a guest has said. Who means to drive the terminal, as the
+    prompt does, writes to the buffer.
+    """
+
+    def write(self, text: str, /) -> int:
+        """Write what is printable of a text."""
+        parts = COLOURS.split(text)
+        parts[::2] = map(printable, parts[::2])
+        super().write("".join(parts))
+        return len(text)
+
+
+def filter_output() -> None:
+    """Filter what this process prints to a terminal. It comes at once, also through a pipe."""
+    sys.stdout = _filtered(sys.stdout)
+    sys.stderr = _filtered(sys.stderr)
+
+
+def _filtered(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    # So is told in a carrier that its output goes to a terminal.
+    forced = os.environ.get("CLICOLOR_FORCE", "0") not in ("", "0")
+    if not stream.isatty() and not forced:
+        stream.reconfigure(line_buffering=True)
+        return stream
+    stream.flush()
+    return Filtered(
+        stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=True
+    )
 
 
 def with_terminal(command: list[str]) -> list[str]:

@@ -1,5 +1,10 @@
 """What can go wrong while a test runs."""
 
-from firn.errors import MachineError, RequestedAssertionFailed
+from firn.errors import (
+    MachineError,
+    NotHere,
+    PollingConditionError,
+    RequestedAssertionFailed,
+)
 
-__all__ = ["MachineError", "RequestedAssertionFailed"]
+__all__ = ["MachineError", "NotHere", "PollingConditionError", "RequestedAssertionFailed"]

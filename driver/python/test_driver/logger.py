@@ -1,5 +1,19 @@
 """The log."""
 
-from firn.logger import AbstractLogger, CompositeLogger
+from firn.logger import (
+    AbstractLogger,
+    CompositeLogger,
+    JunitXMLLogger,
+    LogLevel,
+    TerminalLogger,
+    XMLLogger,
+)
 
-__all__ = ["AbstractLogger", "CompositeLogger"]
+__all__ = [
+    "AbstractLogger",
+    "CompositeLogger",
+    "JunitXMLLogger",
+    "LogLevel",
+    "TerminalLogger",
+    "XMLLogger",
+]

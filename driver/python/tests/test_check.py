@@ -29,14 +29,17 @@ t.assertEqual(status, 1, output)
 def plain() -> bool:
     return a_b.is_up()
 
-@polling_condition(seconds_interval=5, description="is there")
+@polling_condition(interval=5, description="is there")
 def with_arguments() -> None:
     c.succeed("true")
 
 with plain, with_arguments:
     c.wait_until_succeeds("true", timeout=10)
 plain.wait(timeout=10)
+plain.wait(timeout_seconds=10)
+print(plain.condition.description)
 retry(lambda last: True, timeout=3)
+retry(lambda last: True, timeout_seconds=3)
 try_again(lambda last: not last)
 try:
     machines[0].fail("true")
@@ -53,36 +56,113 @@ with machines_qemu[0].nested("last"):
     join_all()
 """
 
-#: What the framework puts before a script.
+#: What the framework puts before a script, and how it declares machines and networks.
 PRELUDE = """\
+import os
+from contextlib import contextmanager
+from typing import Any, Callable, ContextManager, Generator, List, Optional, Union
+from unittest import TestCase
+
 from test_driver.debug import DebugAbstract, DebugNop
 from test_driver.driver import Driver
 from test_driver.logger import AbstractLogger, CompositeLogger
 from test_driver.machine import BaseMachine, NspawnMachine, QemuMachine
 from test_driver.vlan import VLan
-from unittest import TestCase
-from typing import Any, Callable, ContextManager, List
-import os
 
-start_all: Callable[[], None]
-join_all: Callable[[], None]
-subtest: Callable[[str], ContextManager[None]]
-retry: Any
-polling_condition: Any
-create_machine: Any
-serial_stdout_on: Callable[[], None]
-serial_stdout_off: Callable[[], None]
-machines: List[QemuMachine]
-machines_qemu: List[QemuMachine]
-machines_nspawn: List[NspawnMachine]
-vlans: List[VLan]
-vlan1: VLan
-driver: Driver
-log: AbstractLogger
-debug: DebugAbstract
-t: TestCase
-a_b: QemuMachine
-c: QemuMachine
+
+class Assertions(TestCase):
+    pass
+
+
+def made_of(kind: Any) -> Any:
+    raise Exception("only types are looked at")
+
+
+def a_driver() -> Driver:
+    return made_of(Driver)
+
+
+def a_machine() -> QemuMachine:
+    return made_of(QemuMachine)
+
+
+def a_container() -> NspawnMachine:
+    return made_of(NspawnMachine)
+
+
+def a_vlan() -> VLan:
+    return made_of(VLan)
+
+
+def create_machine(
+    start_command: Union[str, dict], *, name: Optional[str] = None, keep_machine_state: bool = False
+) -> QemuMachine:
+    return a_machine()
+
+
+def start_all() -> None: ...
+def join_all() -> None: ...
+def test_script() -> None: ...
+def run_tests() -> None: ...
+def serial_stdout_on() -> None: ...
+def serial_stdout_off() -> None: ...
+def dump_machine_ssh() -> None: ...
+def retry(fn: Callable, timeout_seconds: int = 900, timeout: int = 900) -> None: ...
+
+
+@contextmanager
+def subtest(name: str) -> Generator[None, None, None]:
+    yield
+
+
+polling_condition: Any = made_of
+debug: DebugAbstract = DebugNop()
+driver = a_driver()
+log: AbstractLogger = CompositeLogger([])
+machines: List[BaseMachine] = []
+machines_nspawn: List[NspawnMachine] = []
+machines_qemu: List[QemuMachine] = []
+t = Assertions()
+vlans: List[VLan] = []
+vlan1 = a_vlan()
+a_b = a_machine()
+c = a_machine()
+box = a_container()
+"""
+
+#: What the framework's own declarations allow on a log.
+LOGS = """\
+from test_driver.logger import JunitXMLLogger, LogLevel, TerminalLogger, XMLLogger
+
+both = CompositeLogger([TerminalLogger()])
+both.add_logger(CompositeLogger(both.logger_list))
+both.set_log_level(LogLevel.DEBUG)
+
+class Mine(AbstractLogger):
+    def log(self, message: str, attributes: dict[str, str] = {}) -> None: ...
+    @contextmanager
+    def subtest(self, name: str, attributes: dict[str, str] = {}) -> Generator[None, None, None]:
+        yield
+    @contextmanager
+    def nested(self, message: str, attributes: dict[str, str] = {}) -> Generator[None, None, None]:
+        yield
+    def debug(self, *args: Any, **kwargs: Any) -> None: ...
+    def info(self, *args: Any, **kwargs: Any) -> None: ...
+    def warning(self, *args: Any, **kwargs: Any) -> None: ...
+    def error(self, *args: Any, **kwargs: Any) -> None: ...
+    def log_test_error(self, *args: Any, **kwargs: Any) -> None: ...
+    def log_serial(self, message: str, machine: str) -> None: ...
+    def print_serial_logs(self, enable: bool) -> None: ...
+    def set_log_level(self, level: LogLevel) -> None: ...
+
+both.add_logger(Mine())
+with log.nested("step", {"machine": "c"}):
+    log.log_test_error("oh")
+    log.log_serial("line", "c")
+    log.debug({"a": 1})
+    log.print_serial_logs(False)
+    log.set_log_level(LogLevel.ERROR)
+log.error("this ends it")
 """
 
 #: Scripts with what must be found in them, and the line.
@@ -172,7 +252,7 @@ class Check(unittest.TestCase):
     def test_behind_the_frameworks_prelude(self) -> None:
         """The stubs fit what the framework declares, by mypy and by ty."""
         file = self.dir / "behind.py"
-        file.write_text(PRELUDE + GOOD)
+        file.write_text(PRELUDE + GOOD + LOGS)
         mypy = [str(BIN / "mypy"), "--no-implicit-optional", "--config-file=", str(file)]
         ty = [str(BIN / "ty"), "check", "--python", sys.prefix, "--project", str(self.dir)]
         ty += ["--ignore", "unresolved-reference", str(file)]
@@ -181,12 +261,14 @@ class Check(unittest.TestCase):
                 argv, capture_output=True, text=True, check=False, timeout=300, cwd=self.dir
             )
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        # To ty names that are declared and never bound could be anything, so it finds nothing here.
-        file.write_text(PRELUDE + "a_b.succeed(3)\nlog.info(4)\nvlan1.number\n")
-        done = subprocess.run(
-            mypy, capture_output=True, text=True, check=False, timeout=300, cwd=self.dir
-        )
-        self.assertIn("Found 3 errors", done.stdout, done.stderr)
+        # And they are looked at.
+        bad = "a_b.succeed(3)\nlog.inform(4)\nvlan1.number\nCompositeLogger('info')\n"
+        file.write_text(PRELUDE + bad)
+        for argv in (mypy, ty):
+            done = subprocess.run(
+                argv, capture_output=True, text=True, check=False, timeout=300, cwd=self.dir
+            )
+            self.assertRegex(done.stdout, "Found 4 (errors|diagnostics)", done.stderr)
 
 
 if __name__ == "__main__":

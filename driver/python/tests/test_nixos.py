@@ -150,6 +150,9 @@ class NixosTestDriver(unittest.TestCase):
         config = self.config("pass")
         for arguments, said in [
             (("-o", "/no/such"), "/no/such is not a directory"),
+            (("--test-script", "a", "b"), "two scripts: --test-script a, and b"),
+            (("--start-scripts", "a"), "--start-scripts and --vlans are for a test without"),
+            (("--vlans", "1"), "--start-scripts and --vlans are for a test without"),
             (("-o", "/proc"), "/proc is not a writable directory"),
             (("--log-level", "loud"), "invalid choice: 'loud'"),
             (("--global-timeout", "x"), "invalid float"),
@@ -159,11 +162,37 @@ class NixosTestDriver(unittest.TestCase):
             status, _, err = self.drive("--config", config, *arguments)
             self.assertEqual(status, 2, err)
             self.assertIn(said, err)
+        status, _, err = self.drive("--config", config, env={"logLevel": "loud"})
+        self.assertEqual(status, 2)
+        self.assertIn("logLevel is 'loud'; allowed: debug, info, warning, error", err)
+        status, _, err = self.drive("--config", config, "/no/such/script")
+        self.assertEqual(status, 1)
+        self.assertIn("/no/such/script", err)
         status, _, err = self.drive()
         self.assertEqual(status, 2)
         self.assertIn("give --config FILE, or a test script", err)
-        run = subprocess.run([BIN / "run-nixos-test", "--help"], capture_output=True, check=True)
-        self.assertIn(b"--keep-vm-state", run.stdout)
+        help_text = subprocess.check_output([BIN / "run-nixos-test", "--help"], text=True)
+        flags = ("--keep-vm-state", "-c", "--no-interactive", "--test-script", "logLevel")
+        for flag in flags:
+            self.assertIn(flag, help_text)
+
+    def test_other_script(self) -> None:
+        """A script that the command line names runs instead of the test's own."""
+        config = self.config("raise ValueError('the own one')")
+        other = self.dir / "other"
+        other.write_text("print([m.name for m in machines], driver.tests)\nraise ValueError\n")
+        for arguments in (
+            ("-c", config, str(other)),
+            ("-c", config, "--test-script", str(other)),
+            ("--test-script", str(other), "--config", config, "--no-interactive"),
+        ):
+            status, out, err = self.drive(*arguments, env={"testScript": "/none"})
+            self.assertEqual(status, 1, err)
+            self.assertEqual(out, f"['machine'] {other.read_text()}\n")
+            self.assertIn(f'!!!   File "{other}", line 2, in <module>\n', err)
+        # The variable is for tests without --config.
+        _, _, err = self.drive("-c", config, env={"testScript": str(other)})
+        self.assertIn("!!! ValueError: the own one", err)
 
     def test_without_configuration(self) -> None:
         """The older form: machines and script one by one, or in the environment."""
@@ -191,6 +220,15 @@ class NixosTestDriver(unittest.TestCase):
         status, _, err = self.drive("--config", config, "--junit-xml", "junit.xml")
         self.assertEqual(status, -signal.SIGTERM)
         self.assertIn("!!! Timeout of 0.5 seconds reached, exiting\n", err)
+        status, _, err = self.drive("-c", self.config(script, global_timeout="PT0.5S"))
+        self.assertEqual(status, -signal.SIGTERM)
+        self.assertIn("!!! Timeout of 0.5 seconds reached, exiting\n", err)
+        quick = "driver.race_timer.cancel()\nimport time\ntime.sleep(1)\nprint('here')"
+        answer = self.drive("-c", self.config(quick, global_timeout=0.5))
+        self.assertEqual(answer[:2], (0, "here\n"), answer[2])
+        status, _, err = self.run_script("driver.terminate_test()\nprint('never')")
+        self.assertEqual(status, -signal.SIGTERM)
+        self.assertIn("timeout reached; test terminating...", err)
         report = ET.parse(self.out / "junit.xml").getroot()
         slow = report.find(".//testcase[@name='slow']")
         assert slow is not None
@@ -212,6 +250,12 @@ class NixosTestDriver(unittest.TestCase):
             case.get("name"): case.find("failure") is not None for case in report.iter("testcase")
         }
         self.assertEqual(failed, {"main": True, "good": False, "bad": True})
+        for case in report.iter("testcase"):
+            failure, errors = case.find("failure"), case.find("system-err")
+            self.assertEqual(failure is None, errors is None)
+            if failure is not None:
+                told = {"type": "failure", "message": "test case failed"}
+                self.assertEqual(failure.attrib, told)
         nest = ET.parse(log).getroot().find(".//nest[head='subtest: bad']")
         assert nest is not None
         error = nest.find("line[@type='error']")
@@ -223,7 +267,10 @@ class NixosTestDriver(unittest.TestCase):
         """A report that cannot be written is said before the script runs."""
         config = self.config("print('it ran')")
         none = "no/such/report.xml"
-        for arguments, env in [(("--junit-xml", none), {}), ((), {"LOGFILE": str(self.dir / none)})]:
+        for arguments, env in [
+            (("--junit-xml", none), {}),
+            ((), {"LOGFILE": str(self.dir / none)}),
+        ]:
             status, out, err = self.drive("--config", config, *arguments, env=env)
             self.assertEqual((status, out), (1, ""), err)
             self.assertRegex(err, f"{none}.*No such file")
@@ -251,6 +298,11 @@ class NixosTestDriver(unittest.TestCase):
         )
         status, _, err = self.run_script(script, "--log-level", "warning")
         self.assertEqual((status, err), (0, "warning: careful\n"))
+        config = self.config(script)
+        quiet = self.drive("-c", config, env={"logLevel": "warning"})
+        self.assertEqual(quiet, (0, "", "warning: careful\n"))
+        loud = self.drive("-c", config, "--log-level", "info", env={"logLevel": "warning"})
+        self.assertIn("\nm: about\n", loud[2])
         self.assertIn("\ndetail\n", self.run_script(script, "--log-level", "debug")[2])
 
     def test_keep_machine_state(self) -> None:
@@ -291,6 +343,59 @@ class NixosTestDriver(unittest.TestCase):
             first.communicate(timeout=60)
         self.assertEqual(first.returncode, 128 + signal.SIGINT)
         self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual(list(self.state.iterdir()), [])
+
+    def test_what_others_plant(self) -> None:
+        """State that another user made is not used, kept or not, and not removed."""
+        if os.geteuid() != 0:
+            self.skipTest("only root can be another user")
+        config = self.config("print('here', flush=True)\nimport time\ntime.sleep(60)")
+        self.dir.chmod(0o755)
+        self.state.chmod(0o1777)
+        names = ("vm-state-machine", "shared-xchg", ".firn-run.lock")
+        for name, command in zip(names, ("mkdir", "ln -s /root", "touch"), strict=True):
+            planted = self.state / name
+            plant = [*command.split(), str(planted)]
+            subprocess.run(plant, check=True, user=65534, group=65534)
+            for flags in ((), ("-K",)):
+                with self.spawn("--config", config, *flags) as process:
+                    out, err = process.communicate(timeout=60)
+                self.assertEqual((process.returncode, out), (1, ""), err)
+                expected = (
+                    f"error: cannot keep state in {self.state}: {planted} belongs to another user "
+                    "(65534); set TMPDIR to another directory of yours\n"
+                )
+                self.assertEqual(err, expected)
+                self.assertTrue(planted.lstat().st_uid == 65534)
+            subprocess.run(["rm", "-r", str(planted)], check=True)
+            for own in self.state.iterdir():
+                subprocess.run(["rm", "-r", str(own)], check=True)
+        with self.spawn("--config", config) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            for name in ("vm-state-machine", "shared-xchg"):
+                self.assertEqual((self.state / name).stat().st_mode & 0o777, 0o700)
+            process.terminate()
+            process.communicate(timeout=60)
+        # Others write to it, and nothing keeps them from renaming what is there.
+        self.state.chmod(0o777)
+        _, _, err = self.drive("--config", config)
+        self.assertIn(f"{self.state} can be written to by other users; set TMPDIR", err)
+        os.chown(self.state, 65534, 65534)
+        _, _, err = self.drive("--config", config)
+        self.assertIn(f"{self.state} belongs to another user (65534); set TMPDIR", err)
+
+    def test_signals_before_the_script(self) -> None:
+        """Signals end it while it waits for its configuration, with or without a carrier."""
+        config = self.dir / "fifo"
+        os.mkfifo(config)
+        for accel in ("none", "carrier"):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                with self.spawn("--accel", accel, "--config", str(config)) as process:
+                    time.sleep(1)
+                    process.send_signal(number)
+                    process.communicate(timeout=10)
+                self.assertEqual(process.returncode, -number)
         self.assertEqual(list(self.state.iterdir()), [])
 
     def test_create_machine(self) -> None:
@@ -421,6 +526,28 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
             "assert isinstance(machine, QemuMachine) and isinstance(machine, BaseMachine)\n"
             "with t.assertRaisesRegex(test_driver.errors.MachineError, 'not there yet'):\n"
             "    NspawnMachine()\n"
+            "import test_driver.duration, test_driver.polling_condition\n"
+            "from test_driver.config import DriverConfiguration, load_driver_configuration\n"
+            "from test_driver.driver import pythonize_name, AssertionTester\n"
+            "t.assertIsInstance(t, AssertionTester)\n"
+            "t.assertEqual(pythonize_name('1a-b.c'), '_a_b_c')\n"
+            "t.assertIsInstance(driver.config, DriverConfiguration)\n"
+            f"loaded = load_driver_configuration({str(self.dir / 'config.json')!r})\n"
+            "t.assertEqual(loaded, driver.config)\n"
+            "t.assertEqual(loaded.vms['machine'].start_script.name, 'run-machine-vm')\n"
+            "t.assertEqual((loaded.vlans, loaded.global_timeout), ([1], None))\n"
+            "from test_driver.efi import Variables\n"
+            "from test_driver.errors import MachineError\n"
+            "with t.assertRaisesRegex(MachineError, 'efi.Variables is not for firn'):\n"
+            "    Variables('x')\n"
+            "t.assertNotIsInstance(3, Variables)\n"
+            "t.assertEqual(vlan1.pid, os.getpid())\n"
+            "for name in ('socket_dir', 'process'):\n"
+            "    t.assertFalse(hasattr(vlan1, name))\n"
+            "    with t.assertRaisesRegex(test_driver.errors.MachineError, '^vlan1 has no '):\n"
+            "        getattr(vlan1, name)\n"
+            "vlan1.stop()\n"
+            "dump_machine_ssh()\n"
         )
         status, _, err = self.run_script(script)
         self.assertEqual(status, 0, err)
@@ -451,7 +578,7 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
     def test_interactive(self) -> None:
         """A prompt with the names, completion, history, the script, and rebuilding."""
         child = self.prompt(self.config("print('the script ran')", ("a",)))
-        child.expect(r"BaseMachine, a, create_machine, .*rebuild")
+        child.expect(r"BaseMachine, NspawnMachine, QemuMachine, a, create_machine, .*rebuild")
         child.expect(prompt(1))
         child.send("print(a.na")
         child.expect("na")

@@ -41,6 +41,10 @@ class Runner(unittest.TestCase):
         """Start the runner on a test whose machine cannot boot."""
         text = f"{head}\ntest_script = '''\n{script}\n'''\n{NODE.format(file=self.file)}"
         self.file.write_text(text)
+        return self.start(arguments)
+
+    def start(self, arguments: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+        """Start the runner on the file that is there."""
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "firn.runner", *arguments, str(self.file)],
             stdout=subprocess.PIPE,
@@ -129,12 +133,21 @@ class Runner(unittest.TestCase):
     def test_durations(self) -> None:
         """A bool is no duration."""
         script = (
-            "import datetime\n"
+            "import datetime, time\n"
             "for bad in (True, 'x', None):\n"
             "    with t.assertRaises(TypeError):\n"
             "        machine.wait_until_succeeds('true', timeout=bad)\n"
+            "for bad in (True, 'x'):\n"
             "    with t.assertRaises(TypeError):\n"
             "        retry(lambda last: True, bad)\n"
+            "with t.assertRaisesRegex(TypeError, 'by two names'):\n"
+            "    retry(lambda last: True, 1, timeout=1)\n"
+            "began = time.monotonic()\n"
+            "for more in ({'timeout_seconds': 0}, {'timeout': 0.0}):\n"
+            "    with t.assertRaisesRegex(AssertionError,\n"
+            "            r'^action timed out after 0\\.\\d\\d seconds \\(timeout=0(\\.0)?\\)$'):\n"
+            "        retry(lambda last: False, **more)\n"
+            "retry(lambda last: True, None, None)\n"
             "with t.assertRaises(ValueError):\n"
             "    machine.succeed('true', timeout=-1)\n"
             "retry(lambda last: last, datetime.timedelta(milliseconds=1))"
@@ -155,7 +168,9 @@ class Runner(unittest.TestCase):
             "t.assertEqual(few.description, 'few calls')\n"
             "machine.shutdown()\n"
             "t.assertEqual(calls, [])\n"
-            "with t.assertRaisesRegex(Exception, '^Polling condition failed: few calls$'):\n"
+            "from test_driver.polling_condition import PollingConditionError\n"
+            "said = '^Polling condition failed: few calls$'\n"
+            "with t.assertRaisesRegex(PollingConditionError, said):\n"
             "    with few:\n"
             "        machine.shutdown()\n"
             "        machine.shutdown()\n"
@@ -165,21 +180,32 @@ class Runner(unittest.TestCase):
             "t.assertEqual(len(calls), 3)\n"
             "@polling_condition\n"
             "def none(): pass\n"
-            "t.assertEqual(none.description, 'none')\n"
-            "with none: machine.shutdown()\n"
+            "t.assertEqual((none.description, none.condition.description), ('none', 'none'))\n"
+            "t.assertEqual(driver.polling_conditions, [])\n"
+            "with none:\n"
+            "    machine.shutdown()\n"
+            "    t.assertEqual(driver.polling_conditions, [none])\n"
+            "@polling_condition(interval=0)\n"
+            "def broken(): return False\n"
+            "with broken, t.assertRaisesRegex(PollingConditionError, 'failed: broken'):\n"
+            "    driver.check_polling_conditions()\n"
+            "with t.assertRaisesRegex(TypeError, 'interval is given twice'):\n"
+            "    polling_condition(interval=1, seconds_interval=1)\n"
             "@polling_condition(description='is late')\n"
             "def late(): return time.monotonic() > there\n"
             "there = time.monotonic() + 0.2\n"
-            "late.wait(timeout=30)\n"
+            "late.wait(timeout_seconds=30)\n"
+            "late.wait()\n"
             "@polling_condition(seconds_interval=0, description='never')\n"
             "def never(): raise ValueError('no')\n"
-            "with t.assertRaisesRegex(Exception, 'timed out after 0.1 seconds'):\n"
+            "said = r'after 0\\.\\d\\d seconds \\(timeout=0\\.1\\)$'\n"
+            "with t.assertRaisesRegex(AssertionError, said):\n"
             "    never.wait(timeout=0.1)\n"
             "with never: machine.shutdown()\n"
         )
         status, out, err = self.run_script(script)
         self.assertEqual((status, out), (1, "twice\n"), err)
-        self.assertIn("!!! RequestedAssertionFailed: Polling condition failed: never\n", err)
+        self.assertIn("!!! PollingConditionError: Polling condition failed: never\n", err)
         self.assertIn("\nwaiting for is late\n", err)
 
     def test_machine_that_is_off(self) -> None:
@@ -209,6 +235,63 @@ class Runner(unittest.TestCase):
             self.assertRegex(err, r"\nerror: (interrupted|ended by SIGTERM)\n$")
             self.assertLess(seconds, 2)
             self.assertEqual(list(self.state.iterdir()), [])
+
+    def test_signals_before_the_script(self) -> None:
+        """Signals end it while it waits for its file, and while it makes the machines."""
+        os.mkfifo(self.file)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with self.start() as process:
+                time.sleep(1)
+                process.send_signal(number)
+                process.communicate(timeout=10)
+            self.assertEqual(process.returncode, -number)
+        self.file.unlink()
+        # What a dead run left, with more than can be removed at once.
+        dead = self.state / "firn-run-dead"
+        dead.mkdir()
+        os.utime(dead, (0, 0))
+        for part in range(200):
+            (dead / str(part)).mkdir()
+            for name in range(200):
+                (dead / str(part) / str(name)).touch()
+        os.utime(dead, (0, 0))
+        with self.spawn("import time\ntime.sleep(60)") as process:
+            while (dead / "0").exists() and (dead / "199").exists():
+                time.sleep(0.001)
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            _, err = process.communicate(timeout=30)
+        self.assertEqual(process.returncode, 128 + signal.SIGTERM, err)
+        self.assertLess(time.monotonic() - began, 5)
+        left = [path.name for path in self.state.iterdir()]
+        self.assertIn(left, ([], ["firn-run-dead"]), "what the run itself has made is left")
+
+    def test_what_others_plant(self) -> None:
+        """Another user's directories keep no run from starting, and are let alone."""
+        if os.geteuid() != 0:
+            self.skipTest("only root can be another user")
+        self.dir.chmod(0o755)
+        self.state.chmod(0o1777)
+        planted = self.state / "firn-run-planted"
+        command = f"mkdir {planted} && mkfifo {planted}/lock && ln -s /etc {self.state}/firn-run-x"
+        subprocess.run(command, shell=True, check=True, user=65534, group=65534)
+        with self.spawn("print(machine.state_dir.exists())") as process:
+            out, err = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, out), (0, "True\n"), err)
+        self.assertEqual(
+            sorted(path.name for path in self.state.iterdir()), ["firn-run-planted", "firn-run-x"]
+        )
+        with self.spawn("import time\nprint('here')\ntime.sleep(60)") as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            find = ["find", str(self.state), "-name", "firn-run-*", "-user", "root", "-print"]
+            found = subprocess.run(
+                find, check=False, user=65534, group=65534, capture_output=True, text=True
+            )
+            self.assertRegex(found.stderr, "firn-run-.*Permission denied")
+            self.assertEqual(len(found.stdout.splitlines()), 1, found.stdout)
+            process.terminate()
+            process.communicate(timeout=30)
 
     def test_killed(self) -> None:
         """The next run removes what a killed one left."""

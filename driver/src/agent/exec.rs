@@ -3,7 +3,7 @@
 use firn_guest_agent::protocol::{ExecRequest, Exit, MAX_CHUNK, Stream, ToAgent, ToHost};
 
 use super::request::{Contents, Request};
-use super::{AgentClient, AgentError};
+use super::{AgentClient, AgentError, MAX_COLLECTED, soon};
 
 /// A running command. Dropping it before its end kills it with its process group; see [`Self::detach`].
 #[derive(Debug)]
@@ -48,7 +48,7 @@ impl AgentClient {
     pub async fn exec(&self, request: ExecRequest) -> Result<Exec, AgentError> {
         let stdin = request.stdin;
         let mut request = Request::begin(self, ToAgent::Exec(request))?;
-        match request.next().await? {
+        match soon(request.next()).await? {
             Some(ToHost::Started { pid }) => {
                 let stdin = stdin.then(|| ExecStdin { contents: request.contents(), open: true });
                 Ok(Exec { request, pid, stdin })
@@ -60,7 +60,7 @@ impl AgentClient {
     /// Runs a command until it has exited and its streams are closed, and keeps all that it wrote.
     ///
     /// # Errors
-    /// [`AgentError`].
+    /// As [`Exec::collect`].
     pub async fn exec_collect(&self, request: ExecRequest) -> Result<Collected, AgentError> {
         let mut exec = self.exec(request).await?;
         drop(exec.take_stdin());
@@ -70,7 +70,7 @@ impl AgentClient {
     /// The same with input.
     ///
     /// # Errors
-    /// [`AgentError`].
+    /// As [`Exec::collect`].
     pub async fn exec_with_input(
         &self,
         mut request: ExecRequest,
@@ -139,10 +139,15 @@ impl Exec {
     /// Gathers all events until the end.
     ///
     /// # Errors
-    /// [`AgentError::Lost`].
+    /// [`AgentError::Lost`]; [`AgentError::TooMuch`] beyond [`MAX_COLLECTED`].
     pub async fn collect(mut self) -> Result<Collected, AgentError> {
         let (mut stdout, mut stderr, mut exit) = (Vec::new(), Vec::new(), None);
         while let Some(event) = self.next().await? {
+            if let ExecEvent::Output { bytes, .. } = &event
+                && stdout.len() + stderr.len() + bytes.len() > MAX_COLLECTED
+            {
+                return Err(AgentError::too_much("output", MAX_COLLECTED));
+            }
             match event {
                 ExecEvent::Output { stream: Stream::Stdout, bytes } => stdout.extend(bytes),
                 ExecEvent::Output { stream: Stream::Stderr, bytes } => stderr.extend(bytes),

@@ -6,7 +6,7 @@ use firn_guest_agent::protocol::{BytePath, Entry, FileInfo, MAX_CHUNK, ToAgent, 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::request::Request;
-use super::{AgentClient, AgentError};
+use super::{AgentClient, AgentError, MAX_FILE, MAX_LISTING, soon};
 
 impl AgentClient {
     /// Writes a guest file from `source`, with permission bits `mode`; parents are made. On failure the file may be
@@ -39,18 +39,19 @@ impl AgentClient {
                 contents.end()?;
                 break;
             }
-            if !contents.send(chunk).await? {
+            if !soon(contents.send(chunk)).await? {
                 // The agent has said why.
                 break;
             }
         }
-        request.finish().await
+        soon(request.finish()).await
     }
 
     /// Reads a guest file into `destination` and says what it is.
     ///
     /// # Errors
-    /// [`AgentError::Local`] if `destination` cannot be written, [`AgentError::Refused`] for what fails in the guest.
+    /// [`AgentError::Local`] if `destination` cannot be written, [`AgentError::Refused`] for what fails in the guest;
+    /// [`AgentError::TooMuch`] beyond [`MAX_FILE`].
     pub async fn read_file<W>(
         &self,
         path: &Path,
@@ -60,13 +61,18 @@ impl AgentClient {
         W: AsyncWrite + Unpin + ?Sized,
     {
         let mut request = Request::begin(self, ToAgent::ReadFile { path: BytePath::from(path) })?;
-        let Some(ToHost::Info(info)) = request.next().await? else {
+        let Some(ToHost::Info(info)) = soon(request.next()).await? else {
             return Err(request.misplaced());
         };
-        while let Some(message) = request.next().await? {
+        let mut room = MAX_FILE;
+        while let Some(message) = soon(request.next()).await? {
             let ToHost::Data(bytes) = message else {
                 return Err(request.misplaced());
             };
+            let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+            room = room
+                .checked_sub(length)
+                .ok_or(AgentError::TooMuch { what: "a file", limit: MAX_FILE })?;
             destination.write_all(&bytes).await.map_err(AgentError::local)?;
         }
         destination.flush().await.map_err(AgentError::local)?;
@@ -80,27 +86,37 @@ impl AgentClient {
     pub async fn stat(&self, path: &Path, follow: bool) -> Result<FileInfo, AgentError> {
         let mut request =
             Request::begin(self, ToAgent::Stat { path: BytePath::from(path), follow })?;
-        let Some(ToHost::Info(info)) = request.next().await? else {
-            return Err(request.misplaced());
-        };
-        request.finish().await?;
-        Ok(info)
+        soon(async {
+            let Some(ToHost::Info(info)) = request.next().await? else {
+                return Err(request.misplaced());
+            };
+            request.finish().await?;
+            Ok(info)
+        })
+        .await
     }
 
     /// A directory's entries, in no particular order.
     ///
     /// # Errors
-    /// [`AgentError::Refused`] for what fails in the guest.
+    /// [`AgentError::Refused`] for what fails in the guest; [`AgentError::TooMuch`] beyond [`MAX_LISTING`].
     pub async fn list(&self, path: &Path) -> Result<Vec<Entry>, AgentError> {
         let mut request = Request::begin(self, ToAgent::List { path: BytePath::from(path) })?;
-        let mut all = Vec::new();
-        while let Some(message) = request.next().await? {
-            let ToHost::Entries(entries) = message else {
-                return Err(request.misplaced());
-            };
-            all.extend(entries);
-        }
-        Ok(all)
+        soon(async {
+            let (mut all, mut room) = (Vec::new(), MAX_LISTING);
+            while let Some(message) = request.next().await? {
+                let ToHost::Entries(entries) = message else {
+                    return Err(request.misplaced());
+                };
+                let length = entries.iter().map(Entry::cost).sum();
+                room = room
+                    .checked_sub(length)
+                    .ok_or(AgentError::too_much("a directory", MAX_LISTING))?;
+                all.extend(entries);
+            }
+            Ok(all)
+        })
+        .await
     }
 
     /// Makes a directory, which may exist, and its parents, and gives it the permission bits.
@@ -108,9 +124,8 @@ impl AgentClient {
     /// # Errors
     /// [`AgentError::Refused`] for what fails in the guest.
     pub async fn make_directory(&self, path: &Path, mode: u32) -> Result<(), AgentError> {
-        Request::begin(self, ToAgent::MakeDirectory { path: BytePath::from(path), mode })?
-            .finish()
-            .await
+        let message = ToAgent::MakeDirectory { path: BytePath::from(path), mode };
+        soon(Request::begin(self, message)?.finish()).await
     }
 
     /// Makes a symbolic link at `path`, in place of a file or link; parents are made.
@@ -120,6 +135,6 @@ impl AgentClient {
     pub async fn symlink(&self, path: &Path, target: &Path) -> Result<(), AgentError> {
         let message =
             ToAgent::Symlink { path: BytePath::from(path), target: BytePath::from(target) };
-        Request::begin(self, message)?.finish().await
+        soon(Request::begin(self, message)?.finish()).await
     }
 }

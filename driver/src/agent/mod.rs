@@ -14,6 +14,7 @@ mod tests;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use firn_guest_agent::protocol::{
     BytePath, Condition, Entry, ExecRequest, Exit, Failure, FileInfo, FileKind, Program,
@@ -23,6 +24,19 @@ use thiserror::Error;
 
 pub use client::AgentClient;
 pub use exec::{Collected, Exec, ExecEvent, ExecStdin};
+
+/// How long an answer may take that needs no work worth mentioning, and how long the next part of a longer one.
+/// Emulated guests are slow.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(300);
+
+/// Most bytes of a command's streams that [`Exec::collect`] keeps. Who wants more takes it by [`Exec::next`].
+pub const MAX_COLLECTED: usize = 16 << 20;
+
+/// Most bytes of a directory's names and links that [`AgentClient::list`] keeps: some hundred thousand entries.
+pub const MAX_LISTING: usize = 32 << 20;
+
+/// Most bytes of a file that [`AgentClient::read_file`] passes on.
+pub const MAX_FILE: u64 = 64 << 30;
 
 /// Why an agent can no longer be used.
 #[derive(Debug, Clone, Error)]
@@ -58,6 +72,17 @@ pub enum AgentError {
     /// The agent could not do what was asked.
     #[error("in the guest: {0}")]
     Refused(Failure),
+    /// The agent lives, but does not answer.
+    #[error("the guest has not answered for {} seconds", .0.as_secs())]
+    Late(Duration),
+    /// The agent answers with more than can be wanted.
+    #[error("the guest answers with more than {limit} bytes of {what}")]
+    TooMuch {
+        /// Of what.
+        what: &'static str,
+        /// How much is allowed.
+        limit: u64,
+    },
     /// The request cannot be sent, for example because a script is too long.
     #[error("the request cannot be sent: {0}")]
     Unsendable(#[source] ProtocolError),
@@ -66,8 +91,18 @@ pub enum AgentError {
     Local(#[source] Arc<io::Error>),
 }
 
+/// Waits for an answer for as long as one may take.
+async fn soon<T>(answer: impl Future<Output = Result<T, AgentError>>) -> Result<T, AgentError> {
+    let answer = tokio::time::timeout(ANSWER_WITHIN, answer).await;
+    answer.unwrap_or(Err(AgentError::Late(ANSWER_WITHIN)))
+}
+
 impl AgentError {
     fn local(error: io::Error) -> Self {
         Self::Local(Arc::new(error))
+    }
+
+    fn too_much(what: &'static str, limit: usize) -> Self {
+        Self::TooMuch { what, limit: u64::try_from(limit).unwrap_or(u64::MAX) }
     }
 }

@@ -569,6 +569,7 @@ fn ready() -> Ready {
     Ready {
         agent_version: String::new(),
         init: true,
+        early: false,
         hostname: "puppet".to_owned(),
         kernel: String::new(),
         uptime_ms: 1,
@@ -708,4 +709,68 @@ async fn a_guest_that_ends_before_it_is_ready_is_noticed() {
     drop(stream);
     let error = within(AgentClient::connect(host)).await.unwrap_err();
     assert!(matches!(error, AgentError::Lost(_)), "{error}");
+}
+
+/// Sends `message` as often as the client's window admits, until the client gives the request up.
+async fn flood(puppet: &mut Puppet, id: u32, message: &ToHost) {
+    let mut room = WINDOW;
+    loop {
+        if room >= message.cost() {
+            room -= message.cost();
+            puppet.send(id, message.clone()).await;
+            continue;
+        }
+        match puppet.request().await.message {
+            ToAgent::Credit(credit) => room += credit,
+            ToAgent::Cancel => return,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_hostile_guest_answers_is_bounded() {
+    let (client, mut puppet) = Puppet::connect().await;
+    let output = ToHost::Output { stream: Stream::Stderr, bytes: vec![0; MAX_CHUNK] };
+    let request = ExecRequest::shell("true");
+    let (error, ()) = within(async {
+        tokio::join!(client.exec_collect(request), async {
+            let id = puppet.request().await.id;
+            puppet.send(id, ToHost::Started { pid: 1 }).await;
+            flood(&mut puppet, id, &output).await;
+        })
+    })
+    .await;
+    let error = error.unwrap_err().to_string();
+    assert_eq!(error, "the guest answers with more than 16777216 bytes of output");
+
+    let info = FileInfo { kind: FileKind::File, mode: 0, size: 0, target: None };
+    let entry = Entry { name: BytePath::from("x"), info };
+    let entries = ToHost::Entries(vec![entry; 500]);
+    let (error, ()) = within(async {
+        tokio::join!(client.list(Path::new("/")), async {
+            let id = puppet.request().await.id;
+            flood(&mut puppet, id, &entries).await;
+        })
+    })
+    .await;
+    let error = error.unwrap_err().to_string();
+    assert_eq!(error, "the guest answers with more than 33554432 bytes of a directory");
+    // Nothing of that has ended the session.
+    assert!(client.lost_reason().is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_that_do_not_come_are_given_up() {
+    let (client, mut puppet) = Puppet::connect().await;
+    let late = |error: AgentError| assert!(matches!(error, AgentError::Late(_)), "{error}");
+    let path = Path::new("/");
+    late(client.exec(ExecRequest::shell("true")).await.unwrap_err());
+    late(client.list(path).await.unwrap_err());
+    late(client.stat(path, true).await.unwrap_err());
+    late(client.make_directory(path, 0).await.unwrap_err());
+    late(client.symlink(path, path).await.unwrap_err());
+    late(client.read_file(path, &mut Vec::new()).await.unwrap_err());
+    late(client.write_file(path, 0, &mut &[0; 2 << 20][..]).await.unwrap_err());
+    puppet.fill().await;
 }

@@ -7,9 +7,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::error::chain;
 
 pub mod chart;
 pub mod guest;
@@ -19,6 +22,11 @@ pub mod report;
 
 pub use guest::Guest;
 pub use monitor::Monitor;
+
+/// A boot that takes longer hangs.
+pub const LIMIT: Duration = Duration::from_secs(120);
+/// The same where instructions are the clock, which are a hundred times as slow; a boot has about one such second.
+pub const LIMIT_COUNTED: Duration = Duration::from_secs(20);
 
 /// How far a boot has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -89,6 +97,8 @@ pub struct Measured {
     pub samples: Vec<Sample>,
     /// Resident memory of the process beside the guest's, in KiB, where that could be seen.
     pub memory_kib: Option<u64>,
+    /// Why it was given up, if it was.
+    pub failure: Option<String>,
 }
 
 /// Nothing can be measured.
@@ -136,29 +146,36 @@ impl BenchError {
 }
 
 /// Boots each of the subjects `runs` times, in turns, so that what changes on the host in the meantime touches all.
-/// Tells `progress` what comes next.
-///
-/// # Errors
-/// If one cannot be booted.
+/// Tells `progress` what comes next. One that fails, or does not end within `limit`, is given up; the others are not.
 pub fn measure(
     subjects: &[Subject],
     runs: usize,
+    limit: Duration,
     mut progress: impl FnMut(&str),
-) -> Result<Vec<Measured>, BenchError> {
+) -> Vec<Measured> {
     let mut all = Vec::new();
     for subject in subjects {
         progress(&format!("{}: memory", subject.name));
-        let memory_kib = process::memory(subject)?;
         let (name, machines) = (subject.name.clone(), subject.machines);
-        all.push(Measured { name, machines, samples: Vec::new(), memory_kib });
+        let (memory_kib, failure) = match process::memory(subject, limit) {
+            Ok(memory_kib) => (memory_kib, None),
+            Err(error) => (None, Some(chain(&error))),
+        };
+        all.push(Measured { name, machines, samples: Vec::new(), memory_kib, failure });
     }
     for run in 1..=runs {
         for (subject, measured) in subjects.iter().zip(&mut all) {
+            if measured.failure.is_some() {
+                continue;
+            }
             progress(&format!("{}: boot {run} of {runs}", subject.name));
-            measured.samples.push(process::time(subject)?);
+            match process::time(subject, limit) {
+                Ok(sample) => measured.samples.push(sample),
+                Err(error) => measured.failure = Some(chain(&error)),
+            }
         }
     }
-    Ok(all)
+    all
 }
 
 /// Copies files to a directory, so that no boot pays for a slow disk.

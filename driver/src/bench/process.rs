@@ -3,29 +3,31 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use firn_vmm::device::boot_timer::now_ns;
 use memchr::memmem;
 use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::signal::{Signal, killpg};
 use nix::sys::time::{TimeVal, TimeValLike};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
 
 use super::guest::HERE;
 use super::{BenchError, Sample, Stage, Stages, Subject};
 
-/// A boot that takes longer hangs. Where instructions are counted, waiting takes no time.
-const LIMIT: Duration = Duration::from_secs(120);
 /// How much of a failed boot's output is shown.
 const TAIL: usize = 4 << 10;
 
-/// Boots a subject once.
-pub(super) fn time(subject: &Subject) -> Result<Sample, BenchError> {
+/// Boots a subject once, within a time.
+pub(super) fn time(subject: &Subject, limit: Duration) -> Result<Sample, BenchError> {
     let before = used();
     let began = now_ns();
-    let mut stages = watch(subject, &subject.run.command, |_| ())?.1;
+    let mut stages = watch(subject, &subject.run.command, limit, |_| ())?.1;
     let after = used();
     stages.insert(Stage::End, now_ns());
     if let Some(file) = &subject.run.marks {
@@ -39,20 +41,21 @@ pub(super) fn time(subject: &Subject) -> Result<Sample, BenchError> {
 }
 
 /// What the process of a subject has in memory while its guest runs, beside the guest's memory, in KiB.
-pub(super) fn memory(subject: &Subject) -> Result<Option<u64>, BenchError> {
+pub(super) fn memory(subject: &Subject, limit: Duration) -> Result<Option<u64>, BenchError> {
     let Some(command) = &subject.run.lingering else { return Ok(None) };
     let guest_kib = subject.run.memory_mib << 10;
     let resident = |child: u32| {
         let maps = fs::read_to_string(format!("/proc/{child}/smaps")).ok()?;
         Some(resident_kib(&maps, guest_kib))
     };
-    Ok(watch(subject, command, resident)?.0.flatten())
+    Ok(watch(subject, command, limit, resident)?.0.flatten())
 }
 
 /// Runs a command to its end. When the guest says that it is here, `look` may look at the process.
 fn watch<T>(
     subject: &Subject,
     command: &[OsString],
+    limit: Duration,
     mut look: impl FnMut(u32) -> T,
 ) -> Result<(Option<T>, Stages), BenchError> {
     let failed = |source| BenchError::Process {
@@ -67,13 +70,14 @@ fn watch<T>(
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        // What it starts holds its streams open, too, and is killed with it.
+        .process_group(0)
         .spawn()
         .map_err(failed)?;
     let errors = tail_of_stderr(&mut child);
     let mut stdout = child.stdout.take().map(BufReader::new);
     let id = child.id();
-    let child = Arc::new(Mutex::new(child));
-    let watchdog = Watchdog::new(&child);
+    let watchdog = Watchdog::new(&child, limit);
     let mut stages = Stages::new();
     let mut seen = None;
     let mut said = Vec::new();
@@ -90,19 +94,26 @@ fn watch<T>(
         said.extend_from_slice(&line);
         said.drain(..said.len().saturating_sub(TAIL));
     }
+    // It may go on without its streams. Its id is its own until nobody kills it any more.
+    waitid(Id::Pid(pid(&child)), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
+        .map_err(|error| failed(error.into()))?;
     let barked = watchdog.end();
-    let status = child.lock().unwrap_or_else(PoisonError::into_inner).wait().map_err(failed)?;
+    let status = child.wait().map_err(failed)?;
     said.extend(errors.join().unwrap_or_default());
     if status.success() && !barked {
         return Ok((seen, stages));
     }
     let how = if barked {
-        format!("it hangs: killed after {} seconds", LIMIT.as_secs())
+        format!("it hangs: killed after {} seconds", limit.as_secs())
     } else {
         status.to_string()
     };
     let output = String::from_utf8_lossy(&said).trim().to_owned();
     Err(BenchError::Failed { name: subject.name.clone(), how, output })
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_raw(child.id().cast_signed())
 }
 
 /// Kills a process that takes too long.
@@ -112,14 +123,15 @@ struct Watchdog {
 }
 
 impl Watchdog {
-    fn new(child: &Arc<Mutex<Child>>) -> Self {
+    /// Watches a child that leads its process group and is not waited for before [`Self::end`].
+    fn new(child: &Child, limit: Duration) -> Self {
         let (stop, stopped) = mpsc::channel();
-        let child = Arc::clone(child);
+        let group = pid(child);
         let thread = thread::spawn(move || {
-            let barks = stopped.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout);
+            let barks = stopped.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
             if barks {
                 // One that has ended needs it no more.
-                let _ = child.lock().unwrap_or_else(PoisonError::into_inner).kill();
+                let _ = killpg(group, Signal::SIGKILL);
             }
             barks
         });
@@ -171,8 +183,11 @@ fn resident_kib(maps: &str, guest_kib: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::bench::monitor::Run;
+    use crate::bench::{LIMIT, measure};
 
     fn subject(script: &str) -> Subject {
         let command: Vec<OsString> = ["sh", "-c", script].map(Into::into).into();
@@ -184,20 +199,45 @@ mod tests {
     #[test]
     fn a_process_is_watched_from_its_start_to_its_end() {
         let work = "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done";
-        let sample =
-            time(&subject(&format!("{work}; echo 'x {HERE}'; {work}"))).expect("it ends well");
+        let sample = time(&subject(&format!("{work}; echo 'x {HERE}'; {work}")), LIMIT)
+            .expect("it ends well");
         let (init, end) = (sample.stages[&Stage::Init], sample.stages[&Stage::End]);
         assert!(0 < init && init < end, "{sample:?}");
         assert!((1..10_000_000_000).contains(&sample.user), "{sample:?}");
-        let memory = memory(&subject(&format!("echo '{HERE}'; sleep 0.2"))).expect("it ends well");
+        let memory =
+            memory(&subject(&format!("echo '{HERE}'; sleep 0.2")), LIMIT).expect("it ends well");
         assert!(memory.is_some_and(|kib| (100..50_000).contains(&kib)), "{memory:?}");
     }
 
     #[test]
     fn what_a_failed_boot_said_is_shown() {
-        let error =
-            time(&subject("echo no kernel; echo no memory >&2; exit 3")).expect_err("it fails");
+        let error = time(&subject("echo no kernel; echo no memory >&2; exit 3"), LIMIT)
+            .expect_err("it fails");
         assert_eq!(error.to_string(), "a shell: exit status: 3:\nno kernel\nno memory");
+    }
+
+    #[test]
+    fn one_that_hangs_loses_itself_only() {
+        let mut hangs = subject("echo slowly; exec >&- 2>&-; sleep 1000 & wait");
+        hangs.run.lingering = None;
+        let began = Instant::now();
+        let measured = measure(
+            &[hangs, subject("exit 3"), subject("true")],
+            2,
+            Duration::from_secs(2),
+            |_| (),
+        );
+        assert!(began.elapsed() < Duration::from_secs(60));
+        let found: Vec<_> =
+            measured.iter().map(|of| (of.samples.len(), of.failure.as_deref())).collect();
+        assert_eq!(
+            found,
+            [
+                (0, Some("a shell: it hangs: killed after 2 seconds:\nslowly")),
+                (0, Some("a shell: exit status: 3")),
+                (2, None)
+            ]
+        );
     }
 
     #[test]

@@ -53,8 +53,19 @@ pub struct Report {
     pub unit: Unit,
     /// How often each was booted.
     pub runs: usize,
-    /// A row for each subject.
+    /// A row for each subject that was measured.
     pub rows: Vec<Row>,
+    /// The others.
+    pub missing: Vec<Missing>,
+}
+
+/// A subject without figures.
+#[derive(Clone, Debug, Serialize)]
+pub struct Missing {
+    /// What was booted, and by what.
+    pub name: String,
+    /// Why it was given up.
+    pub why: String,
 }
 
 /// A subject's figures.
@@ -83,13 +94,16 @@ impl Report {
     #[must_use]
     pub fn new(unit: Unit, runs: usize, measured: &[Measured]) -> Self {
         let mut rows: Vec<Row> = Vec::new();
-        for mut row in measured.iter().filter_map(Row::new) {
+        for mut row in measured.iter().filter(|of| of.failure.is_none()).filter_map(Row::new) {
             let one = rows.iter().rfind(|row| row.machines == 1).filter(|_| row.machines > 1);
             row.times_one =
                 one.map(|one| row.total.median.saturating_mul(1000) / one.total.median.max(1));
             rows.push(row);
         }
-        Self { unit, runs, rows }
+        let missing = measured
+            .iter()
+            .filter_map(|of| Some(Missing { name: of.name.clone(), why: of.failure.clone()? }));
+        Self { unit, runs, rows, missing: missing.collect() }
     }
 
     /// As a table.
@@ -133,6 +147,10 @@ impl Report {
                     scaled(times, 1000, 2)
                 );
             }
+        }
+        for Missing { why, .. } in &self.missing {
+            // It begins with the name.
+            let _ = writeln!(text, "missing: {}", why.replace('\n', "\n    "));
         }
         text
     }
@@ -209,24 +227,28 @@ pub(super) mod tests {
             machines: 1,
             samples: [450_000_000, 449_000_000, 480_000_000].map(sample).into(),
             memory_kib: Some(5300),
+            failure: None,
         };
         let three = Measured {
             name: "firn: 3 at once".to_owned(),
             machines: 3,
             samples: vec![sample(1_710_000_000)],
             memory_kib: None,
+            failure: None,
         };
         let other = Measured {
             name: "another <one>".to_owned(),
             machines: 1,
             samples: vec![sample(1_000_000_000)],
             memory_kib: None,
+            failure: None,
         };
         let none = Measured {
             name: "none".to_owned(),
             machines: 1,
-            samples: Vec::new(),
+            samples: vec![sample(1)],
             memory_kib: None,
+            failure: Some("none: it hangs:\nno output".to_owned()),
         };
         Report::new(Unit::Instructions, 3, &[firn, three, other, none])
     }
@@ -240,6 +262,8 @@ firn                   0.008       -     -      -  0.650  0.450  0.150  0.600   
 firn: 3 at once        0.008       -     -      -  1.910  1.710  0.150  1.860   0.0 %        -
 another <one>          0.008       -     -      -  1.200  1.000  0.150  1.150   0.0 %        -
 firn: 3 at once: 3.10 times the work of one
+missing: none: it hangs:
+    no output
 ";
         assert_eq!(report().table(), expected);
     }
@@ -251,5 +275,6 @@ firn: 3 at once: 3.10 times the work of one
         assert_eq!(json["rows"][0]["total"]["spread"], 31_000_000);
         assert_eq!(json["rows"][0]["stages"][0][0], "run");
         assert_eq!(json["rows"][1]["times_one"], 3100);
+        assert_eq!(json["missing"][0]["name"], "none");
     }
 }

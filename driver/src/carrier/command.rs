@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use super::CarrierError;
 use crate::agent::ExecRequest;
 
-/// Changes to the first argument and becomes the others; 125 as `env` and `chroot` have it for their own failures.
-const IN_DIRECTORY: &str = "cd \"$1\" || exit 125; shift; exec \"$@\"";
+/// Changes to the first argument and becomes the others; 125 as `env` and `chroot` have it for their own failures. A
+/// kernel lets its first program have 4,096 files, and so all others: too few for machines.
+const IN_DIRECTORY: &str = "ulimit -Hn 1048576; cd \"$1\" || exit 125; shift; exec \"$@\"";
 
 /// Variables that name what is not in the carrier.
 const FOREIGN: [&str; 3] = ["XDG_RUNTIME_DIR", "SSH_AUTH_SOCK", "DBUS_SESSION_BUS_ADDRESS"];

@@ -5,11 +5,11 @@ use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep_until};
 
 use super::{Carrier, CarrierError, HostCommand, KitName, Options, command, kit};
 use crate::agent::{Exec, ExecEvent, ExecStdin, Exit, Stream};
+use crate::signals::Signals;
 use crate::terminal::RawTerminal;
 
 /// How long a command may go on after the signal that shall end it.
@@ -31,8 +31,6 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
     let command = HostCommand::new(argv)?;
     let mut options = options.clone();
     options.writable.extend(command::writable_here(&command.cwd));
-    // Before signals are caught: what is killed here leaves nothing that the next build does not clean.
-    let kit = kit::build(KitName::Carrier, &|line| eprintln!("{line}"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -40,6 +38,14 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
         .map_err(CarrierError::host("start the runtime"))?;
     let status = runtime.block_on(async {
         let mut signals = Signals::new().map_err(CarrierError::host("catch signals"))?;
+        let kit = tokio::task::spawn_blocking(|| {
+            kit::build(KitName::Carrier, &|line| eprintln!("{line}"))
+        });
+        let kit = tokio::select! {
+            kit = kit => kit.map_err(io::Error::other).map_err(CarrierError::host("make its kit"))??,
+            // The next build removes what this one leaves.
+            number = signals.next() => return Ok(128 + number),
+        };
         let carrier = tokio::select! {
             carrier = Carrier::start(&kit, &options) => carrier?,
             number = signals.next() => return Ok(128 + number),
@@ -66,7 +72,10 @@ async fn run(
     signals: &mut Signals,
 ) -> Result<i32, CarrierError> {
     let command = if with_input { command.stdin() } else { command };
-    let mut exec = carrier.exec(&command).await?;
+    let mut exec = tokio::select! {
+        exec = carrier.exec(&command) => exec?,
+        number = signals.next() => return Ok(128 + number),
+    };
     if let Some(stdin) = exec.take_stdin() {
         tokio::spawn(feed(stdin));
     }
@@ -131,32 +140,6 @@ async fn feed(mut stdin: ExecStdin) {
     while let Ok(length @ 1..) = input.read(&mut buffer).await {
         if !matches!(stdin.write_all(&buffer[..length]).await, Ok(true)) {
             return;
-        }
-    }
-}
-
-/// The signals that mean the end.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hangup: signal(SignalKind::hangup())?,
-        })
-    }
-
-    /// The number of the next one.
-    async fn next(&mut self) -> i32 {
-        tokio::select! {
-            _ = self.interrupt.recv() => SignalKind::interrupt().as_raw_value(),
-            _ = self.terminate.recv() => SignalKind::terminate().as_raw_value(),
-            _ = self.hangup.recv() => SignalKind::hangup().as_raw_value(),
         }
     }
 }

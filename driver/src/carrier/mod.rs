@@ -9,6 +9,7 @@
 //! Nothing of it outlives this process: QEMU is killed when the [`Carrier`] is dropped, and by the kernel when the
 //! process dies. It leaves no file and no socket.
 
+mod clock;
 mod command;
 mod forward;
 mod qemu;
@@ -18,10 +19,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use firn_vmm::tsc;
 use thiserror::Error;
 use tokio::net::UnixStream;
 
 use crate::agent::{AgentClient, AgentError, Exec, ExecRequest};
+use crate::error::chain;
 use crate::kit::{self, Kit, KitError, KitName};
 
 pub use command::HostCommand;
@@ -31,6 +34,15 @@ use qemu::{Machine, Qemu};
 
 /// How long the carrier may take to boot. It takes about four seconds on an idle host.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long it may take for any other step of its start. All of them take less than a second on an idle host.
+const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often it is started until its clock goes right.
+const TRIES: u32 = 3;
+
+/// The frequency of a time stamp counter that counts instructions, 1 ns each.
+const EXACT_KHZ: u64 = 1_000_000;
 
 /// How long the carrier may take to write back what it holds before it is killed.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(1);
@@ -104,12 +116,19 @@ pub enum CarrierError {
     /// The carrier's agent does not answer as it should.
     #[error("the carrier does not answer")]
     Agent(#[from] AgentError),
-    /// It did not boot in time.
-    #[error("the carrier did not boot within {} seconds{}", BOOT_TIMEOUT.as_secs(), section("its kernel's last lines", .console))]
-    BootTimeout {
+    /// A step of its start took too long.
+    #[error("the carrier did not {step} within {} seconds{}", .limit.as_secs(), section("its kernel's last lines", .console))]
+    Timeout {
+        /// What it should have done.
+        step: &'static str,
+        /// The time it had.
+        limit: Duration,
         /// The last of what its kernel printed.
         console: String,
     },
+    /// Its clock does not go as the host's does.
+    #[error("the carrier is not usable: {0}")]
+    Clock(String),
     /// It booted, but what it needs is not there.
     #[error("the carrier is not usable: {0}")]
     Unusable(String),
@@ -161,11 +180,27 @@ pub struct Carrier {
 }
 
 impl Carrier {
-    /// Starts one from the kit [`KitName::Carrier`] and waits until it can be used: about four seconds.
+    /// Starts one from the kit [`KitName::Carrier`] and waits until it can be used: about four seconds. On a host so
+    /// busy that it hangs or has a wrong clock it is started again.
     ///
     /// # Errors
     /// When QEMU is missing or fails, or what it boots does not work. It is gone then.
     pub async fn start(kit: &Kit, options: &Options) -> Result<Self, CarrierError> {
+        let mut tries = 1;
+        loop {
+            match Self::start_once(kit, options).await {
+                Err(error @ (CarrierError::Clock(_) | CarrierError::Timeout { .. }))
+                    if tries < TRIES =>
+                {
+                    tracing::warn!("{}; starting it again", chain(&error));
+                    tries += 1;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    async fn start_once(kit: &Kit, options: &Options) -> Result<Self, CarrierError> {
         let writable = command::writable_roots(&options.writable)?;
         // A guest that boots from a store reads thousands of files, and over 9p that takes ten times as long. Without a
         // usable kit there is none to be read.
@@ -178,6 +213,8 @@ impl Carrier {
             memory_mib: options.memory_mib.unwrap_or_else(default_memory_mib),
             cores: options.cores.unwrap_or(CORES),
             exact: options.exact,
+            // What the kernel would find itself is wrong when the host is busy.
+            tsc_khz: if options.exact { EXACT_KHZ } else { tsc::khz() },
             writable: writable
                 .into_iter()
                 .enumerate()
@@ -188,12 +225,24 @@ impl Carrier {
         let (qemu, port) = Qemu::start(&machine)?;
         let client = connect(&qemu, port).await?;
         let carrier = Self { client, qemu };
-        for (tag, path) in &machine.writable {
-            carrier.mount(MOUNT_WRITABLE, tag, path).await?;
-        }
-        if let Some((_, mount_point)) = &store {
-            carrier.mount(MOUNT_DISK, "a", mount_point).await?;
-        }
+        let mount = async {
+            for (tag, path) in &machine.writable {
+                carrier.mount(MOUNT_WRITABLE, tag, path).await?;
+            }
+            if let Some((_, mount_point)) = &store {
+                carrier.mount(MOUNT_DISK, "a", mount_point).await?;
+            }
+            Ok(())
+        };
+        let compare_clocks = async {
+            // Where instructions are the clock, it goes as it likes.
+            let wrong = match options.exact {
+                true => None,
+                false => carrier.or_ended(clock::fault(&carrier.client)).await?,
+            };
+            wrong.map_or(Ok(()), |wrong| Err(CarrierError::Clock(wrong)))
+        };
+        tokio::try_join!(mount, compare_clocks)?;
         Ok(carrier)
     }
 
@@ -202,7 +251,8 @@ impl Carrier {
     /// # Errors
     /// When the command cannot be sent, or the carrier is gone.
     pub async fn exec(&self, command: &HostCommand) -> Result<Exec, CarrierError> {
-        self.or_ended(self.client.exec(command.request()?)).await
+        let started = self.or_ended(self.client.exec(command.request()?));
+        self.qemu.within("start a command", STEP_TIMEOUT, started).await
     }
 
     /// Ends it, after what it wrote has reached the host.
@@ -235,7 +285,8 @@ impl Carrier {
         };
         let path = path.to_str().ok_or_else(|| failed("its name is not UTF-8".to_owned()))?;
         let mount = ExecRequest::argv(["/bin/sh", "-c", script, "sh", tag, path]);
-        let done = self.or_ended(self.client.exec_collect(mount)).await?;
+        let done = self.or_ended(self.client.exec_collect(mount));
+        let done = self.qemu.within("mount a directory", STEP_TIMEOUT, done).await?;
         match done.exit.success() {
             true => Ok(()),
             false => Err(failed(String::from_utf8_lossy(&done.stderr).trim().to_owned())),
@@ -245,17 +296,18 @@ impl Carrier {
 
 /// Waits for the agent behind `port` while watching that QEMU lives.
 async fn connect(qemu: &Qemu, port: UnixStream) -> Result<AgentClient, CarrierError> {
-    let client = tokio::select! {
-        // QEMU's end closes the port too, but says less.
-        biased;
-        error = qemu.ended() => return Err(error),
-        client = tokio::time::timeout(BOOT_TIMEOUT, AgentClient::connect(port)) => match client {
-            Ok(Ok(client)) => client,
-            Ok(Err(AgentError::Lost(_))) => return Err(qemu.ended().await),
-            Ok(Err(error)) => return Err(error.into()),
-            Err(_) => return Err(CarrierError::BootTimeout { console: qemu.console() }),
-        },
+    let booted = async {
+        tokio::select! {
+            // QEMU's end closes the port too, but says less.
+            biased;
+            error = qemu.ended() => Err(error),
+            client = AgentClient::connect(port) => match client {
+                Err(AgentError::Lost(_)) => Err(qemu.ended().await),
+                client => Ok(client?),
+            },
+        }
     };
+    let client = qemu.within("boot", BOOT_TIMEOUT, booted).await?;
     let ready = client.ready();
     for warning in &ready.warnings {
         tracing::warn!("carrier: {warning}");

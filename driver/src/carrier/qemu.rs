@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use firn_guest_agent::protocol::PORT_NAME;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
 
 use super::CarrierError;
 
@@ -24,6 +26,10 @@ const PROGRAM: &str = "qemu-system-x86_64";
 /// Runs the words after the first if the process's parent is the first. The kernel kills a process whose parent dies,
 /// but not one whose parent died before it asked for that.
 const IF_PARENT_LIVES: &str = "[ \"$PPID\" = \"$0\" ] && exec \"$@\"";
+
+/// What the processor must not have. QEMU 7.2 gives a guest of its guest no XCR0 of its own: what one writes there, the
+/// other has, and Linux 7 finds sizes that do not fit and stops. So there is no XSAVE, and nothing that needs it.
+const UNUSABLE: &str = "-xsave,-avx,-avx2,-f16c,-fma,-mpx,-pku,-vaes";
 
 /// How much of what QEMU and its guest's kernel print is kept, in bytes.
 const TAIL: usize = 16 << 10;
@@ -37,6 +43,8 @@ pub(super) struct Machine {
     pub(super) cores: u32,
     /// Count instructions instead of time; one core.
     pub(super) exact: bool,
+    /// The frequency of its time stamp counter.
+    pub(super) tsc_khz: u64,
     /// Directories of the host the guest may write, by their 9p tag.
     pub(super) writable: Vec<(String, PathBuf)>,
     /// Images that are its disks, read-only, in the order in which it finds them.
@@ -51,7 +59,7 @@ impl Machine {
         args.add("-nodefaults", "").add("-no-user-config", "").add("-no-reboot", "");
         args.add("-display", "none");
         if self.exact {
-            args.add("-cpu", "max");
+            args.add("-cpu", format!("max,{UNUSABLE}"));
             // The clock is the number of instructions, 1 ns each; idle time is skipped.
             args.add("-accel", "tcg,thread=single")
                 .add("-icount", "shift=0,sleep=off")
@@ -59,13 +67,13 @@ impl Machine {
         } else {
             // Each byte of a `rep stosb` is an instruction to emulate. Without it Linux clears memory by words: a boot
             // takes a quarter less.
-            args.add("-cpu", "max,-erms");
+            args.add("-cpu", format!("max,{UNUSABLE},-erms"));
             args.add("-accel", "tcg,thread=multi").add("-smp", self.cores.to_string());
         }
         args.add("-m", format!("{}M", self.memory_mib));
         args.add("-kernel", &self.kernel)
             .add("-initrd", &self.initrd)
-            .add("-append", &self.cmdline);
+            .add("-append", format!("{} tsc_early_khz={}", self.cmdline, self.tsc_khz));
         // The console goes to the pipe that is QEMU's standard output, the agent's port to the socket that is its
         // standard input: nothing of either is left in the file system, whatever happens.
         args.add("-serial", "file:/proc/self/fd/1");
@@ -170,6 +178,17 @@ impl Qemu {
             Err(_) => String::new(),
         };
         self.explain(how)
+    }
+
+    /// Waits for the end of a step of its start, but not for ever.
+    pub(super) async fn within<T>(
+        &self,
+        step: &'static str,
+        limit: Duration,
+        done: impl Future<Output = Result<T, CarrierError>>,
+    ) -> Result<T, CarrierError> {
+        let late = |_| CarrierError::Timeout { step, limit, console: self.console() };
+        timeout(limit, done).await.map_err(late)?
     }
 
     /// The last of what its guest's kernel printed.
@@ -296,6 +315,7 @@ mod tests {
             memory_mib: 2048,
             cores: 3,
             exact,
+            tsc_khz: 2_592_000,
             writable: vec![("w0".into(), "/work/a,b".into())],
             disks: vec!["/cache/a,b.img".into()],
         }
@@ -319,6 +339,7 @@ mod tests {
         assert_eq!(disks, ["if=none,id=disk0,format=raw,readonly=on,file=/cache/a,,b.img"]);
         assert_eq!(value_of(&arguments, "-smp"), ["3"]);
         assert_eq!(value_of(&arguments, "-m"), ["2048M"]);
+        assert_eq!(value_of(&arguments, "-append"), ["quiet tsc_early_khz=2592000"]);
     }
 
     #[test]

@@ -58,8 +58,9 @@ pub(crate) fn in_carrier(
     command: impl IntoIterator<Item = OsString>,
 ) -> Result<u8, CarrierError> {
     let options = carrier::Options { writable, terminal, ..carrier::Options::default() };
-    // Sockets and state belong on the carrier's own file system, and it has a pipe for stderr.
-    let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into()];
+    // Sockets and state belong on the carrier's own file system, where nothing is that users of the host have put into
+    // their /tmp, and it has a pipe for stderr.
+    let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/dev/shm".into()];
     if colours_wanted(&std::io::stderr()) {
         argv.push("CLICOLOR_FORCE=1".into());
     }

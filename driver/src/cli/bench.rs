@@ -22,6 +22,7 @@ use crate::config::{ConfigError, MachineFile, TestConfig};
 use crate::driver::{Driver, DriverOptions};
 use crate::kit::{self, Kit, KitName};
 use crate::machine::Machine;
+use crate::private::{self, Place};
 
 /// Measure what firn does
 #[derive(Debug, clap::Args)]
@@ -51,6 +52,8 @@ Columns: when the first vCPU entered the guest, the kernel used a device, the gu
 ready, and the process was gone, since exec; then the processor's work for guest and monitor (user) and in the host's
 kernel (sys), how far apart the totals were, and the monitor's resident memory beside the guest's (firn's with a
 console, a source of entropy, a network card and a share).
+
+A monitor that fails or hangs is given up: the table says why, the others are measured, and the exit status is 1.
 
 Examples:
   firn bench boot
@@ -185,7 +188,9 @@ impl Machines {
 
 fn here(args: &Boot) -> Result<ExitCode> {
     let kit = kit::build(KitName::Micro, &|line| eprintln!("{line}"))?;
-    let dir = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let dir = Place::open(&std::env::temp_dir())
+        .and_then(|place| private::temporary(&place, "firn-bench-"))
+        .context("cannot make a temporary directory")?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let manifest = kit.dir.join("manifest.json");
     let files = [&program, &kit.vmlinux(), &kit.kernel(), &kit.initrd(), &manifest];
@@ -199,7 +204,8 @@ fn here(args: &Boot) -> Result<ExitCode> {
         false => args.files.iter().try_for_each(|file| plan.add_file(file))?,
     }
     plan.add_monitors(&args.compare)?;
-    let measured = bench::measure(&plan.subjects, args.runs.into(), |what| {
+    let limit = if args.counted { bench::LIMIT_COUNTED } else { bench::LIMIT };
+    let measured = bench::measure(&plan.subjects, args.runs.into(), limit, |what| {
         if io::stderr().is_terminal() {
             eprint!("\r\x1b[K{what}");
         } else {
@@ -210,9 +216,9 @@ fn here(args: &Boot) -> Result<ExitCode> {
         eprint!("\r\x1b[K");
     }
     let unit = if args.counted { Unit::Instructions } else { Unit::Nanoseconds };
-    let report = Report::new(unit, args.runs.into(), &measured?);
+    let report = Report::new(unit, args.runs.into(), &measured);
     show(args, &report)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(if report.missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn show(args: &Boot, report: &Report) -> Result<()> {

@@ -16,7 +16,7 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make a kit, unless it is there; prints its directory
+    /// Make a kit, unless it is there and whole; prints its directory
     ///
     /// Packages are fetched by apt into the user's cache, without root. The network is needed the first time only.
     Build {
@@ -32,7 +32,7 @@ enum Command {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let Command::Build { kit, update } = &args.command;
-    let make = if *update { kit::update } else { kit::build };
+    let make = if *update { kit::update } else { kit::check };
     let kit = make(*kit, &|line| eprintln!("{line}"))?;
     println!("{}", kit.dir.display());
     Ok(ExitCode::SUCCESS)

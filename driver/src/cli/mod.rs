@@ -12,7 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::ConfigError;
 use crate::error::chain;
-use crate::log::colours_wanted;
+use crate::log::{colours_wanted, printable};
 
 pub(crate) mod accel;
 mod bench;
@@ -109,7 +109,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::from(2);
     }
     let red = if colours { AnsiColor::Red.on_default().bold() } else { anstyle::Style::new() };
-    let _ = writeln!(err, "{red}error{red:#}: {}", chain(error.as_ref()));
+    let _ = writeln!(err, "{red}error{red:#}: {}", printable(&chain(error.as_ref())));
     ExitCode::from(if error.is::<ConfigError>() { 2 } else { 1 })
 }
 

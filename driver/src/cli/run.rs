@@ -7,7 +7,6 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::accel::{Accel, Decision, in_carrier};
@@ -16,6 +15,7 @@ use crate::driver::{Driver, DriverOptions};
 use crate::log::{Level, Logger};
 use crate::machine::Machine;
 use crate::scratch::StatePlace;
+use crate::signals::Signals;
 use crate::terminal::RawTerminal;
 
 /// Boot a machine file on this terminal
@@ -111,9 +111,11 @@ fn here(file: MachineFile, state: Option<PathBuf>) -> Result<ExitCode> {
     let options = DriverOptions { state, ..options_here()? };
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
+        // Before anything is there that must be removed in the end.
+        let mut signals = Signals::new().context("cannot catch signals")?;
         let driver = Driver::new(&test_of(file), options)?;
         let outcome = match driver.machines() {
-            [machine] => attend(machine).await,
+            [machine] => attend(machine, &mut signals).await,
             _ => Ok(()),
         };
         driver.close().await;
@@ -125,19 +127,17 @@ fn here(file: MachineFile, state: Option<PathBuf>) -> Result<ExitCode> {
 }
 
 /// Runs the machine on the terminal until it ends, or shall.
-async fn attend(machine: &Machine) -> Result<()> {
+async fn attend(machine: &Machine, signals: &mut Signals) -> Result<()> {
     let tap = machine.tap_console();
-    let mut ends = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
-        .map(signal)
-        .into_iter()
-        .collect::<io::Result<Vec<_>>>()?;
-    machine.start(true).await?;
+    tokio::select! {
+        started = machine.start(true) => started?,
+        _ = signals.next() => return Ok(()),
+    }
     let raw = RawTerminal::of_stdin().context("cannot use the terminal")?;
     let (typed, mut keys) = mpsc::channel(16);
     std::thread::spawn(move || read_keys(&typed));
     let mut open = true;
     let outcome = loop {
-        let [interrupt, terminate, hangup] = &mut ends[..] else { break Ok(()) };
         tokio::select! {
             bytes = tap.next() => show(&bytes)?,
             key = keys.recv(), if open => match key {
@@ -149,9 +149,7 @@ async fn attend(machine: &Machine) -> Result<()> {
                 None => open = false,
             },
             ended = machine.wait_for_shutdown() => break ended.map_err(Into::into),
-            _ = interrupt.recv() => break Ok(()),
-            _ = terminate.recv() => break Ok(()),
-            _ = hangup.recv() => break Ok(()),
+            _ = signals.next() => break Ok(()),
         }
     };
     drop(raw);

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
+use crate::private::Place;
 use crate::ssh;
 
 /// Enter a machine as root by ssh, over its vsock
@@ -63,7 +64,14 @@ fn find(machine: &Path) -> Result<PathBuf> {
     }
     let mut state = OsString::from("vm-state-");
     state.push(machine);
-    let socket = env::temp_dir().join(state).join("vsock");
+    let place = Place::open(&env::temp_dir()).context("cannot look for machines")?;
+    let socket = place.path().join(&state).join("vsock");
+    if let Err(error) = place.open_own(&state)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        // Whoever made it could be the machine.
+        return Err(error).with_context(|| format!("cannot enter {}", machine.display()));
+    }
     if !socket.exists() {
         bail!("there is neither a socket {} nor {}", machine.display(), socket.display());
     }

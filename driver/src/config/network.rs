@@ -10,15 +10,28 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 /// A machine's way to the host and beyond: the guest's eth0.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct UserNetwork {
     /// Nothing gets out but to forwarded ports.
     pub restrict: bool,
+    /// The gateway's addresses lead to the host's loopback.
+    pub host_loopback: bool,
     /// Ports that lead to the other side.
     pub forward_ports: Vec<PortForward>,
     /// Options of QEMU's user network that change it, as `QEMU_NET_OPTS` has them.
     pub qemu_net_opts: String,
+}
+
+impl Default for UserNetwork {
+    fn default() -> Self {
+        Self {
+            restrict: false,
+            host_loopback: true,
+            forward_ports: Vec::new(),
+            qemu_net_opts: String::new(),
+        }
+    }
 }
 
 /// A forwarded port, with NixOS's names (`virtualisation.forwardPorts`).

@@ -148,8 +148,10 @@ impl NodeConfig {
             let copies = share.copies.values_mut().filter(|path| !path.as_os_str().is_empty());
             std::iter::once(&mut share.source).chain(copies)
         });
-        let images = self.disks.iter_mut().map(|disk| &mut disk.image);
-        let images = images.filter(|image| !image.as_os_str().is_empty());
+        let images = self.disks.iter_mut().flat_map(|disk| {
+            let image = Some(&mut disk.image).filter(|image| !image.as_os_str().is_empty());
+            image.into_iter().chain(&mut disk.backing)
+        });
         let sockets = self.vsock.iter_mut().map(|vsock| &mut vsock.socket);
         let credentials = self.credentials.values_mut();
         for path in files.chain(sources).chain(images).chain(sockets).chain(credentials) {

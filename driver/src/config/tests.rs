@@ -99,6 +99,7 @@ fn the_user_network_is_described_as_in_nixos() {
     assert_eq!(network("user_network = false"), None);
     assert_eq!(network("user_network = true"), Some(UserNetwork::default()));
     let lines = "user_network.restrict = true
+user_network.host_loopback = false
 [[nodes.machine1.user_network.forward_ports]]
 host.port = 2222
 guest.port = 22
@@ -110,8 +111,9 @@ guest = { address = '10.0.2.100', port = 5353 }
 [[nodes.machine1.user_network.forward_ports]]
 host = { address = '::1', port = 0 }
 guest = { address = 'fd00::5054:ff:fe12:3456', port = 80 }";
-    let UserNetwork { restrict, forward_ports, .. } = network(lines).expect("there is one");
-    assert!(restrict);
+    let UserNetwork { restrict, host_loopback, forward_ports, .. } =
+        network(lines).expect("there is one");
+    assert!(restrict && !host_loopback);
     let said: Vec<_> = forward_ports
         .iter()
         .map(|PortForward(f)| format!("{:?} {} {} {}", f.from, f.protocol, f.host, f.guest))
@@ -314,7 +316,7 @@ fn disks_are_images_or_empty() {
     let dir = tempfile::tempdir().expect("a temp dir");
     fs::write(dir.path().join("store.img"), "s").expect("written");
     let text = node(
-        "[[nodes.machine1.disks]]\nimage = 'root.qcow2'\nserial = 'root'\nsize = 1024\nlabel = 'nixos'\n\
+        "[[nodes.machine1.disks]]\nimage = 'root.qcow2'\nbacking = ['base.img', '/images']\nserial = 'root'\nsize = 1024\nlabel = 'nixos'\n\
          [[nodes.machine1.disks]]\nimage = 'store.img'\nread_only = true\n\
          [[nodes.machine1.disks]]\nsize = 512\n",
     );
@@ -322,6 +324,7 @@ fn disks_are_images_or_empty() {
     let disks = &test.nodes[0].disks;
     let root = DiskSpec {
         image: dir.path().join("root.qcow2"),
+        backing: vec![dir.path().join("base.img"), "/images".into()],
         serial: Some("root".try_into().expect("a serial number")),
         size: Some(1024_u64.try_into().expect("in range")),
         label: Some("nixos".try_into().expect("a label")),

@@ -11,10 +11,13 @@ use sha2::{Digest, Sha256};
 use super::apt::{Apt, Package};
 use super::cache::{self, Cache, Lock};
 use super::debian::Debian;
+use super::integrity::{self, Look};
 use super::modules::{self, ModuleTree};
-use super::{FORMAT, KitError, Progress, Recipe, hex};
+use super::{FORMAT, KitError, Progress, Recipe, Stamps, hex};
 
 const BUSYBOX: &str = "busybox-static";
+/// What all its other files were when they were written.
+const FILES: &str = "files.json";
 
 /// A base in the cache.
 pub(super) struct Base {
@@ -84,6 +87,13 @@ impl Base {
         let dir = cache.base_dir(kit, &key);
         lock.publish(made, &dir)?;
         Ok(Self { dir, key, info })
+    }
+
+    /// Fails if one of its files is damaged.
+    pub(super) fn check(&self, look: Look) -> Result<(), KitError> {
+        // An earlier firn wrote none.
+        let stamps: Option<Stamps> = cache::read_json(&self.dir.join(FILES))?;
+        integrity::check(&self.dir, stamps.unwrap_or_default().iter_mut(), look).map(drop)
     }
 
     /// Reads one of its files.
@@ -162,6 +172,7 @@ fn collect(
         Debian::set_up(&debian, release)?;
     }
     cache::write_json(&base.join("base.json"), &info)?;
+    cache::write_json(&base.join(FILES), &integrity::stamps(base, None)?)?;
     Ok(info)
 }
 

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
 use super::KitError;
+use crate::private::{self, Place};
 
 /// How long a kit stays that nobody uses.
 const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
@@ -33,7 +34,13 @@ impl Cache {
             |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
         let home = || absolute("HOME").map(|home| home.join(".cache"));
         let base = absolute("XDG_CACHE_HOME").or_else(home).ok_or(KitError::NoCache)?;
-        Ok(Self::at(base.join("firn")))
+        let root = base.join("firn");
+        match Place::closed(&root).and_then(|place| place.close()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(KitError::Cache { path: root, reason: error })
+            }
+            _ => Ok(Self::at(root)),
+        }
     }
 
     pub(super) const fn at(root: PathBuf) -> Self {
@@ -63,7 +70,8 @@ impl Cache {
 
     /// Takes the lock; calls `waiting` first if another process has it. What killed builds left behind is removed.
     pub(super) fn lock(&self, waiting: impl FnOnce()) -> Result<Lock<'_>, KitError> {
-        fs::create_dir_all(&self.root).map_err(KitError::io("create", &self.root))?;
+        private::make(&self.root)
+            .map_err(|reason| KitError::Cache { path: self.root.clone(), reason })?;
         let path = self.root.join("lock");
         let file = File::create(&path).map_err(KitError::io("create", &path))?;
         match file.try_lock() {
@@ -85,9 +93,8 @@ impl Lock<'_> {
     /// An empty directory on the cache's file system. It vanishes when dropped.
     pub(super) fn staging(&self) -> Result<TempDir, KitError> {
         let parent = self.cache.staging_dir();
-        tempfile::Builder::new()
-            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
-            .tempdir_in(&parent)
+        Place::open(&parent)
+            .and_then(|place| private::temporary(&place, ".tmp"))
             .map_err(KitError::io("create a directory in", parent))
     }
 
@@ -138,6 +145,14 @@ pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), KitE
     let json = serde_json::to_vec_pretty(value)
         .map_err(|error| KitError::io("write", path)(error.into()))?;
     fs::write(path, json).map_err(KitError::io("write", path))
+}
+
+/// As [`write_json`], for a file that others may read meanwhile.
+pub(super) fn replace_json(path: &Path, value: &impl Serialize) -> Result<(), KitError> {
+    let parent = path.parent().unwrap_or(path);
+    let file = tempfile::NamedTempFile::new_in(parent).map_err(KitError::io("write", path))?;
+    write_json(file.path(), value)?;
+    file.persist(path).map(drop).map_err(|error| KitError::io("replace", path)(error.error))
 }
 
 /// Reads what [`write_json`] wrote; `None` if there is no such file or it holds something else: both mean that there is

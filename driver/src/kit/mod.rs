@@ -11,9 +11,12 @@
 //!   lock                 held while anything below is changed
 //!   apt/                 apt's package lists
 //!   staging/             what is being built; leftovers of killed builds are removed by the next one
-//!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json; of the kit `systemd`: debian/
+//!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json, files.json; of the kit `systemd`: debian/
 //!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of the kit `systemd`: store/, store.img
 //! ```
+//!
+//! No other user can look into it. What a kit boots is compared with its manifest at each start, by sizes and times; a
+//! kit that is damaged is made anew.
 //!
 //! Everything here blocks; async callers use `spawn_blocking`.
 
@@ -23,6 +26,7 @@ pub(crate) mod archive;
 mod base;
 mod cache;
 mod debian;
+mod integrity;
 mod modules;
 mod overlay;
 mod system;
@@ -42,6 +46,7 @@ use thiserror::Error;
 
 pub use agent::{AgentError, find_agent};
 pub use apt::AptError;
+pub use integrity::Stamp;
 pub use modules::ModuleError;
 pub use overlay::{Host, Interface, MachineConfig, Mount, OverlayError, machine_overlay};
 pub use system::STORE_TAG;
@@ -49,9 +54,13 @@ pub use system::STORE_TAG;
 use archive::Archive;
 use base::Base;
 use cache::Cache;
+use integrity::{Look, Stamps};
 
 /// Raised whenever a kit's layout changes, so that older ones are not taken for it.
 const FORMAT: u32 = 3;
+
+/// Raised whenever a kit's manifest changes.
+const MANIFEST_FORMAT: u32 = 1;
 
 /// The kernel arguments that fit the micro kit's kernel and initrd under firn's monitor.
 ///
@@ -261,11 +270,11 @@ impl Kit {
     /// The kit in a directory.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is none, or it is damaged.
     pub fn open(dir: PathBuf) -> Result<Self, KitError> {
         let manifest = dir.join("manifest.json");
         let missing = KitError::io("read", manifest)(io::ErrorKind::NotFound.into());
-        open(dir)?.ok_or(missing)
+        open(dir, Look::Quick)?.ok_or(missing)
     }
 
     /// The kernel as Debian packs it, a bzImage.
@@ -325,6 +334,8 @@ pub struct Manifest {
     /// Whether the system is in a store.
     #[serde(default)]
     pub store: bool,
+    /// What its files were when they were written, by their paths in its directory; without those of Debian.
+    pub files: BTreeMap<String, Stamp>,
 }
 
 /// Why there is no kit.
@@ -336,6 +347,24 @@ pub enum KitError {
     /// Neither `XDG_CACHE_HOME` nor `HOME` says where the cache is.
     #[error("no place for the cache: set XDG_CACHE_HOME or HOME to an absolute path")]
     NoCache,
+    /// The cache is not this user's alone.
+    #[error(
+        "cannot use the cache {path}: {reason}; set XDG_CACHE_HOME to another directory of yours"
+    )]
+    Cache {
+        /// The cache.
+        path: PathBuf,
+        /// Why not.
+        reason: io::Error,
+    },
+    /// A file of a kit is not what was written.
+    #[error("{path} is damaged: {what}; `firn kit build` makes its kit anew")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// The static agent was not found or does not fit.
     #[error("the guest agent")]
     Agent(#[from] AgentError),
@@ -404,7 +433,15 @@ pub type Progress<'a> = &'a (dyn Fn(&str) + 'a);
 /// # Errors
 /// When the agent is missing, packages cannot be fetched or the cache cannot be written.
 pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
-    make(name, &Cache::of_user()?, &find_agent()?, false, progress)
+    make(name, &Cache::of_user()?, &find_agent()?, Wish::Have, progress)
+}
+
+/// As [`build`], but reads all files of the kit, and makes it anew if one is damaged.
+///
+/// # Errors
+/// As [`build`].
+pub fn check(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
+    make(name, &Cache::of_user()?, &find_agent()?, Wish::Check, progress)
 }
 
 /// As [`build`], but asks Debian for newer packages first.
@@ -412,7 +449,7 @@ pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
 /// # Errors
 /// As [`build`].
 pub fn update(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
-    make(name, &Cache::of_user()?, &find_agent()?, true, progress)
+    make(name, &Cache::of_user()?, &find_agent()?, Wish::Update, progress)
 }
 
 /// The kit `name` if it is in the cache and up to date; `None` if [`build`] would have work to do.
@@ -422,41 +459,84 @@ pub fn update(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
 pub fn lookup(name: KitName) -> Result<Option<Kit>, KitError> {
     let agent = find_agent()?;
     let agent = fs::read(&agent).map_err(KitError::io("read", &agent))?;
-    existing(name.recipe(), &Cache::of_user()?, &agent)
+    existing(name.recipe(), &Cache::of_user()?, &agent, Look::Quick)
 }
 
-fn existing(recipe: &Recipe, cache: &Cache, agent: &[u8]) -> Result<Option<Kit>, KitError> {
+/// What is asked of a kit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    /// That it is there.
+    Have,
+    /// That it is there, and every byte of it is right.
+    Check,
+    /// That it is of Debian's newest packages.
+    Update,
+}
+
+fn existing(
+    recipe: &Recipe,
+    cache: &Cache,
+    agent: &[u8],
+    look: Look,
+) -> Result<Option<Kit>, KitError> {
     let Some(base) = Base::open(recipe, cache)? else {
         return Ok(None);
     };
+    if look == Look::Close {
+        base.check(look)?;
+    }
     let dir = cache.kit_dir(recipe.name, &kit_key(recipe, &base, agent));
-    open(dir)
+    open(dir, look)
+}
+
+/// For a kit or base that can be made anew: says that it is damaged, and is none.
+fn or_anew<T>(
+    found: Result<Option<T>, KitError>,
+    progress: Progress<'_>,
+) -> Result<Option<T>, KitError> {
+    match found {
+        Err(error @ KitError::Damaged { .. }) => {
+            progress(&error.to_string());
+            Ok(None)
+        }
+        found => found,
+    }
 }
 
 fn make(
     name: KitName,
     cache: &Cache,
     agent: &Path,
-    update: bool,
+    wish: Wish,
     progress: Progress<'_>,
 ) -> Result<Kit, KitError> {
     let recipe = name.recipe();
     let agent = fs::read(agent).map_err(KitError::io("read", agent))?;
-    if !update && let Some(kit) = existing(recipe, cache, &agent)? {
+    let look = if wish == Wish::Check { Look::Close } else { Look::Quick };
+    let there = |progress: Progress<'_>| match wish {
+        Wish::Update => Ok(None),
+        Wish::Have | Wish::Check => or_anew(existing(recipe, cache, &agent, look), progress),
+    };
+    if let Some(kit) = there(progress)? {
         return Ok(kit);
     }
     let lock = cache.lock(|| progress("another firn is building a kit, waiting for it"))?;
     // Another builder may have made it meanwhile.
-    if !update && let Some(kit) = existing(recipe, cache, &agent)? {
+    if let Some(kit) = there(&|_| ())? {
         return Ok(kit);
     }
-    let base = match Base::open(recipe, cache)? {
-        Some(base) if !update => base,
+    let usable = |base: Base| base.check(look).map(|()| base);
+    let base = Base::open(recipe, cache)?.map(usable).transpose();
+    let base = or_anew(base, progress)?;
+    // A kit has the files of its base.
+    let base_is_whole = base.is_some();
+    let base = match base {
+        Some(base) if wish != Wish::Update => base,
         _ => Base::fetch(recipe, cache, &lock, progress)?,
     };
     let key = kit_key(recipe, &base, &agent);
     let dir = cache.kit_dir(recipe.name, &key);
-    if let Some(kit) = open(dir.clone())? {
+    if base_is_whole && let Some(kit) = or_anew(open(dir.clone(), look), &|_| ())? {
         return Ok(kit);
     }
     progress(&format!(
@@ -488,6 +568,7 @@ fn make(
             recipe.cmdline.to_owned()
         },
         store,
+        files: integrity::stamps(staged, Some(&staged.join("store/debian")))?,
     };
     cache::write_json(&staged.join("manifest.json"), &manifest)?;
     lock.publish(staging, &dir)?;
@@ -513,12 +594,19 @@ fn make_immutable(dir: &Path) -> Result<(), KitError> {
     Ok(())
 }
 
-/// The kit in `dir`, if it is there. Its manifest's time says when it was last used: see [`cache::Lock::prune_kits`].
-fn open(dir: PathBuf) -> Result<Option<Kit>, KitError> {
+/// The kit in `dir`, if it is there; its own files are not damaged. A quick look is at what it boots, which takes a few
+/// microseconds; nothing else of it can be left half written. Its manifest's time says when it was last used: see [`cache::Lock::prune_kits`].
+fn open(dir: PathBuf, look: Look) -> Result<Option<Kit>, KitError> {
     let path = dir.join("manifest.json");
-    let Some(manifest) = cache::read_json(&path)? else {
+    let Some(mut manifest) = cache::read_json::<Manifest>(&path)? else {
         return Ok(None);
     };
+    let files = manifest.files.iter_mut();
+    let looked_at = files.filter(|(name, _)| look == Look::Close || !name.contains('/'));
+    if integrity::check(&dir, looked_at, look)? {
+        // Else the files are read again the next time, no more.
+        let _ = cache::replace_json(&path, &manifest);
+    }
     // In the carrier the cache is read-only; a kit that is not marked as used is pruned early, no more.
     let _ = File::options()
         .write(true)
@@ -532,6 +620,7 @@ fn kit_key(recipe: &Recipe, base: &Base, agent: &[u8]) -> String {
     let mut hash = Sha256::new();
     for part in [
         &FORMAT.to_le_bytes(),
+        &MANIFEST_FORMAT.to_le_bytes(),
         base.key.as_bytes(),
         LIBRARY.as_bytes(),
         recipe.boot.as_bytes(),

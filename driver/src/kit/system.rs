@@ -52,6 +52,16 @@ const FILES: &[(&str, u32, &str)] = &[
     ("etc/systemd/system/backdoor.service", 0o644, include_str!("systemd/backdoor.service")),
     ("etc/systemd/system/firn-agent.service", 0o644, include_str!("systemd/firn-agent.service")),
     (
+        "etc/systemd/system/firn-system-down.service",
+        0o644,
+        include_str!("systemd/firn-system-down.service"),
+    ),
+    (
+        "etc/systemd/system/firn-system-up.service",
+        0o644,
+        include_str!("systemd/firn-system-up.service"),
+    ),
+    (
         "etc/systemd/system/sshd-keygen.service.d/firn.conf",
         0o644,
         include_str!("systemd/sshd-keygen.conf"),
@@ -84,6 +94,19 @@ const LINKS: &[(&str, &str)] = &[
     ),
     ("etc/systemd/system/multi-user.target.wants/backdoor.service", "../backdoor.service"),
     ("etc/systemd/system/sysinit.target.wants/firn-agent.service", "../firn-agent.service"),
+    ("etc/systemd/system/emergency.target.wants/firn-agent.service", "../firn-agent.service"),
+    (
+        "etc/systemd/system/emergency.target.wants/firn-system-down.service",
+        "../firn-system-down.service",
+    ),
+    (
+        "etc/systemd/system/rescue.target.wants/firn-system-down.service",
+        "../firn-system-down.service",
+    ),
+    (
+        "etc/systemd/system/multi-user.target.wants/firn-system-up.service",
+        "../firn-system-up.service",
+    ),
     ("etc/systemd/system/serial-getty@hvc0.service", "/dev/null"),
     ("etc/systemd/system/serial-getty@ttyS0.service", "/dev/null"),
     ("etc/systemd/system/tmp.mount", "/dev/null"),

@@ -43,7 +43,8 @@ fn cache_with_base(root: &Path) -> Cache {
 
 fn make_quietly(cache: &Cache, agent: &Path) -> (Kit, usize) {
     let lines = Mutex::new(0);
-    let kit = make(KitName::Micro, cache, agent, false, &|_| *lines.lock().unwrap() += 1).unwrap();
+    let kit =
+        make(KitName::Micro, cache, agent, Wish::Have, &|_| *lines.lock().unwrap() += 1).unwrap();
     (kit, lines.into_inner().unwrap())
 }
 
@@ -135,7 +136,7 @@ fn the_systemd_kit_has_a_store() {
     let base = systemd_base(&cache);
     let agent = dir.path().join("agent");
     fs::write(&agent, "the agent").unwrap();
-    let kit = make(KitName::Systemd, &cache, &agent, false, &|_| ()).unwrap();
+    let kit = make(KitName::Systemd, &cache, &agent, Wish::Have, &|_| ()).unwrap();
     let store = kit.store().unwrap();
     let text = |path: &str| fs::read_to_string(store.join(path)).unwrap();
     assert_eq!(text("firn/bin/firn-agent"), "the agent");
@@ -207,4 +208,98 @@ fn names_are_checked() {
     assert_eq!("micro".parse::<KitName>().unwrap(), KitName::Micro);
     let error = "mikro".parse::<KitName>().unwrap_err().to_string();
     assert_eq!(error, "there is no kit `mikro`; kits are: micro, systemd, carrier");
+}
+
+/// Writes as many other bytes into a file whose time stays.
+fn spoil(path: &Path) {
+    let modified = fs::metadata(path).unwrap().modified().unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+    let length = fs::read(path).unwrap().len();
+    fs::write(path, vec![b'?'; length]).unwrap();
+    File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
+}
+
+#[test]
+fn a_damaged_kit_is_not_booted_and_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache_with_base(dir.path());
+    let agent = dir.path().join("agent");
+    fs::write(&agent, "agent").unwrap();
+    let kit = make_quietly(&cache, &agent).0;
+    let whole = fs::read(kit.initrd()).unwrap();
+    let damage: [(&str, fn(&Path)); 3] = [
+        ("is damaged: it has 0 bytes", |initrd| {
+            fs::remove_file(initrd).unwrap();
+            fs::write(initrd, "").unwrap();
+        }),
+        ("is damaged: it is not what was written", |initrd| {
+            let length = fs::read(initrd).unwrap().len();
+            fs::remove_file(initrd).unwrap();
+            fs::write(initrd, vec![0; length]).unwrap();
+        }),
+        ("is damaged: No such file", |initrd| fs::remove_file(initrd).unwrap()),
+    ];
+    for (what, damage) in damage {
+        damage(&kit.initrd());
+        let error = Kit::open(kit.dir.clone()).unwrap_err().to_string();
+        assert!(error.contains(what), "{error}");
+        let (again, lines) = make_quietly(&cache, &agent);
+        assert!(again.dir == kit.dir && lines > 1);
+        assert_eq!(fs::read(kit.initrd()).unwrap(), whole);
+    }
+    // A close look finds what has the right size and time.
+    spoil(&kit.initrd());
+    Kit::open(kit.dir.clone()).unwrap();
+    make(KitName::Micro, &cache, &agent, Wish::Check, &|_| ()).unwrap();
+    assert_eq!(fs::read(kit.initrd()).unwrap(), whole);
+}
+
+#[test]
+fn a_kit_that_was_copied_is_whole_and_read_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache_with_base(dir.path());
+    let agent = dir.path().join("agent");
+    fs::write(&agent, "agent").unwrap();
+    let kit = make_quietly(&cache, &agent).0;
+    let long_ago = SystemTime::UNIX_EPOCH;
+    File::open(kit.initrd()).unwrap().set_modified(long_ago).unwrap();
+    let first = Kit::open(kit.dir.clone()).unwrap();
+    assert_ne!(first.manifest.files, kit.manifest.files);
+    // From now on its new time is known.
+    spoil(&kit.initrd());
+    assert_eq!(Kit::open(kit.dir).unwrap().manifest.files, first.manifest.files);
+}
+
+#[test]
+fn a_damaged_base_makes_no_kit() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache_with_base(dir.path());
+    let base = Base::dir_of(&MICRO, &cache);
+    let stamps = integrity::stamps(&base, None).unwrap();
+    cache::write_json(&base.join("files.json"), &stamps).unwrap();
+    let open = || Base::open(&MICRO, &cache).unwrap().unwrap();
+    open().check(Look::Close).unwrap();
+    spoil(&base.join("modules/virtio_mmio.ko"));
+    open().check(Look::Quick).unwrap();
+    let error = open().check(Look::Close).unwrap_err().to_string();
+    assert!(error.contains("virtio_mmio.ko is damaged"), "{error}");
+    fs::write(base.join("busybox"), "").unwrap();
+    let error = open().check(Look::Quick).unwrap_err().to_string();
+    assert!(error.contains("busybox is damaged: it has 0 bytes, and 7 were"), "{error}");
+}
+
+#[test]
+fn nobody_else_sees_the_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache_with_base(dir.path());
+    let agent = dir.path().join("agent");
+    fs::write(&agent, "agent").unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let root = dir.path().join("fresh/firn");
+    assert_eq!(mode(&make_quietly(&cache, &agent).0.dir), 0o700);
+    drop(Cache::at(root.clone()).lock(|| ()).unwrap());
+    assert_eq!((mode(&root), mode(root.parent().unwrap())), (0o700, 0o700));
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o777)).unwrap();
+    let error = Cache::at(root).lock(|| ()).err().unwrap().to_string();
+    assert!(error.contains("written to by other users; set XDG_CACHE_HOME"), "{error}");
 }

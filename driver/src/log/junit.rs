@@ -11,41 +11,57 @@ use super::{Event, Level, Sink, finished};
 
 /// What the parts of a script outside of subtests are called.
 const MAIN: &str = "main";
+/// What upstream's driver says of each case that failed; why is in the case's output of errors.
+const FAILED: &str = "test case failed";
 /// Most bytes of a case's output; the end is what tells most, so the beginning goes.
 const MAX_OUTPUT: usize = 1 << 20;
 
-/// A test case.
+/// A test case: all subtests of a name.
 struct Case {
     name: String,
-    output: String,
-    failure: Option<String>,
+    output: Output,
+    errors: Output,
+    failed: bool,
     took: Option<Duration>,
 }
 
 impl Case {
     fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), output: String::new(), failure: None, took: None }
+        Self {
+            name: name.to_owned(),
+            output: Output::default(),
+            errors: Output::default(),
+            failed: false,
+            took: None,
+        }
     }
 
+    fn fail(&mut self, machine: Option<&str>, why: &str) {
+        self.failed = true;
+        self.errors.line(machine, why);
+    }
+}
+
+/// Lines, the last of those that came.
+#[derive(Default)]
+struct Output(String);
+
+impl Output {
     fn line(&mut self, machine: Option<&str>, text: &str) {
         if let Some(machine) = machine {
-            self.output.extend([machine, ": "]);
+            self.0.extend([machine, ": "]);
         }
-        self.output.extend([text, "\n"]);
-        if self.output.len() > 2 * MAX_OUTPUT {
-            let cut = self.output.len() - MAX_OUTPUT;
-            let line = self.output.as_bytes()[cut..].iter().position(|byte| *byte == b'\n');
+        self.0.extend([text, "\n"]);
+        if self.0.len() > 2 * MAX_OUTPUT {
+            let cut = self.0.len() - MAX_OUTPUT;
+            let line = self.0.as_bytes()[cut..].iter().position(|byte| *byte == b'\n');
             // Behind a line end is always the beginning of a character.
-            self.output.drain(..line.map_or(self.output.len(), |at| cut + at + 1));
+            self.0.drain(..line.map_or(self.0.len(), |at| cut + at + 1));
         }
     }
 
-    fn fail(&mut self, why: &str) {
-        let failure = self.failure.get_or_insert_default();
-        if !failure.is_empty() {
-            failure.push('\n');
-        }
-        failure.push_str(why);
+    fn written(&self) -> Option<&str> {
+        Some(self.0.as_str()).filter(|text| !text.is_empty())
     }
 }
 
@@ -73,16 +89,23 @@ impl Junit {
         &mut self.cases[at]
     }
 
+    fn begin_subtest(&mut self, name: &str) {
+        let known = self.cases.iter().position(|case| case.name == name);
+        self.running.push(known.unwrap_or_else(|| {
+            self.cases.push(Case::new(name));
+            self.cases.len() - 1
+        }));
+    }
+
     /// Ends the innermost subtest of this name; threads may end theirs in any order.
-    fn end_subtest(&mut self, name: &str, failure: Option<&str>, took: Duration) {
+    fn end_subtest(&mut self, name: &str, failed: bool, took: Duration) {
         let Some(place) = self.running.iter().rposition(|at| self.cases[*at].name == name) else {
             return;
         };
         let case = &mut self.cases[self.running.remove(place)];
-        case.took = Some(took);
-        if let Some(why) = failure {
-            case.fail(why);
-        }
+        case.took = Some(case.took.unwrap_or_default() + took);
+        // Why is in the log already.
+        case.failed |= failed;
     }
 
     fn report(&self) -> Report {
@@ -90,19 +113,16 @@ impl Junit {
         let mut suite = TestSuite::new("NixOS integration test");
         suite.set_time(total);
         for case in &self.cases {
-            let status = match &case.failure {
-                None => TestCaseStatus::success(),
-                Some(why) => {
-                    let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
-                    status.set_message(why.lines().next().unwrap_or_default());
-                    status.set_description(why.as_str());
-                    status
-                }
-            };
+            let mut status = TestCaseStatus::success();
+            if case.failed {
+                status = TestCaseStatus::non_success(NonSuccessKind::Failure);
+                status.set_type("failure").set_message(FAILED);
+            }
             let mut written = TestCase::new(case.name.as_str(), status);
             // What still runs ends with the run.
             written.set_time(case.took.unwrap_or(total));
-            written.set_system_out(case.output.as_str());
+            written.system_out = case.output.written().map(Into::into);
+            written.system_err = case.errors.written().map(Into::into);
             suite.add_test_case(written);
         }
         let mut report = Report::new("NixOS integration test");
@@ -116,34 +136,35 @@ impl Sink for Junit {
     fn take(&mut self, event: Event<'_>) {
         match event {
             Event::Message { level: Level::Error, machine, text } => {
-                let case = self.current();
-                case.line(machine, text);
-                case.fail(text);
+                self.current().fail(machine, text);
             }
-            Event::Message { machine, text, .. } => self.current().line(machine, text),
+            Event::Message { level: Level::Warning, machine, text } => {
+                self.current().output.line(machine, &format!("warning: {text}"));
+            }
+            Event::Message { machine, text, .. } => self.current().output.line(machine, text),
+            Event::Failure { why } => self.current().fail(None, why),
             Event::Serial { machine, line, .. } => {
-                self.current().line(None, &format!("{machine} # {line}"));
+                self.current().output.line(None, &format!("{machine} # {line}"));
             }
             Event::Begin { machine, text, subtest } => {
                 if let Some(name) = subtest {
-                    self.running.push(self.cases.len());
-                    self.cases.push(Case::new(name));
+                    self.begin_subtest(name);
                 }
-                self.current().line(machine, text);
+                self.current().output.line(machine, text);
             }
             Event::End { machine, text, subtest, failure, took } => {
-                self.current().line(machine, &finished(text, took));
+                self.current().output.line(machine, &finished(text, took));
                 if let Some(name) = subtest {
-                    self.end_subtest(name, failure, took);
+                    self.end_subtest(name, failure.is_some(), took);
                 }
             }
         }
     }
 
-    fn finish(mut self: Box<Self>) -> io::Result<()> {
+    fn finish(&mut self) -> io::Result<bool> {
         let report = self.report();
         let mut out = BufWriter::new(&mut self.out);
         report.serialize(&mut out).map_err(io::Error::other)?;
-        out.flush()
+        out.flush().map(|()| false)
     }
 }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anstyle::{AnsiColor, Effects, Style};
 
-use super::{Event, Level, Sink, finished};
+use super::{Event, Level, Sink, finished, printable};
 
 /// A step's name.
 const STEP: Style = AnsiColor::Green.on_default().effects(Effects::BOLD);
@@ -29,6 +29,7 @@ impl Terminal {
     /// One write for a line, so that lines of several processes do not mix.
     fn line(&mut self, machine: Option<&str>, style: Option<Style>, text: &str) {
         let prefix = machine.map_or_else(String::new, |name| format!("{name}: "));
+        let text = printable(text);
         let line = match style.filter(|_| self.colours) {
             Some(style) => format!("{prefix}{style}{text}{style:#}\n"),
             None => format!("{prefix}{text}\n"),
@@ -42,6 +43,7 @@ impl Sink for Terminal {
     fn take(&mut self, event: Event<'_>) {
         let level = match event {
             Event::Message { level, .. } => level,
+            Event::Failure { .. } => return,
             Event::Serial { .. } | Event::Begin { .. } | Event::End { .. } => Level::Info,
         };
         if level < self.level {
@@ -54,13 +56,13 @@ impl Sink for Terminal {
                 }
             }
             Event::Message { level: Level::Warning, machine, text } => {
-                self.line(machine, Some(WARNING), text);
+                self.line(machine, Some(WARNING), &format!("warning: {text}"));
             }
             Event::Message { machine, text, .. } => self.line(machine, None, text),
             Event::Serial { machine, line, shown: true } => {
                 self.line(None, Some(SERIAL), &format!("{machine} # {line}"));
             }
-            Event::Serial { .. } => {}
+            Event::Serial { .. } | Event::Failure { .. } => {}
             Event::Begin { machine, text, .. } => self.line(machine, Some(STEP), text),
             Event::End { machine, text, took, .. } => {
                 self.line(machine, None, &finished(text, took));
@@ -68,7 +70,13 @@ impl Sink for Terminal {
         }
     }
 
-    fn finish(mut self: Box<Self>) -> io::Result<()> {
-        self.out.flush()
+    fn set_level(&mut self, level: Level) {
+        self.level = level;
+    }
+
+    fn finish(&mut self) -> io::Result<bool> {
+        // Nobody is told if it cannot be read any more, as with the lines.
+        let _ = self.out.flush();
+        Ok(true)
     }
 }

@@ -55,6 +55,19 @@ fn colours_only_when_asked_for() {
 fn a_guest_cannot_drive_the_terminal() {
     let log = written(true, |log| log.serial("m", "a\x1b[2Jb\x1b]0;title\x07c\u{8}\u{9b}d\te\r"));
     assert_eq!(log, "\x1b[2mm # abcd\te\x1b[0m\n");
+    // Its words are in what commands print, in panics and in errors, too.
+    let hostile = "a\x1b[2Jb\r\nc\x1b]52;c;AA==\x07\u{9b}31m\td\x1b";
+    let log = written(true, |log| {
+        log.for_machine("m").info(format_args!("output: {hostile}"));
+        log.warning(hostile);
+        log.error(hostile);
+        drop(log.nested(hostile));
+    });
+    let own = regex::Regex::new(r"\x1b\[\d*m").expect("valid");
+    let left = own.replace_all(&log, "").into_owned();
+    let odd: Vec<char> = left.chars().filter(|c| c.is_control()).collect();
+    assert!(odd.iter().all(|c| matches!(c, '\t' | '\n')), "{left:?}");
+    assert!(left.starts_with("m: output: ab\nc31m\td\nwarning: ab\nc"), "{left:?}");
 }
 
 #[test]
@@ -72,7 +85,8 @@ fn serial_lines_can_be_hidden() {
 fn levels() {
     let lines = |level| {
         let buffer = Buffer::default();
-        let log = Logger::with_terminal(Box::new(buffer.clone()), false, level);
+        let log = Logger::new(Box::new(buffer.clone()), false);
+        log.set_level(level);
         log.debug("debug");
         drop(log.nested("step"));
         log.serial("m", "line");
@@ -132,24 +146,54 @@ fn a_junit_report() {
     let xml = file(Logger::add_junit, |log| {
         log.info("hello");
         drop(log.subtest("good"));
-        let mut bad = log.subtest("bad");
-        log.serial("m", "oops");
-        bad.fail("1 != 2");
-        std::thread::sleep(Duration::from_millis(20));
-        drop(bad);
-        log.error("Traceback\nAssertionError");
+        for why in ["1 != 2", "not again"] {
+            let mut bad = log.subtest("bad");
+            log.serial("m", "oops");
+            std::thread::sleep(Duration::from_millis(20));
+            bad.fail(why);
+        }
+        std::mem::forget(log.subtest("killed"));
+        log.fail("ended by SIGTERM");
     });
     let report = quick_junit::Report::deserialize_from_str(&xml).expect("a report");
-    assert_eq!((report.tests, report.failures), (3, 2));
+    assert_eq!((report.tests, report.failures), (4, 2));
     let suite = &report.test_suites[0];
     let cases: Vec<_> = suite.test_cases.iter().map(|case| case.name.as_str()).collect();
-    assert_eq!(cases, ["main", "good", "bad"]);
-    let bad = &suite.test_cases[2];
-    assert!(bad.time.expect("it was measured") >= Duration::from_millis(20));
-    assert!(bad.system_out.as_ref().expect("output").as_str().contains("m # oops\n"));
-    for part in ["Test &quot;bad&quot; failed with error: &quot;1 != 2&quot;", "AssertionError"] {
-        assert!(xml.contains(part), "{part} is not in {xml}");
-    }
+    assert_eq!(cases, ["main", "good", "bad", "killed"]);
+    let [main, _, bad, killed] = &suite.test_cases[..] else { unreachable!("there are four") };
+    let text = |text: &Option<quick_junit::XmlString>| text.as_ref().map(|text| text.to_string());
+    assert_eq!(text(&main.system_out).as_deref(), Some("hello\n"));
+    assert_eq!(main.system_err, None);
+    assert!(bad.time.expect("it was measured") >= Duration::from_millis(40));
+    assert_eq!(text(&bad.system_out).expect("output").matches("m # oops\n").count(), 2);
+    let said = |why| format!("Test \"bad\" failed with error: \"{why}\"\n");
+    assert_eq!(text(&bad.system_err), Some(said("1 != 2") + &said("not again")));
+    assert_eq!(text(&killed.system_err).as_deref(), Some("ended by SIGTERM\n"));
+    let failure = r#"<failure message="test case failed" type="failure"/>"#;
+    assert_eq!(xml.matches(failure).count(), 2, "{xml}");
+}
+
+#[test]
+fn logs_within_a_log() {
+    let terminals = [Buffer::default(), Buffer::default()];
+    let all = Logger::nowhere();
+    let [first, second] = terminals.clone().map(|buffer| Logger::new(Box::new(buffer), false));
+    assert!(all.add_log(&first) && all.add_log(&second) && !all.add_log(&all.clone()));
+    all.for_machine("m").info("to both");
+    first.show_serial(false);
+    all.serial("m", "to the second");
+    second.set_level(Level::Error);
+    all.info("to the first");
+    all.set_level(Level::Error);
+    all.info("to none");
+    all.finish().expect("they have no files");
+    all.error("late");
+    let written = terminals.map(|buffer| {
+        String::from_utf8(buffer.0.lock().expect("no panic while held").clone()).expect("text")
+    });
+    let [first, second] = written.each_ref().map(String::as_str);
+    assert_eq!(first, "m: to both\nto the first\n!!! late\n");
+    assert_eq!(second, "m: to both\nm # to the second\n!!! late\n");
 }
 
 #[test]

@@ -39,6 +39,9 @@ impl XmlLog {
             Event::Serial { machine, line, .. } => {
                 self.element("line", Some(machine), Some("serial"), line)
             }
+            Event::Failure { why } => {
+                why.lines().try_for_each(|line| self.element("line", None, Some("error"), line))
+            }
             Event::Begin { machine, text, .. } => {
                 self.writer.write_event(Xml::Start(BytesStart::new("nest")))?;
                 self.open += 1;
@@ -92,10 +95,10 @@ impl Sink for XmlLog {
         }
     }
 
-    fn finish(mut self: Box<Self>) -> io::Result<()> {
+    fn finish(&mut self) -> io::Result<bool> {
         match self.error.take() {
             Some(error) => Err(error),
-            None => self.end(),
+            None => self.end().map(|()| false),
         }
     }
 }

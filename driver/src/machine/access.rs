@@ -1,19 +1,24 @@
 //! The ways into a running guest: its agent, and its backdoor's shell on hvc0.
 //!
-//! The agent is preferred whenever it is there. A guest may have either, both or, until it is up, none.
+//! The agent is preferred whenever it is there. A guest may have either, both or, until it is up, none. An agent that is
+//! there before its system is up is not used until then: what the first command meets must be what it meets over the
+//! backdoor, which is ordered behind basic.target.
 
 use std::convert::Infallible;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::power::END_AFTER_LOSS;
 use super::session::{AgentSession, Session, SessionError, ShellSession};
-use super::{Machine, State};
+use super::{DEFAULT_TIMEOUT, Machine, State};
 use crate::error::{Error, MachineError, Result, chain};
+
+/// How long a system may take to come up once its agent is there.
+const SYSTEM_UP_WITHIN: Duration = DEFAULT_TIMEOUT;
 
 /// Most sessions with the agent of one boot: it may be restarted, but a broken one must not keep the host busy.
 const MAX_SESSIONS: u32 = 16;
@@ -36,7 +41,11 @@ pub(super) struct Access {
 enum Agent {
     /// The guest has not come up yet, or its agent is being started again.
     Awaited,
+    /// It is there before its system is up; or the system does not come up, for this reason.
+    Early(AgentSession, Option<Arc<str>>),
     There(AgentSession),
+    /// It is that of a boot which is over for the script, and the next one's is awaited.
+    Left(AgentSession),
     /// There will be none any more as long as the guest runs.
     Lost(Arc<SessionError>),
 }
@@ -58,7 +67,8 @@ impl Access {
 
     /// Ends all sessions, because the guest is gone.
     pub(super) fn close(&self) {
-        if let Agent::There(session) = &self.agent {
+        if let Agent::Early(session, _) | Agent::There(session) | Agent::Left(session) = &self.agent
+        {
             session.client().close();
         }
         if let Shell::There(shell) = &self.shell {
@@ -69,8 +79,11 @@ impl Access {
     /// The best way there is now.
     pub(super) fn session(&self) -> Option<Session> {
         match (&self.agent, &self.shell) {
-            // It may be lost already, and whoever attends to it not know yet.
-            (Agent::There(session), _) if session.client().lost_reason().is_none() => {
+            // Where the backdoor has come, the system is up. The agent may be lost already, and whoever attends to it
+            // not know yet.
+            (Agent::There(session), _) | (Agent::Early(session, _), Shell::There(_))
+                if session.client().lost_reason().is_none() =>
+            {
                 Some(Session::Agent(session.clone()))
             }
             (_, Shell::There(shell)) => Some(Session::Shell(shell.clone())),
@@ -78,12 +91,45 @@ impl Access {
         }
     }
 
+    /// Whoever attends to the agent brings the next session when this one ends.
+    fn leave_agent(&mut self) {
+        if let Agent::There(session) = &self.agent {
+            self.agent = Agent::Left(session.clone());
+        }
+    }
+
+    /// Another shell will come on hvc0.
+    fn leave_shell(&mut self) {
+        if matches!(self.shell, Shell::There(_)) {
+            self.shell = Shell::Awaited;
+            self.left.notify_one();
+        }
+    }
+
+    /// A way into a guest whose system does not come up.
+    fn session_while_down(&self) -> Option<Session> {
+        match &self.agent {
+            Agent::Early(session, Some(_)) => Some(Session::Agent(session.clone())),
+            _ => None,
+        }
+    }
+
+    /// Why its system does not come up, if so.
+    fn down(&self) -> Option<Arc<str>> {
+        match &self.agent {
+            Agent::Early(_, why) => why.clone(),
+            _ => None,
+        }
+    }
+
     /// Why there is no way any more, if so.
     fn lost(&self) -> Option<Arc<SessionError>> {
         match (&self.agent, &self.shell) {
-            (Agent::There(_), _) | (_, Shell::There(_)) => None,
-            (Agent::Lost(why), _) | (Agent::Awaited, Shell::Lost(why)) => Some(Arc::clone(why)),
-            (Agent::Awaited, Shell::Awaited) => None,
+            (Agent::Early(..) | Agent::There(_), _) | (_, Shell::There(_)) => None,
+            (Agent::Lost(why), _) | (Agent::Awaited | Agent::Left(_), Shell::Lost(why)) => {
+                Some(Arc::clone(why))
+            }
+            (Agent::Awaited | Agent::Left(_), Shell::Awaited) => None,
         }
     }
 }
@@ -98,12 +144,21 @@ impl Machine {
         hvc0.try_clone().map_err(|e| MachineError::file("open", "hvc0")(e).into())
     }
 
-    /// Starts it if need be and waits for a way into the guest.
+    /// Starts it if need be and waits for a way into the guest, and for its system to be up.
     pub(super) async fn session(&self) -> Result<Session> {
+        self.session_if(false).await
+    }
+
+    /// The same, or with a way into a guest whose system does not come up.
+    pub(super) async fn session_even_down(&self) -> Result<Session> {
+        self.session_if(true).await
+    }
+
+    async fn session_if(&self, even_down: bool) -> Result<Session> {
         match &*self.inner.state.borrow() {
             State::Running(run) => {
                 if let Some(session) = run.access.session() {
-                    return Ok(session);
+                    return Ok(self.use_session(session));
                 }
             }
             State::Ended(end) => return Err(self.ended_error(end)),
@@ -112,13 +167,32 @@ impl Machine {
         let _step = self.nested("waiting for the VM to finish booting");
         self.start(false).await?;
         let began = Instant::now();
-        let session = self.unless_ended(self.await_session()).await?;
+        let session = self.unless_ended(self.await_session(even_down)).await?;
         self.log("connected to guest root shell");
         self.log(format_args!("(connecting took {:.2} seconds)", began.elapsed().as_secs_f64()));
-        Ok(session)
+        Ok(self.use_session(session))
     }
 
-    async fn await_session(&self) -> Result<Session> {
+    /// Remembers the way by which a call goes.
+    fn use_session(&self, session: Session) -> Session {
+        *self.inner.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
+        session
+    }
+
+    /// Has the next call wait for another way into the guest than the last one took: that of its next boot. If that is
+    /// there already, there is nothing to wait for.
+    pub fn disconnect(&self) {
+        let used = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(used) = used else { return };
+        self.set_access(|access| {
+            if access.session().is_some_and(|now| now.is(&used)) {
+                access.leave_agent();
+                access.leave_shell();
+            }
+        });
+    }
+
+    async fn await_session(&self, even_down: bool) -> Result<Session> {
         let mut state = self.inner.state.subscribe();
         loop {
             let access = match &*state.borrow_and_update() {
@@ -128,6 +202,13 @@ impl Machine {
             if let Some(access) = access {
                 if let Some(session) = access.session() {
                     return Ok(session);
+                }
+                if even_down && let Some(session) = access.session_while_down() {
+                    return Ok(session);
+                }
+                if let Some(why) = access.down() {
+                    let machine = self.name().to_owned();
+                    return Err(MachineError::NotUp { machine, why, tail: self.tail() }.into());
                 }
                 if let Some(why) = access.lost() {
                     return Err(self.access_lost(why.into()).await);
@@ -159,10 +240,50 @@ impl Machine {
         for warning in session.warnings() {
             self.inner.log.warning(warning);
         }
-        self.set_access(|access| access.agent = Agent::There(session.clone()));
-        let error = session.lost().await;
+        let usable = async {
+            self.attend_system(&session).await;
+            self.set_access(|access| access.agent = Agent::There(session.clone()));
+            std::future::pending().await
+        };
+        let error = tokio::select! {
+            biased;
+            error = session.lost() => error,
+            never = usable => match never {},
+        };
         self.set_access(|access| access.agent = Agent::Awaited);
         error
+    }
+
+    /// Waits until the system of a guest is up, if its agent may be there before it is.
+    async fn attend_system(&self, session: &AgentSession) {
+        if !session.early() {
+            return;
+        }
+        let down = |why: &str| {
+            self.set_access(|access| {
+                access.agent = Agent::Early(session.clone(), Some(why.into()));
+            });
+        };
+        self.set_access(|access| access.agent = Agent::Early(session.clone(), None));
+        let mut up = std::pin::pin!(session.system_up());
+        let up = tokio::select! {
+            biased;
+            up = &mut up => up,
+            Ok(()) = session.system_down() => {
+                down("its system did not come up and is in emergency or rescue mode");
+                up.await
+            }
+            () = sleep(SYSTEM_UP_WITHIN) => {
+                let limit = SYSTEM_UP_WITHIN.as_secs();
+                down(&format!("its system has not reached basic.target within {limit} seconds"));
+                up.await
+            }
+        };
+        if let Err(error) = up {
+            self.inner
+                .log
+                .warning(format_args!("nothing tells whether the system is up: {}", chain(&error)));
+        }
     }
 
     /// Reads hvc0 until the backdoor's shell is there; from then on calls do, until that shell is left for another.
@@ -186,12 +307,7 @@ impl Machine {
             session.lost().await;
         }
         // Nothing tells of the end of a shell on a console; the next one says that it is there.
-        self.set_access(|access| {
-            if matches!(access.shell, Shell::There(_)) {
-                access.shell = Shell::Awaited;
-                access.left.notify_one();
-            }
-        });
+        self.set_access(Access::leave_shell);
     }
 
     /// Waits for a session's answer, or for the guest's end. `failed` says what could not be done.

@@ -136,7 +136,8 @@ impl Console {
     }
 
     /// Waits until `find` finds something in the output that no earlier call has consumed; it answers where
-    /// in the text the match ends. Consumes the text up to the end of the match's last line.
+    /// in the text the match ends. Consumes the text up to the end of the match's last line. As upstream's driver does,
+    /// it looks at the lines put together without their ends, too.
     ///
     /// # Errors
     /// If the timeout is over, and what `find` answers.
@@ -151,7 +152,14 @@ impl Console {
             grown.mark_unchanged();
             let (from, bytes) = self.unconsumed();
             let text = String::from_utf8_lossy(&bytes);
-            if let Some(end) = find(&text)? {
+            let found = match find(&text)? {
+                Some(end) => Some(end),
+                None => {
+                    let joined = Joined::new(&text);
+                    find(&joined.text)?.map(|end| joined.position(end))
+                }
+            };
+            if let Some(end) = found {
                 let end = byte_position(&bytes, end);
                 self.consume(from + to_u64(line_end(&bytes, end)));
                 return Ok(());
@@ -175,6 +183,27 @@ impl Console {
                 },
             }
         }
+    }
+
+    /// The next line that no call has consumed, which this one does; its end is not part of it.
+    ///
+    /// # Errors
+    /// If none comes within `timeout`.
+    pub(super) async fn next_line(&self, timeout: Duration) -> Result<String> {
+        let mut line = String::new();
+        let find = |text: &str| {
+            Ok(text.split_once('\n').map(|(first, _)| {
+                first.trim_end().clone_into(&mut line);
+                first.len() + 1
+            }))
+        };
+        self.wait_for_text(find, Some(timeout)).await?;
+        Ok(line)
+    }
+
+    /// How many complete lines no call has consumed.
+    pub(super) fn lines_left(&self) -> usize {
+        self.unconsumed().1.iter().filter(|byte| **byte == b'\n').count()
     }
 
     /// Writes the lines to the log as they come, until `finished` changes; then what is left.
@@ -286,6 +315,32 @@ impl Write for ConsoleWriter {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// The lines of a text without what ends them.
+struct Joined {
+    text: String,
+    /// Where each line begins here and there.
+    begins: Vec<(usize, usize)>,
+}
+
+impl Joined {
+    fn new(whole: &str) -> Self {
+        let (mut text, mut begins, mut at) = (String::with_capacity(whole.len()), Vec::new(), 0);
+        for line in whole.split_inclusive('\n') {
+            begins.push((text.len(), at));
+            text.push_str(line.trim_end());
+            at += line.len();
+        }
+        Self { text, begins }
+    }
+
+    /// Where in the whole text the byte before `end` of this one is followed.
+    fn position(&self, end: usize) -> usize {
+        // The first line that reaches so far: the end of one is the beginning of the next.
+        let line = self.begins.partition_point(|(here, _)| *here < end).saturating_sub(1);
+        self.begins.get(line).map_or(end, |(here, there)| there + (end - here))
     }
 }
 

@@ -3,12 +3,13 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
-use crate::agent::{FileInfo, FileKind};
+use crate::agent::{Entry, FileInfo, FileKind};
 use tokio::fs;
 
 use super::Machine;
+use super::exec::ExecOptions;
 use super::session::{Session, SessionError};
-use crate::error::{MachineError, Result};
+use crate::error::{Error, MachineError, Result, chain};
 
 /// One step of copying a tree.
 struct Job {
@@ -18,57 +19,78 @@ struct Job {
 
 impl Machine {
     /// Copies a file or directory of the host into the guest, with its modes, owned by root: to `target`, or into it
-    /// if that is a directory. Makes missing parents. A symbolic link inside a directory stays one; `source` itself may
-    /// be one and is followed.
+    /// if that is a directory. Makes missing parents. A relative target starts at `/tmp`, as commands do. Symbolic links
+    /// are followed.
     ///
     /// # Errors
-    /// If something cannot be read here or written there, or is neither file, directory nor link.
+    /// [`MachineError::Missing`] if there is no source; [`Error::Assertion`] if something cannot be written there; also
+    /// if something cannot be read here, or is neither file nor directory.
     pub async fn copy_from_host(&self, source: &Path, target: &Path) -> Result<()> {
-        let file = fs::canonicalize(source).await.map_err(MachineError::file("copy", source))?;
+        let file = fs::canonicalize(source).await.map_err(unreadable(source))?;
+        let target = in_guest(target);
         let session = self.session().await?;
         let send = async {
-            let target = match (session.stat(target, true).await, source.file_name()) {
+            let target = match (session.stat(&target, true).await, source.file_name()) {
                 (Ok(FileInfo { kind: FileKind::Directory, .. }), Some(name)) => target.join(name),
-                _ => target.to_owned(),
+                _ => target,
             };
             self.send_tree(&session, file, target).await
         };
         self.unless_ended(send).await
     }
 
-    /// Copies a file or directory of the guest to [`Machine::out_dir`]`/target_dir/`basename.
+    /// The same for a target that the guest's shell expands.
     ///
     /// # Errors
-    /// If something cannot be read there or written here, or is neither file, directory nor link.
+    /// [`Error::Assertion`] if that does not come to one path; else as [`Self::copy_from_host`].
+    pub async fn copy_from_host_via_shell(&self, source: &Path, target: &str) -> Result<()> {
+        let expand = format!("set -- {target}\n[ $# = 1 ] && printf %s \"$1\"");
+        let (status, expanded) = self.execute(&expand, ExecOptions::default()).await?;
+        if status != 0 {
+            let name = self.name();
+            return Err(Error::Assertion(format!(
+                "{name}: `{target}` is not one path of the guest"
+            )));
+        }
+        self.copy_from_host(source, Path::new(&expanded)).await
+    }
+
+    /// Copies a file or directory of the guest to [`Machine::out_dir`]`/target_dir/`basename. A relative source starts at
+    /// `/tmp`, as commands do; an absolute target directory is taken as it is.
+    ///
+    /// # Errors
+    /// [`Error::Assertion`] if something cannot be read there, or is not there; also if something cannot be written here,
+    /// or is neither file, directory nor link.
     pub async fn copy_from_machine(&self, source: &Path, target_dir: &Path) -> Result<()> {
-        let inside = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
-        let name = source.file_name().filter(|_| target_dir.components().all(inside));
-        let Some(name) = name else {
-            let (source, target_dir) = (source.display(), target_dir.display());
-            return Err(MachineError::Usage(format!(
-                "{}: cannot copy {source} to `{target_dir}`: the source needs a name, and the target must lie in \
-                 the output directory",
-                self.name()
-            ))
-            .into());
+        let Some(name) = source.file_name() else {
+            let (machine, source) = (self.name(), source.display());
+            let why = format!("{machine}: cannot copy {source}: it has no name");
+            return Err(MachineError::Usage(why).into());
         };
-        let parent = self.out_dir().join(target_dir);
-        fs::create_dir_all(&parent).await.map_err(MachineError::file("make", &parent))?;
-        self.check_inside(&parent).await?;
         let session = self.session().await?;
-        self.unless_ended(self.fetch_tree(&session, source.to_owned(), parent.join(name))).await
+        let fetch = async {
+            let source = in_guest(source);
+            let info = match session.stat(&source, true).await {
+                Ok(info) => info,
+                Err(error) => return Err(self.cannot_read(&source, error).await),
+            };
+            let parent = without_dots(&self.out_dir().join(target_dir));
+            if parent.starts_with(without_dots(self.out_dir())) {
+                self.check_inside(&parent).await?;
+            }
+            fs::create_dir_all(&parent).await.map_err(MachineError::file("make", &parent))?;
+            self.fetch_tree(&session, Job { from: source, to: parent.join(name) }, info).await
+        };
+        self.unless_ended(fetch).await
     }
 
     async fn send_tree(&self, session: &Session, source: PathBuf, target: PathBuf) -> Result<()> {
         let mut jobs = vec![Job { from: source, to: target }];
         while let Some(Job { from, to }) = jobs.pop() {
-            let meta =
-                fs::symlink_metadata(&from).await.map_err(MachineError::file("copy", &from))?;
+            // A link that leads back up ends where the kernel follows no more of them.
+            let meta = fs::metadata(&from).await.map_err(unreadable(&from))?;
             let mode = meta.permissions().mode() & 0o7777;
-            let done = if meta.is_symlink() {
-                let link = fs::read_link(&from).await.map_err(MachineError::file("read", &from))?;
-                session.symlink(&to, &link).await
-            } else if meta.is_dir() {
+            let done = if meta.is_dir() {
                 let mut entries =
                     fs::read_dir(&from).await.map_err(MachineError::file("read", &from))?;
                 while let Some(entry) =
@@ -86,27 +108,22 @@ impl Machine {
                 return Err(special(&from));
             };
             if let Err(error) = done {
-                return Err(self
-                    .session_error(format!("cannot write {}", to.display()), error)
-                    .await);
+                return Err(self.refused(format!("cannot write {}", to.display()), error).await);
             }
         }
         Ok(())
     }
 
-    async fn fetch_tree(&self, session: &Session, source: PathBuf, target: PathBuf) -> Result<()> {
-        let info = match session.stat(&source, true).await {
-            Ok(info) => info,
-            Err(error) => return Err(self.cannot_read(&source, error).await),
-        };
-        let mut jobs = vec![(Job { from: source, to: target }, info)];
+    async fn fetch_tree(&self, session: &Session, job: Job, info: FileInfo) -> Result<()> {
+        let mut jobs = vec![(job, info)];
+        let mut room = MAX_TREE;
         // Set last: a directory that nobody may write to takes no files.
         let mut modes = Vec::new();
         while let Some((Job { from, to }, info)) = jobs.pop() {
             match (info.kind, &info.target) {
                 (FileKind::Directory, _) => {
                     make_dir(&to).await?;
-                    jobs.extend(self.fetch_entries(session, &from, &to).await?);
+                    jobs.extend(self.fetch_entries(session, &from, &to, &mut room).await?);
                     modes.push((to, info.mode));
                 }
                 (FileKind::Symlink, Some(link)) => {
@@ -141,6 +158,7 @@ impl Machine {
         session: &Session,
         from: &Path,
         to: &Path,
+        room: &mut usize,
     ) -> Result<Vec<(Job, FileInfo)>> {
         if to.components().count() > MAX_DEPTH {
             return Err(special(from));
@@ -151,10 +169,12 @@ impl Machine {
         };
         let jobs = entries.into_iter().map(|entry| {
             let name = entry.name.as_path();
-            // A hostile agent must not lead out of the target.
+            // A hostile agent must not lead out of the target, nor fill the host's memory.
             if name.file_name() != Some(name.as_os_str()) {
                 return Err(special(&from.join(name)));
             }
+            let size = Entry::cost(&entry) + from.as_os_str().len() + to.as_os_str().len();
+            *room = room.checked_sub(size).ok_or_else(|| too_large(from))?;
             Ok((Job { from: from.join(name), to: to.join(name) }, entry.info))
         });
         jobs.collect()
@@ -162,6 +182,7 @@ impl Machine {
 
     /// An earlier copy may have brought symbolic links that lead out of the output directory.
     async fn check_inside(&self, dir: &Path) -> Result<()> {
+        let dir = dir.ancestors().find(|dir| dir.symlink_metadata().is_ok()).unwrap_or(dir);
         let real = |path: PathBuf| async move {
             fs::canonicalize(&path).await.map_err(MachineError::file("find", path))
         };
@@ -174,10 +195,21 @@ impl Machine {
             .into())
     }
 
-    async fn cannot_read(&self, path: &Path, error: SessionError) -> crate::error::Error {
-        self.session_error(format!("cannot copy {}", path.display()), error).await
+    async fn cannot_read(&self, path: &Path, error: SessionError) -> Error {
+        self.refused(format!("cannot copy {}", path.display()), error).await
+    }
+
+    /// Makes an error of a session one of the machine, and one of the script if it is the guest that could not.
+    async fn refused(&self, what: String, error: SessionError) -> Error {
+        if !error.refused() {
+            return self.session_error(what, error).await;
+        }
+        Error::Assertion(format!("{}: {what}: {}", self.name(), chain(&error)))
     }
 }
+
+/// Most bytes that the names and links of a copied tree may come to: some hundred thousand files.
+const MAX_TREE: usize = 256 << 20;
 
 /// Most components of a path that is copied to: more is a guest's trick.
 const MAX_DEPTH: usize = 256;
@@ -215,7 +247,40 @@ async fn set_mode(path: &Path, mode: u32) -> Result<()> {
         .map_err(|e| MachineError::file("set the mode of", path)(e).into())
 }
 
-fn special(path: &Path) -> crate::error::Error {
+/// A path of the guest, where relative ones start as they do for commands.
+pub(super) fn in_guest(path: &Path) -> PathBuf {
+    Path::new("/tmp").join(path)
+}
+
+/// The path with each `..` taken at its word, whatever links there are.
+fn without_dots(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => {
+                plain.pop();
+            }
+            Component::CurDir => {}
+            part => plain.push(part),
+        }
+    }
+    plain
+}
+
+/// The error for a source on the host.
+fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> MachineError {
+    let path = path.to_owned();
+    move |error| match error.kind() {
+        std::io::ErrorKind::NotFound => MachineError::Missing { path },
+        _ => MachineError::file("copy", path)(error),
+    }
+}
+
+fn too_large(path: &Path) -> Error {
+    MachineError::Usage(format!("cannot copy {}: the tree is too large", path.display())).into()
+}
+
+fn special(path: &Path) -> Error {
     MachineError::Usage(format!("cannot copy {}: it is no file, directory or link", path.display()))
         .into()
 }

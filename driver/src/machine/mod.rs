@@ -4,8 +4,8 @@
 //! for the guest is ended at once when the guest ends ([`Machine::unless_ended`]).
 
 use std::fmt::Display;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
 
 use firn_net_switch::SwitchPort;
 use firn_net_switch::gateway::Gateway;
@@ -13,6 +13,7 @@ use firn_vmm::device::boot_timer::Mark;
 use tokio::sync::{Mutex, watch};
 
 use crate::config::{NodeConfig, Variables};
+use crate::descriptors::Part;
 use crate::error::{End, Error, MachineError, Result, Tail};
 use crate::log::{Logger, Step};
 use crate::private;
@@ -40,6 +41,7 @@ pub(crate) use setup::{Boot, Source, hosts};
 use access::Access;
 use console::{Console, Tap};
 use monitor::Monitor;
+use session::Session;
 
 /// A machine. Clones are handles to the same one.
 #[derive(Clone)]
@@ -51,8 +53,11 @@ struct Inner {
     /// For a machine file: as far as it was known when the machine was made.
     node: NodeConfig,
     source: Source,
-    dirs: Dirs,
+    /// A script may give it others.
+    dirs: std::sync::Mutex<Dirs>,
     log: Logger,
+    /// How many files its guest may make this process open.
+    descriptors: Arc<Part>,
     console: Arc<Console>,
     events: qemu::Events,
     /// Where its cards on vlans are plugged in, in the order of the node's vlans.
@@ -60,6 +65,8 @@ struct Inner {
     /// The user network of a machine that runs.
     gateway: std::sync::Mutex<Option<Arc<Gateway>>>,
     state: watch::Sender<State>,
+    /// The way by which the last call went.
+    used: std::sync::Mutex<Option<Session>>,
     /// Of the last boot that has ended.
     boot_marks: std::sync::Mutex<Vec<Mark>>,
     /// Held while the machine is being started, so that two callers do not both do it.
@@ -79,6 +86,8 @@ pub(crate) struct Dirs {
     pub(crate) base: PathBuf,
     /// The state outlives the run.
     pub(crate) keep: bool,
+    /// The state is another machine's, which will remove it.
+    pub(crate) borrowed: bool,
     /// The machine is run by hand: what its file says of SHARED_DIR is the environment's.
     pub(crate) by_hand: bool,
 }
@@ -132,6 +141,7 @@ impl Machine {
         dirs: Dirs,
         vlans: &[Vlan],
         log: &Logger,
+        descriptors: Arc<Part>,
     ) -> Result<Self> {
         dirs.make()?;
         let plugged = node
@@ -144,12 +154,14 @@ impl Machine {
                 log: log.for_machine(&node.name),
                 node,
                 source,
-                dirs,
+                dirs: dirs.into(),
+                descriptors,
                 console: Arc::new(Console::new()),
                 events: qemu::Events::new(),
                 ports,
                 gateway: std::sync::Mutex::default(),
                 state: watch::Sender::new(State::Off),
+                used: std::sync::Mutex::default(),
                 boot_marks: std::sync::Mutex::default(),
                 starting: Mutex::new(()),
             }),
@@ -173,22 +185,60 @@ impl Machine {
         self.inner.source == *source
     }
 
+    /// What it may have open, for a machine that takes its place.
+    pub(crate) fn descriptors(&self) -> Arc<Part> {
+        Arc::clone(&self.inner.descriptors)
+    }
+
     /// The directory of its own state, removed when the run ends.
     #[must_use]
-    pub fn state_dir(&self) -> &Path {
-        &self.inner.dirs.state
+    pub fn state_dir(&self) -> PathBuf {
+        self.dirs().state.clone()
+    }
+
+    /// From its next start on it uses the state of another machine, in `dir`.
+    pub fn set_state_dir(&self, dir: PathBuf) {
+        let mut dirs = self.dirs();
+        if dirs.state == dir {
+            return;
+        }
+        if dirs.base == dirs.state {
+            dirs.base.clone_from(&dir);
+        }
+        dirs.borrowed = true;
+        dirs.state = dir;
     }
 
     /// The directory that all machines and the host share: `/tmp/shared` in the guest.
     #[must_use]
-    pub fn shared_dir(&self) -> &Path {
-        &self.inner.dirs.shared
+    pub fn shared_dir(&self) -> PathBuf {
+        self.dirs().shared.clone()
+    }
+
+    /// From its next start on it shares this directory of the host instead.
+    pub fn set_shared_dir(&self, dir: PathBuf) {
+        self.dirs().shared = dir;
     }
 
     /// The directory for files that the user shall keep.
     #[must_use]
-    pub fn out_dir(&self) -> &Path {
-        &self.inner.dirs.out
+    pub fn out_dir(&self) -> PathBuf {
+        self.dirs().out.clone()
+    }
+
+    /// From now on files for the user go there.
+    pub fn set_out_dir(&self, dir: PathBuf) {
+        self.dirs().out = dir;
+    }
+
+    /// Whether its state outlives the run.
+    #[must_use]
+    pub fn keeps_state(&self) -> bool {
+        self.dirs().keep
+    }
+
+    fn dirs(&self) -> std::sync::MutexGuard<'_, Dirs> {
+        self.inner.dirs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether it was started, and has not ended.

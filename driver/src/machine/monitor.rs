@@ -8,6 +8,7 @@ use firn_net_switch::NetPort;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::device::serial::InputFull;
 use firn_vmm::spec::MachineSpec;
+use firn_vmm::virtio::balloon::BalloonHandle;
 use firn_vmm::vm::{Event, HostSide, Vm, VmError};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
@@ -29,6 +30,8 @@ pub(super) struct Wiring {
     pub(super) console: Arc<Console>,
     pub(super) console_ports: Vec<UnixStream>,
     pub(super) nets: Vec<Arc<dyn NetPort>>,
+    /// Most files that it may have open.
+    pub(super) descriptors: u64,
 }
 
 impl Monitor {
@@ -58,6 +61,7 @@ impl Monitor {
             serial: Box::new(ConsoleWriter(wiring.console)),
             console_ports: wiring.console_ports,
             nets: wiring.nets,
+            descriptors: wiring.descriptors,
         };
         let vm = blocking(move || {
             let mut vm = Vm::new(&spec, host)?;
@@ -109,6 +113,16 @@ impl Monitor {
     /// Ends the machine: on return none of its threads is left.
     pub(super) async fn stop(&self) {
         self.with(Vm::stop).await;
+    }
+
+    /// How many pages the guest's balloon has taken, if it has one.
+    pub(super) async fn balloon(&self) -> Option<u32> {
+        self.with(|vm| vm.balloon().map(BalloonHandle::size)).await
+    }
+
+    /// How many pages the balloon shall take; false if there is none.
+    pub(super) async fn set_balloon(&self, pages: u32) -> bool {
+        self.with(move |vm| vm.balloon().map(|balloon| balloon.set_target(pages)).is_some()).await
     }
 
     /// When the boot reached which stage.

@@ -47,12 +47,14 @@ impl Machine {
             return Ok(());
         }
         let inner = &self.inner;
-        let Some(network) = inner.source.user_network(&inner.node, &inner.dirs)? else {
+        let Some(network) = inner.source.user_network(&inner.node, &self.dirs().clone())? else {
             return Ok(());
         };
         let spec = GatewaySpec {
             host_name: self.name().to_owned(),
             restrict: network.restrict,
+            host_loopback: network.host_loopback,
+            descriptors: inner.descriptors.network(),
             ..GatewaySpec::default()
         };
         let failed = |source| self.network_error("cannot start its user network", source);

@@ -145,7 +145,7 @@ impl Machine {
             self.inner.state.send_if_modified(forget_end);
             return Ok(());
         }
-        let session = self.session().await?;
+        let session = self.session_even_down().await?;
         self.ask_for_power_off(&session).await?;
         self.wait_for_shutdown().await
     }
@@ -160,7 +160,7 @@ impl Machine {
         }
     }
 
-    /// Waits until it has powered off. Nothing if it is off.
+    /// Waits until it is off: has powered off, reset itself, or panicked. Nothing if it is off.
     ///
     /// # Errors
     /// If the guest ends otherwise.
@@ -174,7 +174,7 @@ impl Machine {
         };
         drop(ended);
         self.inner.state.send_if_modified(forget_end);
-        if end.orderly() { Ok(()) } else { Err(self.ended_error(&end)) }
+        if end.is_off() { Ok(()) } else { Err(self.ended_error(&end)) }
     }
 
     /// Ends it at once, as if the power went. Nothing if it is off.
@@ -191,17 +191,17 @@ impl Machine {
     /// If files cannot be removed.
     pub async fn release(&self) -> Result<()> {
         self.stop().await;
-        if self.inner.dirs.keep {
+        if self.dirs().keep || self.dirs().borrowed {
             return Ok(());
         }
-        self.clean_up_state_dir().await
+        self.cleanup_state_dir().await
     }
 
     /// Removes its state, kept or not; the next start makes it anew.
     ///
     /// # Errors
     /// [`MachineError::Usage`] if it runs; if files cannot be removed.
-    pub async fn clean_up_state_dir(&self) -> Result<()> {
+    pub async fn cleanup_state_dir(&self) -> Result<()> {
         let _starting = self.inner.starting.lock().await;
         if self.booted() {
             let what = format!("{} runs, and needs its state", self.name());
@@ -228,6 +228,13 @@ impl Machine {
             let (machine, what) = (self.name().to_owned(), "cannot press the power button");
             MachineError::Monitor { machine, what, source: error.into() }.into()
         })
+    }
+
+    /// Waits until it does not run, without taking note of how it ended.
+    pub async fn wait_for_end(&self) {
+        let mut state = self.inner.state.subscribe();
+        // The sender lives in self.
+        let _ = state.wait_for(|state| !matches!(state, State::Running(_))).await;
     }
 
     /// When its last boot, if that has ended, reached which stage.
@@ -257,8 +264,7 @@ impl Machine {
         // One that is just being started is ended once it is.
         let _starting = self.inner.starting.lock().await;
         self.request_stop();
-        let mut state = self.inner.state.subscribe();
-        let _ = state.wait_for(|state| !matches!(state, State::Running(_))).await;
+        self.wait_for_end().await;
         self.inner.state.send_if_modified(forget_end);
     }
 
@@ -281,6 +287,7 @@ impl Machine {
             console: Arc::clone(&self.inner.console),
             console_ports: vec![hvc0_guest, agent_guest],
             nets: self.nets(),
+            descriptors: self.inner.descriptors.monitor(),
         };
         let (monitor, events) =
             Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;

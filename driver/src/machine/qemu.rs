@@ -1,4 +1,4 @@
-//! What scripts ask of QEMU's monitor, as far as firn has the same thing.
+//! What scripts ask of QEMU's monitors, as far as firn has the same thing.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -6,25 +6,59 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::Machine;
-use crate::config;
 use crate::error::{End, MachineError, Result};
-use crate::retry::timed_out;
+
+mod human;
+mod protocol;
 
 /// Most events that wait to be asked for.
 const MAX_EVENTS: usize = 1000;
 
-const HELP: &str = "\
-cont -- resume emulation
-help -- show this help
-hostfwd_add [tcp|udp]:[HOST]:PORT-[GUEST]:PORT -- forward a port of the host to the guest
-info name|status -- show the machine's name, or whether it runs
-quit -- end the machine at once
-set_link name on|off -- plug or pull a network card's cable; virtio-net-pci.1 is the first vlan's
-stop -- stop emulation
-system_powerdown -- have the guest power off
-";
+/// The balloon counts in these.
+const PAGE: u64 = 4096;
+
+/// Commands of QEMU's human monitor for which firn has nothing, and why: as `help` has them, and who tries one reads it.
+const REFUSED: &[(&[&str], &str)] = &[
+    (
+        &["device_add", "device_del", "drive_add", "drive_del", "netdev_add", "netdev_del"],
+        "a machine has the devices that its description says, from its start to its end",
+    ),
+    (
+        &["object_add", "object_del", "chardev-add", "chardev-change", "chardev-remove", "cpu"],
+        "a machine has the parts that its description says, from its start to its end",
+    ),
+    (
+        &["change", "eject", "block_resize", "block_set_io_throttle", "commit", "nbd_server_start"],
+        "a disk stays as its machine was started with it",
+    ),
+    (&["sendkey"], "firn's machines have no keyboard yet"),
+    (&["mouse_button", "mouse_move", "mouse_set"], "firn's machines have no mouse yet"),
+    (
+        &["screendump", "expire_password", "set_password", "change-vnc-password"],
+        "firn's machines have no screen yet",
+    ),
+    (
+        &["savevm", "loadvm", "delvm", "snapshot_blkdev", "migrate", "migrate_incoming"],
+        "firn has no snapshots yet",
+    ),
+    (
+        &["dump-guest-memory", "memsave", "pmemsave", "print", "x", "xp", "i", "o", "gdbserver"],
+        "firn does not look into a guest's memory, nor at its ports",
+    ),
+    (
+        &["nmi", "mce", "system_reset", "system_wakeup", "watchdog_action", "boot_set"],
+        "reboot(), shutdown() and crash() are what is there",
+    ),
+    (&["hostfwd_remove"], "a forwarded port stays until the machine ends"),
+    (&["wavcapture", "stopcapture"], "firn's machines have no sound"),
+    (
+        &["log", "logfile", "trace-event", "qom-get", "qom-list", "qom-set", "ringbuf_read"],
+        "they are about QEMU itself",
+    ),
+];
 
 /// What QEMU's machine protocol would have told, of what happened to a machine.
 pub(super) struct Events {
@@ -69,83 +103,22 @@ impl Events {
 }
 
 impl Machine {
-    /// Does what a command of QEMU's human monitor would, and answers what that would print. `help` names the
-    /// commands there are.
-    ///
-    /// # Errors
-    /// [`MachineError::Usage`] for another command; else as [`Machine::execute`].
-    pub async fn send_monitor_command(&self, command: &str) -> Result<String> {
-        let words: Vec<&str> = command.split_whitespace().collect();
-        match words.as_slice() {
-            ["help" | "?"] => return Ok(HELP.to_owned()),
-            ["info", "name"] => return Ok(format!("{}\n", self.name())),
-            ["info", "status"] => return Ok(format!("VM status: {}\n", self.status())),
-            ["quit" | "q"] => self.crash().await,
-            ["stop" | "s"] => self.pause().await?,
-            ["cont" | "c"] => self.resume().await?,
-            ["system_powerdown"] => self.power_down().await?,
-            ["set_link", card, "on"] => self.set_card(card, true)?,
-            ["set_link", card, "off"] => self.set_card(card, false)?,
-            // Its first word may name a network; there is only one that can.
-            ["hostfwd_add", .., rule] => {
-                let forward = config::qemu_options::forward(rule).ok_or_else(|| {
-                    usage("hostfwd_add needs `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`")
-                })?;
-                self.forward(forward).await?;
-            }
-            _ => return Err(self.no_command(command)),
-        }
-        Ok(String::new())
-    }
-
-    /// Does what a command of QEMU's machine protocol would, and answers what that would.
-    ///
-    /// # Errors
-    /// As [`Self::send_monitor_command`].
-    pub async fn send_qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
-        match command {
-            "query-status" => {
-                let status = self.status();
-                return Ok(json!({"running": status == "running", "status": status}));
-            }
-            "query-name" => return Ok(json!({"name": self.name()})),
-            "quit" | "stop" | "cont" | "system_powerdown" => {
-                self.send_monitor_command(command).await?;
-            }
-            "set_link" => match (arguments["name"].as_str(), arguments["up"].as_bool()) {
-                (Some(name), Some(up)) => self.set_card(name, up)?,
-                _ => return Err(usage("set_link needs `name`, a text, and `up`, true or false")),
-            },
-            _ => return Err(self.no_command(command)),
-        }
-        Ok(json!({}))
-    }
-
-    /// Waits until `filter` takes an event that QEMU's machine protocol would have told: `SHUTDOWN`, `RESET`, `STOP`,
-    /// `RESUME`, `POWERDOWN`, `GUEST_PANICKED`. Each event is seen once.
-    ///
-    /// # Errors
-    /// [`crate::Error::Assertion`] after `timeout`, and what `filter` answers.
-    pub async fn wait_for_qmp_event(
-        &self,
-        mut filter: impl FnMut(&Value) -> Result<bool>,
-        timeout: Duration,
-    ) -> Result<Value> {
+    /// The next event that QEMU's machine protocol would have told: `SHUTDOWN`, `RESET`, `STOP`, `RESUME`, `POWERDOWN`,
+    /// `GUEST_PANICKED`. Each is seen once. None if there is none within `limit`.
+    pub async fn next_qmp_event(&self, limit: Duration) -> Option<Value> {
         let events = &self.inner.events;
         let mut grown = events.grown.subscribe();
-        let wait = async {
+        let next = async {
             loop {
                 grown.mark_unchanged();
-                while let Some(event) = events.next() {
-                    if filter(&event)? {
-                        return Ok(event);
-                    }
+                if let Some(event) = events.next() {
+                    return event;
                 }
                 // The sender lives in self.
                 let _ = grown.changed().await;
             }
         };
-        tokio::time::timeout(timeout, wait).await.unwrap_or_else(|_| Err(timed_out(timeout)))
+        timeout(limit, next).await.ok()
     }
 
     fn status(&self) -> &'static str {
@@ -190,13 +163,45 @@ impl Machine {
         Ok(())
     }
 
-    fn no_command(&self, command: &str) -> crate::Error {
-        usage(&format!(
-            "{}: firn has no QEMU monitor, and does not know what `{command}` would do; \
-             send_monitor_command(\"help\") says what it knows",
-            self.name()
-        ))
+    /// How much memory the guest has, in bytes, without what its balloon has taken.
+    async fn memory(&self) -> Result<u64> {
+        let taken = self.run()?.monitor.balloon().await.ok_or_else(|| self.no_balloon())?;
+        let (node, _) = self.devices()?;
+        Ok((node.memory().get() << 20).saturating_sub(u64::from(taken) * PAGE))
     }
+
+    /// Asks the guest, by its balloon, to do with so much memory.
+    async fn set_memory(&self, bytes: u64) -> Result<()> {
+        let (node, _) = self.devices()?;
+        let pages = (node.memory().get() << 20).saturating_sub(bytes) / PAGE;
+        let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+        match self.run()?.monitor.set_balloon(pages).await {
+            true => Ok(()),
+            false => Err(self.no_balloon()),
+        }
+    }
+
+    fn no_balloon(&self) -> crate::Error {
+        usage(&format!("{} has no balloon: its description says so", self.name()))
+    }
+
+    /// The error for a command that is not there.
+    fn no_command(&self, command: &str) -> crate::Error {
+        let name = command.split_whitespace().next().unwrap_or_default();
+        usage(&match refusal(name) {
+            Some(why) => format!("{}: {name}: {why}", self.name()),
+            None => format!(
+                "{}: firn has no QEMU monitor, and does not know what `{command}` would do; \
+                 send_monitor_command(\"help\") says what it knows",
+                self.name()
+            ),
+        })
+    }
+}
+
+/// Why firn has nothing for a command of QEMU's.
+fn refusal(name: &str) -> Option<&'static str> {
+    REFUSED.iter().find(|(names, _)| names.contains(&name)).map(|(_, why)| *why)
 }
 
 fn usage(message: &str) -> crate::Error {

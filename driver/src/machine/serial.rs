@@ -31,6 +31,20 @@ impl Machine {
         })
     }
 
+    /// The next line of the serial console that no earlier call has consumed; consumes it.
+    ///
+    /// # Errors
+    /// If none comes within `timeout`.
+    pub async fn next_console_line(&self, timeout: Duration) -> Result<String> {
+        self.inner.console.next_line(timeout).await
+    }
+
+    /// How many lines of the serial console no call has consumed.
+    #[must_use]
+    pub fn console_lines_left(&self) -> usize {
+        self.inner.console.lines_left()
+    }
+
     /// Waits until the regular expression matches the serial console's output that no earlier call has
     /// consumed. Consumes the output up to the end of the match's line.
     ///

@@ -167,10 +167,18 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
 }
 
 impl Machine {
+    /// What it would be made of if it were started now, and its disks.
+    pub(super) fn devices(&self) -> Result<(NodeConfig, Vec<DiskSpec>)> {
+        let dirs = self.dirs().clone();
+        let (node, _) = *self.inner.source.resolve(&self.inner.node, &dirs)?;
+        let disks = disks(&node, &dirs);
+        Ok((node, disks))
+    }
+
     /// Writes what the start needs into the state directory, and says what to build.
     pub(super) async fn prepare(&self) -> Result<MachineSpec> {
-        let dirs = &self.inner.dirs;
-        let (node, boot) = &*self.inner.source.resolve(&self.inner.node, dirs)?;
+        let dirs = self.dirs().clone();
+        let (node, boot) = &*self.inner.source.resolve(&self.inner.node, &dirs)?;
         // `release` may have removed it.
         dirs.make()?;
         for share in &node.shares {
@@ -180,6 +188,8 @@ impl Machine {
             };
             inputs::fill(share, missing).await?;
         }
+        let mut oem_strings = inputs::credentials(node).await?;
+        oem_strings.extend_from_slice(&node.oem_strings);
         let mut initrd = boot.initrd.clone();
         if let Some(overlay) = &boot.overlay {
             let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
@@ -211,11 +221,11 @@ impl Machine {
             ],
             nets: nets(node),
             shares: own.into_iter().chain(node.shares.iter().cloned()).collect(),
-            disks: (0..).zip(&node.disks).map(|(at, disk)| placed(at, disk, &dirs.state)).collect(),
+            disks: disks(node, &dirs),
             rng: node.rng,
             balloon: node.balloon,
             vsock: node.vsock.clone(),
-            oem_strings: node.oem_strings.iter().cloned().chain(inputs::credentials(node).await?).collect(),
+            oem_strings,
         })
     }
 }
@@ -236,12 +246,13 @@ fn nets(node: &NodeConfig) -> Vec<NetSpec> {
     user.chain(vlans).map(|mac| NetSpec { mac }).collect()
 }
 
-/// The disk at place `at`. Without an image it is one in `state`, where it outlives the machine's restarts.
-fn placed(at: usize, disk: &DiskSpec, state: &Path) -> DiskSpec {
-    match disk.image.as_os_str().is_empty() {
-        true => DiskSpec { image: state.join(format!("disk{at}.img")), ..disk.clone() },
+/// Its disks. Those without an image are made in the state directory, where they outlive the machine's restarts.
+fn disks(node: &NodeConfig, dirs: &Dirs) -> Vec<DiskSpec> {
+    let placed = |(at, disk): (usize, &DiskSpec)| match disk.image.as_os_str().is_empty() {
+        true => DiskSpec { image: dirs.state.join(format!("disk{at}.img")), ..disk.clone() },
         false => disk.clone(),
-    }
+    };
+    node.disks.iter().enumerate().map(placed).collect()
 }
 
 /// Nobody writes to it.

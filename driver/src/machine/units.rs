@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Machine;
 use super::bus::{Bus, BusError};
 use super::exec::{ExecOptions, quote};
-use super::session::Session;
+use super::session::{AgentSession, Session};
 use crate::error::{Error, Result, chain};
 use crate::retry::{retry, timed_out};
 
@@ -93,25 +93,26 @@ impl Machine {
         if is == state {
             return Ok(());
         }
+        // These are upstream's words, which tests match.
         Err(Error::Assertion(format!(
-            "Expected unit \"{unit}\" to be in state \"{state}\" but it is in state \"{is}\""
+            "Expected unit '{unit}' to to be in state '{state}' but it is in state '{is}'"
         )))
     }
 
-    /// Starts a unit, as `systemctl start` does; answers its status and output.
+    /// Starts units, shell words with or without options of `systemctl start`; answers its status and output.
     ///
     /// # Errors
     /// As [`Machine::execute`].
-    pub async fn start_job(&self, unit: &str, user: Option<&str>) -> Result<(i32, String)> {
-        self.systemctl(&format!("start {}", quote(unit)), user).await
+    pub async fn start_job(&self, units: &str, user: Option<&str>) -> Result<(i32, String)> {
+        self.systemctl(&format!("start {units}"), user).await
     }
 
-    /// Stops a unit, as `systemctl stop` does; answers its status and output.
+    /// Stops units, shell words with or without options of `systemctl stop`; answers its status and output.
     ///
     /// # Errors
     /// As [`Machine::execute`].
-    pub async fn stop_job(&self, unit: &str, user: Option<&str>) -> Result<(i32, String)> {
-        self.systemctl(&format!("stop {}", quote(unit)), user).await
+    pub async fn stop_job(&self, units: &str, user: Option<&str>) -> Result<(i32, String)> {
+        self.systemctl(&format!("stop {units}"), user).await
     }
 
     /// Waits until a unit is active. Over the agent systemd itself says when; else it is asked each second.
@@ -146,6 +147,37 @@ impl Machine {
             }
         }
         let probe = |_: bool| async { Ok(self.probe_unit(unit, user).await?.then_some(())) };
+        retry(probe, timeout).await
+    }
+
+    /// Waits until a unit is in a state: `active`, `inactive`, `activating`, `failed`, … Over the agent systemd itself
+    /// says when its state changes; else it is asked each second, and a state that lasts less may be missed.
+    ///
+    /// # Errors
+    /// [`Error::Assertion`] after `timeout`; else as [`Self::get_unit_property`].
+    pub async fn wait_for_unit_active_state(
+        &self,
+        unit: &str,
+        state: &str,
+        user: Option<&str>,
+        timeout: Duration,
+    ) -> Result<()> {
+        let by = user.map_or(String::new(), |user| format!(" with user {user}"));
+        let _step = self.nested(format_args!("waiting for unit {unit} to be {state}{by}"));
+        if let Session::Agent(agent) = self.session().await? {
+            let watch = self.unless_ended(async { Ok(watch_for(&agent, unit, state, user).await) });
+            match tokio::time::timeout(timeout, watch).await {
+                Err(_) => return Err(timed_out(timeout)),
+                Ok(answer) => match answer? {
+                    Ok(()) => return Ok(()),
+                    Err(error) => tracing::debug!("asking systemctl: {}", chain(&error)),
+                },
+            }
+        }
+        let probe = |_: bool| async {
+            let now = self.get_unit_property(unit, "ActiveState", user).await?;
+            Ok((now == state).then_some(()))
+        };
         retry(probe, timeout).await
     }
 
@@ -200,6 +232,24 @@ async fn watch(bus: &Bus, unit: &str) -> std::result::Result<(), Unwatched> {
             }
             _ => changes.next().await?,
         }
+    }
+}
+
+/// Waits until a unit is in a state, as systemd tells.
+async fn watch_for(
+    agent: &AgentSession,
+    unit: &str,
+    state: &str,
+    user: Option<&str>,
+) -> std::result::Result<(), BusError> {
+    let bus = Bus::connect(agent, user).await?;
+    let mut changes = bus.watch_unit(unit).await?;
+    loop {
+        changes.mark_seen();
+        if bus.active_state(&changes).await? == state {
+            return Ok(());
+        }
+        changes.next().await?;
     }
 }
 

@@ -3,13 +3,14 @@
 //! Over the agent the guest itself looks, many times a second; over the backdoor's shell, which serves one call at a
 //! time, each look is a call, once a second.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::Machine;
 use super::exec::{ExecOptions, last_probe, quote};
 use super::session::{AgentSession, Session};
 use crate::agent::Condition;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::retry::{retry, timed_out};
 
 /// Status of a command whose time was over.
@@ -26,13 +27,10 @@ impl Machine {
     /// Waits until `path`, which the guest's shell expands, exists.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if it does not within `timeout`; else as [`Machine::execute`].
+    /// [`crate::Error::Assertion`] if it does not within `timeout`; else as [`Machine::execute`].
     pub async fn wait_for_file(&self, path: &str, timeout: Duration) -> Result<()> {
         let _step = self.nested(format_args!("waiting for file '{path}'"));
-        // What a shell would not change the agent can watch.
-        let plain = path.starts_with('/')
-            && path.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+@:,".contains(c));
-        let condition = plain.then(|| Condition::Exists(path.into()));
+        let condition = is_plain(path).then(|| Condition::Exists(path.into()));
         self.wait_until(condition, &format!("test -e {path}"), timeout).await
     }
 
@@ -68,7 +66,7 @@ impl Machine {
         self.wait_until(Some(condition), &script, timeout).await
     }
 
-    /// Waits until something listens on a UNIX socket, of datagrams or of streams.
+    /// Waits until something listens on a UNIX socket, of datagrams or of streams. The guest's shell expands `path`.
     ///
     /// # Errors
     /// As [`Self::wait_for_file`].
@@ -80,28 +78,26 @@ impl Machine {
     ) -> Result<()> {
         let _step = self.nested(format_args!("waiting for UNIX socket {path}"));
         let kind = if is_datagram { "-uU" } else { "-U" };
-        let condition = Condition::SocketOpen { path: path.into(), datagram: is_datagram };
-        self.wait_until(Some(condition), &format!("nc -z {kind} {}", quote(path)), timeout).await
+        let condition = is_plain(path)
+            .then(|| Condition::SocketOpen { path: path.into(), datagram: is_datagram });
+        self.wait_until(condition, &format!("nc -z {kind} {path}"), timeout).await
     }
 
-    /// What a virtual terminal of the guest shows, a line each.
+    /// What a virtual terminal of the guest shows, a line each. Nothing as long as nobody has opened it: the guest makes
+    /// it then.
     ///
     /// # Errors
-    /// As [`Machine::succeed`].
+    /// As [`Machine::execute`].
     pub async fn get_tty_text(&self, tty: &str) -> Result<String> {
         let (device, screen) = (quote(&format!("/dev/tty{tty}")), quote(&format!("/dev/vcs{tty}")));
         let command = format!("fold -w \"$(stty -F {device} size | cut -d' ' -f2)\" {screen}");
-        let (status, output) = self.execute(&command, ExecOptions::default()).await?;
-        if status != 0 {
-            return Err(Error::Assertion(format!("terminal {tty} cannot be read: {output}")));
-        }
-        Ok(output)
+        self.execute(&command, ExecOptions::default()).await.map(|(_, output)| output)
     }
 
     /// Waits until `find` finds something on a virtual terminal. `what` is for the log.
     ///
     /// # Errors
-    /// As [`Self::get_tty_text`]; [`Error::Assertion`] if it does not within `timeout`; and what `find` answers.
+    /// As [`Self::get_tty_text`]; [`crate::Error::Assertion`] if it does not within `timeout`; and what `find` answers.
     pub async fn wait_until_tty_matches(
         &self,
         tty: &str,
@@ -187,6 +183,12 @@ impl Machine {
         let options = ExecOptions { timeout: Some(timeout), ..ExecOptions::default() };
         self.execute(script, options).await.map(|(status, _)| status)
     }
+}
+
+/// Whether a shell would not change it: then the agent can watch it.
+fn is_plain(path: &str) -> bool {
+    path.starts_with('/')
+        && path.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+@:,".contains(c))
 }
 
 fn probe_port(port: u16, address: &str) -> String {

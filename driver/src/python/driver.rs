@@ -1,16 +1,18 @@
 //! A run and its networks, in Python.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use firn_vmm::spec::Number;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
 
 use super::duration::Timeout;
-use super::errors::exception;
+use super::errors::{exception, not_here};
 use super::log::PyLogger;
 use super::machine::PyMachine;
 use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
@@ -20,6 +22,9 @@ use crate::error::{MachineError, chain};
 use crate::kit::{self, Kit, KitError};
 use crate::scratch::StatePlace;
 use crate::vlan::Vlan;
+
+/// How long a run that is not wanted any more may take to be there and to be removed.
+const REMOVAL: Duration = Duration::from_secs(1);
 
 /// What a test consists of, as data.
 #[pyclass(frozen, name = "Test", module = "firn._firn")]
@@ -57,9 +62,23 @@ impl PyTest {
             .map_err(|e| senseless(&e))
     }
 
+    /// The same test with the script in a file of its own.
+    fn with_script(&self, path: PathBuf) -> PyResult<Self> {
+        let mut test = self.0.clone();
+        test.replace_script(&path).map_err(|e| senseless(&e))?;
+        Ok(Self(test))
+    }
+
     #[getter]
     fn name(&self) -> &str {
         &self.0.name
+    }
+
+    /// The machine files, by the machines' names.
+    #[getter]
+    fn files(&self) -> BTreeMap<String, PathBuf> {
+        let files = self.0.files.iter();
+        files.map(|file| (file.name().to_owned(), file.path().to_owned())).collect()
     }
 
     /// The script's text, its file, and the line of the file on which it begins.
@@ -86,8 +105,9 @@ impl PyTest {
     }
 
     #[getter]
-    fn vlans(&self) -> Vec<u8> {
-        self.0.vlans().into_iter().map(Number::get).collect()
+    fn vlans(&self) -> Vec<u16> {
+        // Of `u8` Python would make bytes.
+        self.0.vlans().into_iter().map(|vlan| vlan.get().into()).collect()
     }
 
     /// The directories of the host that its guests may write to, as far as they are there already.
@@ -112,8 +132,36 @@ impl PyVlan {
         self.0.number().get()
     }
 
+    /// The process that passes the frames: this one.
+    #[getter]
+    fn pid(&self) -> u32 {
+        std::process::id()
+    }
+
+    #[getter]
+    fn socket_dir(&self, py: Python<'_>) -> PyResult<()> {
+        Err(self.missing(py, "socket directory"))
+    }
+
+    #[getter]
+    fn process(&self, py: Python<'_>) -> PyResult<()> {
+        Err(self.missing(py, "process of its own"))
+    }
+
+    /// From now on nothing gets from one machine to another here.
+    fn stop(&self) {
+        self.0.stop();
+    }
+
     fn __repr__(&self) -> String {
         format!("<vlan {}>", self.0.number())
+    }
+}
+
+impl PyVlan {
+    fn missing(&self, py: Python<'_>, what: &str) -> PyErr {
+        let number = self.0.number();
+        not_here(py, format!("vlan{number} has no {what}: firn's networks are in its process"))
     }
 }
 
@@ -141,13 +189,12 @@ impl PyRun {
             DriverOptions { kits, out_dir, log: log.0.clone(), state, ..DriverOptions::default() };
         let mut test = test.0.clone();
         test.vsock_offset = vsock_offset.or(test.vsock_offset);
-        let driver = Driver::new(&test, options).map_err(|e| exception(py, &e))?;
-        Ok(Self(Arc::new(driver)))
+        Ok(Self(Arc::new(make(py, test, options)?)))
     }
 
     #[getter]
-    fn machines(&self) -> Vec<PyMachine> {
-        self.0.machines().iter().cloned().map(PyMachine).collect()
+    fn machines(&self, py: Python<'_>) -> PyResult<Vec<Py<PyAny>>> {
+        self.0.machines().iter().map(|machine| PyMachine::object(py, machine.clone())).collect()
     }
 
     #[getter]
@@ -178,7 +225,7 @@ impl PyRun {
         start_script: PathBuf,
         name: Option<&str>,
         keep_state: bool,
-    ) -> PyResult<PyMachine> {
+    ) -> PyResult<Py<PyAny>> {
         let file = MachineFile::read(&start_script).map_err(|e| senseless(&e))?;
         self.create(py, file, name, keep_state)
     }
@@ -191,7 +238,7 @@ impl PyRun {
         json: &str,
         name: Option<&str>,
         keep_state: bool,
-    ) -> PyResult<PyMachine> {
+    ) -> PyResult<Py<PyAny>> {
         let file =
             MachineFile::parse(json, "create_machine".as_ref()).map_err(|e| senseless(&e))?;
         self.create(py, file, name, keep_state)
@@ -221,9 +268,32 @@ impl PyRun {
     }
 
     /// After `timeout` everything is ended, and this process by SIGTERM.
-    fn terminate_after(&self, timeout: Timeout) -> PyResult<()> {
-        runtime()?.spawn(terminate(Arc::clone(&self.0), timeout.0));
-        Ok(())
+    fn terminate_after(&self, timeout: Timeout) -> PyResult<PyTimer> {
+        let (driver, timeout) = (Arc::clone(&self.0), timeout.0);
+        let timer = runtime()?.spawn(async move {
+            tokio::time::sleep(timeout).await;
+            let why = format!("Timeout of {} seconds reached, exiting", timeout.as_secs_f64());
+            // From here on nobody can cancel it.
+            tokio::spawn(terminate(driver, why));
+        });
+        Ok(PyTimer(timer.abort_handle()))
+    }
+
+    /// Ends everything now, and this process by SIGTERM.
+    fn terminate(&self, py: Python<'_>, why: String) -> PyResult<()> {
+        wait_through_signals(py, terminate(Arc::clone(&self.0), why))
+    }
+}
+
+/// What will end a run.
+#[pyclass(frozen, name = "Timer", module = "firn._firn")]
+pub(super) struct PyTimer(AbortHandle);
+
+#[pymethods]
+impl PyTimer {
+    /// Lets the run go on.
+    fn cancel(&self) {
+        self.0.abort();
     }
 }
 
@@ -234,13 +304,27 @@ impl PyRun {
         mut file: MachineFile,
         name: Option<&str>,
         keep_state: bool,
-    ) -> PyResult<PyMachine> {
+    ) -> PyResult<Py<PyAny>> {
         if let Some(name) = name {
             file.rename(name).map_err(|e| senseless(&e))?;
         }
         let made = self.0.create_machine(file, keep_state);
-        made.map(PyMachine).map_err(|e| exception(py, &e))
+        PyMachine::object(py, made.map_err(|e| exception(py, &e))?)
     }
+}
+
+/// Makes the driver of a test; a signal's handler that raises meanwhile ends that.
+fn make(py: Python<'_>, test: TestConfig, options: DriverOptions) -> PyResult<Driver> {
+    let (sender, mut made) = mpsc::channel(1);
+    // What an earlier run left may take a while to remove.
+    runtime()?.spawn_blocking(move || sender.blocking_send(Driver::new(&test, options)));
+    let gone = || Err(MachineError::Usage("the run could not be made".to_owned()).into());
+    let driver = wait(py, async { made.recv().await.unwrap_or_else(gone) });
+    if driver.is_err() {
+        // It removes what it has made.
+        let _ = wait_through_signals(py, timeout(REMOVAL, made.recv()));
+    }
+    driver
 }
 
 /// What somebody wrote makes no sense.
@@ -262,11 +346,10 @@ fn kits_for(py: Python<'_>, test: &PyTest, dirs: Vec<PathBuf>) -> PyResult<Vec<K
     Ok(kits)
 }
 
-async fn terminate(driver: Arc<Driver>, timeout: Duration) {
-    tokio::time::sleep(timeout).await;
+async fn terminate(driver: Arc<Driver>, why: String) {
     hold_waiters();
     let log = driver.logger();
-    log.error(format_args!("Timeout of {} seconds reached, exiting", timeout.as_secs_f64()));
+    log.error(why);
     driver.close().await;
     if let Err(error) = log.finish() {
         log.error(format_args!("the log's files are incomplete: {error}"));

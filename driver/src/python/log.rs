@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pyo3::exceptions::{PyException, PyValueError};
+use pyo3::exceptions::{PyException, PyGeneratorExit, PySystemExit, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 
-use crate::log::{Level, Logger, Step};
+use super::listen;
+use crate::log::{Level, Logger, Step, printable};
 
-/// The log of a run, or of a machine.
-#[pyclass(frozen, name = "Logger", module = "firn")]
+/// The log of a run, or of a machine. A new one goes nowhere, until something is added.
+#[pyclass(frozen, subclass, name = "Logger", module = "firn")]
 pub(super) struct PyLogger(pub(super) Logger);
 
 /// What upstream's logger takes beside a message: the machine that it is about.
@@ -18,54 +19,84 @@ type Attributes<'py> = Option<Bound<'py, PyDict>>;
 
 #[pymethods]
 impl PyLogger {
-    /// A log on stderr, without what is less important than `level`.
+    /// Subclasses take what they like.
     #[new]
+    #[pyo3(signature = (*_arguments, **_named))]
+    fn new(_arguments: &Bound<'_, PyTuple>, _named: Option<&Bound<'_, PyDict>>) -> Self {
+        Self(Logger::nowhere())
+    }
+
+    /// Writes to stderr as well, without what is less important than `level`.
     #[pyo3(signature = (level = "info"))]
-    fn new(level: &str) -> PyResult<Self> {
-        let level: Level = level.parse().map_err(PyValueError::new_err)?;
-        Ok(Self(Logger::stderr_from(level)))
+    fn add_terminal(&self, level: &str) -> PyResult<()> {
+        self.0.add_stderr(parse(level)?);
+        Ok(())
     }
 
     fn add_xml(&self, path: PathBuf) -> PyResult<()> {
-        Ok(self.0.add_xml(&path)?)
+        Ok(self.0.add_xml(&path).map_err(|error| about_file(&path, &error))?)
     }
 
     fn add_junit(&self, path: PathBuf) -> PyResult<()> {
-        Ok(self.0.add_junit(&path)?)
+        Ok(self.0.add_junit(&path).map_err(|error| about_file(&path, &error))?)
     }
 
-    fn finish(&self) -> PyResult<()> {
+    /// Writes to another log as well.
+    fn add_log(&self, other: &Self) -> PyResult<()> {
+        match self.0.add_log(&other.0) {
+            true => Ok(()),
+            false => Err(PyValueError::new_err("a log cannot be a part of itself")),
+        }
+    }
+
+    /// Calls `listener` with kind, text and machine of all that happens, in a thread that waits or logs.
+    fn add_listener(&self, listener: Py<PyAny>) {
+        self.0.add_sink(listen::listener(listener));
+    }
+
+    fn finish(&self, py: Python<'_>) -> PyResult<()> {
+        listen::deliver(py)?;
         Ok(self.0.finish()?)
     }
 
-    #[pyo3(signature = (message, attributes = None))]
-    fn log(&self, message: &str, attributes: Attributes<'_>) -> PyResult<()> {
-        self.about(attributes)?.info(message);
-        Ok(())
+    /// Notes for the reports that the run fails; the terminal does not have it.
+    fn fail(&self, why: &str) {
+        self.0.fail(why);
     }
 
     #[pyo3(signature = (message, attributes = None))]
-    fn debug(&self, message: &str, attributes: Attributes<'_>) -> PyResult<()> {
-        self.about(attributes)?.debug(message);
-        Ok(())
+    fn log(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
+        self.info(message, attributes)
     }
 
     #[pyo3(signature = (message, attributes = None))]
-    fn info(&self, message: &str, attributes: Attributes<'_>) -> PyResult<()> {
-        self.about(attributes)?.info(message);
-        Ok(())
+    fn debug(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
+        self.say(message, attributes, |log, text| log.debug(text))
     }
 
     #[pyo3(signature = (message, attributes = None))]
-    fn warning(&self, message: &str, attributes: Attributes<'_>) -> PyResult<()> {
-        self.about(attributes)?.warning(message);
-        Ok(())
+    fn info(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
+        self.say(message, attributes, |log, text| log.info(text))
     }
 
     #[pyo3(signature = (message, attributes = None))]
-    fn error(&self, message: &str, attributes: Attributes<'_>) -> PyResult<()> {
-        self.about(attributes)?.error(message);
-        Ok(())
+    fn warning(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
+        self.say(message, attributes, |log, text| log.warning(text))
+    }
+
+    #[pyo3(signature = (message, attributes = None))]
+    fn error(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
+        self.log_test_error(message, attributes)
+    }
+
+    /// An error of the test. Does not end it, as [`Self::error`] may in subclasses.
+    #[pyo3(signature = (message, attributes = None))]
+    fn log_test_error(
+        &self,
+        message: &Bound<'_, PyAny>,
+        attributes: Attributes<'_>,
+    ) -> PyResult<()> {
+        self.say(message, attributes, |log, text| log.error(text))
     }
 
     #[pyo3(signature = (message, attributes = None))]
@@ -79,12 +110,20 @@ impl PyLogger {
         Ok(PyStep { subtest: true, ..step })
     }
 
-    fn log_serial(&self, message: &str, machine: &str) {
+    fn log_serial(&self, py: Python<'_>, message: &str, machine: &str) -> PyResult<()> {
         self.0.serial(machine, message);
+        listen::deliver(py).map(drop)
     }
 
     fn print_serial_logs(&self, enable: bool) {
         self.0.show_serial(enable);
+    }
+
+    /// `level` is a name, or one of the enumeration of names.
+    fn set_log_level(&self, level: &Bound<'_, PyAny>) -> PyResult<()> {
+        let name: String = level.extract().or_else(|_| level.getattr("name")?.extract())?;
+        self.0.set_level(parse(&name.to_lowercase())?);
+        Ok(())
     }
 }
 
@@ -97,6 +136,26 @@ impl PyLogger {
             None => self.0.clone(),
         })
     }
+
+    fn say(
+        &self,
+        message: &Bound<'_, PyAny>,
+        attributes: Attributes<'_>,
+        say: impl FnOnce(&Logger, &str),
+    ) -> PyResult<()> {
+        say(&self.about(attributes)?, &message.str()?.to_string_lossy());
+        listen::deliver(message.py()).map(drop)
+    }
+}
+
+fn parse(level: &str) -> PyResult<Level> {
+    level.parse().map_err(PyValueError::new_err)
+}
+
+/// Text without what would drive the terminal.
+#[pyfunction(name = "printable")]
+pub(super) fn py_printable(text: &str) -> String {
+    printable(text)
 }
 
 /// A step in the log, as a context manager.
@@ -121,27 +180,46 @@ impl PyStep {
 
 #[pymethods]
 impl PyStep {
-    fn __enter__(&self) {
+    fn __enter__(&self, py: Python<'_>) -> PyResult<()> {
         let step = match self.subtest {
             true => self.logger.subtest(&self.message),
             false => self.logger.nested(&self.message),
         };
         let before = self.running().replace(step);
         drop(before);
+        listen::deliver(py).map(drop)
     }
 
     fn __exit__(
         &self,
+        py: Python<'_>,
         _kind: Bound<'_, PyAny>,
         error: Bound<'_, PyAny>,
         _traceback: Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let step = self.running().take();
-        if let Some(mut step) = step
-            && error.is_instance_of::<PyException>()
-        {
-            step.fail(error.str()?.to_str()?);
+        if let Some(mut step) = step {
+            if let Some(why) = failure(&error)? {
+                step.fail(&why);
+            }
+            drop(step);
         }
-        Ok(())
+        listen::deliver(py).map(drop)
     }
+}
+
+/// Why a step fails that `error` ends: by an exception, Ctrl-C, a signal, or an exit that says so.
+fn failure(error: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+    if error.is_none() || error.is_instance_of::<PyGeneratorExit>() {
+        return Ok(None);
+    }
+    if error.is_instance_of::<PySystemExit>() {
+        let code = error.getattr("code")?;
+        return Ok(code.is_truthy()?.then(|| format!("exit({code})")));
+    }
+    let text = error.str()?.to_string_lossy().into_owned();
+    if error.is_instance_of::<PyException>() || !text.is_empty() {
+        return Ok(Some(text));
+    }
+    Ok(Some(error.get_type().name()?.to_string_lossy().into_owned()))
 }

@@ -11,6 +11,7 @@ mod accel;
 mod driver;
 mod duration;
 mod errors;
+mod listen;
 mod log;
 mod machine;
 mod wait;
@@ -21,11 +22,11 @@ mod module {
     #[pymodule_export]
     use super::accel::in_carrier_if_needed;
     #[pymodule_export]
-    use super::driver::{PyRun, PyTest, PyVlan};
+    use super::driver::{PyRun, PyTest, PyTimer, PyVlan};
     #[pymodule_export]
-    use super::log::{PyLogger, PyStep};
+    use super::log::{PyLogger, PyStep, py_printable};
     #[pymodule_export]
-    use super::machine::{PyMachine, PyQmpClient};
+    use super::machine::PyMachine;
     #[pymodule_export]
     use super::wait::{check_wait_hook, interrupt_waits_by_signals, set_wait_hook};
 

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::errors::exception;
+use super::listen::deliver;
 use crate::error::Result;
 
 /// Changes when Python has caught a signal whose handler it has not run yet.
@@ -48,7 +49,7 @@ pub(super) fn wait<T: Send>(
     let mut signals = SIGNALS.get_or_init(watch::Sender::default).subscribe();
     loop {
         py.check_signals()?;
-        let hooked = call_hook(py)?;
+        let hooked = call_hook(py)? | deliver(py)?;
         let done = py.detach(|| {
             let done = runtime.block_on(async {
                 tokio::select! {
@@ -64,6 +65,7 @@ pub(super) fn wait<T: Send>(
             done
         });
         if let Some(done) = done {
+            deliver(py)?;
             return done.map_err(|error| exception(py, &error));
         }
     }

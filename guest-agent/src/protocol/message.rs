@@ -67,7 +67,7 @@ pub enum StderrMode {
     /// To the host, apart from standard output.
     #[default]
     Stream,
-    /// To the agent's own standard error: the console, if the agent is PID 1.
+    /// To the console that the agent was told of, else to its own standard error: the console, if it is PID 1.
     Console,
     /// Away.
     Null,
@@ -262,6 +262,8 @@ pub struct Ready {
     pub agent_version: String,
     /// Whether it is PID 1.
     pub init: bool,
+    /// Whether the agent was started before its system is up: [`super::SYSTEM_UP`] tells when it is.
+    pub early: bool,
     /// The guest's host name.
     pub hostname: String,
     /// The guest's kernel release.

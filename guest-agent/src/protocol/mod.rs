@@ -51,10 +51,16 @@ pub use message::{
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. Both sides must have the same one: agent and driver are built together.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// The name of the virtio-console port that the agent serves.
 pub const PORT_NAME: &str = "org.firn.agent";
+
+/// What is there as long as a guest's system is up, where the agent is started before it is.
+pub const SYSTEM_UP: &str = "/run/firn-system-up";
+
+/// What is there as long as a guest's system waits for somebody to mend it, and does not come up.
+pub const SYSTEM_DOWN: &str = "/run/firn-system-down";
 
 /// The most bytes of a stream or file that one frame carries.
 pub const MAX_CHUNK: usize = 64 * 1024;

@@ -3,6 +3,7 @@
 import time
 
 from test_driver.errors import RequestedAssertionFailed
+from test_driver.polling_condition import PollingConditionError
 
 machine.connect()
 limit = 0.0
@@ -16,7 +17,7 @@ def in_time() -> bool:
 def ended_by_condition(wait) -> None:
     global limit
     limit = time.monotonic() + 1
-    with t.assertRaisesRegex(RequestedAssertionFailed, "Polling condition failed: in_time"):
+    with t.assertRaisesRegex(PollingConditionError, "Polling condition failed: in_time"):
         with in_time:
             wait()
     # What was waited for would have taken much longer.
@@ -36,6 +37,36 @@ with subtest("polling_condition: may call the machine"):
 
     with responds:
         machine.succeed("sleep 2")
+
+with subtest("polling_condition: both names of the interval, and the description"):
+
+    @polling_condition(interval=60, description="is up")
+    def up() -> bool:
+        return machine.is_up()
+
+    with up:
+        t.assertEqual([c.description for c in driver.polling_conditions], ["is up"])
+        driver.check_polling_conditions()
+    t.assertEqual((up.description, up.condition.description), ("is up", "is up"))
+    for more in ({}, {"timeout_seconds": 60}, {"timeout": 60}):
+        up.wait(**more)
+    up.wait(60)
+
+with subtest("polling_condition, wrongly: one name of the interval only"):
+    with t.assertRaises(TypeError):
+        polling_condition(interval=1, seconds_interval=1)
+
+with subtest("retry: both names of the timeout"):
+    tries = []
+    for more in ({}, {"timeout_seconds": 60}, {"timeout": 60}):
+        retry(lambda last: tries.append(last) or True, **more)
+    retry(lambda last: tries.append(last) or True, 60)
+    t.assertEqual(tries, [False] * 4)
+
+with subtest("retry, wrongly: says how long it took, and the limit"):
+    said = r"^action timed out after 1\.\d\d seconds \(timeout=1\)$"
+    with t.assertRaisesRegex(RequestedAssertionFailed, said):
+        retry(lambda last: False, timeout=1)
 
 with subtest("polling_condition, wrongly: ends a command"):
     ended_by_condition(lambda: machine.succeed("sleep 60"))

@@ -8,6 +8,11 @@ from datetime import timedelta
 
 from test_driver.errors import MachineError, RequestedAssertionFailed
 
+with subtest("execute: the first command finds what every service waits for"):
+    machine.start()
+    machine.require_unit_state("basic.target")
+    machine.require_unit_state("systemd-tmpfiles-clean.timer")
+
 machine.wait_for_unit("multi-user.target")
 
 with subtest("execute: status and output, and no standard error"):
@@ -40,6 +45,35 @@ with subtest("execute: waits until the output is closed"):
     t.assertEqual(machine.execute("(sleep 3; echo late) & echo now"), (0, "now\nlate\n"))
     t.assertGreater(time.monotonic() - began, 2.5)
 
+with subtest("execute: bytes that no command has, and more of them than an argument"):
+    t.assertEqual(machine.execute("echo a\0b"), (0, "ab\n"))
+    long = "x" * 300_000
+    script = f"word={long}; echo ${{#word}} $0 $PPID-$$; cat; readlink /proc/$$/exe; false; echo on"
+    status, out = machine.execute(script)
+    t.assertEqual(status, 1)
+    short = machine.execute("echo $0 $PPID; readlink /proc/$$/exe")[1].split()
+    said = out.split()
+    t.assertEqual([said[0], said[1], said[3]], ["300000", short[0], short[2]])
+    t.assertEqual(machine.execute(f"exit 5 # {long}"), (5, ""))
+    t.assertEqual(machine.execute("ls /run | grep firn-script"), (1, ""))
+
+with subtest("execute: what it says of itself is on the console, without a journal too"):
+    machine.succeed("systemctl stop systemd-journald.socket systemd-journald-dev-log.socket")
+    machine.succeed("systemctl stop systemd-journald-audit.socket systemd-journald")
+    machine.fail("ping -c 1 there.is.no.such.name.invalid; echo words of its own >&2; false")
+    machine.wait_for_console_text("there.is.no.such.name.invalid: .+", timeout=60)
+    machine.fail("systemctl is-active systemd-journald")
+    machine.succeed("systemctl start systemd-journald.socket systemd-journald-dev-log.socket")
+    machine.succeed("systemctl start systemd-journald")
+
+with subtest("execute: out of memory it alone is ended"):
+    t.assertEqual(machine.execute("tail /dev/zero"), (137, ""))
+    t.assertEqual(machine.execute("cat /proc/self/oom_score_adj"), (0, "0\n"))
+    t.assertEqual(machine.execute("systemctl show -P TasksMax backdoor"), (0, "infinity\n"))
+    way = "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/pids.max"
+    t.assertEqual(machine.execute(way), (0, "max\n"))
+    t.assertEqual(machine.execute("ulimit -Sn; ulimit -Hn"), (0, "1024\n524288\n"))
+
 with subtest("execute: reads nothing"):
     t.assertEqual(machine.execute("cat"), (0, ""))
 
@@ -47,6 +81,7 @@ with subtest("execute, wrongly: past its time it is killed"):
     t.assertEqual(machine.execute("echo a; sleep 1000", timeout=1), (124, "a\n"))
     t.assertEqual(machine.execute("sleep 1000", timeout=timedelta(seconds=0.5))[0], 124)
     t.assertEqual(machine.execute("echo on", timeout=None), (0, "on\n"))
+    t.assertEqual(machine.execute("sleep 1; echo on", timeout=0), (0, "on\n"))
 
 with subtest("execute, wrongly: killed by a signal"):
     t.assertEqual(machine.execute("kill -9 $$")[0], 137)
@@ -76,6 +111,13 @@ with subtest("succeed, wrongly: says which command failed, and how"):
     with t.assertRaisesRegex(RequestedAssertionFailed, r"exit code 124"):
         machine.succeed("sleep 1000", timeout=1)
 
+with subtest("succeed, wrongly: a long command is shown in part"):
+    with t.assertRaisesRegex(
+        RequestedAssertionFailed, r"^command `false # x+… .*200008 bytes"
+    ) as caught:
+        machine.succeed("false # " + "x" * 200_000)
+    t.assertLess(len(str(caught.exception)), 2000)
+
 with subtest("fail: the output of what fails"):
     t.assertEqual(machine.fail("echo a; false", "echo b; exit 9"), "a\nb\n")
 
@@ -99,8 +141,16 @@ with subtest("wait_until_succeeds: gives a try up that takes too long"):
     t.assertLess(time.monotonic() - began, 500)
 
 with subtest("wait_until_succeeds, wrongly: within its time only"):
-    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 2 seconds"):
+    with t.assertRaisesRegex(
+        RequestedAssertionFailed, r"timed out after 2\S* seconds \(timeout=2\)$"
+    ):
         machine.wait_until_succeeds("false", timeout=2)
+
+with subtest("wait_until_succeeds, wrongly: with a command that takes longer"):
+    began = time.monotonic()
+    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 3 seconds"):
+        machine.wait_until_succeeds("sleep 1000", timeout=3)
+    t.assertLess(time.monotonic() - began, 12)
 
 with subtest("wait_until_fails: the output when it does"):
     machine.succeed("touch /tmp/there; (sleep 1; rm /tmp/there) >/dev/null 2>&1 &")
@@ -108,7 +158,9 @@ with subtest("wait_until_fails: the output when it does"):
     t.assertEqual(out, "gone\n")
 
 with subtest("wait_until_fails, wrongly: within its time only"):
-    with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 0 seconds"):
+    with t.assertRaisesRegex(
+        RequestedAssertionFailed, r"timed out after 0\S* seconds \(timeout=0\)$"
+    ):
         machine.wait_until_fails("true", timeout=0)
 
 with subtest("sleep: in the guest's time"):
@@ -139,6 +191,17 @@ with subtest("connect: again is nothing"):
     boot_id = machine.succeed("cat /proc/sys/kernel/random/boot_id")
     machine.connect()
     t.assertEqual(machine.succeed("cat /proc/sys/kernel/random/boot_id"), boot_id)
+
+with subtest("execute: nobody asks for the status of what ends the machine"):
+    t.assertEqual(machine.execute("poweroff -f; sleep 100", check_return=False), (-1, ""))
+    machine.wait_for_shutdown()
+    machine.start()
+    with t.assertRaisesRegex(MachineError, "powered off"):
+        machine.execute("poweroff -f; sleep 100")
+    machine.wait_for_shutdown()
+
+machine.start()
+machine.connect()
 
 with subtest("crash: at once"):
     machine.crash()

@@ -1,5 +1,6 @@
 # A machine file that nix/machine-spec.nix makes, under `nixos-test-driver`.
 #: nix: machine
+import base64
 import socket
 
 from test_driver.errors import MachineError, RequestedAssertionFailed
@@ -9,6 +10,12 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 os.environ["QEMU_KERNEL_PARAMS"] = "said=later"
 os.environ["QEMU_OPTS"] = "-m 768 -nographic"
 os.environ["QEMU_NET_OPTS"] = f"hostfwd=tcp:127.0.0.1:{port}-:80"
+certificates = machine.state_dir / "host.crt"
+certificates.write_text("certificates of the host\n")
+os.environ["NIX_SSL_CERT_FILE"] = str(certificates)
+secret = bytes(range(256)) * 32
+token = machine.state_dir / "token"
+token.write_bytes(secret)
 
 with subtest("start: boots the system"):
     machine.start()
@@ -26,6 +33,20 @@ with subtest("start: with the kernel arguments of system, node and environment")
 with subtest("start: with the memory that QEMU_OPTS wants"):
     total = int(machine.succeed("awk '/MemTotal/ { print $2 }' /proc/meminfo"))
     t.assertTrue(600 << 10 < total <= 768 << 10, total)
+
+with subtest("start: with credentials, from the store and from the state directory"):
+    read = "systemd-creds --system cat --transcode=base64 --newline=no"
+    t.assertEqual(base64.b64decode(machine.succeed(f"{read} test.token")), secret)
+    parameters = base64.b64decode(machine.succeed(f"{read} parameters")).decode()
+    t.assertIn(parameters.strip(), machine.succeed("cat /proc/cmdline"))
+    service = "--pipe --quiet --property=ImportCredential=test.* --property=DynamicUser=yes"
+    imported = machine.succeed(f"systemd-run {service} sh -c 'base64 $CREDENTIALS_DIRECTORY/*'")
+    t.assertEqual(base64.b64decode(imported), secret)
+
+with subtest("start: with the host's certificates in a share"):
+    machine.succeed("mkdir -p /tmp/certs && mount -t virtiofs certs /tmp/certs")
+    found = machine.succeed("cd /tmp/certs && stat -c '%n %a' * && cat ca-certificates.crt")
+    t.assertEqual(found, "ca-certificates.crt 644\ncertificates of the host\n")
 
 with subtest("start: with disks in their order"):
     disks = machine.succeed("cd /sys/block; grep . vd*/serial vd*/size")
@@ -68,6 +89,17 @@ with subtest("wait_for_console_text, wrongly: nothing says that"):
         machine.wait_for_console_text("no such line", timeout=1)
 
 machine.shutdown()
+
+with subtest("start, wrongly: a credential is longer than what there is room for"):
+    token.write_bytes(bytes(60_000))
+    with t.assertRaisesRegex(MachineError, "too long"):
+        machine.start()
+
+with subtest("start, wrongly: the file of a credential is missing"):
+    token.unlink()
+    with t.assertRaisesRegex(MachineError, f"{token}: No such file"):
+        machine.start()
+    token.write_bytes(secret)
 
 with subtest("start, wrongly: QEMU_OPTS wants what only QEMU has"):
     os.environ["QEMU_OPTS"] = "-vga std"

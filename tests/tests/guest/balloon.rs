@@ -66,6 +66,7 @@ fn the_host_sets_the_size_and_the_guest_follows() {
         serial: Box::new(io::sink()),
         console_ports: vec![],
         nets: vec![],
+        descriptors: 10_000,
     };
     let mut vm = Vm::new(&spec, host_side).unwrap();
     let balloon = vm.balloon().expect("the machine has one").clone();

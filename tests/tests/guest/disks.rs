@@ -189,6 +189,47 @@ fn one_image_cannot_be_written_by_two_machines() {
     });
 }
 
+/// A qcow2 image of version 2 without data that names a backing file.
+fn qcow2_over(backing: &str, mib: u64) -> Vec<u8> {
+    const CLUSTER: u64 = 64 << 10;
+    let mut image = vec![0; 4 << 16];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb\0\0\0\x02");
+    put(8, &100_u64.to_be_bytes());
+    put(16, &u32::try_from(backing.len()).unwrap().to_be_bytes());
+    put(20, &16_u32.to_be_bytes());
+    put(24, &(mib * MIB).to_be_bytes());
+    // One entry of the first level, which covers 512 MiB.
+    put(36, &1_u32.to_be_bytes());
+    put(40, &(3 * CLUSTER).to_be_bytes());
+    put(48, &CLUSTER.to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    put(100, backing.as_bytes());
+    put(1 << 16, &(2 * CLUSTER).to_be_bytes());
+    put(2 << 16, &[0, 1, 0, 1, 0, 1, 0, 1]);
+    image
+}
+
+#[test]
+fn a_backing_file_is_used_where_the_description_allows_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut base = noise(2 << 20);
+    base[..5].copy_from_slice(b"base\n");
+    fs::write(at("base.img"), base).unwrap();
+    fs::write(at("top.qcow2"), qcow2_over("base.img", 2)).unwrap();
+    let node = |name: &str, more: &str| {
+        format!("[nodes.{name}]\ndisks = [{{ path = {:?}{more} }}]\n", at("top.qcow2"))
+    };
+    let nodes = node("allowed", &format!(", backing = [{:?}]", dir.path())) + &node("shut", "");
+    with_machines(&nodes, async |driver| {
+        let [allowed, shut] = driver.machines() else { panic!("two machines") };
+        let error = firn::error::chain(&shut.start(false).await.unwrap_err());
+        assert!(error.contains("base.img") && error.contains("the disk's `backing`"), "{error}");
+        assert_eq!(output(allowed, "head -n 1 /dev/vda").await, "base");
+    });
+}
+
 #[test]
 fn a_full_host_is_an_input_output_error_for_the_guest() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,8 +4,8 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use firn::error::chain;
-use firn::{Driver, Machine};
+use firn::error::{MachineError, chain};
+use firn::{Driver, Error, Machine};
 use firn_tests::{SmallFileSystem, noise, systemd, with_machines};
 
 fn only(driver: &Driver) -> &Machine {
@@ -72,9 +72,12 @@ fn trees_with_modes_and_links_both_ways() {
         make_file(&tree.join("program"), b"#!/bin/sh\necho it runs\n", 0o4755);
         make_file(&tree.join("a \"name\"\nof two lines, \u{e9}"), b"n", 0o644);
         symlink("private/secret", tree.join("link")).unwrap();
-        symlink("/nowhere/at all", tree.join("dangling")).unwrap();
-
         send(m, &tree, "/tmp/new/tree").await;
+        // What the link points to was sent; links of the guest come back as they are.
+        let relink = "cd /tmp/new/tree; test ! -L link; cmp link private/secret; \
+            ln -sf private/secret link; ln -s '/nowhere/at all' dangling";
+        output(m, relink).await;
+        symlink("/nowhere/at all", tree.join("dangling")).unwrap();
         let seen = "cd /tmp/new/tree; \
             stat -c '%a %u' . private private/empty private/secret program a*; \
             readlink link; readlink dangling; cat link; echo; ./program; find . -mindepth 1 | wc -l";
@@ -108,17 +111,26 @@ fn what_cannot_be_copied_is_refused() {
         let here = tempfile::tempdir().unwrap();
         let missing = here.path().join("missing");
         let error = m.copy_from_host(&missing, Path::new("/tmp/x")).await.unwrap_err();
-        assert!(error.to_string().contains("missing"), "{error}");
+        assert!(
+            matches!(&error, Error::Machine(MachineError::Missing { path }) if *path == missing)
+        );
+        symlink(".", here.path().join("round")).unwrap();
+        m.copy_from_host(here.path(), Path::new("/tmp/round")).await.unwrap_err();
         m.succeed(&["[ ! -e /tmp/x ]", "mkfifo /tmp/fifo"], None).await.unwrap();
         for source in ["/tmp/nothing", "/tmp/fifo"] {
             let refused = m.copy_from_machine(Path::new(source), Path::new("")).await;
-            let error = refused.unwrap_err().to_string();
-            assert!(error.contains(source), "{error}");
+            let error = refused.unwrap_err();
+            assert!(error.to_string().contains(source), "{error}");
+            assert_eq!(matches!(error, Error::Assertion(_)), source == "/tmp/nothing", "{error:?}");
         }
-        for outside in ["..", "/tmp"] {
-            let refused = m.copy_from_machine(Path::new("/etc/hosts"), Path::new(outside)).await;
-            assert!(refused.is_err(), "copied to {outside}");
+        // The guest's links do not say where files of the host go.
+        output(m, "mkdir /tmp/links; ln -s / /tmp/links/up").await;
+        fetch(m, "/tmp/links", "").await;
+        for through in ["links/up", "links/up/tmp/new"] {
+            let refused = m.copy_from_machine(Path::new("/etc/hosts"), Path::new(through)).await;
+            assert!(refused.is_err(), "copied to {through}");
         }
+        assert!(!Path::new("/hosts").exists() && !Path::new("/tmp/new").exists());
         assert_eq!(output(m, "echo still here").await, "still here");
     });
 }

@@ -147,6 +147,7 @@ fn what_nix_makes_boots() {
     let made = nix.arg(repository().join("tests/nix/kit.nix")).output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let place = Place::new(&serde_json::from_slice(&made.stdout).unwrap());
+    fs::write(place.cwd.path().join("token"), "a credential").unwrap();
 
     let mut run = place.start();
     let (mut keys, mut screen) = (run.stdin.take().unwrap(), run.stdout.take().unwrap());
@@ -157,6 +158,6 @@ fn what_nix_makes_boots() {
     assert_eq!(run.wait().unwrap().code(), Some(0));
     let kept = fs::read_dir(place.cwd.path()).unwrap().map(|entry| entry.unwrap().file_name());
     let kept: BTreeSet<_> = kept.collect();
-    assert_eq!(kept, BTreeSet::from(["node.qcow2".into(), "run-machine-vm".into()]));
+    assert_eq!(kept, BTreeSet::from(["node.qcow2", "run-machine-vm", "token"].map(Into::into)));
     assert_eq!(fs::read_dir(place.tmp.path()).unwrap().count(), 0);
 }

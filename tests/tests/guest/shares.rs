@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use firn::{Driver, Machine, kit};
+use firn_tests::skip::skipped;
 use firn_tests::{micro, with_machines};
 use tempfile::TempDir;
 
@@ -121,7 +123,7 @@ fn two_guests_and_the_host_write_to_one_share_without_root() {
 /// Runs the test `name` of this program again, as [`USER`].
 fn as_user(name: &str) {
     let Some(groups) = groups_for_kvm() else {
-        eprintln!("SKIPPED: on this host none but root may use /dev/kvm");
+        skipped("on this host none but root may use /dev/kvm");
         return;
     };
     let place = tempfile::tempdir().unwrap();
@@ -174,7 +176,7 @@ fn copy_of_kit(place: &TempDir) -> PathBuf {
             fs::copy(dir.join(file), target.join(file)).unwrap();
         }
     };
-    copy_dir(&kit, &["vmlinux", "initrd", "manifest.json"]);
+    copy_dir(&kit, &["kernel", "vmlinux", "initrd", "manifest.json"]);
     for base in fs::read_dir(cache.join("base")).unwrap() {
         copy_dir(&base.unwrap().path(), &["base.json"]);
     }
@@ -236,5 +238,38 @@ fn every_machine_has_the_common_share_and_one_of_its_own() {
             assert_eq!(output(machine, "ls /tmp/xchg").await, "name");
         }
         assert_eq!(fs::read_to_string(b.shared_dir().join("from-a")).unwrap(), "a\n");
+    });
+}
+
+/// Another user of the host.
+const NOBODY: u32 = 65534;
+
+#[test]
+fn no_other_user_of_the_host_comes_to_what_guests_write() {
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("SKIPPED: only root can be another user");
+        return;
+    }
+    with_machines("[nodes.m]\nempty_disks = [16]", async |driver| {
+        let m = &driver.machines()[0];
+        m.start(false).await.unwrap();
+        output(m, "cp /bin/busybox /tmp/shared/sh; chmod 4755 /tmp/shared/sh").await;
+        output(m, "echo secret >/tmp/xchg/note; chmod 666 /tmp/xchg/note").await;
+        let (state, shared) = (m.state_dir(), m.shared_dir());
+        assert!(shared.join("sh").exists() && state.join("xchg/note").exists());
+        for path in [&shared.join("sh"), &state.join("xchg/note"), &state.join("disk0.img")] {
+            let seen = Command::new("cat").arg(path).uid(NOBODY).gid(NOBODY).output().unwrap();
+            assert!(!seen.status.success(), "{} is open to all", path.display());
+        }
+        for dir in [state, shared, &state.join("xchg")] {
+            let seen = Command::new("ls").arg(dir).uid(NOBODY).gid(NOBODY).output().unwrap();
+            assert!(!seen.status.success(), "{} is open to all", dir.display());
+        }
+        // What firn makes itself is closed of its own.
+        for entry in fs::read_dir(state).unwrap().map(Result::unwrap) {
+            let meta = entry.metadata().unwrap();
+            assert!(meta.is_dir() || meta.mode() & 0o077 == 0, "{}", entry.path().display());
+        }
+        assert_eq!(fs::metadata(shared).unwrap().mode() & 0o777, 0o700);
     });
 }

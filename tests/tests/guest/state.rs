@@ -93,6 +93,7 @@ fn host_side(switch: &Switch, name: &str) -> (HostSide, UnixStream) {
         serial: Box::new(io::stderr()),
         console_ports: vec![guest],
         nets: vec![Arc::new(switch.add_port(name)) as Arc<dyn NetPort>],
+        descriptors: 10_000,
     };
     (host, agent)
 }

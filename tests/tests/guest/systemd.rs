@@ -1,8 +1,11 @@
 //! The kit `systemd`: a machine laid out as those of NixOS tests are.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use firn::{Driver, Machine};
+use firn::error::MachineError;
+use firn::{Driver, Error, Machine};
 use firn_tests::{systemd, with_machines};
 
 /// Nothing that is waited for here takes as long.
@@ -108,6 +111,60 @@ fn without_the_agent_there_is_the_backdoor() {
     with_machines(&nodes, async |driver| {
         let machine = only(driver);
         machine.start(false).await.unwrap();
-        console_shows(machine, "connecting to host...").await;
+        let units = "systemctl is-active firn-agent.service backdoor.service || true";
+        assert_eq!(output(machine, units).await, "inactive\nactive");
+    });
+}
+
+/// A machine of which `prepare`, shell lines, changes the system before systemd starts. It is not started.
+fn with_prepared(prepare: &str, script: impl AsyncFnOnce(&Machine)) {
+    let cmdline = format!("{} init=/tmp/shared/init", systemd().manifest.cmdline);
+    with_machines(&format!("[nodes.m]\nkit = 'systemd'\ncmdline = {cmdline:?}"), async |driver| {
+        let machine = only(driver);
+        let init = machine.shared_dir().join("init");
+        // The kit's own, with more before its last line.
+        let text = format!(
+            "#!/nix/store/firn/busybox/sh\nexport PATH=/nix/store/firn/busybox\n\
+             {{ head -n -1 /nix/store/toplevel/init; cat <<'END'\n{prepare}\nEND\n\
+             tail -n 1 /nix/store/toplevel/init; }} >/run/init\n\
+             exec /nix/store/firn/busybox/sh /run/init\n"
+        );
+        fs::write(&init, text).unwrap();
+        fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+        script(machine).await;
+    });
+}
+
+#[test]
+fn the_first_command_waits_for_the_system() {
+    let unit = "[Unit]\nDefaultDependencies=no\nBefore=basic.target\n\
+        [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/sleep 5";
+    let wanted = "/etc/systemd/system/basic.target.wants";
+    let prepare =
+        format!("mkdir -p {wanted}\nprintf '{}' >{wanted}/slow.service", unit.replace('\n', "\\n"));
+    with_prepared(&prepare, async |machine| {
+        let states = "systemctl is-active slow.service basic.target systemd-tmpfiles-clean.timer";
+        assert_eq!(output(machine, states).await, "active\nactive\nactive");
+        // The agent itself was there long before.
+        let since = async |unit: &str| {
+            let show = format!("systemctl show -P ActiveEnterTimestampMonotonic {unit}");
+            output(machine, &show).await.parse::<u64>().unwrap()
+        };
+        assert!(since("firn-agent").await + 5_000_000 < since("firn-system-up").await);
+        // An agent that is started again does not wait again.
+        machine.fail(&["pkill -9 '^firn-agent$'; sleep 99"], None).await.unwrap_err();
+        assert_eq!(output(machine, "echo on").await, "on");
+    });
+}
+
+#[test]
+fn a_system_that_does_not_come_up_fails_the_first_command() {
+    let mount = "echo '/dev/nothing /mnt ext4 x-systemd.device-timeout=1s 0 0' >/etc/fstab";
+    with_prepared(mount, async |machine| {
+        let error = machine.succeed(&["true"], None).await.unwrap_err();
+        assert!(matches!(error, Error::Machine(MachineError::NotUp { .. })), "{error:?}");
+        assert!(error.to_string().contains("emergency or rescue mode"), "{error}");
+        machine.wait_for_unit("multi-user.target", None, PATIENCE).await.unwrap_err();
+        machine.shutdown().await.unwrap();
     });
 }

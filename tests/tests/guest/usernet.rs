@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use firn::Machine;
 use firn_tests::{noise, with_machines};
+use nix::sys::socket::Backlog;
 use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
@@ -211,6 +212,55 @@ fn in_a_namespace(test: &str) {
     text.lines().filter(|line| line.starts_with("figure: ")).for_each(|line| eprintln!("{line}"));
 }
 
+/// How many connections hang, and how long a new one may take meanwhile: far less than they do.
+const HANGING: usize = 600;
+const SOON: Duration = Duration::from_secs(20);
+
+#[test]
+fn connections_that_hang_keep_no_other_from_working() {
+    // With its queue full the host's kernel drops what asks for a connection.
+    let (silent, dead) = listener();
+    nix::sys::socket::listen(&silent, Backlog::new(0).unwrap()).unwrap();
+    let _first = std::net::TcpStream::connect(silent.local_addr().unwrap()).unwrap();
+    with_machines("[nodes.m]\nmemory_size = 512", async |driver| {
+        let machine = &driver.machines()[0];
+        let port = serve(b"word\n".to_vec());
+        let hang = format!(
+            "for i in $(seq {HANGING}); do nc 10.0.2.2 {dead} </dev/null >/dev/null 2>&1 & done"
+        );
+        output(machine, &hang).await;
+        // All have sent what asks for a connection.
+        output(machine, "until [ $(grep -c ' 02 ' /proc/net/tcp) -ge 600 ]; do sleep 1; done")
+            .await;
+        let began = Instant::now();
+        let said = output(machine, &format!("wget -q -O - http://10.0.2.2:{port}/")).await;
+        assert_eq!(said, "word");
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+        let hanging = output(machine, "grep -c ' 02 ' /proc/net/tcp").await;
+        assert!(hanging.parse::<usize>().unwrap() > HANGING / 2, "{hanging} still hang");
+    });
+}
+
+#[test]
+fn the_hosts_loopback_and_link_can_be_kept_from_a_guest() {
+    let port = serve(b"word\n".to_vec());
+    let nodes = "[nodes.open]\n[nodes.shut]\nhost_loopback = false";
+    with_machines(nodes, async |driver| {
+        let [open, shut] = driver.machines() else { panic!("two machines") };
+        let fetch = format!("wget -q -O - http://10.0.2.2:{port}/ 2>&1");
+        assert_eq!(output(open, &fetch).await, "word");
+        shut.fail(&[&fetch], None).await.unwrap();
+        // At once, and by the gateway's word: it is no network that drops what it cannot pass on.
+        for machine in [open, shut] {
+            let began = Instant::now();
+            let metadata = "nc 169.254.169.254 80 </dev/null 2>&1";
+            let said = machine.fail(&[metadata], None).await.unwrap();
+            assert!(said.contains("No route to host"), "{said}");
+            assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+        }
+    });
+}
+
 #[test]
 fn it_works_on_a_host_without_a_network() {
     in_a_namespace("usernet::a_system_and_a_restricted_one");
@@ -242,6 +292,9 @@ fn a_system_and_a_restricted_one() {
         many_connections(open).await;
 
         shut.fail(&[&format!("wget -q -O - http://10.0.2.2:{port}/")], None).await.unwrap();
+        // Nobody asks for it, so nobody says that it cannot be found out.
+        let said = shut.fail(&["nslookup name.example 10.0.2.3 2>&1"], None).await.unwrap();
+        assert!(!said.contains("SERVFAIL"), "{said}");
         output(shut, "echo inside > /tmp/word; httpd -p 80 -h /tmp >/dev/null 2>&1").await;
         let port = shut.forward_port(0, 80).await.unwrap();
         assert_eq!(fetch(port, "/word").await, b"inside\n");

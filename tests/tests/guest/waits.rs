@@ -13,7 +13,7 @@ fn files_and_ports() {
     with_machines("[nodes.machine]", async |driver| {
         let machine = &driver.machines()[0];
         let timed_out = |error: Error| {
-            assert_eq!(error.to_string(), "action timed out after 0.3 seconds");
+            assert_eq!(error.to_string(), "action timed out after 0.3 seconds (timeout=0.3)");
         };
         timed_out(machine.wait_for_file("/tmp/it", SHORT).await.unwrap_err());
         machine.succeed(&["(sleep 0.2; touch /tmp/it) >/dev/null 2>&1 &"], None).await.unwrap();

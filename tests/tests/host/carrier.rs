@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -200,6 +201,66 @@ fn a_killed_qemu_is_reported_at_once() {
     assert!(sent.elapsed() < GRACE, "it took {:?}", sent.elapsed());
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("signal: 9"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_carrier_with_a_wrong_clock_is_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let tools = dir.path().join("bin");
+    fs::create_dir(&tools).unwrap();
+    // The first carrier's kernel is told half of the frequency.
+    let qemu = tools.join("qemu-system-x86_64");
+    let script = "#!/bin/bash\n\
+                  if ! [ -e started ]; then\n\
+                    touch started\n\
+                    khz=${*#*tsc_early_khz=}; khz=${khz%% *}\n\
+                    set -- \"${@/tsc_early_khz=*/tsc_early_khz=$((khz / 2))}\"\n\
+                  fi\n\
+                  PATH=${PATH#*:} exec qemu-system-x86_64 \"$@\"\n";
+    fs::write(&qemu, script).unwrap();
+    fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", tools.display(), std::env::var("PATH").unwrap());
+    let output = carrier(dir.path(), &["cat", "/proc/cmdline"]).env("PATH", path).output().unwrap();
+    let stderr = text(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let told = stderr.split_once("its clock runs at ").unwrap_or_else(|| panic!("{stderr}")).1;
+    let (speed, rest) = told.split_once(" times the host's").unwrap();
+    assert!((1.8..2.2).contains(&speed.parse::<f64>().unwrap()), "{stderr}");
+    assert!(rest.contains("starting it again"), "{stderr}");
+    assert_eq!(stderr.matches("starting it again").count(), 1, "{stderr}");
+}
+
+#[test]
+fn a_carrier_hides_what_its_guests_cannot_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = run(dir.path(), &["grep", "-m1", "^flags", "/proc/cpuinfo"]);
+    let flags = text(&output.stdout);
+    assert!(flags.contains(" svm "), "{flags}{}", text(&output.stderr));
+    let hidden = ["xsave", "avx", "avx2", "f16c", "fma", "mpx", "pku", "vaes"];
+    let there: Vec<_> = flags.split_whitespace().filter(|flag| hidden.contains(flag)).collect();
+    assert!(there.is_empty(), "{there:?}");
+}
+
+#[test]
+fn a_busy_carriers_kvm_is_not_called_an_interpreter() {
+    let dir = tempfile::tempdir().unwrap();
+    let busy: Vec<_> = (0..4)
+        .map(|_| Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap())
+        .collect();
+    let firn = firn();
+    let script = format!(
+        "for n in 1 2 3; do (while :; do :; done) & done; \
+         for n in 1 2 3 4 5; do {} doctor | grep '^kvm'; done; kill $(jobs -p)",
+        firn.display()
+    );
+    let output = run(dir.path(), &["bash", "-c", &script]);
+    for mut process in busy {
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+    let said = text(&output.stdout);
+    let good = said.lines().filter(|line| line.contains(" ok ")).count();
+    assert_eq!(good, 5, "{said}{}", text(&output.stderr));
 }
 
 #[test]

@@ -1,11 +1,15 @@
 //! What the command line says when something is wrong. Needs no guest and no working KVM.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
 
 use firn_tests::firn;
+use firn_tests::skip::skipped;
 use tempfile::TempDir;
 
 fn text(bytes: &[u8]) -> String {
@@ -183,6 +187,65 @@ fn doctor_without_the_python_package() {
     assert_has(&line("python"), &["MISSING", "no package firn", "FIRN_PYTHON"]);
 }
 
+/// Starts `command`, waits until it says `line`, and sends it a signal: how it ended, within seconds.
+fn ended_by(mut command: Command, line: &str, signal: &str) -> ExitStatus {
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|said| said.unwrap().contains(line)), "it did not say {line:?}");
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-s", signal, &id]).status().unwrap().success());
+    for _ in 0..100 {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    child.kill().unwrap();
+    panic!("{signal} did not end it");
+}
+
+#[test]
+fn signals_end_what_waits_for_a_kit() {
+    let cache = tempfile::tempdir().unwrap();
+    fs::create_dir(cache.path().join("firn")).unwrap();
+    let lock = fs::File::create(cache.path().join("firn/lock")).unwrap();
+    lock.lock().unwrap();
+    let waits = "another firn is building a kit";
+    let firn = |args: &[&str]| {
+        let mut command = Command::new(firn());
+        command.args(args).env("XDG_CACHE_HOME", cache.path());
+        command
+    };
+    for (name, number) in [("INT", 2), ("TERM", 15), ("HUP", 1)] {
+        let status = ended_by(firn(&["kit", "build", "micro"]), waits, name);
+        assert_eq!(status.signal(), Some(number));
+        let status = ended_by(firn(&["carrier", "exec", "--", "true"]), waits, name);
+        assert_eq!(status.code(), Some(128 + number));
+    }
+}
+
+#[test]
+fn a_cache_that_is_not_ours_is_not_used() {
+    let cache = tempfile::tempdir().unwrap();
+    let root = cache.path().join("firn");
+    fs::create_dir(&root).unwrap();
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o777)).unwrap();
+    let build = || {
+        let output = run(Command::new(firn())
+            .args(["kit", "build", "micro"])
+            .env("XDG_CACHE_HOME", cache.path()));
+        assert_eq!(output.status.code(), Some(1));
+        text(&output.stderr)
+    };
+    let help = "set XDG_CACHE_HOME to another directory of yours";
+    assert_has(&build(), &["firn can be written to by other users", help]);
+    match chown(&root, Some(65534), None) {
+        Ok(()) => assert_has(&build(), &["firn belongs to another user (65534)", help]),
+        Err(error) => eprintln!("SKIPPED: only root gives directories away: {error}"),
+    }
+}
+
 /// `firn` in a mount namespace in which `setup` has been run, in the directory `dir`.
 fn confined(dir: &Path, setup: &str, path: &Path) -> Command {
     // Tools are found by our PATH, firn is run with its own.
@@ -207,6 +270,8 @@ fn without_kvm() {
     let mut setups = vec![(NO_KVM, "/dev/kvm does not exist")];
     if Path::new("/dev/kvm").exists() {
         setups.push((LOCKED_KVM, "/dev/kvm may not be opened by this user"));
+    } else {
+        skipped("there is no /dev/kvm that could be locked");
     }
     for (setup, said) in setups {
         let bare = tempfile::tempdir().unwrap();

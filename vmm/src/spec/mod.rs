@@ -107,6 +107,11 @@ pub struct ShareSpec {
     /// How long the guest may trust what it has read.
     #[serde(default)]
     pub cache: CachePolicy,
+    /// Let the guest give files set-uid and set-gid bits. Otherwise they are left out of each mode
+    /// that it sets, without an error: what a guest wrote would run with the rights of firn's user,
+    /// for anybody on the host who reaches the directory.
+    #[serde(default)]
+    pub allow_setuid: bool,
     /// Where the guest mounts it, for those who prepare the guest; the monitor does not need it.
     #[serde(default)]
     pub target: Option<PathBuf>,
@@ -125,6 +130,7 @@ impl ShareSpec {
             source,
             read_only: false,
             cache: CachePolicy::Never,
+            allow_setuid: false,
             target: None,
             copies: BTreeMap::new(),
         }
@@ -135,7 +141,8 @@ impl ShareSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CachePolicy {
-    /// Ask the host each time: for directories that others write.
+    /// Ask the host each time: for directories that others write. Guests before Linux 6.6 cannot
+    /// map such files shared (`MAP_SHARED`: ENODEV).
     #[default]
     Never,
     /// Trust metadata for a second, data while a file is open.
@@ -167,6 +174,10 @@ pub struct DiskSpec {
     /// An image that is made has an ext4 file system with this label; needs `mkfs.ext4`.
     #[serde(default)]
     pub label: Option<Label>,
+    /// The backing files that the image may have below it, at any depth: files, and directories of
+    /// files. Whoever has made the image has chosen their names, so by default there are none.
+    #[serde(default)]
+    pub backing: Vec<PathBuf>,
 }
 
 impl DiskSpec {

@@ -10,6 +10,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::descriptors::Counts;
 use super::{Event, HostSide, VmError, host, kvm};
 use crate::arch::x86_64::cpuid::{self, Place};
 use crate::arch::x86_64::entry;
@@ -138,7 +139,9 @@ pub(super) fn build_devices(
     spec: &MachineSpec,
     console_ports: Vec<UnixStream>,
     nets: Vec<Arc<dyn NetPort>>,
+    descriptors: u64,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, VmError> {
+    let parts = Counts::of(spec).divide(descriptors);
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     if !spec.console_ports.is_empty() {
         devices.push(Box::new(console::Console::new(&spec.console_ports, console_ports)?));
@@ -151,13 +154,15 @@ pub(super) fn build_devices(
         devices.push(Box::new(card));
     }
     for share in &spec.shares {
-        devices.push(Box::new(fs::Fs::new(share)?));
+        devices.push(Box::new(fs::Fs::limited(share, parts.share)?));
     }
     for disk in &spec.disks {
         devices.push(Box::new(blk::Blk::new(disk, spec.cores.get())?));
     }
     if let Some(spec) = &spec.vsock {
-        devices.push(Box::new(vsock::Vsock::new(spec)?));
+        let mut vsock = vsock::Vsock::new(spec)?;
+        vsock.limit(parts.vsock);
+        devices.push(Box::new(vsock));
     }
     Ok(devices)
 }

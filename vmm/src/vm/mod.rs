@@ -7,6 +7,7 @@
 //! ```
 
 mod build;
+mod descriptors;
 mod state;
 
 use std::io::{self, Write};
@@ -79,6 +80,9 @@ pub struct HostSide {
     pub console_ports: Vec<UnixStream>,
     /// One for each of [`MachineSpec::nets`].
     pub nets: Vec<Arc<dyn NetPort>>,
+    /// Most files that the machine may have open in this process, the guest's on its shares and sockets included: so
+    /// that no guest takes what others, and the process itself, need. What [`Self::nets`] open is not counted.
+    pub descriptors: u64,
 }
 
 /// A machine could not be built or driven.
@@ -229,7 +233,12 @@ impl Vm {
         build::attach_power(&mut buses, group.clone(), events.clone())?;
         build::attach_boot_timer(&mut buses, timer.clone())?;
         pci::attach(&mut buses.ports)?;
-        let mut devices = build::build_devices(spec, host_side.console_ports, host_side.nets)?;
+        let mut devices = build::build_devices(
+            spec,
+            host_side.console_ports,
+            host_side.nets,
+            host_side.descriptors,
+        )?;
         let balloon = build::add_balloon(spec, &mut devices)?;
         build::check_count(spec, devices.len())?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;

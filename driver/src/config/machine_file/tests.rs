@@ -78,7 +78,7 @@ fn everything() {
         "disks": [
           {{"image": "${{NIX_DISK_IMAGE:-server.qcow2}}", "size": 1024, "label": "nixos", "serial": "root"}},
           {{"size": 512, "serial": "data"}},
-          {{"image": "/iso", "format": "raw", "read_only": true}}
+          {{"image": "/iso", "format": "raw", "read_only": true, "backing": ["base", "${{SHARED_DIR}}"]}}
         ],
         "vlans": [2, 1], "macs": {{"2": "52:54:00:12:02:FF"}},
         "vsock": {{"cid": 3, "socket": "vsock"}}, "rng": false, "balloon": true, "oem_strings": ["a=b"],
@@ -117,6 +117,7 @@ fn everything() {
         ]
     );
     let vlans = [2_u64, 1].map(|vlan| Number::try_from(vlan).expect("in range"));
+    assert_eq!(node.disks[2].backing, [Path::new("/state/base"), Path::new("/shared")]);
     assert_eq!((node.number, &node.vlans[..]), (3, &vlans[..]));
     assert_eq!(node.mac(vlans[0]).0, [0x52, 0x54, 0, 0x12, 2, 0xff]);
     assert_eq!(node.mac(vlans[1]).0, [0x52, 0x54, 0, 0x12, 1, 3]);
@@ -222,7 +223,7 @@ fn other_files_are_said_to_be_what_they_are() {
 fn qemus_variables() {
     let file = parse(
         r#""memory": 512, "qemu_opts": "${QEMU_OPTS:-}",
-        "user_network": {"restrict": true, "qemu_net_opts": "${QEMU_NET_OPTS:-}",
+        "user_network": {"restrict": true, "host_loopback": false, "qemu_net_opts": "${QEMU_NET_OPTS:-}",
           "forward_ports": [{"host": {"port": 1}, "guest": {"port": 2}}]}"#,
     )
     .expect("valid");
@@ -233,7 +234,7 @@ fn qemus_variables() {
     let plain = with("", "").expect("nothing is asked for");
     assert_eq!((plain.memory().get(), plain.cores.get()), (512, 1));
     let network = plain.user_network.expect("there is one");
-    assert!(network.restrict && network.forward_ports.len() == 1);
+    assert!(network.restrict && !network.host_loopback && network.forward_ports.len() == 1);
     let changed = with("-m 1G -smp 3", "restrict=off,hostfwd=tcp::8080-:80").expect("allowed");
     assert_eq!((changed.memory().get(), changed.cores.get()), (1024, 3));
     let network = changed.user_network.expect("there is one");

@@ -42,6 +42,20 @@ async fn a_match_may_span_lines_and_leaves_the_next() {
     wait(&console, "c", 1).await.expect("the next line is not consumed");
 }
 
+#[tokio::test(start_paused = true)]
+async fn lines_match_as_if_they_had_no_ends() {
+    let console = console("one  \r\n\r\ntwo tail\r\nthree\r\n");
+    wait(&console, "e.*tw", 1).await.expect("`.` does not match a line end");
+    wait(&console, "two", 1).await.expect_err("consumed with its line");
+    wait(&console, "three", 1).await.expect("the next line is not");
+    print(&console, "four\nfive\nsix\n");
+    wait(&console, "fourfive", 1).await.expect("both");
+    assert_eq!(console.lines_left(), 1);
+    assert_eq!(console.next_line(Duration::from_secs(1)).await.expect("it is there"), "six");
+    console.next_line(Duration::from_secs(1)).await.expect_err("no line is left");
+    console.wait_for_text(|_| Ok(None), Some(Duration::ZERO)).await.expect_err("nor is text");
+}
+
 #[tokio::test]
 async fn text_that_comes_later_ends_the_wait() {
     let console = console("boot\n");

@@ -6,14 +6,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use firn_guest_agent::protocol::{SYSTEM_DOWN, SYSTEM_UP};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OnceCell, watch};
 use tokio::time::{sleep, timeout};
 
 use super::{Command, MAX_OUTPUT, Result, SessionError};
 use crate::agent::{
-    AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest, FileInfo, Lost,
-    StderrMode, Stream,
+    ANSWER_WITHIN, AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest,
+    FileInfo, Lost, StderrMode, Stream,
 };
 
 /// How often the agent shall say that it is alive.
@@ -61,6 +62,11 @@ impl AgentSession {
         &self.client
     }
 
+    /// Whether both are the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.environment, &other.environment)
+    }
+
     /// Waits for an answer as long as the agent lives.
     async fn attend<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
@@ -93,6 +99,21 @@ impl AgentSession {
         ready.warnings.iter().cloned().chain(boot).collect()
     }
 
+    /// Whether the guest's system may not be up yet.
+    pub(crate) fn early(&self) -> bool {
+        self.client.ready().early
+    }
+
+    /// Waits until the system of an early agent is up.
+    pub(crate) async fn system_up(&self) -> Result<()> {
+        self.wait(Condition::Exists(SYSTEM_UP.into())).await
+    }
+
+    /// Waits until the system of an early agent will not come up by itself.
+    pub(crate) async fn system_down(&self) -> Result<()> {
+        self.wait(Condition::Exists(SYSTEM_DOWN.into())).await
+    }
+
     /// Waits until the session is gone, and says why.
     pub(crate) async fn lost(&self) -> SessionError {
         let lost = async { Ok(self.client.lost().await) };
@@ -117,7 +138,9 @@ impl AgentSession {
             Ok(_) => {
                 let mut request = ExecRequest::shell(ENVIRONMENT);
                 request.stderr = StderrMode::Null;
-                parse_environment(&self.client.exec_collect(request).await?.stdout)
+                let answer = timeout(ANSWER_WITHIN, self.client.exec_collect(request)).await;
+                let answer = answer.map_err(|_| AgentError::Late(ANSWER_WITHIN))?;
+                parse_environment(&answer?.stdout)
             }
             Err(AgentError::Refused(_)) => Environment::new(),
             Err(error) => return Err(error.into()),
@@ -200,10 +223,6 @@ impl AgentSession {
 
     pub(super) async fn make_directory(&self, path: &Path, mode: u32) -> Result<()> {
         self.attend(async { Ok(self.client.make_directory(path, mode).await?) }).await
-    }
-
-    pub(super) async fn symlink(&self, path: &Path, target: &Path) -> Result<()> {
-        self.attend(async { Ok(self.client.symlink(path, target).await?) }).await
     }
 
     pub(super) async fn stat(&self, path: &Path, follow: bool) -> Result<FileInfo> {

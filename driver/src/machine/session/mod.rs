@@ -1,6 +1,7 @@
 //! The way into the guest: firn's agent, or the shell that NixOS's test instrumentation starts on hvc0.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -20,6 +21,9 @@ use shell::ShellError;
 
 /// Most bytes of a command's output that are kept: a guest must not fill the host's memory.
 const MAX_OUTPUT: usize = 256 << 20;
+
+/// Longest script that is given to a shell as an argument: Linux takes none above 128 KiB.
+const MAX_ARGUMENT: usize = 64 << 10;
 
 /// A command for the guest's shell, whose standard error goes to the console.
 #[derive(Clone, Debug)]
@@ -61,6 +65,14 @@ impl SessionError {
         }
     }
 
+    /// Whether it was the guest that could not do what was asked.
+    pub(super) fn refused(&self) -> bool {
+        matches!(
+            self,
+            Self::Agent(AgentError::Refused(_)) | Self::Shell(ShellError::Refused { .. })
+        )
+    }
+
     /// Whether this end of the session cannot be used again.
     pub(super) fn is_final(&self) -> bool {
         use AgentError::{Lost as Gone, Version};
@@ -95,6 +107,27 @@ impl Session {
             Self::Agent(_) => "firn's agent",
             Self::Shell(_) => "the backdoor shell; no agent answered",
         }
+    }
+
+    /// Whether both are the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Agent(one), Self::Agent(other)) => one.is(other),
+            (Self::Shell(one), Self::Shell(other)) => one.is(other),
+            _ => false,
+        }
+    }
+
+    /// A script that does as `script` and is short enough to be an argument of the shell that runs it.
+    pub(super) async fn as_argument(&self, script: String) -> Result<String> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        if script.len() <= MAX_ARGUMENT {
+            return Ok(script);
+        }
+        let file = format!("/run/firn-script-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        self.write_file(Path::new(&file), 0o600, &mut script.as_bytes()).await?;
+        // The shell itself still runs it, with the same $0, $$ and standard input.
+        Ok(format!("eval \"$(cat {file}; rm -f {file})\""))
     }
 
     /// Starts a command and leaves it alone.
@@ -154,11 +187,6 @@ impl Session {
     /// Makes a directory with these permission bits, and missing parents.
     pub(super) async fn make_directory(&self, path: &Path, mode: u32) -> Result<()> {
         each!(self, session => session.make_directory(path, mode).await)
-    }
-
-    /// Makes a symbolic link.
-    pub(super) async fn symlink(&self, path: &Path, target: &Path) -> Result<()> {
-        each!(self, session => session.symlink(path, target).await)
     }
 
     /// What is at `path`.

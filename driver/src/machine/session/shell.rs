@@ -21,7 +21,9 @@ use tokio::time::timeout;
 
 use super::agent::cloned;
 use super::{Command, MAX_OUTPUT, Result, SessionError};
-use crate::agent::{BytePath, Entry, FileInfo, FileKind};
+use crate::agent::{
+    ANSWER_WITHIN, AgentError, BytePath, Entry, FileInfo, FileKind, MAX_FILE, MAX_LISTING,
+};
 use crate::machine::exec;
 
 #[cfg(test)]
@@ -106,6 +108,11 @@ impl ShellSession {
         Ok(Self { line, closed: Arc::new(watch::Sender::new(false)) })
     }
 
+    /// Whether both are the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.line, &other.line)
+    }
+
     /// Ends all calls, now and later, because the guest is gone.
     pub(crate) fn close(&self) {
         self.closed.send_replace(true);
@@ -114,17 +121,18 @@ impl ShellSession {
     /// Starts a command and leaves it alone.
     pub(super) async fn spawn(&self, command: Command) -> Result<()> {
         let pipeline = format!("({} >/dev/null &)", shell(&command)?);
-        self.call(&pipeline, &[], command.timeout).await.map(drop)
+        self.call(&pipeline, &[], command.timeout, 0).await.map(drop)
     }
 
     /// Runs a command until its standard output is closed; answers its status and output.
     pub(super) async fn run(&self, command: &Command) -> Result<(i32, Vec<u8>)> {
-        self.call(&shell(command)?, &[], command.timeout).await
+        self.call(&shell(command)?, &[], command.timeout, MAX_OUTPUT).await
     }
 
-    /// Runs what must succeed.
+    /// Runs what must succeed, and has soon done so without many words.
     async fn expect(&self, what: &str, script: String) -> Result<Vec<u8>> {
-        let (status, output) = self.run(&Command { script, timeout: None }).await?;
+        let pipeline = shell(&Command { script, timeout: Some(ANSWER_WITHIN) })?;
+        let (status, output) = self.call(&pipeline, &[], Some(ANSWER_WITHIN), MAX_LISTING).await?;
         succeeded(what, status)?;
         Ok(output)
     }
@@ -138,7 +146,9 @@ impl ShellSession {
     }
 
     pub(super) async fn sync(&self) -> Result<()> {
-        self.expect("sync", "sync".to_owned()).await.map(drop)
+        // Disks take their time.
+        let (status, _) = self.run(&Command { script: "sync".to_owned(), timeout: None }).await?;
+        succeeded("sync", status)
     }
 
     pub(super) async fn write_file(
@@ -165,7 +175,8 @@ impl ShellSession {
                 "(set -o pipefail; head -c {} | {{ base64 -d >>{file} || {{ cat >/dev/null; false; }}; }})",
                 payload.len()
             );
-            let (status, _) = self.call(&pipeline, payload.as_bytes(), None).await?;
+            let (status, _) =
+                self.call(&pipeline, payload.as_bytes(), Some(ANSWER_WITHIN), 0).await?;
             succeeded(&what(), status)?;
         }
         self.expect(&what(), format!("chmod {mode:o} -- {file}")).await.map(drop)
@@ -188,6 +199,12 @@ impl ShellSession {
             let bytes = self.expect(&what, script).await?;
             target.write_all(&bytes).await.map_err(ShellError::Local)?;
             offset += bytes.len();
+            if u64::try_from(offset).is_ok_and(|offset| offset > MAX_FILE) {
+                return Err(SessionError::Agent(AgentError::TooMuch {
+                    what: "a file",
+                    limit: MAX_FILE,
+                }));
+            }
             if bytes.len() < CHUNK {
                 return target.flush().await.map_err(|e| ShellError::Local(e).into());
             }
@@ -198,13 +215,6 @@ impl ShellSession {
         let dir = quote(path)?;
         let script = format!("mkdir -p -- {dir}; chmod {mode:o} -- {dir}");
         self.expect(&format!("make {}", path.display()), script).await.map(drop)
-    }
-
-    pub(super) async fn symlink(&self, path: &Path, target: &Path) -> Result<()> {
-        let parent = quote(parent(path))?;
-        let script =
-            format!("mkdir -p -- {parent}; ln -sfn -- {} {}", quote(target)?, quote(path)?);
-        self.expect(&format!("link {}", path.display()), script).await.map(drop)
     }
 
     pub(super) async fn stat(&self, path: &Path, follow: bool) -> Result<FileInfo> {
@@ -223,19 +233,20 @@ impl ShellSession {
     }
 
     /// Has the shell run `pipeline` with `payload` as what follows the line; answers its first part's status, and its
-    /// output.
+    /// output, which may have `room` bytes.
     async fn call(
         &self,
         pipeline: &str,
         payload: &[u8],
         limit: Option<Duration>,
+        room: usize,
     ) -> Result<(i32, Vec<u8>)> {
         let mut closed = self.closed.subscribe();
         tokio::select! {
             biased;
             // The sender lives in self.
             _ = closed.wait_for(|closed| *closed) => Err(ShellError::Closed.into()),
-            answer = self.call_open(pipeline, payload, limit) => answer,
+            answer = self.call_open(pipeline, payload, limit, room) => answer,
         }
     }
 
@@ -244,6 +255,7 @@ impl ShellSession {
         pipeline: &str,
         payload: &[u8],
         limit: Option<Duration>,
+        room: usize,
     ) -> Result<(i32, Vec<u8>)> {
         let mut line = self.line.lock().await;
         line.calls += 1;
@@ -254,7 +266,7 @@ impl ShellSession {
         bytes.extend(payload);
         // The task that writes ends with the stream, and then reading says so.
         let _ = line.writer.send(bytes);
-        let answer = line.answer(&marker);
+        let answer = line.answer(&marker, room);
         match limit {
             None => answer.await,
             Some(limit) => timeout(limit.saturating_add(GRACE), answer)
@@ -265,15 +277,15 @@ impl ShellSession {
 }
 
 impl Line {
-    async fn answer(&mut self, marker: &str) -> Result<(i32, Vec<u8>)> {
+    async fn answer(&mut self, marker: &str, room: usize) -> Result<(i32, Vec<u8>)> {
         let mut line = Vec::new();
         while line != marker.as_bytes() {
             line.clear();
             // Up to the marker it may be the output of a call that was given up.
-            read_line(&mut self.reader, encoded(MAX_OUTPUT), &mut line).await?;
+            read_line(&mut self.reader, MAX_LINE, &mut line).await?;
         }
         let mut output = Vec::new();
-        let whole = read_line(&mut self.reader, encoded(MAX_OUTPUT), &mut output).await?;
+        let whole = read_line(&mut self.reader, encoded(room).max(MAX_LINE), &mut output).await?;
         line.clear();
         // Of a shell that is killed what it runs may have ended its output, or not.
         if !is_banner(&output) {

@@ -30,6 +30,7 @@ async fn greet(stream: &mut tokio::net::UnixStream) {
     let ready = ToHost::Ready(Ready {
         agent_version: String::new(),
         init: true,
+        early: false,
         hostname: String::new(),
         kernel: String::new(),
         uptime_ms: 1,

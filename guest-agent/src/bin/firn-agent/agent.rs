@@ -15,6 +15,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
+use crate::Options;
 use crate::boot_timer;
 use crate::failure::Context;
 use crate::init::Setup;
@@ -22,6 +23,7 @@ use crate::outbox::{HIGH, Outbox};
 use crate::port::{self, Opening, Place};
 use crate::session::{FIRST_TOKEN, Power, Session};
 use crate::signals::{Signals, drain};
+use crate::spawn::Spawner;
 
 const PORT: u64 = 0;
 const CHILD: u64 = 1;
@@ -62,6 +64,8 @@ struct Link {
 pub struct Agent {
     place: Place,
     init: bool,
+    early: bool,
+    spawner: Arc<Spawner>,
     boot_pid: Option<Pid>,
     boot: Option<Exit>,
     warnings: Vec<String>,
@@ -79,8 +83,9 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that serves `place`; with `setup` it is process 1.
-    pub fn new(place: Place, setup: Option<Setup>) -> Result<Self, Failure> {
+    /// An agent that serves so; with `setup` it is process 1.
+    pub fn new(options: Options, setup: Option<Setup>) -> Result<Self, Failure> {
+        let Options { place, console, early } = options;
         let init = setup.is_some();
         let setup = setup.unwrap_or_default();
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context(|| "epoll".to_owned())?;
@@ -90,6 +95,8 @@ impl Agent {
         let mut this = Self {
             place,
             init,
+            early,
+            spawner: Arc::new(Spawner::new(console)),
             boot_pid: None,
             boot: None,
             warnings: setup.warnings,
@@ -131,7 +138,7 @@ impl Agent {
     }
 
     fn warn(&mut self, warning: String) {
-        eprintln!("firn-agent: {warning}");
+        complain!("firn-agent: {warning}");
         self.warnings.push(warning);
     }
 
@@ -168,7 +175,7 @@ impl Agent {
             self.devices = Some(devices);
             // It may have come just before the socket listened.
             if !self.try_open()? {
-                eprintln!("firn-agent: waiting for the port {:?}", self.place);
+                complain!("firn-agent: waiting for the port {:?}", self.place);
             }
         }
         Ok(())
@@ -275,7 +282,7 @@ impl Agent {
     /// The stream itself is gone.
     fn lose(&mut self, error: Errno) {
         if self.place.is_machine() {
-            eprintln!("firn-agent: the port is gone: {}", error.desc());
+            complain!("firn-agent: the port is gone: {}", error.desc());
         }
         self.session = None;
         self.decoder.clear();
@@ -298,7 +305,7 @@ impl Agent {
                 },
             };
             if let Err(error) = result {
-                eprintln!("firn-agent: session ended: {error}");
+                complain!("firn-agent: session ended: {error}");
                 if let Some(session) = self.session.take() {
                     session.refuse(&error);
                     // What is half sent must be finished, or the host could not read the refusal.
@@ -336,10 +343,11 @@ impl Agent {
         self.outgoing.extend(Greeting::new(GreetingKind::Welcome, hello.nonce).to_bytes());
         self.session = None;
         if hello.version == VERSION {
-            self.session = Some(Session::new(hello.nonce, Outbox::new(Arc::clone(&self.wake))));
+            let outbox = Outbox::new(Arc::clone(&self.wake));
+            self.session = Some(Session::new(hello.nonce, outbox, Arc::clone(&self.spawner)));
             self.greet();
         } else {
-            eprintln!("firn-agent: the host speaks version {}, this is {VERSION}", hello.version);
+            complain!("firn-agent: the host speaks version {}, this is {VERSION}", hello.version);
         }
         Ok(())
     }
@@ -349,13 +357,14 @@ impl Agent {
         if self.boot_pid.is_some() {
             return;
         }
-        let (init, boot, warnings) = (self.init, self.boot, &self.warnings);
+        let (init, early, boot) = (self.init, self.early, self.boot);
+        let warnings = &self.warnings;
         if let Some(session) = &mut self.session {
             // A socket may be on a host, whose ports are none of our business.
             if matches!(self.place, Place::Port(_)) {
                 boot_timer::mark_ready();
             }
-            session.greet(|| describe(init, boot, warnings.clone()));
+            session.greet(|| describe(init, early, boot, warnings.clone()));
         }
     }
 
@@ -435,7 +444,7 @@ impl Agent {
         if self.init {
             self.ending.get_or_insert((outcome, Instant::now() + FAREWELL));
         } else if let Err(failure) = crate::power::ask_init(outcome) {
-            eprintln!("firn-agent: {}", failure.message);
+            complain!("firn-agent: {}", failure.message);
         }
     }
 
@@ -455,7 +464,7 @@ impl Agent {
                     continue;
                 }
                 Err(error) => {
-                    eprintln!("firn-agent: wait for children: {}", error.desc());
+                    complain!("firn-agent: wait for children: {}", error.desc());
                     return;
                 }
             };
@@ -491,7 +500,7 @@ impl Agent {
     }
 }
 
-fn describe(init: bool, boot: Option<Exit>, warnings: Vec<String>) -> Ready {
+fn describe(init: bool, early: bool, boot: Option<Exit>, warnings: Vec<String>) -> Ready {
     let (hostname, kernel) = nix::sys::utsname::uname().map_or_else(
         |_| Default::default(),
         |uname| {
@@ -502,7 +511,7 @@ fn describe(init: bool, boot: Option<Exit>, warnings: Vec<String>) -> Ready {
         },
     );
     let agent_version = env!("CARGO_PKG_VERSION").to_owned();
-    Ready { agent_version, init, hostname, kernel, uptime_ms: uptime_ms(), boot, warnings }
+    Ready { agent_version, init, early, hostname, kernel, uptime_ms: uptime_ms(), boot, warnings }
 }
 
 fn uptime_ms() -> u64 {

@@ -21,6 +21,7 @@ use nix::unistd::Pid;
 
 use crate::failure::{Context, failure};
 use crate::outbox::Outbox;
+use crate::spawn::Spawner;
 
 /// Between SIGTERM and SIGKILL when a command's time is over.
 const KILL_GRACE: Duration = Duration::from_secs(2);
@@ -74,6 +75,7 @@ impl Command {
     pub fn start(
         id: RequestId,
         request: &ExecRequest,
+        spawner: &Spawner,
         epoll: &Epoll,
         token: impl Fn(Pipe) -> u64,
     ) -> Result<Self, Failure> {
@@ -81,14 +83,14 @@ impl Command {
         let (reader, writer) = io::pipe().context(|| "pipe".to_owned())?;
         match request.stderr {
             StderrMode::Stream => command.stderr(Stdio::piped()),
-            StderrMode::Console => command.stderr(Stdio::inherit()),
+            StderrMode::Console => command.stderr(spawner.console()),
             StderrMode::Null => command.stderr(Stdio::null()),
             StderrMode::ToStdout => {
                 command.stderr(writer.try_clone().context(|| "pipe".to_owned())?)
             }
         };
         command.stdout(writer);
-        let mut child = command.spawn().context(|| format!("run {name}"))?;
+        let mut child = spawner.spawn(&mut command).context(|| format!("run {name}"))?;
         // It holds the pipe's writing end, which would keep the stream open.
         drop(command);
 
@@ -327,7 +329,7 @@ impl Command {
         if self.exit.is_none()
             && let Err(error) = killpg(self.pid, signal)
         {
-            eprintln!("firn-agent: send {signal} to process group {}: {}", self.pid, error.desc());
+            complain!("firn-agent: send {signal} to process group {}: {}", self.pid, error.desc());
         }
     }
 
@@ -340,7 +342,7 @@ impl Command {
             };
             let thread = std::thread::Builder::new().name("drain".to_owned()).stack_size(64 * 1024);
             if let Err(error) = thread.spawn(drain) {
-                eprintln!("firn-agent: detached command loses its output pipe: {error}");
+                complain!("firn-agent: detached command loses its output pipe: {error}");
             }
         }
     }
@@ -356,7 +358,11 @@ fn prepare(request: &ExecRequest) -> Result<(process::Command, String), Failure>
         request.env.iter().rev().find(|(name, _)| name == "PATH").map_or(PATH, |(_, value)| value);
     let shell = SHELLS.iter().find(|shell| Path::new(shell).exists()).copied().unwrap_or("/bin/sh");
     let (program, name, arguments) = match &request.program {
-        Program::Shell(script) => (PathBuf::from(shell), shell, vec!["-c", script.as_str()]),
+        // By its name alone, as by who would type it: scripts see it as $0.
+        Program::Shell(script) => {
+            let name = shell.rsplit_once('/').map_or(shell, |(_, name)| name);
+            (PathBuf::from(shell), name, vec!["-c", script.as_str()])
+        }
         Program::Argv(argv) => {
             let (name, arguments) =
                 argv.split_first().ok_or_else(|| failure("no program is given"))?;

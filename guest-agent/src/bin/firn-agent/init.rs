@@ -83,7 +83,7 @@ pub fn set_up() -> Setup {
     }
     load_modules(&mut warnings);
     for warning in &warnings {
-        eprintln!("firn-agent: {warning}");
+        complain!("firn-agent: {warning}");
     }
     Setup { warnings }
 }

@@ -79,7 +79,7 @@ impl Outbox {
         }
         drop(state);
         if quiet && let Err(error) = self.wake.write(1) {
-            eprintln!("firn-agent: cannot wake the main thread: {}", error.desc());
+            complain!("firn-agent: cannot wake the main thread: {}", error.desc());
         }
         Ok(())
     }
@@ -110,6 +110,6 @@ fn append(bytes: &mut Vec<u8>, id: RequestId, message: ToHost) {
     };
     let message = ToHost::Failed(failure(error.to_string()));
     if let Err(error) = encode(&Frame { id, message }, bytes) {
-        eprintln!("firn-agent: request {id}: {error}");
+        complain!("firn-agent: request {id}: {error}");
     }
 }

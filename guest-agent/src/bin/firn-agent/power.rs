@@ -53,7 +53,7 @@ pub fn end(mode: RebootMode) -> ExitCode {
         unmount();
     }
     let Err(error) = reboot(mode);
-    eprintln!("firn-agent: the kernel refuses to end: {}", error.desc());
+    complain!("firn-agent: the kernel refuses to end: {}", error.desc());
     ExitCode::FAILURE
 }
 
@@ -107,7 +107,7 @@ fn unmount() {
             let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
             let none: Option<&str> = None;
             if let Err(error) = mount(none, path.as_str(), none, flags, none) {
-                eprintln!("firn-agent: {path} stays writable: {}", error.desc());
+                complain!("firn-agent: {path} stays writable: {}", error.desc());
             }
         }
     }

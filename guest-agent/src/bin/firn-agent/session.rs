@@ -14,6 +14,7 @@ use crate::exec::{Command, Pipe};
 use crate::failure::failure;
 use crate::files::{self, Transfer};
 use crate::outbox::Outbox;
+use crate::spawn::Spawner;
 
 /// Tokens below are the agent's own.
 pub const FIRST_TOKEN: u64 = 16;
@@ -39,6 +40,7 @@ pub struct Session {
     pub nonce: u64,
     /// What is to be sent.
     pub outbox: Arc<Outbox>,
+    spawner: Arc<Spawner>,
     requests: BTreeMap<RequestId, Work>,
     highest: RequestId,
     /// Where the next round of [`Self::pump`] starts, so that nobody is always last when there is little room.
@@ -49,10 +51,11 @@ pub struct Session {
 
 impl Session {
     /// A session without requests.
-    pub fn new(nonce: u64, outbox: Arc<Outbox>) -> Self {
+    pub fn new(nonce: u64, outbox: Arc<Outbox>, spawner: Arc<Spawner>) -> Self {
         Self {
             nonce,
             outbox,
+            spawner,
             requests: BTreeMap::new(),
             highest: 0,
             turn: 0,
@@ -136,7 +139,7 @@ impl Session {
             _ if full => Err(failure(format!("{MAX_REQUESTS} requests are in flight already"))),
             ToAgent::Exec(request) => {
                 let token = |pipe| token(id, pipe);
-                Command::start(id, &request, epoll, token).map(|command| {
+                Command::start(id, &request, &self.spawner, epoll, token).map(|command| {
                     self.outbox
                         .push(id, ToHost::Started { pid: command.pid().as_raw().unsigned_abs() });
                     Work::Command(Box::new(command))

@@ -4,8 +4,8 @@ use crate::memory::HIGH_START;
 fn spec(name: &str, memory_mib: u64, oem_strings: &[String]) -> MachineSpec {
     MachineSpec {
         name: name.to_owned(),
-        cores: 3,
-        memory_mib,
+        cores: 3_u64.try_into().unwrap(),
+        memory: memory_mib.try_into().unwrap(),
         kernel: "kernel".into(),
         initrd: vec![],
         cmdline: String::new(),

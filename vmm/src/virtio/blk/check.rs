@@ -3,13 +3,14 @@
 //! imago reads what lies past the end of a file as zeroes. So in a file that was cut off, tables
 //! would be empty and data would be gone without a word. This looks where the tables are (QEMU's
 //! `docs/interop/qcow2.txt`) and whether all that they refer to is there.
+//!
+//! The file may be anybody's. No table is looked at twice, and nothing is read that the host keeps
+//! as a hole: so the work is in proportion to what the file takes up, whatever it says of itself.
 
 use std::fs::File as HostFile;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-
-use imago::file::File;
-use imago::{FormatAccess, ShallowMapping, Storage};
 
 /// Length of the part of the header that all versions have.
 const HEADER: usize = 72;
@@ -20,70 +21,149 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// Largest first-level and reference count tables, as in QEMU, in bytes.
 const MAX_L1: u64 = 32 << 20;
 const MAX_REFCOUNTS: u64 = 8 << 20;
-/// Bits of a first-level entry that are an offset in the file.
-const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// Longest name of a backing file, in bytes.
+const MAX_NAME: usize = 1023;
+/// Bits of an entry of the first or second level that are an offset in the file.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits of an entry of the reference count table that are an offset in the file.
 const REFCOUNT_OFFSET: u64 = !0x1ff;
-/// Incompatible features (version 3): the image is known to be corrupt.
+/// Bit of an entry of the second level: its cluster is compressed.
+const COMPRESSED: u64 = 1 << 62;
+/// Incompatible features (version 3).
+const DIRTY: u64 = 1 << 0;
 const CORRUPT: u64 = 1 << 1;
+const DATA_FILE: u64 = 1 << 2;
 
-/// The tables of an image.
-struct Tables {
-    cluster: u64,
-    l1: (u64, u64),
-    refcounts: (u64, u64),
+/// What is in a header.
+struct Header {
+    cluster_bits: u32,
+    l1: Table,
+    refcounts: Table,
+    /// The name of the image's backing file.
+    backing: Option<String>,
 }
 
-/// Refuses an image whose header makes no sense or whose tables are not all in the file. Gives the
-/// size of its clusters in bytes.
-pub(super) fn check_tables(file: &HostFile) -> io::Result<u64> {
-    let len = file.metadata()?.len();
-    let tables = Tables::read(file)?;
-    let inside = |what, (start, size): (u64, u64)| match start.checked_add(size) {
-        Some(end) if end <= len => Ok(()),
-        _ => Err(truncated(what, start, len)),
-    };
-    let table = |what, entries, (start, size): (u64, u64), mask: u64| -> io::Result<bool> {
-        inside(what, (start, size))?;
-        let mut bytes = vec![0; usize::try_from(size).map_err(io::Error::other)?];
-        file.read_exact_at(&mut bytes, start)?;
-        let mut starts = bytes.as_chunks().0.iter().map(|&entry| u64::from_be_bytes(entry) & mask);
-        for at in starts.clone().filter(|&at| at != 0) {
-            inside(entries, (at, tables.cluster))?;
-        }
-        Ok(starts.next().is_some_and(|first| first != 0))
-    };
-    table("the first-level table", "a second-level table", tables.l1, L1_OFFSET)?;
-    let refcounts = "a block of reference counts";
-    match table("the reference count table", refcounts, tables.refcounts, REFCOUNT_OFFSET)? {
-        true => Ok(tables.cluster),
-        // The header itself is counted there.
-        false => Err(bad("corrupt: it has no reference counts")),
+/// A table of offsets in the file.
+struct Table {
+    name: &'static str,
+    /// What it refers to.
+    entries: &'static str,
+    start: u64,
+    len: u64,
+    mask: u64,
+}
+
+/// Refuses an image that is not whole, makes no sense, or needs what firn does not have. Gives the
+/// name of its backing file.
+pub(super) fn check(file: &HostFile) -> io::Result<Option<String>> {
+    let header = Header::read(file)?;
+    let file = Whole { file, len: file.metadata()?.len(), cluster: 1 << header.cluster_bits };
+    let second_level = file.offsets(&header.l1)?;
+    // The header itself is counted there.
+    if file.offsets(&header.refcounts)?.first().is_none_or(|first| first.0 != 0) {
+        return Err(bad("corrupt: it has no reference counts"));
     }
+    file.check_data(second_level.into_iter().map(|(_, at)| at), header.cluster_bits)?;
+    Ok(header.backing)
 }
 
-/// Refuses an image whose own data, in clusters of `cluster` bytes, is past the end of the file.
-pub(super) fn check_data(image: &FormatAccess<File>, cluster: u64) -> io::Result<()> {
-    let mut at = 0;
-    while at < image.size() {
-        let (mapping, len) = image.get_shallow_mapping(at, image.size() - at)?;
-        if len == 0 {
-            break;
+/// A file, and what all of it is measured by.
+struct Whole<'a> {
+    file: &'a HostFile,
+    len: u64,
+    /// In bytes.
+    cluster: u64,
+}
+
+impl Whole<'_> {
+    /// The offsets that a table has, with their places in it, sorted by offset but for the table's
+    /// first entry, which stays first.
+    fn offsets(&self, table: &Table) -> io::Result<Vec<(usize, u64)>> {
+        let Table { name, entries, start, len, mask } = *table;
+        self.inside(name, start, len)?;
+        let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
+        self.file.read_exact_at(&mut bytes, start)?;
+        let offsets = bytes.as_chunks().0.iter().map(|&entry| u64::from_be_bytes(entry) & mask);
+        let mut offsets: Vec<_> = offsets.enumerate().filter(|(_, at)| *at != 0).collect();
+        for (_, at) in &offsets {
+            self.inside(entries, *at, self.cluster)?;
+            self.aligned(entries, *at)?;
         }
-        if let ShallowMapping::Raw { storage, offset, .. } = mapping {
-            let size = storage.size()?;
-            // The last cluster of a file may be incomplete.
-            if offset.saturating_add(len) > size.next_multiple_of(cluster) {
-                return Err(truncated("data", offset, size));
+        let rest = usize::from(offsets.first().is_some_and(|first| first.0 == 0));
+        let mut sorted: Vec<_> = offsets.iter().map(|(_, at)| *at).collect();
+        sorted.sort_unstable();
+        if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(bad(format!("corrupt: {entries} at byte {} is used twice", twice[0])));
+        }
+        offsets[rest..].sort_unstable_by_key(|(_, at)| *at);
+        Ok(offsets)
+    }
+
+    /// Looks at all second-level tables, which are at `tables`.
+    fn check_data(&self, tables: impl Iterator<Item = u64>, cluster_bits: u32) -> io::Result<()> {
+        // Where the place of a compressed cluster ends and its length begins.
+        let place = (1 << (62 - (cluster_bits - 8))) - 1;
+        // The last cluster of a file may be incomplete.
+        let end = self.len.next_multiple_of(self.cluster);
+        let mut table = vec![0; usize::try_from(self.cluster).map_err(io::Error::other)?];
+        let mut hole = 0..0;
+        for at in tables {
+            if hole.start <= at && at + self.cluster <= hole.end {
+                continue;
+            }
+            hole = at..self.next_data(at)?;
+            if at + self.cluster <= hole.end {
+                continue;
+            }
+            self.file.read_exact_at(&mut table, at)?;
+            for entry in table.as_chunks().0.iter().map(|&entry| u64::from_be_bytes(entry)) {
+                if entry & COMPRESSED != 0 {
+                    self.inside("compressed data", entry & place, 1)?;
+                    continue;
+                }
+                let at = entry & OFFSET;
+                self.aligned("data", at)?;
+                if at.saturating_add(self.cluster) > end {
+                    return Err(truncated("data", at, self.len));
+                }
             }
         }
-        at += len;
+        Ok(())
     }
-    Ok(())
+
+    /// Where from `at` on there is something in the file that is no hole.
+    fn next_data(&self, at: u64) -> io::Result<u64> {
+        let Ok(from) = i64::try_from(at) else { return Ok(at) };
+        // SAFETY: lseek takes no pointers. The file's position means nothing: all reads have theirs.
+        let found = unsafe { libc::lseek64(self.file.as_raw_fd(), from, libc::SEEK_DATA) };
+        match u64::try_from(found) {
+            Ok(found) => Ok(found),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(self.len),
+                // A device, or a file system without holes.
+                error if error.raw_os_error() == Some(libc::EINVAL) => Ok(at),
+                error => Err(error),
+            },
+        }
+    }
+
+    fn inside(&self, what: &str, start: u64, len: u64) -> io::Result<()> {
+        match start.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(truncated(what, start, self.len)),
+        }
+    }
+
+    fn aligned(&self, what: &str, at: u64) -> io::Result<()> {
+        if at.is_multiple_of(self.cluster) {
+            return Ok(());
+        }
+        Err(bad(format!("corrupt: {what} at byte {at} does not begin at a cluster")))
+    }
 }
 
-impl Tables {
-    fn read(file: &HostFile) -> io::Result<Tables> {
+impl Header {
+    fn read(file: &HostFile) -> io::Result<Header> {
         let mut header = [0; HEADER + 8];
         let read = file.read_at(&mut header, 0)?;
         let be32 = |at: usize| u32::from_be_bytes([0, 1, 2, 3].map(|i| header[at + i]));
@@ -91,8 +171,10 @@ impl Tables {
         if read < HEADER || be32(0) != MAGIC {
             return Err(bad("this is no qcow2 image"));
         }
-        if be32(4) >= 3 && be64(72) & CORRUPT != 0 {
-            return Err(bad("the image is marked as corrupt; see qemu-img check"));
+        match be32(4) {
+            2 => {}
+            3 => check_features(be64(72))?,
+            other => return Err(bad(format!("version {other} of the format; {CONVERT}"))),
         }
         let bits = be32(20);
         if !CLUSTER_BITS.contains(&bits) {
@@ -108,12 +190,68 @@ impl Tables {
             let size = be64(24);
             return Err(bad(format!("a first-level table of {l1} bytes for {size} bytes of disk")));
         }
-        let refcounts = (be64(48), u64::from(be32(56)) * cluster);
-        if refcounts.1 > MAX_REFCOUNTS {
-            return Err(bad(format!("a reference count table of {} bytes", refcounts.1)));
+        let refcounts = u64::from(be32(56)) * cluster;
+        if refcounts > MAX_REFCOUNTS {
+            return Err(bad(format!("a reference count table of {refcounts} bytes")));
         }
-        Ok(Tables { cluster, l1: (be64(40), l1), refcounts })
+        Ok(Header {
+            cluster_bits: bits,
+            l1: Table {
+                name: "the first-level table",
+                entries: "a second-level table",
+                start: be64(40),
+                len: l1,
+                mask: OFFSET,
+            },
+            refcounts: Table {
+                name: "the reference count table",
+                entries: "a block of reference counts",
+                start: be64(48),
+                len: refcounts,
+                mask: REFCOUNT_OFFSET,
+            },
+            backing: match be64(8) {
+                0 => None,
+                at => {
+                    let mut name = vec![0; MAX_NAME.min(usize::try_from(be32(16)).unwrap_or(0))];
+                    file.read_exact_at(&mut name, at)?;
+                    Some(String::from_utf8_lossy(&name).into_owned())
+                }
+            },
+        })
     }
+}
+
+/// What helps against a feature.
+const CONVERT: &str = "`qemu-img convert -O qcow2 IMAGE NEW` makes an image that firn can use";
+const REPAIR: &str = "`qemu-img check -r all IMAGE` repairs it";
+
+/// Says what is wrong with an image that has any feature that who does not know it must not ignore.
+fn check_features(features: u64) -> io::Result<()> {
+    if features & DIRTY != 0 {
+        return Err(bad(format!(
+            "the image is marked as dirty: whoever had it last did not close it; {REPAIR}"
+        )));
+    }
+    if features & CORRUPT != 0 {
+        return Err(bad(format!("the image is marked as corrupt; {REPAIR} as far as it can be")));
+    }
+    if features & DATA_FILE != 0 {
+        return Err(bad(format!(
+            "the image has its data in another file, which is not supported; {CONVERT}"
+        )));
+    }
+    let name = |bit: u32| match bit {
+        3 => "compression by zstd".to_owned(),
+        4 => "subclusters (extended_l2)".to_owned(),
+        bit => format!("a feature without a name here (bit {bit})"),
+    };
+    let names: Vec<_> = (0..64).filter(|bit| features & 1 << bit != 0).map(name).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    let names = names.join(", ");
+    Err(bad(format!("the image uses what is not supported: {names}; {CONVERT}")))
 }
 
 fn bad(message: impl Into<String>) -> io::Error {

@@ -1,11 +1,11 @@
 //! Disk images: raw and qcow2, through imago.
 
-use std::fs::{File as HostFile, OpenOptions};
+use std::fs::{self, File as HostFile, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use imago::file::File;
 use imago::format::Format;
@@ -17,7 +17,7 @@ use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 use thiserror::Error;
 
 use super::SECTOR;
-use super::check::{check_data, check_tables};
+use super::check::check;
 use super::create::{CreateError, create};
 use super::lock::{self, Outcome};
 use crate::spec::{DiskFormat, DiskSpec};
@@ -105,7 +105,7 @@ impl Image {
         let storage = storage.map_err(opened)?;
         let access = guard(|| match format {
             DiskFormat::Raw => Raw::open_image(storage, writable).map(FormatAccess::new),
-            DiskFormat::Qcow2 => open_qcow2(storage, &file, writable),
+            DiskFormat::Qcow2 => open_qcow2(storage, &file, writable, &Backing::new(&spec.backing)),
         })
         .map_err(content)?;
         let size = access.size();
@@ -212,50 +212,96 @@ fn open_locked(path: &Path, writable: bool) -> io::Result<Option<HostFile>> {
     }
 }
 
-fn open_qcow2(storage: File, file: &HostFile, writable: bool) -> io::Result<FormatAccess<File>> {
-    let cluster = check_tables(file)?;
-    let image = Qcow2::<File>::builder(storage).write(writable).open(Backing { depth: 0 })?;
-    let image = FormatAccess::new(image);
-    check_data(&image, cluster)?;
-    Ok(image)
+fn open_qcow2(
+    storage: File,
+    file: &HostFile,
+    writable: bool,
+    backing: &Backing<'_>,
+) -> io::Result<FormatAccess<File>> {
+    if let Some(name) = check(file)?
+        && backing.allowed.is_empty()
+    {
+        return Err(backing.refused(&name));
+    }
+    let image = Qcow2::<File>::builder(storage).write(writable).open(backing.clone())?;
+    Ok(FormatAccess::new(image))
 }
 
-/// Opens the backing files that images name: read-only, locked as such, and not without end.
-struct Backing {
+/// Opens the backing files that images name: only those that the machine's description allows,
+/// read-only, locked as such, and not without end. What an image says is not to be trusted: it
+/// could name any file of the host.
+#[derive(Clone)]
+struct Backing<'a> {
+    /// Files, and directories of files.
+    allowed: &'a [PathBuf],
     depth: usize,
+    /// The file that was opened last, whose format is yet to be.
+    opened: Option<Arc<HostFile>>,
 }
 
-impl ImplicitOpenGate<File> for Backing {
+impl<'a> Backing<'a> {
+    fn new(allowed: &'a [PathBuf]) -> Backing<'a> {
+        Backing { allowed, depth: 0, opened: None }
+    }
+
+    fn refused(&self, name: &str) -> io::Error {
+        io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!(
+                "its backing file {name:?} is not allowed: the machine's description has to name \
+                 it, or a directory it is in, in the disk's `backing`"
+            ),
+        )
+    }
+
+    /// The file at `path`, where no link leads elsewhere.
+    fn find(&self, path: &Path) -> io::Result<PathBuf> {
+        let found = fs::canonicalize(path)?;
+        // One that is not there allows nothing.
+        let mut allowed = self.allowed.iter().filter_map(|path| fs::canonicalize(path).ok());
+        match allowed.any(|allowed| found.starts_with(allowed)) {
+            true => Ok(found),
+            false => Err(self.refused(&found.to_string_lossy())),
+        }
+    }
+}
+
+impl ImplicitOpenGate<File> for Backing<'_> {
     fn open_format<F: FormatDriverBuilder<File>>(
         &mut self,
         builder: F,
     ) -> io::Result<FormatAccess<File>> {
-        let path = builder.get_image_path().unwrap_or_default();
-        let cluster = match F::FORMAT {
-            Format::Raw => None,
-            Format::Qcow2 => Some(check_tables(&HostFile::open(&path)?)?),
-            other => return Err(io::Error::other(format!("a backing file of format {other:?}"))),
-        };
+        match (F::FORMAT, &self.opened) {
+            (Format::Raw, _) => {}
+            (Format::Qcow2, Some(file)) => {
+                check(file)?;
+            }
+            (other, _) => {
+                return Err(io::Error::other(format!("a backing file of format {other:?}")));
+            }
+        }
         if builder.get_writable() {
             return Err(io::Error::other("a backing file that can be written"));
         }
-        let image = FormatAccess::new(builder.open(Backing { depth: self.depth + 1 })?);
-        if let Some(cluster) = cluster {
-            check_data(&image, cluster)?;
-        }
-        Ok(image)
+        let next = Backing { depth: self.depth + 1, opened: None, ..self.clone() };
+        Ok(FormatAccess::new(builder.open(next)?))
     }
 
     fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<File> {
         if self.depth >= MAX_BACKING {
             return Err(io::Error::other(format!("more than {MAX_BACKING} backing files")));
         }
-        let path = options.get_filename().unwrap_or(Path::new("")).to_owned();
         if options.get_writable() {
             return Err(io::Error::other("external data files are not supported"));
         }
+        let path = self.find(options.get_filename().unwrap_or(Path::new("")))?;
         let file = open_locked(&path, false)?
             .ok_or_else(|| io::Error::other("it is locked by another process or another disk"))?;
+        // To read a device may do something, or never end.
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("it is no file"));
+        }
+        self.opened = Some(Arc::new(file.try_clone()?));
         File::from_open_file(file, options)
     }
 }

@@ -20,18 +20,58 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
 
+use super::listing::{BATCH, Batch, Listing, Listings};
+use super::server::on_detached_thread;
+use super::xattr;
+
+/// What a guest may do.
+#[derive(Clone, Copy)]
+pub(super) struct Rules {
+    /// Give files set-uid and set-gid bits.
+    pub(super) allow_setuid: bool,
+}
+
 /// A file system that takes plain names only.
 pub(super) struct Confined<F> {
     inner: F,
+    rules: Rules,
+    listings: Listings,
     /// Set while the guest has a session, between INIT and DESTROY.
     mounted: Arc<AtomicBool>,
 }
 
 impl<F> Confined<F> {
-    pub(super) fn new(inner: F, mounted: Arc<AtomicBool>) -> Confined<F> {
-        Confined { inner, mounted }
+    pub(super) fn new(inner: F, rules: Rules, mounted: Arc<AtomicBool>) -> Confined<F> {
+        Confined { inner, rules, listings: Listings::default(), mounted }
+    }
+
+    /// The mode that a file gets when the guest asks for `mode`.
+    fn allowed(&self, mode: u32) -> u32 {
+        if self.rules.allow_setuid { mode } else { mode & !SETUID }
     }
 }
+
+impl<F: FileSystem> Confined<F> {
+    /// The same where it may be a directory.
+    fn allowed_for(&self, ctx: Context, inode: u64, mode: u32) -> io::Result<u32> {
+        if mode & SETUID == 0 || self.rules.allow_setuid {
+            return Ok(mode);
+        }
+        let (found, _) = self.inner.getattr(ctx, inode.into(), None)?;
+        let directory = found.mode & libc::S_IFMT == libc::S_IFDIR;
+        Ok(if directory { mode } else { self.allowed(mode) })
+    }
+
+    /// Takes a file's capabilities away, if it has any: the host does not know them by this name,
+    /// and so does not do it when the file is written. It is no error if that cannot be done.
+    fn forget_capabilities(&self, ctx: Context, inode: u64) {
+        drop(self.inner.removexattr(ctx, inode.into(), xattr::CAPABILITY));
+    }
+}
+
+const SETUID: u32 = libc::S_ISUID | libc::S_ISGID;
+/// The longest value of an attribute, and list of names, that Linux knows.
+const MAX_VALUE: u32 = 64 << 10;
 
 fn errno(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code)
@@ -72,42 +112,43 @@ macro_rules! forward {
     )*};
 }
 
+/// The same for those that are not for each thread.
+macro_rules! forward_detached {
+    ($(fn $name:ident(&self $(, $arg:ident: $type:ty)*) -> $result:ty;)*) => {$(
+        fn $name(&self $(, $arg: $type)*) -> $result {
+            on_detached_thread()?;
+            self.inner.$name($($arg),*)
+        }
+    )*};
+}
+
 impl<F: FileSystem> FileSystem for Confined<F> {
     type Inode = F::Inode;
     type Handle = F::Handle;
-    type DirIter = F::DirIter;
+    type DirIter = Listing;
 
+    // What is quick (`is_quick`), or changes nothing.
     forward! {
         fn forget(&self, ctx: Context, inode: F::Inode, count: u64);
         fn batch_forget(&self, ctx: Context, requests: Vec<(F::Inode, u64)>);
         fn getattr(&self, ctx: Context, inode: F::Inode, handle: Option<F::Handle>)
             -> io::Result<(Attr, Duration)>;
-        fn setattr(&self, ctx: Context, inode: F::Inode, attr: SetattrIn,
-            handle: Option<F::Handle>, valid: SetattrValid) -> io::Result<(Attr, Duration)>;
         fn readlink(&self, ctx: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
         fn open(&self, ctx: Context, inode: F::Inode, kill_priv: bool, flags: u32)
             -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn release(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle,
+            flush: bool, flock_release: bool, lock_owner: Option<u64>) -> io::Result<()>;
+        fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32)
+            -> io::Result<(Option<F::Handle>, OpenOptions)>;
+    }
+
+    forward_detached! {
         fn fsync(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle)
             -> io::Result<()>;
         fn fallocate(&self, ctx: Context, inode: F::Inode, handle: F::Handle, mode: u32,
             offset: u64, length: u64) -> io::Result<()>;
-        fn release(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle,
-            flush: bool, flock_release: bool, lock_owner: Option<u64>) -> io::Result<()>;
         fn statfs(&self, ctx: Context, inode: F::Inode) -> io::Result<libc::statvfs64>;
-        fn setxattr(&self, ctx: Context, inode: F::Inode, name: &CStr, value: &[u8], flags: u32,
-            extra: SetxattrFlags) -> io::Result<()>;
-        fn getxattr(&self, ctx: Context, inode: F::Inode, name: &CStr, size: u32)
-            -> io::Result<GetxattrReply>;
-        fn listxattr(&self, ctx: Context, inode: F::Inode, size: u32)
-            -> io::Result<ListxattrReply>;
-        fn removexattr(&self, ctx: Context, inode: F::Inode, name: &CStr) -> io::Result<()>;
-        fn opendir(&self, ctx: Context, inode: F::Inode, flags: u32)
-            -> io::Result<(Option<F::Handle>, OpenOptions)>;
-        fn readdir(&self, ctx: Context, inode: F::Inode, handle: F::Handle, size: u32,
-            offset: u64) -> io::Result<F::DirIter>;
         fn fsyncdir(&self, ctx: Context, inode: F::Inode, datasync: bool, handle: F::Handle)
-            -> io::Result<()>;
-        fn releasedir(&self, ctx: Context, inode: F::Inode, flags: u32, handle: F::Handle)
             -> io::Result<()>;
         fn access(&self, ctx: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
         fn lseek(&self, ctx: Context, inode: F::Inode, handle: F::Handle, offset: u64,
@@ -123,6 +164,8 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         // to stderr for each of its INITs. And supplementary groups never reach virtiofsd, so it
         // must act as if the guest could not tell them.
         let capable = (capable | FsOptions::SUBMOUNTS) - FsOptions::CREATE_SUPP_GROUP;
+        on_detached_thread()?;
+        self.listings.clear();
         let wanted = self.inner.init(capable)?;
         self.mounted.store(true, Ordering::Release);
         Ok(wanted)
@@ -130,7 +173,96 @@ impl<F: FileSystem> FileSystem for Confined<F> {
 
     fn destroy(&self) {
         self.mounted.store(false, Ordering::Release);
+        self.listings.clear();
         self.inner.destroy();
+    }
+
+    fn readdir(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        _size: u32,
+        offset: u64,
+    ) -> io::Result<Listing> {
+        on_detached_thread()?;
+        let (node, open) = (inode.into(), handle.into());
+        if let Some(rest) = self.listings.find(node, open, offset) {
+            return Ok(rest);
+        }
+        // The reply is filled from what comes of it as far as there is room.
+        let entries = self.inner.readdir(ctx, node.into(), open.into(), BATCH, offset)?;
+        Ok(self.listings.keep(node, open, Batch::new(offset, entries)))
+    }
+
+    fn releasedir(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        flags: u32,
+        handle: F::Handle,
+    ) -> io::Result<()> {
+        let open = handle.into();
+        self.listings.forget(open);
+        self.inner.releasedir(ctx, inode, flags, open.into())
+    }
+
+    fn setattr(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        mut attr: SetattrIn,
+        handle: Option<F::Handle>,
+        valid: SetattrValid,
+    ) -> io::Result<(Attr, Duration)> {
+        on_detached_thread()?;
+        let node = inode.into();
+        if valid.contains(SetattrValid::MODE) {
+            attr.mode = self.allowed_for(ctx, node, attr.mode)?;
+        }
+        if valid.intersects(SetattrValid::UID | SetattrValid::GID | SetattrValid::KILL_SUIDGID) {
+            self.forget_capabilities(ctx, node);
+        }
+        self.inner.setattr(ctx, node.into(), attr, handle, valid)
+    }
+
+    fn setxattr(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        extra: SetxattrFlags,
+    ) -> io::Result<()> {
+        on_detached_thread()?;
+        self.inner.setxattr(ctx, inode, &*xattr::to_host(name)?, value, flags, extra)
+    }
+
+    fn getxattr(
+        &self,
+        ctx: Context,
+        inode: F::Inode,
+        name: &CStr,
+        size: u32,
+    ) -> io::Result<GetxattrReply> {
+        on_detached_thread()?;
+        let size = size.min(MAX_VALUE);
+        self.inner.getxattr(ctx, inode, &*xattr::to_host(name)?, size)
+    }
+
+    fn listxattr(&self, ctx: Context, inode: F::Inode, size: u32) -> io::Result<ListxattrReply> {
+        on_detached_thread()?;
+        Ok(match self.inner.listxattr(ctx, inode, size.min(MAX_VALUE))? {
+            ListxattrReply::Names(names) => ListxattrReply::Names(xattr::to_guest(&names)),
+            // The names in the guest are shorter.
+            count @ ListxattrReply::Count(_) => count,
+        })
+    }
+
+    fn removexattr(&self, ctx: Context, inode: F::Inode, name: &CStr) -> io::Result<()> {
+        on_detached_thread()?;
+        self.inner.removexattr(ctx, inode, &*xattr::to_host(name)?)
     }
 
     fn flush(
@@ -157,6 +289,7 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         name: &CStr,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        on_detached_thread()?;
         let extensions = without_groups(extensions);
         self.inner.symlink(ctx, target, parent, plain(name)?, extensions)
     }
@@ -171,8 +304,10 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        on_detached_thread()?;
         harmless_node(mode, rdev)?;
         let extensions = without_groups(extensions);
+        let mode = self.allowed(mode);
         self.inner.mknod(ctx, parent, plain(name)?, mode, rdev, umask, extensions)
     }
 
@@ -185,15 +320,18 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        on_detached_thread()?;
         let extensions = without_groups(extensions);
         self.inner.mkdir(ctx, parent, plain(name)?, mode, umask, extensions)
     }
 
     fn unlink(&self, ctx: Context, parent: F::Inode, name: &CStr) -> io::Result<()> {
+        on_detached_thread()?;
         self.inner.unlink(ctx, parent, plain(name)?)
     }
 
     fn rmdir(&self, ctx: Context, parent: F::Inode, name: &CStr) -> io::Result<()> {
+        on_detached_thread()?;
         self.inner.rmdir(ctx, parent, plain(name)?)
     }
 
@@ -206,6 +344,7 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         new: &CStr,
         flags: u32,
     ) -> io::Result<()> {
+        on_detached_thread()?;
         self.inner.rename(ctx, from, plain(old)?, to, plain(new)?, flags)
     }
 
@@ -216,6 +355,7 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         parent: F::Inode,
         name: &CStr,
     ) -> io::Result<Entry> {
+        on_detached_thread()?;
         self.inner.link(ctx, inode, parent, plain(name)?)
     }
 
@@ -230,11 +370,12 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)> {
+        on_detached_thread()?;
         // virtiofsd drops O_DIRECT from OPEN but not from CREATE; guest buffers are not aligned
         // as the host's file system may want them.
         let flags = flags & !libc::O_DIRECT.cast_unsigned();
         let extensions = without_groups(extensions);
-        let name = plain(name)?;
+        let (name, mode) = (plain(name)?, self.allowed(mode));
         self.inner.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
     }
 
@@ -249,6 +390,7 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        on_detached_thread()?;
         self.inner.read(ctx, inode, handle, w, size, offset, lock_owner, flags)
     }
 
@@ -265,6 +407,12 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        on_detached_thread()?;
+        let node = inode.into();
+        if kill_priv {
+            self.forget_capabilities(ctx, node);
+        }
+        let inode = node.into();
         self.inner.write(ctx, inode, handle, r, size, offset, lock_owner, delayed, kill_priv, flags)
     }
 }

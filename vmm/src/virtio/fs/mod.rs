@@ -15,6 +15,15 @@
 //! read-only share the guest sees root as the owner, as it must for a Nix store. In both, ids of
 //! other users of the host stay as they are.
 //!
+//! **Set-uid and set-gid bits.** A write, a truncation or a change of owner takes them away, as on
+//! any file system. In a share that can be written a guest gets none at all unless the spec allows
+//! it: they are left out of each mode it sets, so that all see the same. Directories keep the
+//! set-gid bit, which there only says whose the new files are.
+//!
+//! **Extended attributes** a share that can be written has where the directory's file system has
+//! them (tmpfs: since Linux 6.6). Those of `trusted` and `security` are kept by other names; see
+//! [`xattr`]. ACLs are those of the host.
+//!
 //! **One request queue.** Kernels of today's stable distributions use no more than one, and the
 //! queue's lock is held only while a chain is taken or given back.
 //!
@@ -26,9 +35,11 @@
 //! cannot wait for each other: Linux handles FIFOs and file locks in the guest.
 
 mod confined;
+mod listing;
 mod server;
 #[cfg(test)]
 mod tests;
+mod xattr;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -92,6 +103,8 @@ pub struct Fs {
     server: Arc<dyn Fuse>,
     root: File,
     spec: ShareSpec,
+    /// Most that it keeps for the guest.
+    descriptors: u64,
     alarm: Arc<EventFd>,
     config: [u8; TAG_LEN + 4],
 }
@@ -99,12 +112,19 @@ pub struct Fs {
 impl Fs {
     /// Opens the directory and makes its server. Threads are started when the guest mounts it.
     ///
-    /// The first share of a process raises its limit of open files to the hard limit.
-    ///
     /// # Errors
     /// A bad tag, a directory that cannot be read, or a host that lacks `/proc` or
     /// `unshare(CLONE_FS)`.
     pub fn new(spec: &ShareSpec) -> Result<Fs, FsError> {
+        Fs::limited(spec, u64::MAX)
+    }
+
+    /// As [`Self::new`], of a share that keeps no more than so many descriptors for the guest: one for each inode that
+    /// it remembers, and for each file that it has open. Beyond, it is told that the system has no more (`ENFILE`).
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn limited(spec: &ShareSpec, descriptors: u64) -> Result<Fs, FsError> {
         let root = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
@@ -116,7 +136,7 @@ impl Fs {
             })?;
         let refused =
             |source| FsError::Server { tag: spec.tag.to_string(), path: spec.source.clone(), source };
-        let server = server::start(spec, &root).map_err(refused)?;
+        let server = server::start(spec, &root, descriptors).map_err(refused)?;
         let alarm = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(refused)?;
         let mut config = [0; TAG_LEN + 4];
         for (byte, own) in config[..TAG_LEN].iter_mut().zip(spec.tag.bytes()) {
@@ -124,14 +144,14 @@ impl Fs {
         }
         let request_queues = 1_u32;
         config[TAG_LEN..].copy_from_slice(&request_queues.to_le_bytes());
-        Ok(Fs { server, root, spec: spec.clone(), alarm: Arc::new(alarm), config })
+        Ok(Fs { server, root, spec: spec.clone(), descriptors, alarm: Arc::new(alarm), config })
     }
 
     /// Ends the guest's session. The server is made anew, for a panic may have left the old one
     /// in any state.
     fn renew(&mut self) {
         let ended = catch_unwind(AssertUnwindSafe(|| self.server.end_session()));
-        match server::start(&self.spec, &self.root) {
+        match server::start(&self.spec, &self.root, self.descriptors) {
             Ok(server) => self.server = server,
             Err(error) if ended.is_ok() => {
                 tracing::debug!(share = &*self.spec.tag, %error, "the old server stays");

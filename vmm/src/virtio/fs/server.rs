@@ -1,11 +1,12 @@
 //! The FUSE server of one share: `virtiofsd`, made safe to run inside this process.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -22,7 +23,8 @@ use virtiofsd::server::Server;
 use virtiofsd::soft_idmap::cmdline::IdMap;
 use vm_memory::{Address, Bytes};
 
-use super::confined::Confined;
+use super::confined::{Confined, Rules};
+use super::xattr;
 use crate::spec::{CachePolicy, ShareSpec};
 use crate::virtio::queue::Chain;
 
@@ -76,21 +78,34 @@ pub(super) fn detach_thread() -> io::Result<()> {
     }
     // SAFETY: umask takes no pointers and cannot fail.
     unsafe { libc::umask(0) };
+    DETACHED.set(true);
     Ok(())
 }
 
-/// Makes the server for `spec` on its opened directory `root`, which must outlive it.
-pub(super) fn start(spec: &ShareSpec, root: &File) -> io::Result<Arc<dyn Fuse>> {
+thread_local! {
+    static DETACHED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Refuses what only a thread that has called [`detach_thread`] may do. [`is_quick`] keeps such
+/// requests from others, but a guest may change a request after it was looked at.
+pub(super) fn on_detached_thread() -> io::Result<()> {
+    if DETACHED.get() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EIO)) }
+}
+
+/// Makes the server for `spec` on its opened directory `root`, which must outlive it. It keeps no more than
+/// `descriptors` for the guest, which holds one for each inode that it remembers.
+pub(super) fn start(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Arc<dyn Fuse>> {
     let squash = !can_act_for_others()?;
-    let config = config(spec, root, squash);
+    let config = config(spec, root, squash, descriptors);
+    let rules = Rules { allow_setuid: spec.allow_setuid };
     // PassthroughFs::new sets the umask, which threads share until they say otherwise.
     on_own_thread(move || {
         detach_thread()?;
         let mounted = Arc::new(AtomicBool::new(false));
         Ok(if spec.read_only {
-            share(PassthroughFsRo::new(config)?, mounted)
+            share(PassthroughFsRo::new(config)?, rules, mounted)
         } else {
-            share(PassthroughFs::new(config)?, mounted)
+            share(PassthroughFs::new(config)?, rules, mounted)
         })
     })
 }
@@ -104,11 +119,11 @@ fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Re
     })
 }
 
-fn share<F>(fs: F, mounted: Arc<AtomicBool>) -> Arc<dyn Fuse>
+fn share<F>(fs: F, rules: Rules, mounted: Arc<AtomicBool>) -> Arc<dyn Fuse>
 where
     F: FileSystem + SerializableFileSystem + Send + Sync + 'static,
 {
-    let server = Server::new(Confined::new(fs, Arc::clone(&mounted)));
+    let server = Server::new(Confined::new(fs, rules, Arc::clone(&mounted)));
     Arc::new(Share { server, mounted })
 }
 
@@ -130,7 +145,7 @@ fn effective_ids() -> (u32, u32) {
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
-fn config(spec: &ShareSpec, root: &File, squash: bool) -> Config {
+fn config(spec: &ShareSpec, root: &File, squash: bool, descriptors: u64) -> Config {
     // Never: whoever writes the directory, the next look sees it, for names, attributes and data.
     let (cache_policy, timeout) = match spec.cache {
         CachePolicy::Never => (passthrough::CachePolicy::Never, Duration::ZERO),
@@ -145,6 +160,8 @@ fn config(spec: &ShareSpec, root: &File, squash: bool) -> Config {
     } else {
         (None, None)
     };
+    let have = |name| !spec.read_only && xattr::are_supported(root, name);
+    let acls = have(c"system.posix_acl_access");
     Config {
         entry_timeout: timeout,
         attr_timeout: timeout,
@@ -154,20 +171,23 @@ fn config(spec: &ShareSpec, root: &File, squash: bool) -> Config {
         root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
         // What is cached may be written by others too; so writes go through.
         writeback: false,
-        // READDIRPLUS fetches attributes ahead of their use, in vain if they may not be kept.
-        readdirplus: spec.cache != CachePolicy::Never,
+        // READDIRPLUS fetches attributes ahead of their use, in vain if they may not be kept; and
+        // an entry that somebody deletes meanwhile would end the listing with an error.
+        readdirplus: spec.cache == CachePolicy::Always,
         // Programs that map a file shared would fail on an uncached file otherwise (Linux 6.6).
         allow_mmap: true,
         // Directories of two mounts can have one inode number: `find` would see a loop.
         announce_submounts: true,
         // Handles could do without a descriptor for each inode but need CAP_DAC_READ_SEARCH.
         inode_file_handles: InodeFileHandlesMode::Never,
-        guest_fd_limit: descriptors_for_a_share(),
-        // A look-up of security.capability with each write, for what no test has asked for yet.
-        xattr: false,
-        posix_acl: NegotiationMode::Never,
+        guest_fd_limit: descriptors,
+        // Names are mapped before they get there; see [`xattr`].
+        xattr: acls || have(c"user.firn"),
+        posix_acl: if acls { NegotiationMode::Auto } else { NegotiationMode::Never },
         security_label: NegotiationMode::Never,
-        killpriv_v2: false,
+        // Without it set-uid bits would survive a write, and with attributes each write of the
+        // guest would look up security.capability first.
+        killpriv_v2: !spec.read_only,
         // Guest buffers are not aligned as O_DIRECT on the host wants them.
         allow_direct_io: false,
         clean_noatime: true,
@@ -185,26 +205,6 @@ fn one_owner(id: u32, shown: u32) -> Vec<IdMap> {
     let all = IdMap::SquashGuest { from_guest: 0, to_host: id, count: u32::MAX };
     let back = IdMap::Host { from_host: id, to_guest: shown, count: 1 };
     vec![all, back]
-}
-
-/// How many descriptors one share may use: half of what the process can have, which is raised to
-/// its hard limit. A guest keeps one for each inode it remembers, and a walk over a Nix store
-/// remembers hundreds of thousands.
-fn descriptors_for_a_share() -> u64 {
-    static LIMIT: OnceLock<u64> = OnceLock::new();
-    *LIMIT.get_or_init(|| {
-        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: `limit` is a valid rlimit that the kernel fills.
-        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
-            return 512;
-        }
-        let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
-        // SAFETY: `raised` is a valid rlimit that the kernel only reads.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raised) } == 0 {
-            limit = raised;
-        }
-        limit.rlim_cur / 2
-    })
 }
 
 struct Share<F: FileSystem + Sync> {

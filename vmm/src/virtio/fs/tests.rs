@@ -1,6 +1,8 @@
 mod client;
 mod hostile;
+mod listing;
 mod process;
+mod rights;
 mod workers;
 
 use std::fs;

@@ -62,6 +62,8 @@ pub struct Hub {
     /// Clients may wait at the listener.
     knocked: bool,
     next_port: u32,
+    /// Most connections, at most [`MAX_CONNECTIONS`].
+    pub max: usize,
 }
 
 impl Hub {
@@ -76,6 +78,7 @@ impl Hub {
             refusals: VecDeque::new(),
             knocked: true,
             next_port: HOST_PORTS.start,
+            max: MAX_CONNECTIONS,
             listener,
         };
         hub.watch(ControlOperation::Add, &hub.listener, LISTENER).map_err(VsockError::Host)?;
@@ -166,7 +169,7 @@ impl Hub {
     }
 
     fn is_full(&self) -> bool {
-        self.clients.len() + self.connections.len() >= MAX_CONNECTIONS
+        self.clients.len() + self.connections.len() >= self.max
     }
 
     /// A port of the host that no connection has. There are many more than connections.

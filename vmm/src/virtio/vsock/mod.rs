@@ -114,6 +114,11 @@ impl Vsock {
         let hub = Hub::new(spec)?;
         Ok(Vsock { hub, again, driver_connected: false, owes_reset: false, queues: () })
     }
+
+    /// Has no more connections at once than `max`, and never more than [`MAX_CONNECTIONS`].
+    pub fn limit(&mut self, max: usize) {
+        self.hub.max = max.min(MAX_CONNECTIONS);
+    }
 }
 
 impl<Q: Send> DeviceConfig for Vsock<Q> {

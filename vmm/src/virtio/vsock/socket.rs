@@ -3,12 +3,15 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+};
+use nix::sys::stat::{Mode, fchmod};
 
 use super::VsockError;
 
@@ -34,15 +37,10 @@ impl Listener {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(failed("look at")(error)),
         }
-        let listener = UnixListener::bind(path).map_err(failed("listen at"))?;
+        let listener = bind_closed(path).map_err(failed("listen at"))?;
         let identity =
             fs::symlink_metadata(path).map(|file| identity(&file)).map_err(failed("look at"))?;
-        // From here on the file is removed if anything fails.
-        let listener = Listener { listener, path: path.into(), identity };
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-            .map_err(failed("set the mode of"))?;
-        listener.listener.set_nonblocking(true).map_err(failed("set up"))?;
-        Ok(listener)
+        Ok(Listener { listener, path: path.into(), identity })
     }
 
     /// The next client that waits; `None` if none does.
@@ -93,6 +91,17 @@ impl Drop for Listener {
 
 fn identity(file: &fs::Metadata) -> (u64, u64) {
     (file.dev(), file.ino())
+}
+
+/// A socket that listens at `path` and does not block. No other user can ever connect to it: its file's mode is that of
+/// the socket when it is bound, as far as the umask allows.
+fn bind_closed(path: &Path) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let end = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    fchmod(&end, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(end.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&end, Backlog::MAXCONN)?;
+    Ok(UnixListener::from(end))
 }
 
 /// Removes the socket at `path` unless somebody listens at it.

@@ -111,7 +111,7 @@ async fn files_travel_whole() {
     assert_eq!((info.kind, info.mode, info.size), (FileKind::File, 0o640, 2_500_000));
 
     let link = dir.path().join("it's/link");
-    shell.symlink(&link, Path::new("a new/file")).await.expect("it is made");
+    std::os::unix::fs::symlink("a new/file", &link).expect("it is made");
     let info = shell.stat(&link, true).await.expect("it is there");
     assert_eq!(info.kind, FileKind::File);
     let mut names: Vec<_> = shell
@@ -141,7 +141,7 @@ async fn a_file_that_cannot_be_written_leaves_the_shell_usable() {
     assert!(matches!(error, Err(SessionError::Shell(ShellError::Refused { .. }))), "{error:?}");
     // The directory can be opened for nothing, after the payload was sent.
     let pipeline = "(head -c 8 | { base64 -d >>/proc || { cat >/dev/null; false; }; })";
-    let (status, _) = shell.call(pipeline, b"aGVsbG8=", None).await.expect("an answer");
+    let (status, _) = shell.call(pipeline, b"aGVsbG8=", None, 0).await.expect("an answer");
     assert_ne!(status, 0);
     assert_eq!(shell.run(&command("echo on")).await.expect("an answer"), (0, b"on\n".to_vec()));
     let error = shell.read_file(Path::new("/nowhere"), &mut Vec::new()).await;
@@ -216,4 +216,30 @@ async fn a_shell_that_is_left_leaves_the_console_to_the_next() {
 fn say(mut stream: &UnixStream, bytes: &[u8]) {
     use std::io::Write;
     stream.write_all(bytes).expect("it fits");
+}
+
+#[tokio::test]
+async fn what_a_hostile_shell_answers_is_bounded() {
+    let (host, guest) = UnixStream::pair().expect("sockets");
+    say(&guest, b"Spawning backdoor root shell...\n");
+    let shell = ShellSession::connect(&host).await.expect("the banner is there");
+    let flood = std::thread::spawn(move || {
+        use std::io::Write;
+        let mut guest = &guest;
+        let noise = vec![b'A'; 1 << 20];
+        let mut all = || {
+            guest.write_all(b"firn-1\n")?;
+            for _ in 0..=encoded(MAX_LISTING) >> 20 {
+                guest.write_all(&noise)?;
+            }
+            guest.write_all(b"\n0\nfirn-2\nb24K\n0\n")
+        };
+        all().expect("the host is there");
+        guest.try_clone()
+    });
+    let error = shell.list(Path::new("/")).await.expect_err("it is too long");
+    assert!(matches!(error, SessionError::TooMuchOutput), "{error}");
+    let answer = shell.run(&command("echo on")).await.expect("an answer");
+    assert_eq!(answer, (0, b"on\n".to_vec()));
+    flood.join().expect("no panic").expect("a descriptor");
 }

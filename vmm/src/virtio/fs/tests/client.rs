@@ -1,8 +1,9 @@
 //! A guest that speaks FUSE through the device's queues.
 
 use virtiofsd::fuse::{
-    AttrOut, CreateIn, EntryOut, GetattrIn, InHeader, InitInCompat, InitInExt, InitOut, MkdirIn,
-    Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, WriteIn, WriteOut,
+    AttrOut, CreateIn, EntryOut, GetattrIn, GetxattrIn, InHeader, InitInCompat, InitInExt, InitOut,
+    MkdirIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, SetattrIn, SetxattrIn, WriteIn,
+    WriteOut,
 };
 use vm_memory::ByteValued;
 
@@ -162,10 +163,45 @@ impl Mount {
     }
 
     pub fn write(&mut self, node: u64, fh: u64, offset: u64, data: &[u8]) -> Reply<u32> {
-        let write =
-            WriteIn { fh, offset, size: u32::try_from(data.len()).unwrap(), ..Default::default() };
+        self.write_as(0, node, fh, offset, data)
+    }
+
+    /// With flags of the write (FUSE protocol: `FUSE_WRITE_…`).
+    pub fn write_as(
+        &mut self,
+        write_flags: u32,
+        node: u64,
+        fh: u64,
+        offset: u64,
+        data: &[u8],
+    ) -> Reply<u32> {
+        let size = u32::try_from(data.len()).unwrap();
+        let write = WriteIn { fh, offset, size, write_flags, ..Default::default() };
         let reply = self.call(Opcode::Write, node, &[write.as_slice(), data])?;
         Ok(object::<WriteOut>(&reply).size)
+    }
+
+    /// Changes what `valid` names (FUSE protocol: `FATTR_…`).
+    pub fn setattr(&mut self, node: u64, valid: u32, attr: SetattrIn) -> Reply<AttrOut> {
+        let attr = SetattrIn { valid, ..attr };
+        Ok(object(&self.call(Opcode::Setattr, node, &[attr.as_slice()])?))
+    }
+
+    pub fn set_xattr(&mut self, node: u64, name: &str, value: &[u8]) -> Reply<()> {
+        let size = u32::try_from(value.len()).unwrap();
+        let set = SetxattrIn { size, ..Default::default() };
+        let body = [set.as_slice(), &c_string(name), value];
+        self.call(Opcode::Setxattr, node, &body).map(drop)
+    }
+
+    pub fn xattr(&mut self, node: u64, name: &str) -> Reply<Vec<u8>> {
+        let get = GetxattrIn { size: 100, ..Default::default() };
+        self.call(Opcode::Getxattr, node, &[get.as_slice(), &c_string(name)])
+    }
+
+    pub fn xattrs(&mut self, node: u64) -> Reply<Vec<u8>> {
+        let get = GetxattrIn { size: 200, ..Default::default() };
+        self.call(Opcode::Listxattr, node, &[get.as_slice()])
     }
 
     pub fn release(&mut self, node: u64, fh: u64) -> Reply<()> {

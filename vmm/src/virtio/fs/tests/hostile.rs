@@ -4,10 +4,10 @@ use std::fs;
 use std::os::unix::fs::symlink;
 
 use proptest::prelude::*;
-use virtiofsd::fuse::{LinkIn, MkdirIn, MknodIn, Opcode, OutHeader, ReadIn, RenameIn};
+use virtiofsd::fuse::{InHeader, LinkIn, MkdirIn, MknodIn, Opcode, OutHeader, ReadIn, RenameIn};
 use vm_memory::ByteValued;
 
-use super::super::Fs;
+use super::super::{Fs, server};
 use super::client::{Mount, ROOT, answer, c_string};
 use super::{share, spec};
 use crate::virtio::VirtioDevice;
@@ -166,6 +166,41 @@ fn request() -> impl Strategy<Value = Request> {
     (opcode, node, len, body, room, 0..2_usize).prop_map(
         |(opcode, node, len, body, room, queue)| Request { opcode, node, len, body, room, queue },
     )
+}
+
+/// A guest can change a request after it was found to be quick.
+#[test]
+fn a_thread_of_the_process_serves_nothing_that_could_change_the_process() {
+    let (directory, spec) = share();
+    let root = fs::File::open(directory.path()).unwrap();
+    let server = server::start(&spec, &root).unwrap();
+    let guest = Guest::new();
+    let (mut driver, mut queue) = guest.queue(0, 256);
+    let mut serve = |opcode: Opcode, body: &[u8]| {
+        let header = InHeader {
+            len: u32::try_from(size_of::<InHeader>() + body.len()).unwrap(),
+            opcode: opcode as u32,
+            nodeid: ROOT,
+            ..Default::default()
+        };
+        driver.add(&[Part::Read(header.as_slice()), Part::Read(body), Part::Write(256)]);
+        let chain = queue.pop().unwrap().expect("a request");
+        let written = server.serve(&chain);
+        queue.complete(chain.head_index(), written).unwrap();
+        answer(&driver.used().unwrap(), 0)
+    };
+    let mkdir = MkdirIn { mode: 0o755, umask: 0 };
+    let mkdir = [mkdir.as_slice(), b"dir\0"].concat();
+    for (opcode, body) in [
+        (Opcode::Init, &[0; 64][..]),
+        (Opcode::Mkdir, &mkdir),
+        (Opcode::Getxattr, b"\x08\0\0\0\0\0\0\0user.a\0"),
+        (Opcode::Fsync, &[0; 16]),
+        (Opcode::Read, &[0; 40]),
+    ] {
+        assert!(serve(opcode, body).is_err(), "{opcode:?}");
+    }
+    assert!(!directory.path().join("dir").exists());
 }
 
 proptest! {

@@ -161,7 +161,7 @@ fn unprivileged() {
 #[test]
 fn as_root_ids_are_kept() {
     if !is_root() {
-        eprintln!("skipped: not root");
+        crate::skip::skipped("not root");
         return;
     }
     let (directory, spec) = share();

@@ -1,0 +1,55 @@
+"""Windows on a guest's screen: what its X server says of them, asked by commands."""
+
+import re
+
+from firn._firn import Machine
+from firn.duration import Duration
+from firn.retry import retry
+
+#: The name of a window, in a line of xwininfo.
+_NAME = re.compile(r'0x[0-9a-f]+ "(.*?)"')
+
+
+class Windows(Machine):
+    """What a machine can be asked about its X server."""
+
+    def wait_for_x(self, timeout: Duration = 900) -> None:
+        """Wait until the guest's X server takes connections, and its session is there.
+
+        timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed
+        after it.
+        """
+        session = (
+            'journalctl -b SYSLOG_IDENTIFIER=systemd | grep "Reached target Current graphical"'
+        )
+
+        def ready(_last: bool) -> bool:
+            return self.execute(f"{session} && test -e /tmp/.X11-unix/X0")[0] == 0
+
+        with self.nested("waiting for the X11 server"):
+            retry(ready, timeout)
+
+    def get_window_names(self) -> list[str]:
+        """Give the names of all windows of the guest's X server; needs xwininfo there."""
+        lines = self.succeed("xwininfo -root -tree").splitlines()
+        return [found[1] for line in lines if (found := _NAME.search(line))]
+
+    def wait_for_window(self, regexp: str | re.Pattern[str], timeout: Duration = 900) -> None:
+        """Wait until a window is there whose name a regular expression matches.
+
+        timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed
+        after it.
+        """
+        pattern = re.compile(regexp)
+
+        def visible(last: bool) -> bool:
+            names = self.get_window_names()
+            if last:
+                self.log(
+                    f"Last chance to match {pattern.pattern} on the window list, "
+                    f"which currently contains: {', '.join(names)}"
+                )
+            return any(pattern.search(name) for name in names)
+
+        with self.nested("waiting for a window to appear"):
+            retry(visible, timeout)

@@ -1,0 +1,5 @@
+"""Durations."""
+
+from firn.duration import Duration, seconds
+
+__all__ = ["Duration", "seconds"]

@@ -1,0 +1,25 @@
+"""Machines."""
+
+from firn.machine import (
+    CHAR_TO_KEY,
+    BaseMachine,
+    NspawnMachine,
+    QemuMachine,
+    QemuStartCommand,
+    make_command,
+    retry,
+)
+
+# The name before there were containers.
+Machine = QemuMachine
+
+__all__ = [
+    "CHAR_TO_KEY",
+    "BaseMachine",
+    "Machine",
+    "NspawnMachine",
+    "QemuMachine",
+    "QemuStartCommand",
+    "make_command",
+    "retry",
+]

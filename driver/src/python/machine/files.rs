@@ -1,0 +1,50 @@
+//! Copies files.
+
+use std::path::PathBuf;
+
+use pyo3::exceptions::PyDeprecationWarning;
+use pyo3::prelude::*;
+
+use super::PyMachine;
+
+#[pymethods]
+impl PyMachine {
+    /// Copy a file or directory of the host to the guest: bits of permission are kept, root owns it there.
+    ///
+    /// source: on the host. target: in the guest; missing parents are made.
+    fn copy_from_host(&self, py: Python<'_>, source: PathBuf, target: PathBuf) -> PyResult<()> {
+        self.call(py, |machine| machine.copy_from_host(&source, &target))
+    }
+
+    /// As copy_from_host(), but the guest's shell expands the target.
+    fn copy_from_host_via_shell(
+        &self,
+        py: Python<'_>,
+        source: PathBuf,
+        target: PathBuf,
+    ) -> PyResult<()> {
+        let target = target.to_string_lossy();
+        wait(py, self.0.copy_from_host_via_shell(&source, &target))
+    }
+
+    /// Copy a file or directory of the guest into `out_dir`.
+    ///
+    /// source: in the guest. target_dir: a directory below `out_dir`, made if it is missing.
+    #[pyo3(signature = (source, target_dir = PathBuf::new()))]
+    fn copy_from_machine(
+        &self,
+        py: Python<'_>,
+        source: PathBuf,
+        target_dir: PathBuf,
+    ) -> PyResult<()> {
+        self.call(py, |machine| machine.copy_from_machine(&source, &target_dir))
+    }
+
+    /// The old name of copy_from_machine().
+    #[pyo3(signature = (source, target_dir = PathBuf::new()))]
+    fn copy_from_vm(&self, py: Python<'_>, source: PathBuf, target_dir: PathBuf) -> PyResult<()> {
+        let category = py.get_type::<PyDeprecationWarning>();
+        PyErr::warn(py, &category, c"copy_from_vm is the old name of copy_from_machine", 1)?;
+        self.copy_from_machine(py, source, target_dir)
+    }
+}

@@ -1,0 +1,100 @@
+//! What of a machine may have how many files open.
+
+use crate::spec::MachineSpec;
+use crate::virtio::vsock;
+
+/// What a machine without devices has open: KVM's files, consoles, the event loop.
+const BASE: u64 = 32;
+/// What a vCPU has.
+const VCPU: u64 = 2;
+/// What a device has at most: an event for each queue, its interrupt, its own file or socket.
+const DEVICE: u64 = 16;
+/// What the threads that serve a share open for a moment.
+const SHARE: u64 = 32;
+/// What a disk has below it, for the longest chain of backing files.
+const BACKING: u64 = 48;
+/// The vsock device may have this part of what is the guest's.
+const VSOCK: u64 = 8;
+
+/// How many the guest may make the devices keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Parts {
+    /// Each share.
+    pub(super) share: u64,
+    /// The vsock device.
+    pub(super) vsock: usize,
+}
+
+/// What a machine has of what takes descriptors.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counts {
+    cores: u64,
+    shares: u64,
+    /// Other devices.
+    devices: u64,
+    /// Disks that may have backing files.
+    backing: u64,
+    vsock: bool,
+}
+
+impl Counts {
+    pub(super) fn of(spec: &MachineSpec) -> Counts {
+        let backing = spec.disks.iter().filter(|disk| !disk.backing.is_empty()).count();
+        Counts {
+            cores: spec.cores.into(),
+            shares: count(spec.shares.len()),
+            // A console, an entropy source, a balloon, a vsock.
+            devices: count(spec.nets.len()) + count(spec.disks.len()) + 4,
+            backing: count(backing),
+            vsock: spec.vsock.is_some(),
+        }
+    }
+
+    /// What it cannot be without.
+    fn own(self) -> u64 {
+        let devices = DEVICE * (self.shares + self.devices);
+        BASE + VCPU * self.cores + devices + SHARE * self.shares + BACKING * self.backing
+    }
+
+    /// Divides what a machine may have open in all: what it needs itself, and the rest among what the guest can have
+    /// more and more of.
+    pub(super) fn divide(self, descriptors: u64) -> Parts {
+        let rest = descriptors.saturating_sub(self.own());
+        let vsock = if self.vsock { rest / VSOCK } else { 0 };
+        let vsock = vsock.min(count(vsock::MAX_CONNECTIONS));
+        Parts {
+            share: (rest - vsock).checked_div(self.shares).unwrap_or(0),
+            vsock: usize::try_from(vsock).unwrap_or(vsock::MAX_CONNECTIONS),
+        }
+    }
+}
+
+fn count(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_stays_within_its_descriptors() {
+        for descriptors in [0, 100, 500, 1000, 100_000, u64::MAX] {
+            for shares in 0..9 {
+                for vsock in [false, true] {
+                    let counts = Counts { cores: 2, shares, devices: 9, backing: 1, vsock };
+                    let parts = counts.divide(descriptors);
+                    let given = shares * parts.share + count(parts.vsock);
+                    let own = counts.own().min(descriptors);
+                    assert!(own + given <= descriptors, "{counts:?}: {parts:?} of {descriptors}");
+                    assert!(parts.vsock <= vsock::MAX_CONNECTIONS);
+                }
+            }
+        }
+        let two = Counts { cores: 1, shares: 2, devices: 5, backing: 0, vsock: true };
+        let parts = two.divide(10_000);
+        assert_eq!(parts.vsock, 256);
+        assert!((4000..5000).contains(&parts.share), "{parts:?}");
+        assert_eq!(Counts { vsock: false, ..two }.divide(10_000).vsock, 0);
+    }
+}
