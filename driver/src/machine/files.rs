@@ -75,7 +75,7 @@ impl Machine {
                 Err(error) => return Err(self.cannot_read(&source, error).await),
             };
             let parent = without_dots(&self.out_dir().join(target_dir));
-            if parent.starts_with(without_dots(self.out_dir())) {
+            if parent.starts_with(without_dots(&self.out_dir())) {
                 self.check_inside(&parent).await?;
             }
             fs::create_dir_all(&parent).await.map_err(MachineError::file("make", &parent))?;

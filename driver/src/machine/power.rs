@@ -207,11 +207,12 @@ impl Machine {
             let what = format!("{} runs, and needs its state", self.name());
             return Err(MachineError::Usage(what).into());
         }
-        if self.inner.dirs.by_hand && self.inner.dirs.keep {
+        let own = { let dirs = self.dirs(); dirs.by_hand && dirs.keep };
+        if own {
             let what = format!("the state of {} is in a directory of yours", self.name());
             return Err(MachineError::Usage(what).into());
         }
-        let dir = self.state_dir().to_owned();
+        let dir = self.state_dir();
         // Gigabytes may lie there.
         let removed = tokio::task::spawn_blocking(move || private::remove(&dir));
         let removed = removed.await.map_err(std::io::Error::other).flatten();

@@ -3,7 +3,6 @@
 //! Over the agent the guest itself looks, many times a second; over the backdoor's shell, which serves one call at a
 //! time, each look is a call, once a second.
 
-use std::path::Path;
 use std::time::Duration;
 
 use super::Machine;

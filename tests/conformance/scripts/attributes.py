@@ -2,10 +2,10 @@
 #: ways: agent backdoor
 #: [nodes.machine]
 #: kit = "systemd"
-#: empty_disks = [8]
+#: disks = [{ size = 8 }]
 #: [nodes.other]
 #: kit = "systemd"
-#: empty_disks = [8]
+#: disks = [{ size = 8 }]
 import queue
 import subprocess
 from pathlib import Path

@@ -219,7 +219,7 @@ fn a_backing_file_is_used_where_the_description_allows_it() {
     fs::write(at("base.img"), base).unwrap();
     fs::write(at("top.qcow2"), qcow2_over("base.img", 2)).unwrap();
     let node = |name: &str, more: &str| {
-        format!("[nodes.{name}]\ndisks = [{{ path = {:?}{more} }}]\n", at("top.qcow2"))
+        format!("[nodes.{name}]\ndisks = [{{ image = {:?}{more} }}]\n", at("top.qcow2"))
     };
     let nodes = node("allowed", &format!(", backing = [{:?}]", dir.path())) + &node("shut", "");
     with_machines(&nodes, async |driver| {

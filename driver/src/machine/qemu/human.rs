@@ -3,6 +3,8 @@
 use std::fmt::Write;
 
 use super::{Machine, REFUSED, usage};
+use firn_vmm::spec::Mac;
+
 use crate::config;
 use crate::error::Result;
 
@@ -80,7 +82,7 @@ impl Machine {
             "block" => self.info_block()?,
             "cpus" => {
                 let mark = |cpu: u8| if cpu == 0 { '*' } else { ' ' };
-                (0..self.devices()?.0.cores)
+                (0..self.devices()?.0.cores.get())
                     .map(|cpu| format!("{} CPU #{cpu}\n", mark(cpu)))
                     .collect()
             }
@@ -96,7 +98,7 @@ impl Machine {
             let read_only = if disk.read_only { ", read-only" } else { "" };
             // A String takes everything.
             let _ =
-                writeln!(text, "virtio{at}: {} ({}{read_only})", disk.path.display(), disk.format);
+                writeln!(text, "virtio{at}: {} ({}{read_only})", disk.image.display(), disk.format());
         }
         Ok(text)
     }
@@ -119,14 +121,13 @@ pub(super) fn cards(
     let user = node.user_network.iter().map(|user| {
         let restrict = if user.restrict { "on" } else { "off" };
         let other = format!("user.0: index=0,type=user,net=10.0.2.0,restrict={restrict}");
-        (0, firn_net_switch::gateway::CARD_MAC, other)
+        (0, Mac(firn_net_switch::gateway::CARD_MAC), other)
     });
     let vlans = (1..).zip(&node.vlans).map(|(number, vlan)| {
         (number, node.mac(*vlan), format!("vlan{vlan}: index=0,type=socket"))
     });
     user.chain(vlans).map(|(number, mac, other)| {
-        let mac: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
-        (format!("virtio-net-pci.{number}"), mac.join(":"), other)
+        (format!("virtio-net-pci.{number}"), mac.to_string(), other)
     })
 }
 

@@ -81,7 +81,7 @@ impl Machine {
             "query-commands" => COMMANDS.iter().map(|name| json!({"name": name})).collect(),
             "query-cpus-fast" => {
                 let cpu = |at: u8| json!({"cpu-index": at, "target": std::env::consts::ARCH});
-                (0..self.devices()?.0.cores).map(cpu).collect()
+                (0..self.devices()?.0.cores.get()).map(cpu).collect()
             }
             "query-block" => self.query_block()?,
             "query-balloon" => json!({"actual": self.memory().await?}),
@@ -110,7 +110,7 @@ impl Machine {
     fn query_block(&self) -> Result<Value> {
         let (_, disks) = self.devices()?;
         let told = disks.iter().enumerate().map(|(at, disk)| {
-            let (file, driver) = (disk.path.display().to_string(), disk.format.to_string());
+            let (file, driver) = (disk.image.display().to_string(), disk.format().to_string());
             let inserted = json!({"file": file, "drv": driver, "ro": disk.read_only});
             json!({"device": format!("virtio{at}"), "removable": false, "inserted": inserted})
         });

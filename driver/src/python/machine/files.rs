@@ -24,7 +24,7 @@ impl PyMachine {
         target: PathBuf,
     ) -> PyResult<()> {
         let target = target.to_string_lossy();
-        wait(py, self.0.copy_from_host_via_shell(&source, &target))
+        self.call(py, |machine| machine.copy_from_host_via_shell(&source, &target))
     }
 
     /// Copy a file or directory of the guest into `out_dir`.
