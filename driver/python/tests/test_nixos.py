@@ -223,7 +223,10 @@ class NixosTestDriver(unittest.TestCase):
         """A report that cannot be written is said before the script runs."""
         config = self.config("print('it ran')")
         none = "no/such/report.xml"
-        for arguments, env in [(("--junit-xml", none), {}), ((), {"LOGFILE": str(self.dir / none)})]:
+        for arguments, env in [
+            (("--junit-xml", none), {}),
+            ((), {"LOGFILE": str(self.dir / none)}),
+        ]:
             status, out, err = self.drive("--config", config, *arguments, env=env)
             self.assertEqual((status, out), (1, ""), err)
             self.assertRegex(err, f"{none}.*No such file")

@@ -106,7 +106,6 @@ with subtest("polling_condition: its description"):
     t.assertEqual(described.description, "given")
 
 with subtest("polling_condition: not entered again by what it calls"):
-
     depths = []
     depth = 0
 
