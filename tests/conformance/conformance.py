@@ -15,8 +15,8 @@ The script's machines are in comments at its beginning:
 
 Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
 is read from the JUnit report; a case that is not in it, or is skipped there, has failed. `firn
-check` looks at the scripts too. One with `#: ways: agent backdoor` is run once over each of the
-ways into a guest.
+check` looks at the scripts too. A script with `#: ways: agent backdoor` is run once over each of
+the ways into a guest.
 
     conformance.py run [FAMILY…]    run them; with --write keep the outcome in results.json
     conformance.py table [--check]  write the README's table, or look whether it is as it should be
@@ -32,6 +32,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,9 @@ BIN = Path(sys.executable).parent
 CASE = re.compile(r"(?P<name>[\w.-]+)(?P<wrong>, wrongly)?: (?P<what>.+)")
 BEGIN = "<!-- made by tests/conformance/conformance.py from its results -->"
 END = "<!-- end -->"
+
+#: How many families run at the same time: a carrier has one processor, and some GiB of memory.
+MOST_AT_ONCE = 4
 
 #: What fails unless the guest is as it should be: at the end of another name's case, an assertion.
 GUEST_CHECKS = {"succeed", "fail", "wait_until_succeeds", "wait_until_fails"}
@@ -340,11 +344,13 @@ def run(wanted: list[str], write: bool) -> int:
     for fault in found:
         print(fault, file=sys.stderr)
     unclean = len(found)
-    for family in families():
-        if wanted and family.name not in wanted:
-            continue
-        unclean += not check(family)
-        results[family.name] = {way: run_family(family, way) for way in family.ways}
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
+        chosen = [family for family in families() if not wanted or family.name in wanted]
+        unclean += len(chosen) - sum(pool.map(check, chosen))
+        runs = [(family, way) for family in chosen for way in family.ways]
+        outcomes = pool.map(lambda run: run_family(*run), runs)
+        for (family, way), passed in zip(runs, outcomes, strict=True):
+            results.setdefault(family.name, {})[way] = passed
     if not wanted or "commands" in wanted:
         results["command-line"] = {"agent": run_commands()}
     failed = 0

@@ -366,7 +366,7 @@ class NixosTestDriver(unittest.TestCase):
                     "(65534); set TMPDIR to another directory of yours\n"
                 )
                 self.assertEqual(err, expected)
-                self.assertTrue(planted.lstat().st_uid == 65534)
+                self.assertEqual(planted.lstat().st_uid, 65534)
             subprocess.run(["rm", "-r", str(planted)], check=True)
             for own in self.state.iterdir():
                 subprocess.run(["rm", "-r", str(own)], check=True)

@@ -323,7 +323,7 @@ fn make(py: Python<'_>, test: TestConfig, options: DriverOptions) -> PyResult<Dr
     let driver = wait(py, async { made.recv().await.unwrap_or_else(gone) });
     if driver.is_err() {
         // It removes what it has made.
-        let _ = wait_through_signals(py, timeout(REMOVAL, made.recv()));
+        let _ = wait_through_signals(py, async { timeout(REMOVAL, made.recv()).await });
     }
     driver
 }

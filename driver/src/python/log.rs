@@ -1,6 +1,7 @@
 //! The log, in Python.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::{PyException, PyGeneratorExit, PySystemExit, PyValueError};
@@ -16,6 +17,11 @@ pub(super) struct PyLogger(pub(super) Logger);
 
 /// What upstream's logger takes beside a message: the machine that it is about.
 type Attributes<'py> = Option<Bound<'py, PyDict>>;
+
+/// The error, with the file that it is about.
+fn about_file(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot write {}: {error}", path.display()))
+}
 
 #[pymethods]
 impl PyLogger {

@@ -1,7 +1,8 @@
 # QEMU's monitors.
 #: [nodes.machine]
-#: memory = 256
+#: memory_size = 256
 #: empty_disks = [5]
+#: balloon = true
 import time
 
 from test_driver.errors import MachineError

@@ -8,7 +8,7 @@ use super::*;
 use crate::gateway::wire::{Envelope, complete, datagram};
 
 /// A socket of the host's loopback, and what the guest calls it.
-fn host() -> (UdpSocket, SocketAddr) {
+pub(super) fn host() -> (UdpSocket, SocketAddr) {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let port = socket.local_addr().unwrap().port();

@@ -4,8 +4,10 @@ use std::net::{Shutdown, TcpStream};
 
 use smoltcp::socket::tcp::{Socket, State};
 
-use super::guest::{reset, syn};
+use super::datagrams::host as host_datagrams;
+use super::guest::{raw, reset, syn};
 use super::*;
+use crate::gateway::wire::datagram;
 
 /// Odd, and more than fits into all buffers together.
 const LARGE: usize = 6 << 20 | 1;
@@ -109,6 +111,23 @@ fn what_hangs_keeps_nobody_else_from_connecting() {
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     // It had to make room in its own destination's part.
     assert!(gateway.stats().connections <= limits.half_open_to_one);
+}
+
+#[test]
+fn a_gateway_stays_within_its_descriptors() {
+    const DESCRIPTORS: usize = 80;
+    let guest = Guest::new(GatewaySpec { descriptors: DESCRIPTORS, ..GatewaySpec::default() });
+    let (_host, address) = listener();
+    let (socket, remote) = host_datagrams();
+    for port in 1..500 {
+        guest.cable.send(&syn(port, address, i32::from(port)));
+        let payload = datagram((GUEST_V4, port).into(), remote, b"x").unwrap();
+        guest.cable.send(&raw(17, GATEWAY_V4, &payload));
+    }
+    let stats = guest.gateway().stats();
+    assert!(stats.connections + stats.datagram_flows <= DESCRIPTORS, "{stats:?}");
+    assert!(stats.connections > 0 && stats.datagram_flows > 0, "{stats:?}");
+    drop(socket);
 }
 
 #[test]
