@@ -1,6 +1,6 @@
 # QEMU's monitors.
 #: [nodes.machine]
-#: memory_size = 256
+#: memory = 256
 #: empty_disks = [5]
 #: balloon = true
 import time
