@@ -155,7 +155,7 @@ fn ext4_is_made_with_its_label() {
 fn several_disks_and_processes_at_once() {
     let nodes =
         "[nodes.m]\ncores = 4\nvlans = []\n".to_owned() + &"[[nodes.m.disks]]\nsize = 24\n".repeat(8);
-    with_machines(nodes, async |driver| {
+    with_machines(&nodes, async |driver| {
         let command = "head -c 16000000 /dev/urandom >/tmp/data; \
             for disk in a b c d e f g h; do for at in 0 1; do (\
             dd if=/tmp/data of=/dev/vd$disk bs=64k seek=$at count=120 conv=fsync; \

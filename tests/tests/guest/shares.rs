@@ -261,12 +261,12 @@ fn no_other_user_of_the_host_comes_to_what_guests_write() {
             let seen = Command::new("cat").arg(path).uid(NOBODY).gid(NOBODY).output().unwrap();
             assert!(!seen.status.success(), "{} is open to all", path.display());
         }
-        for dir in [state, shared, &state.join("xchg")] {
+        for dir in [&state, &shared, &state.join("xchg")] {
             let seen = Command::new("ls").arg(dir).uid(NOBODY).gid(NOBODY).output().unwrap();
             assert!(!seen.status.success(), "{} is open to all", dir.display());
         }
         // What firn makes itself is closed of its own.
-        for entry in fs::read_dir(state).unwrap().map(Result::unwrap) {
+        for entry in fs::read_dir(&state).unwrap().map(Result::unwrap) {
             let meta = entry.metadata().unwrap();
             assert!(meta.is_dir() || meta.mode() & 0o077 == 0, "{}", entry.path().display());
         }
