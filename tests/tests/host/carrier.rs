@@ -244,13 +244,13 @@ fn a_carrier_hides_what_its_guests_cannot_use() {
 #[test]
 fn a_busy_carriers_kvm_is_not_called_an_interpreter() {
     let dir = tempfile::tempdir().unwrap();
-    let busy: Vec<_> = (0..4)
+    let busy: Vec<_> = (0..2)
         .map(|_| Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap())
         .collect();
     let firn = firn();
     let script = format!(
-        "for n in 1 2 3; do (while :; do :; done) & done; \
-         for n in 1 2 3 4 5; do {} doctor | grep '^kvm'; done; kill $(jobs -p)",
+        "(while :; do :; done) & \
+         for n in 1 2 3; do FIRN_PYTHON=/none {} doctor | grep '^kvm'; done; kill $!",
         firn.display()
     );
     let output = run(dir.path(), &["bash", "-c", &script]);
@@ -260,7 +260,7 @@ fn a_busy_carriers_kvm_is_not_called_an_interpreter() {
     }
     let said = text(&output.stdout);
     let good = said.lines().filter(|line| line.contains(" ok ")).count();
-    assert_eq!(good, 5, "{said}{}", text(&output.stderr));
+    assert_eq!(good, 3, "{said}{}", text(&output.stderr));
 }
 
 #[test]
