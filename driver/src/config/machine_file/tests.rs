@@ -65,7 +65,8 @@ fn everything() {
         "cmdline": "init=/init ${{QEMU_KERNEL_PARAMS:-}}", "cmdline_file": "{params}",
         "shares": [
           {{"tag": "nix-store", "source": "/nix/store", "read_only": true, "cache": "always"}},
-          {{"tag": "shared", "source": "${{SHARED_DIR:-${{TMPDIR}}/xchg}}"}}
+          {{"tag": "shared", "source": "${{SHARED_DIR:-${{TMPDIR}}/xchg}}",
+            "allow_setuid": true}}
         ],
         "disks": [
           {{"image": "${{NIX_DISK_IMAGE:-server.qcow2}}", "size": 1024, "label": "nixos", "serial": "root"}},
@@ -81,6 +82,7 @@ fn everything() {
     assert_eq!(node.cmdline.as_deref(), Some("loglevel=7 panic=1 init=/init debug"));
     assert_eq!(node.shares[0].cache, CachePolicy::Always);
     assert!(node.shares[0].read_only && !node.shares[1].read_only);
+    assert!(!node.shares[0].allow_setuid && node.shares[1].allow_setuid);
     assert_eq!(node.shares[1].source, Path::new("/shared"));
     let disk = |path: &str, format, serial: Option<&str>, create: Option<(u64, Option<&str>)>| {
         DiskConfig::Image(DiskImage {
