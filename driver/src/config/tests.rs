@@ -160,6 +160,8 @@ vlans = [1, 200]
 source = 'data'
 target = '/mnt/data'
 read_only = true
+cache = 'auto'
+allow_setuid = true
 [nodes.a]
 vlans = []
 ";
@@ -175,7 +177,8 @@ vlans = []
     assert_eq!(b.kernel, Some(dir.path().join("vmlinux")));
     assert_eq!((b.memory_mib, b.cores), (256, 4));
     assert_eq!(b.shares[0].source, dir.path().join("data").canonicalize().expect("exists"));
-    assert!(b.shares[0].read_only);
+    assert!(b.shares[0].read_only && b.shares[0].allow_setuid);
+    assert_eq!(b.shares[0].cache, CachePolicy::Auto);
     assert_eq!(b.mac(200), [0x52, 0x54, 0, 0x12, 200, 2]);
     assert_eq!(b.ipv4(200).to_string(), "192.168.200.2");
     assert_eq!(b.ipv6(200).to_string(), "2001:db8:200::2");
