@@ -166,13 +166,13 @@ in
     && all (mount: mount.fsType.force == "virtiofs") (builtins.attrValues fileSystems);
   agent-is-a-service =
     b.content.systemd.services.firn-agent.serviceConfig.ExecStart
-    ==
-      "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent --console /dev/ttyS0 --early";
+    == "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent --console /dev/ttyS0 --early";
   agent-looks-where-units-say-how-the-system-is =
     let
       protocol = builtins.readFile ../../guest-agent/src/protocol/mod.rs;
       told =
-        name: contains protocol "\"/run/${b.content.systemd.services.${name}.serviceConfig.RuntimeDirectory}\"";
+        name:
+        contains protocol "\"/run/${b.content.systemd.services.${name}.serviceConfig.RuntimeDirectory}\"";
     in
     told "firn-system-up" && told "firn-system-down";
   system-is-up-when-the-backdoor-would-come =

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use firn_vmm::spec::{DiskFormat, DiskSpec, MemoryMib, VsockSpec};
+use firn_vmm::spec::{CachePolicy, DiskFormat, DiskSpec, VsockSpec};
 
 use super::*;
 use crate::kit::KitName;
@@ -166,6 +166,8 @@ tag = 'data'
 source = 'data'
 target = '/mnt/data'
 read_only = true
+cache = 'auto'
+allow_setuid = true
 [nodes.a]
 vlans = []
 ";
@@ -181,7 +183,8 @@ vlans = []
     assert_eq!(b.kernel, Some(dir.path().join("vmlinux")));
     assert_eq!((b.memory().get(), b.cores.get()), (256, 4));
     assert_eq!(b.shares[0].source, dir.path().join("data").canonicalize().expect("exists"));
-    assert!(b.shares[0].read_only);
+    assert!(b.shares[0].read_only && b.shares[0].allow_setuid);
+    assert_eq!(b.shares[0].cache, CachePolicy::Auto);
     assert_eq!(b.mac(number(200)).0, [0x52, 0x54, 0, 0x12, 200, 2]);
     assert_eq!(b.ipv4(number(200)).to_string(), "192.168.200.2");
     assert_eq!(b.ipv6(number(200)).to_string(), "2001:db8:200::2");

@@ -187,6 +187,13 @@ with subtest("wait_for_qmp_event: of the reboot"):
     event = machine.wait_for_qmp_event(lambda event: event["event"] == "RESET", timeout=10)
     t.assertTrue(event["data"]["guest"])
 
+with subtest("connected: False waits for the next boot's shell"):
+    machine.succeed("touch /run/before")
+    machine.execute("systemctl reboot >&2 &", check_return=False)
+    machine.connected = False
+    machine.connect()
+    machine.fail("test -e /run/before")
+
 with subtest("reboot, wrongly: without allow_reboot"):
     with t.assertRaisesRegex(MachineError, "allow_reboot=True"):
         peer.reboot()

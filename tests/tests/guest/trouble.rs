@@ -1,7 +1,9 @@
 //! Guests that end while somebody waits for them, guests that cannot start, and agents that lie.
 
 use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use firn::error::{End, MachineError, Tail, chain};
@@ -213,4 +215,50 @@ fn an_agent_of_another_version() {
     let welcome = WELCOME.replace("head -c 14 /hello", "head -c 12 /hello; printf '\\111\\0'");
     let said = lost_agent(&welcome, connect_error);
     assert!(said.contains("protocol version 73"), "{said}");
+}
+
+#[test]
+fn a_guest_takes_no_descriptors_of_others() {
+    // The limit is the process's, and other tests need more.
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -n 3000; exec \"$0\" \"$@\""]);
+    limited.arg(std::env::current_exe().unwrap());
+    limited.args(["--ignored", "--exact", "--nocapture", "trouble::a_greedy_guest"]);
+    let output = limited.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+#[test]
+#[ignore = "a_guest_takes_no_descriptors_of_others runs it where there are few"]
+fn a_greedy_guest() {
+    with_machines("[nodes.a]\nmemory_size = 512\n[nodes.b]", async |driver| {
+        driver.start_all().await.unwrap();
+        let [a, b] = driver.machines() else { panic!("two machines") };
+        // The host's kernel takes them all.
+        let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = silent.local_addr().unwrap().port();
+        let connect = format!(
+            "mkfifo /run/never; exec 3<>/run/never; for i in $(seq 400); do \
+             nc 10.0.2.2 {port} <&3 >/dev/null 2>&1 & done"
+        );
+        a.succeed(&[&connect], None).await.unwrap();
+        for dir in ["/tmp/xchg", "/tmp/shared"] {
+            let touch = format!("cd {dir} && touch $(seq 5000) 2>&1 | tail -n 1");
+            let said = a.succeed(&[&touch], None).await.unwrap();
+            assert!(said.contains("Too many open files in system"), "{said}");
+        }
+        // Much is open, but far from all: the driver goes on, and so does everybody else.
+        let open = fs::read_dir("/proc/self/fd").unwrap().count();
+        assert!((500..2500).contains(&open), "{open} files are open");
+        let _held: Vec<_> = (0..200).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+        let command = "cd /tmp/xchg && touch $(seq 50) && echo hello >/tmp/shared/word";
+        b.succeed(&[command], None).await.unwrap();
+        let answering = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = answering.local_addr().unwrap().port();
+        let connect = format!("nc 10.0.2.2 {port} </dev/null >/dev/null 2>&1 &");
+        b.succeed(&[&connect], None).await.unwrap();
+        drop(tokio::task::spawn_blocking(move || answering.accept().unwrap()).await.unwrap());
+        a.succeed(&["true"], None).await.unwrap();
+    });
 }

@@ -73,7 +73,7 @@ fn everything() {
         "shares": [
           {{"tag": "nix-store", "source": "/nix/store", "read_only": true, "cache": "always"}},
           {{"tag": "shared", "source": "${{SHARED_DIR:-${{TMPDIR}}/xchg}}",
-            "copies": {{"a": "file", "b": "${{NIX_DISK_IMAGE:-}}"}}}}
+            "allow_setuid": true, "copies": {{"a": "file", "b": "${{NIX_DISK_IMAGE:-}}"}}}}
         ],
         "disks": [
           {{"image": "${{NIX_DISK_IMAGE:-server.qcow2}}", "size": 1024, "label": "nixos", "serial": "root"}},
@@ -90,6 +90,7 @@ fn everything() {
     assert_eq!(node.cmdline.as_deref(), Some("loglevel=7 panic=1 init=/init debug"));
     assert_eq!(node.shares[0].cache, CachePolicy::Always);
     assert!(node.shares[0].read_only && !node.shares[1].read_only);
+    assert!(!node.shares[0].allow_setuid && node.shares[1].allow_setuid);
     assert_eq!(node.shares[1].source, Path::new("/shared"));
     let copies: Vec<_> = node.shares[1].copies.iter().map(|(name, file)| (&**name, &**file)).collect();
     assert_eq!(copies, [("a", Path::new("/state/file")), ("b", Path::new(""))]);

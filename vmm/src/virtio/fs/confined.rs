@@ -22,13 +22,15 @@ use virtiofsd::fuse::{Attr, SetattrIn};
 
 use super::listing::{BATCH, Batch, Listing, Listings};
 use super::server::on_detached_thread;
-use super::xattr;
+use super::xattr::Names;
 
 /// What a guest may do.
 #[derive(Clone, Copy)]
 pub(super) struct Rules {
     /// Give files set-uid and set-gid bits.
     pub(super) allow_setuid: bool,
+    /// Set attributes, by these names.
+    pub(super) names: Names,
 }
 
 /// A file system that takes plain names only.
@@ -65,7 +67,9 @@ impl<F: FileSystem> Confined<F> {
     /// Takes a file's capabilities away, if it has any: the host does not know them by this name,
     /// and so does not do it when the file is written. It is no error if that cannot be done.
     fn forget_capabilities(&self, ctx: Context, inode: u64) {
-        drop(self.inner.removexattr(ctx, inode.into(), xattr::CAPABILITY));
+        if let Ok(name) = self.rules.names.to_host(c"security.capability") {
+            drop(self.inner.removexattr(ctx, inode.into(), &name));
+        }
     }
 }
 
@@ -236,7 +240,7 @@ impl<F: FileSystem> FileSystem for Confined<F> {
         extra: SetxattrFlags,
     ) -> io::Result<()> {
         on_detached_thread()?;
-        self.inner.setxattr(ctx, inode, &*xattr::to_host(name)?, value, flags, extra)
+        self.inner.setxattr(ctx, inode, &self.rules.names.to_host(name)?, value, flags, extra)
     }
 
     fn getxattr(
@@ -248,13 +252,15 @@ impl<F: FileSystem> FileSystem for Confined<F> {
     ) -> io::Result<GetxattrReply> {
         on_detached_thread()?;
         let size = size.min(MAX_VALUE);
-        self.inner.getxattr(ctx, inode, &*xattr::to_host(name)?, size)
+        self.inner.getxattr(ctx, inode, &self.rules.names.to_host(name)?, size)
     }
 
     fn listxattr(&self, ctx: Context, inode: F::Inode, size: u32) -> io::Result<ListxattrReply> {
         on_detached_thread()?;
         Ok(match self.inner.listxattr(ctx, inode, size.min(MAX_VALUE))? {
-            ListxattrReply::Names(names) => ListxattrReply::Names(xattr::to_guest(&names)),
+            ListxattrReply::Names(names) => {
+                ListxattrReply::Names(self.rules.names.to_guest(&names))
+            }
             // The names in the guest are shorter.
             count @ ListxattrReply::Count(_) => count,
         })
@@ -262,7 +268,7 @@ impl<F: FileSystem> FileSystem for Confined<F> {
 
     fn removexattr(&self, ctx: Context, inode: F::Inode, name: &CStr) -> io::Result<()> {
         on_detached_thread()?;
-        self.inner.removexattr(ctx, inode, &*xattr::to_host(name)?)
+        self.inner.removexattr(ctx, inode, &self.rules.names.to_host(name)?)
     }
 
     fn flush(

@@ -21,7 +21,7 @@
 //! set-gid bit, which there only says whose the new files are.
 //!
 //! **Extended attributes** a share that can be written has where the directory's file system has
-//! them (tmpfs: since Linux 6.6). Those of `trusted` and `security` are kept by other names; see
+//! them (tmpfs: since Linux 6.6, or as root). Those of `trusted` and `security` are kept by other names; see
 //! [`xattr`]. ACLs are those of the host.
 //!
 //! **One request queue.** Kernels of today's stable distributions use no more than one, and the

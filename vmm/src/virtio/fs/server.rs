@@ -24,7 +24,7 @@ use virtiofsd::soft_idmap::cmdline::IdMap;
 use vm_memory::{Address, Bytes};
 
 use super::confined::{Confined, Rules};
-use super::xattr;
+use super::xattr::{self, Names};
 use crate::spec::{CachePolicy, ShareSpec};
 use crate::virtio::queue::Chain;
 
@@ -96,8 +96,10 @@ pub(super) fn on_detached_thread() -> io::Result<()> {
 /// `descriptors` for the guest, which holds one for each inode that it remembers.
 pub(super) fn start(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Arc<dyn Fuse>> {
     let squash = !can_act_for_others()?;
-    let config = config(spec, root, squash, descriptors);
-    let rules = Rules { allow_setuid: spec.allow_setuid };
+    let names = if spec.read_only { None } else { Names::suiting(root) };
+    let config = config(spec, root, squash, names.is_some(), descriptors);
+    // Without attributes the host refuses them by these names, too.
+    let rules = Rules { allow_setuid: spec.allow_setuid, names: names.unwrap_or(Names::User) };
     // PassthroughFs::new sets the umask, which threads share until they say otherwise.
     on_own_thread(move || {
         detach_thread()?;
@@ -145,7 +147,13 @@ fn effective_ids() -> (u32, u32) {
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
 
-fn config(spec: &ShareSpec, root: &File, squash: bool, descriptors: u64) -> Config {
+fn config(
+    spec: &ShareSpec,
+    root: &File,
+    squash: bool,
+    attributes: bool,
+    descriptors: u64,
+) -> Config {
     // Never: whoever writes the directory, the next look sees it, for names, attributes and data.
     let (cache_policy, timeout) = match spec.cache {
         CachePolicy::Never => (passthrough::CachePolicy::Never, Duration::ZERO),
@@ -160,8 +168,7 @@ fn config(spec: &ShareSpec, root: &File, squash: bool, descriptors: u64) -> Conf
     } else {
         (None, None)
     };
-    let have = |name| !spec.read_only && xattr::are_supported(root, name);
-    let acls = have(c"system.posix_acl_access");
+    let acls = !spec.read_only && xattr::has(root, c"system.posix_acl_access");
     Config {
         entry_timeout: timeout,
         attr_timeout: timeout,
@@ -182,7 +189,7 @@ fn config(spec: &ShareSpec, root: &File, squash: bool, descriptors: u64) -> Conf
         inode_file_handles: InodeFileHandlesMode::Never,
         guest_fd_limit: descriptors,
         // Names are mapped before they get there; see [`xattr`].
-        xattr: acls || have(c"user.firn"),
+        xattr: acls || attributes,
         posix_acl: if acls { NegotiationMode::Auto } else { NegotiationMode::Never },
         security_label: NegotiationMode::Never,
         // Without it set-uid bits would survive a write, and with attributes each write of the
