@@ -176,6 +176,8 @@ fn read_script(path: &Path) -> Result<Script, ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use tempfile::TempDir;
 
     use super::*;
@@ -215,7 +217,8 @@ mod tests {
         .expect("valid");
         let names: Vec<_> = test.files.iter().map(MachineFile::name).collect();
         assert_eq!(names, ["a", "b-1"]);
-        assert_eq!(test.vlans(), [1, 3]);
+        let vlans: Vec<u8> = test.vlans().into_iter().map(Number::get).collect();
+        assert_eq!(vlans, [1, 3]);
         assert_eq!(test.global_timeout, Some(Duration::from_secs(3600)));
         assert!(test.vsock_offset == Some(2) && test.nodes.is_empty());
         assert_eq!((test.script.text.as_str(), test.script.line), ("start_all()\n", 1));

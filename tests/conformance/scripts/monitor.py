@@ -1,7 +1,7 @@
 # QEMU's monitors.
 #: [nodes.machine]
 #: memory = 256
-#: empty_disks = [5]
+#: disks = [{ size = 5 }]
 #: balloon = true
 import time
 

@@ -32,8 +32,8 @@ fn opened(directory: TempDir) -> TempDir {
 /// A machine with a share in `/mnt`.
 fn with_share(kit: &str, source: &Path, more: &str) -> String {
     format!(
-        "[nodes.m]\nkit = '{kit}'\n[nodes.m.shared_directories]\n\
-         files = {{ source = {source:?}, target = \"/mnt\"{more} }}"
+        "[nodes.m]\nkit = '{kit}'\n\
+         shares = [{{ tag = 'files', source = {source:?}, target = \"/mnt\"{more} }}]"
     )
 }
 

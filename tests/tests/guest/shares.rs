@@ -250,7 +250,7 @@ fn no_other_user_of_the_host_comes_to_what_guests_write() {
         eprintln!("SKIPPED: only root can be another user");
         return;
     }
-    with_machines("[nodes.m]\nempty_disks = [16]", async |driver| {
+    with_machines("[nodes.m]\ndisks = [{ size = 16 }]", async |driver| {
         let m = &driver.machines()[0];
         m.start(false).await.unwrap();
         output(m, "cp /bin/busybox /tmp/shared/sh; chmod 4755 /tmp/shared/sh").await;

@@ -232,7 +232,7 @@ fn a_guest_takes_no_descriptors_of_others() {
 #[test]
 #[ignore = "a_guest_takes_no_descriptors_of_others runs it where there are few"]
 fn a_greedy_guest() {
-    with_machines("[nodes.a]\nmemory_size = 512\n[nodes.b]", async |driver| {
+    with_machines("[nodes.a]\nmemory = 512\n[nodes.b]", async |driver| {
         driver.start_all().await.unwrap();
         let [a, b] = driver.machines() else { panic!("two machines") };
         // The host's kernel takes them all.

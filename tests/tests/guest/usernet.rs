@@ -222,7 +222,7 @@ fn connections_that_hang_keep_no_other_from_working() {
     let (silent, dead) = listener();
     nix::sys::socket::listen(&silent, Backlog::new(0).unwrap()).unwrap();
     let _first = std::net::TcpStream::connect(silent.local_addr().unwrap()).unwrap();
-    with_machines("[nodes.m]\nmemory_size = 512", async |driver| {
+    with_machines("[nodes.m]\nmemory = 512", async |driver| {
         let machine = &driver.machines()[0];
         let port = serve(b"word\n".to_vec());
         let hang = format!(
@@ -244,7 +244,7 @@ fn connections_that_hang_keep_no_other_from_working() {
 #[test]
 fn the_hosts_loopback_and_link_can_be_kept_from_a_guest() {
     let port = serve(b"word\n".to_vec());
-    let nodes = "[nodes.open]\n[nodes.shut]\nhost_loopback = false";
+    let nodes = "[nodes.open]\n[nodes.shut]\nuser_network.host_loopback = false";
     with_machines(nodes, async |driver| {
         let [open, shut] = driver.machines() else { panic!("two machines") };
         let fetch = format!("wget -q -O - http://10.0.2.2:{port}/ 2>&1");
