@@ -227,7 +227,8 @@ fn a_damaged_kit_is_not_booted_and_made_anew() {
     fs::write(&agent, "agent").unwrap();
     let kit = make_quietly(&cache, &agent).0;
     let whole = fs::read(kit.initrd()).unwrap();
-    let damage: [(&str, fn(&Path)); 3] = [
+    type Damage = fn(&Path);
+    let damage: [(&str, Damage); 3] = [
         ("is damaged: it has 0 bytes", |initrd| {
             fs::remove_file(initrd).unwrap();
             fs::write(initrd, "").unwrap();

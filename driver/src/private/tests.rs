@@ -124,7 +124,7 @@ fn what_guests_have_shut_is_removed() {
     symlink("/etc", shut.join("link")).expect("made");
     let before = fs::metadata("/etc").expect("it is there").mode();
     for dir in [&shut, &tmp.path().join("state/a")] {
-        fs::set_permissions(dir, Permissions::from_mode(0)).expect("ours");
+        fs::set_permissions(dir, Permissions::from_mode(0o000)).expect("ours");
     }
     // Root can without, too.
     open_up(&tmp.path().join("state"));

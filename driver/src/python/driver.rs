@@ -318,7 +318,10 @@ impl PyRun {
 fn make(py: Python<'_>, test: TestConfig, options: DriverOptions) -> PyResult<Driver> {
     let (sender, mut made) = mpsc::channel(1);
     // What an earlier run left may take a while to remove.
-    runtime()?.spawn_blocking(move || sender.blocking_send(Driver::new(&test, options)));
+    runtime()?.spawn_blocking(move || {
+        // Nobody waits for it if a signal has ended that: it is dropped.
+        drop(sender.blocking_send(Driver::new(&test, options)));
+    });
     let gone = || Err(MachineError::Usage("the run could not be made".to_owned()).into());
     let driver = wait(py, async { made.recv().await.unwrap_or_else(gone) });
     if driver.is_err() {

@@ -171,7 +171,7 @@ with subtest("send_monitor_command: pulls and plugs a cable"):
     machine.send_monitor_command("set_link virtio-net-pci.1 off")
     machine.fail("ping -c 1 -W 2 peer")
     machine.send_monitor_command("set_link virtio-net-pci.1 on")
-    machine.succeed("ping -c 1 -W 10 peer")
+    machine.wait_until_succeeds("ping -c 1 -W 2 peer")
 
 with subtest("send_monitor_command, wrongly: what firn does not know"):
     with t.assertRaisesRegex(MachineError, "firn has no QEMU monitor"):

@@ -213,7 +213,7 @@ fn a_carrier_with_a_wrong_clock_is_started_again() {
     let script = "#!/bin/bash\n\
                   if ! [ -e started ]; then\n\
                     touch started\n\
-                    khz=${*#*tsc_early_khz=}; khz=${khz%% *}\n\
+                    all=\"$*\"; khz=${all#*tsc_early_khz=}; khz=${khz%% *}\n\
                     set -- \"${@/tsc_early_khz=*/tsc_early_khz=$((khz / 2))}\"\n\
                   fi\n\
                   PATH=${PATH#*:} exec qemu-system-x86_64 \"$@\"\n";
