@@ -200,7 +200,7 @@ in
     && firn-agent.serviceConfig.OOMScoreAdjust == -1000;
   without-the-backdoor-there-is-none = !b.content.systemd.services.backdoor.condition;
 
-  system-that-is-no-node-is-a-machine = contains (build c).script "\"nets\":[],";
+  system-that-is-no-node-is-a-machine = contains (build c).script "\"vlans\":[]";
   store-image-depends-on-its-paths-only =
     let
       inherit

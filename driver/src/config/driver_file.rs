@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     const MACHINE: &str = "#!/usr/bin/firn run\n{\"firn\": 1, \"name\": \"x\", \"kernel\": \"/k\", \
-                           \"nets\": [{\"vlan\": 3}]}";
+                           \"vlans\": [3]}";
 
     /// A directory with a script `test-script`, a machine file `run-vm` and a QEMU start script `qemu`.
     fn files() -> TempDir {
@@ -270,7 +270,7 @@ mod tests {
                 format!(r#"{{{script}, "global_timeout": "1 hour"}}"#),
                 "`global_timeout` is \"1 hour\"; allowed: ",
             ),
-            (format!(r#"{{{script}, "vlans": [1, 255]}}"#), "`vlans` has 255; allowed: 1 to 254"),
+            (format!(r#"{{{script}, "vlans": [1, 255]}}"#), "`vlans[1]`: 255 cannot be used"),
             (
                 format!(r#"{{{script}, "vms": {{"a": {{"start_script": "DIR/qemu"}}}}}}"#),
                 "/qemu is no machine file of firn, it is a start script for QEMU, whose machines are not there yet",
