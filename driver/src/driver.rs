@@ -77,7 +77,8 @@ fn sources(test: &TestConfig, kits: &[Kit]) -> Result<Vec<Source>> {
         Ok(Source::Node { node: Box::new(node.clone()), boot })
     };
     let files = (1..).zip(&test.files);
-    let files = files.map(|(number, file)| Ok(Source::File { file: Box::new(file.clone()), number }));
+    let files =
+        files.map(|(number, file)| Ok(Source::File { file: Box::new(file.clone()), number }));
     test.nodes.iter().map(of_node).chain(files).collect()
 }
 
@@ -198,7 +199,10 @@ impl Driver {
         let Some(offset) = self.vsock_offset else { return Ok(None) };
         let cid = Cid::try_from(u64::from(offset) + u64::from(node.number));
         let cid = cid.map_err(|error| {
-            MachineError::Usage(format!("the vsock offset {offset} gives {} the CID {error}", node.name))
+            MachineError::Usage(format!(
+                "the vsock offset {offset} gives {} the CID {error}",
+                node.name
+            ))
         })?;
         Ok(Some(VsockSpec { cid, socket: dirs.state.join("vsock") }))
     }

@@ -261,11 +261,15 @@ fn renamed(key: &str) -> Option<&'static str> {
         "create_size" | "size_mib" => "it is `size` now, in MiB",
         "ext4_label" => "it is `label` now",
         "empty_disks" => "an empty disk is `disks = [{ size = 512 }]` now",
-        "shared_directories" => "it is `shares` now, a list: `[[nodes.NAME.shares]]` with `tag`, `source` and `target`",
+        "shared_directories" => {
+            "it is `shares` now, a list: `[[nodes.NAME.shares]]` with `tag`, `source` and `target`"
+        }
         "host_loopback" => "it is `user_network.host_loopback`",
         "restrict_network" => "it is `user_network.restrict` now",
         "forward_ports" => "it is `user_network.forward_ports` now",
-        "nets" => "it is `vlans = [1, 2]` now, and `macs` for addresses that do not follow from the numbers",
+        "nets" => {
+            "it is `vlans = [1, 2]` now, and `macs` for addresses that do not follow from the numbers"
+        }
         _ => return None,
     })
 }

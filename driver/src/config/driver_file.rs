@@ -277,7 +277,7 @@ mod tests {
             ),
             (
                 format!(r#"{{{script}, "vms": {{"a b": {{"start_script": "DIR/run-vm"}}}}}}"#),
-                "`name` is \"a b\"; allowed: ",
+                "`name`: \"a b\" cannot be used",
             ),
             (
                 format!(

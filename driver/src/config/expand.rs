@@ -53,7 +53,9 @@ impl Variables {
     /// Replaces the variables in all strings of a value; an error comes with the key of its string, below `at`.
     pub(super) fn expand_all(&self, value: &mut Value, at: &Key) -> Result<(), (Key, ExpandError)> {
         match value {
-            Value::String(text) => *text = self.expand(text).map_err(|error| (at.clone(), error))?,
+            Value::String(text) => {
+                *text = self.expand(text).map_err(|error| (at.clone(), error))?
+            }
             Value::Array(values) => {
                 for (index, value) in values.iter_mut().enumerate() {
                     self.expand_all(value, &at.index(index))?;

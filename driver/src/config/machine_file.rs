@@ -117,8 +117,13 @@ impl MachineFile {
             let error = ValueError::new(head.firn, allowed);
             return Err(document.report(&Problem::new("firn".into(), error)).into());
         }
-        let mut file =
-            Self { path: path.to_owned(), text: text.clone(), keys, name: head.name, vlans: Vec::new() };
+        let mut file = Self {
+            path: path.to_owned(),
+            text: text.clone(),
+            keys,
+            name: head.name,
+            vlans: Vec::new(),
+        };
         file.vlans = file.outline(1)?.vlans;
         Ok(file)
     }

@@ -188,7 +188,11 @@ impl NodeConfig {
             };
             let own = [SHARED_TAG, EXCHANGE_TAG, STORE_TAG];
             if self.exchange && own.contains(&&*share.tag) {
-                return bad("tag", &share.tag, &format!("a tag that is not one of firn's own: {}", own.join(", ")));
+                return bad(
+                    "tag",
+                    &share.tag,
+                    &format!("a tag that is not one of firn's own: {}", own.join(", ")),
+                );
             }
             if !tags.insert(&share.tag) {
                 return bad("tag", &share.tag, "a tag of its own for each share");

@@ -77,7 +77,11 @@ impl Reader<'_> {
                 let message = format!("a test can have {} machines, this is one more", Number::MAX);
                 self.bad(&key, message)
             })?;
-            let node = NodeConfig { name: self.name(&key, name, &nodes)?, number: number.get(), ..self.node(&key, value)? };
+            let node = NodeConfig {
+                name: self.name(&key, name, &nodes)?,
+                number: number.get(),
+                ..self.node(&key, value)?
+            };
             nodes.push(node);
         }
         let stem = || self.path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -162,7 +166,8 @@ impl Reader<'_> {
             self.file(&key.name("initrd").index(at), "cpio archive", path)?;
         }
         for (at, disk) in node.disks.iter().enumerate() {
-            let absent = || fs::metadata(&disk.image).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+            let absent =
+                || fs::metadata(&disk.image).is_err_and(|e| e.kind() == ErrorKind::NotFound);
             if disk.size.is_none() || !absent() {
                 self.file(&key.name("disks").index(at).name("image"), "disk image", &disk.image)?;
             }

@@ -71,7 +71,10 @@ fn kits_bring_their_memory() {
     // The carrier's is no guest's.
     for wrong in ["carrier", "Micro", ""] {
         let text = refused(&node(&format!("kit = '{wrong}'")));
-        assert!(text.contains(&format!("`nodes.machine1.kit`: \"{wrong}\" cannot be used")), "{text}");
+        assert!(
+            text.contains(&format!("`nodes.machine1.kit`: \"{wrong}\" cannot be used")),
+            "{text}"
+        );
         assert!(text.contains("allowed: \"micro\", \"systemd\""), "{text}");
     }
 }
@@ -89,7 +92,10 @@ vsock = { cid = 3, socket = 'run/sock' }";
     assert_eq!(nodes[0].vsock, Some(VsockSpec { cid, socket }));
     for cid in [0_u64, 2, 4_294_967_295, 1 << 40] {
         let text = refused(&node(&format!("vsock = {{ cid = {cid}, socket = '/s' }}")));
-        assert!(text.contains(&format!("`nodes.machine1.vsock.cid`: {cid} cannot be used")), "{text}");
+        assert!(
+            text.contains(&format!("`nodes.machine1.vsock.cid`: {cid} cannot be used")),
+            "{text}"
+        );
     }
 }
 
@@ -130,8 +136,9 @@ guest = { address = 'fd00::5054:ff:fe12:3456', port = 80 }";
 
 #[test]
 fn forwards_that_make_no_sense() {
-    let forward =
-        |lines: &str| refused(&node(&format!("[[nodes.machine1.user_network.forward_ports]]\n{lines}")));
+    let forward = |lines: &str| {
+        refused(&node(&format!("[[nodes.machine1.user_network.forward_ports]]\n{lines}")))
+    };
     assert!(forward("host.port = 1\nguest.port = 0").contains("`guest.port` 0 cannot be used"));
     let text = forward("from = 'guest'\nhost.port = 1\nguest.port = 1");
     assert!(text.contains("`guest.address`") && text.contains("such as 10.0.2.100"), "{text}");
@@ -345,7 +352,10 @@ fn disks_are_images_or_empty() {
 #[test]
 fn disks_are_checked() {
     let message = refused(&node("disks = [{ image = '/no/such.img' }]"));
-    assert!(message.contains("`nodes.machine1.disks[0].image`: /no/such.img: No such file"), "{message}");
+    assert!(
+        message.contains("`nodes.machine1.disks[0].image`: /no/such.img: No such file"),
+        "{message}"
+    );
     assert!(message.contains("ping.toml:3:20"), "{message}");
     assert!(refused(&node("disks = [{ image = '/' }]")).contains("is a directory"));
     let disk = |more: &str| refused(&node(&format!("disks = [{{ image = '/no', {more} }}]")));
@@ -356,7 +366,10 @@ fn disks_are_checked() {
     assert!(disk("size = 1, label = 'a b'").contains("at most 16 ASCII characters"));
     assert!(disk("label = 'nixos'").contains("give its `size` in MiB"));
     let message = refused(&node("disks = [{ size = 1 }, { serial = 'x' }]"));
-    assert!(message.contains("`nodes.machine1.disks[1].image`: a disk without `image`"), "{message}");
+    assert!(
+        message.contains("`nodes.machine1.disks[1].image`: a disk without `image`"),
+        "{message}"
+    );
 }
 
 #[test]

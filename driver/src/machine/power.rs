@@ -207,7 +207,10 @@ impl Machine {
             let what = format!("{} runs, and needs its state", self.name());
             return Err(MachineError::Usage(what).into());
         }
-        let own = { let dirs = self.dirs(); dirs.by_hand && dirs.keep };
+        let own = {
+            let dirs = self.dirs();
+            dirs.by_hand && dirs.keep
+        };
         if own {
             let what = format!("the state of {} is in a directory of yours", self.name());
             return Err(MachineError::Usage(what).into());

@@ -22,15 +22,9 @@ use crate::private;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
     /// A test's file; it is complete.
-    Node {
-        node: Box<NodeConfig>,
-        boot: Boot,
-    },
+    Node { node: Box<NodeConfig>, boot: Boot },
     /// A machine file, whose variables are looked up at each start; the number is for one that does not say it.
-    File {
-        file: Box<MachineFile>,
-        number: u8,
-    },
+    File { file: Box<MachineFile>, number: u8 },
 }
 
 impl Source {

@@ -36,8 +36,7 @@ fn thirty_six_devices_on_one_machine() {
          vsock = {{ cid = 3, socket = {socket:?} }}\n",
     );
     for (n, image) in images.iter().enumerate() {
-        nodes +=
-            &format!("[[nodes.m.disks]]\nimage = {image:?}\nsize = 8\nserial = 'disk-{n}'\n");
+        nodes += &format!("[[nodes.m.disks]]\nimage = {image:?}\nsize = 8\nserial = 'disk-{n}'\n");
     }
     // Three more shares are the store and each machine's own.
     let shares: Vec<_> = (0..5).map(|n| dir.path().join(format!("share{n}"))).collect();

@@ -136,9 +136,7 @@ fn discarded_space_goes_back_to_the_host() {
 fn ext4_is_made_with_its_label() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("root.qcow2");
-    let nodes = format!(
-        "[nodes.m]\ndisks = [{{ image = {image:?}, size = 64, label = 'nixos' }}]"
-    );
+    let nodes = format!("[nodes.m]\ndisks = [{{ image = {image:?}, size = 64, label = 'nixos' }}]");
     with_machines(&nodes, async |driver| {
         let machine = only(driver);
         // The label is at 120 in the superblock (struct ext4_super_block), which is at 1024.
@@ -153,8 +151,8 @@ fn ext4_is_made_with_its_label() {
 
 #[test]
 fn several_disks_and_processes_at_once() {
-    let nodes =
-        "[nodes.m]\ncores = 4\nvlans = []\n".to_owned() + &"[[nodes.m.disks]]\nsize = 24\n".repeat(8);
+    let nodes = "[nodes.m]\ncores = 4\nvlans = []\n".to_owned()
+        + &"[[nodes.m.disks]]\nsize = 24\n".repeat(8);
     with_machines(&nodes, async |driver| {
         let command = "head -c 16000000 /dev/urandom >/tmp/data; \
             for disk in a b c d e f g h; do for at in 0 1; do (\
@@ -234,10 +232,8 @@ fn a_backing_file_is_used_where_the_description_allows_it() {
 fn a_full_host_is_an_input_output_error_for_the_guest() {
     let dir = tempfile::tempdir().unwrap();
     let Some(_small) = SmallFileSystem::mount(dir.path(), 8) else { return };
-    let nodes = format!(
-        "[nodes.m]\ndisks = [{{ image = '{}/disk', size = 32 }}]",
-        dir.path().display()
-    );
+    let nodes =
+        format!("[nodes.m]\ndisks = [{{ image = '{}/disk', size = 32 }}]", dir.path().display());
     let data = noise(3 << 20);
     with_machines(&nodes, async |driver| {
         let machine = only(driver);

@@ -12,9 +12,7 @@ use firn::agent::{AgentClient, ExecRequest};
 use firn::kit::{Interface, MachineConfig, Mount, machine_overlay};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
-use firn_vmm::spec::{
-    ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec,
-};
+use firn_vmm::spec::{ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec};
 use firn_vmm::vm::{HostSide, Vm};
 
 /// Where the second process finds the first one's files.

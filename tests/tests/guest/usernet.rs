@@ -104,8 +104,9 @@ fn a_machine_whose_port_is_taken_does_not_start_and_keeps_none() {
     let (_taken, port) = listener();
     let (free, other) = listener();
     drop(free);
-    let forward =
-        |port| format!("[[nodes.m.user_network.forward_ports]]\nhost.port = {port}\nguest.port = 80\n");
+    let forward = |port| {
+        format!("[[nodes.m.user_network.forward_ports]]\nhost.port = {port}\nguest.port = 80\n")
+    };
     with_machines(&format!("[nodes.m]\n{}{}", forward(other), forward(port)), async |driver| {
         let error = driver.machines()[0].start(false).await.unwrap_err();
         let text = firn::error::chain(&error);

@@ -74,7 +74,11 @@ fn test_files_that_make_no_sense() {
         ("[nodes.m]\nmemory = 0", 4, &["`nodes.m.memory`: 0", "allowed: ", "MiB"]),
         ("[nodes.m]\ncores = 33", 4, &["`nodes.m.cores`: 33", "allowed: 1 to 32"]),
         ("[nodes.m]\nvlans = [1, 300]", 4, &["`nodes.m.vlans[1]`: 300", "allowed: 1 to "]),
-        ("[nodes.m]\nkernel = 'gone'", 4, &["`nodes.m.kernel`", "/gone", "No such file", "allowed: "]),
+        (
+            "[nodes.m]\nkernel = 'gone'",
+            4,
+            &["`nodes.m.kernel`", "/gone", "No such file", "allowed: "],
+        ),
         ("[nodes.m]\ninitrd = ['/']", 4, &["`nodes.m.initrd[0]`", "is a directory", "allowed: "]),
         (
             "[[nodes.m.shares]]\ntag = 's'\nsource = 'gone'\ntarget = '/mnt'",

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 mod values;
 
 pub use values::{
-    Cid, Cores, CredentialName, DiskMib, FileName, Label, Mac, MachineName, MemoryMib, Number, Serial, Tag, ValueError,
+    Cid, Cores, CredentialName, DiskMib, FileName, Label, Mac, MachineName, MemoryMib, Number,
+    Serial, Tag, ValueError,
 };
 
 /// One machine.

@@ -257,9 +257,13 @@ mod tests {
             assert_eq!(Tag::try_from(tag).is_ok(), fits, "{tag}");
         }
         assert!(Tag::try_from("x".repeat(36)).is_ok() && Tag::try_from("x".repeat(37)).is_err());
-        assert!(Serial::try_from("x".repeat(20)).is_ok() && Serial::try_from("x".repeat(21)).is_err());
+        assert!(
+            Serial::try_from("x".repeat(20)).is_ok() && Serial::try_from("x".repeat(21)).is_err()
+        );
         assert!(Label::try_from("x".repeat(16)).is_ok() && Label::try_from("a b").is_err());
-        for (name, fits) in [("a-b_C1", true), ("", false), ("-a", false), ("ä", false), ("a.b", false)] {
+        for (name, fits) in
+            [("a-b_C1", true), ("", false), ("-a", false), ("ä", false), ("a.b", false)]
+        {
             assert_eq!(MachineName::try_from(name).is_ok(), fits, "{name}");
         }
     }

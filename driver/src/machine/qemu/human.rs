@@ -97,8 +97,12 @@ impl Machine {
         for (at, disk) in disks.iter().enumerate() {
             let read_only = if disk.read_only { ", read-only" } else { "" };
             // A String takes everything.
-            let _ =
-                writeln!(text, "virtio{at}: {} ({}{read_only})", disk.image.display(), disk.format());
+            let _ = writeln!(
+                text,
+                "virtio{at}: {} ({}{read_only})",
+                disk.image.display(),
+                disk.format()
+            );
         }
         Ok(text)
     }
@@ -126,9 +130,8 @@ pub(super) fn cards(
     let vlans = (1..).zip(&node.vlans).map(|(number, vlan)| {
         (number, node.mac(*vlan), format!("vlan{vlan}: index=0,type=socket"))
     });
-    user.chain(vlans).map(|(number, mac, other)| {
-        (format!("virtio-net-pci.{number}"), mac.to_string(), other)
-    })
+    user.chain(vlans)
+        .map(|(number, mac, other)| (format!("virtio-net-pci.{number}"), mac.to_string(), other))
 }
 
 fn help() -> String {

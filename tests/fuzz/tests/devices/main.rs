@@ -162,7 +162,8 @@ fn vsock() {
     let dir = tempfile::tempdir().expect("a directory");
     let socket = dir.path().join("vsock");
     let make = || {
-        let spec = VsockSpec { cid: u64::from(CID).try_into().expect("in range"), socket: socket.clone() };
+        let spec =
+            VsockSpec { cid: u64::from(CID).try_into().expect("in range"), socket: socket.clone() };
         let vsock = Vsock::new(&spec).expect("the place is free");
         (Box::new(vsock) as Box<dyn VirtioDevice>, Vec::new())
     };

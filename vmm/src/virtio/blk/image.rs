@@ -98,8 +98,7 @@ impl Image {
         let Some(file) = file else {
             return Err(ImageError::Locked { path: path.clone() });
         };
-        let content =
-            |source| ImageError::Content { path: path.clone(), format, source };
+        let content = |source| ImageError::Content { path: path.clone(), format, source };
         let options = StorageOpenOptions::new().filename(path).write(writable);
         let storage = file.try_clone().and_then(|file| File::from_open_file(file, options));
         let storage = storage.map_err(opened)?;

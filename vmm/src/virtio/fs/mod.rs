@@ -134,8 +134,11 @@ impl Fs {
                 path: spec.source.clone(),
                 source,
             })?;
-        let refused =
-            |source| FsError::Server { tag: spec.tag.to_string(), path: spec.source.clone(), source };
+        let refused = |source| FsError::Server {
+            tag: spec.tag.to_string(),
+            path: spec.source.clone(),
+            source,
+        };
         let server = server::start(spec, &root, descriptors).map_err(refused)?;
         let alarm = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(refused)?;
         let mut config = [0; TAG_LEN + 4];

@@ -141,7 +141,11 @@ fn watch(device: &Vsock) -> Epoll {
 }
 
 fn vsock(dir: &TempDir) -> Vsock {
-    Vsock::new(&VsockSpec { cid: u64::from(CID).try_into().unwrap(), socket: dir.path().join("vsock") }).unwrap()
+    Vsock::new(&VsockSpec {
+        cid: u64::from(CID).try_into().unwrap(),
+        socket: dir.path().join("vsock"),
+    })
+    .unwrap()
 }
 
 /// A packet of the guest to the host.
