@@ -1,6 +1,6 @@
 # make demo    two machines ping each other
 # make test    every test; guests run in the carrier where KVM cannot be used
-# make conformance  the NixOS test driver's API, case by case, and README's table of it
+# make conformance  the NixOS test driver's API, case by case, and the table in tests/conformance/README.md
 # make lint    formatting, clippy, mypy, ruff, nixfmt
 # make bench   what a boot costs, in instructions, counted in the carrier; eight at once; how fast the user network is
 # make fuzz    a million hostile inputs for each fuzz target; RUNS=N for another number
@@ -53,6 +53,7 @@ bench: kit
 lint: setup $(VENV)/python
 	cargo fmt --all --check
 	python3 tests/conformance/conformance.py table --check
+	python3 tests/links.py
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy -p firn --features python -- -D warnings
 	$(VENV)/pip install -q mypy ruff types-pexpect

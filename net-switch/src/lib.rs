@@ -6,19 +6,20 @@
 //! and keeps its offloads; [`without_offloads`] is for receivers that cannot take them and
 //! [`Backlog`] for those that have no room right now.
 //!
-//! A [`Gateway`](gateway::Gateway) is the network behind a card that leads out of it all: to the
-//! host and beyond, by sockets.
+//! The user network's gateway, which leads to the host and beyond, is a crate of its own that plugs
+//! into the same ports: `firn-gateway`.
 
 #![forbid(unsafe_code)]
 
+mod attachment;
 mod backlog;
-pub mod gateway;
+pub mod checksum;
 mod offload;
 mod port;
-mod slot;
 mod switch;
 mod table;
 
+pub use attachment::Attachment;
 pub use backlog::{Backlog, OwnedFrame};
 pub use offload::{OffloadError, Offloads, Segments, sanitize, without_offloads};
 pub use port::{Delivery, Frame, Header, MAX_FRAME, MIN_FRAME, NetPort, Receiver};

@@ -4,6 +4,7 @@
 //! offset is checked against the copy, and what does not add up is an error.
 
 use crate::backlog::OwnedFrame;
+use crate::checksum::{checksum, nonzero, sum};
 use crate::port::{Frame, Header, MAX_FRAME, MIN_FRAME};
 
 const IPPROTO_TCP: u8 = 6;
@@ -396,28 +397,6 @@ fn complete_checksum(data: &mut [u8], header: &Header) {
     let at = start + usize::from(header.csum_offset);
     let sum = checksum(0, &data[start..]);
     put16(data, at, nonzero(sum));
-}
-
-/// In UDP a checksum of zero says that there is none, so the other zero is sent (RFC 768);
-/// elsewhere the two are the same.
-pub(crate) fn nonzero(sum: u16) -> u16 {
-    if sum == 0 { 0xffff } else { sum }
-}
-
-/// The sum of `data` as big-endian 16-bit words, not folded (RFC 1071).
-pub(crate) fn sum(data: &[u8]) -> u64 {
-    let mut words = data.chunks_exact(2);
-    let sum: u64 = words.by_ref().map(|w| u64::from(u16::from_be_bytes([w[0], w[1]]))).sum();
-    sum + words.remainder().first().map_or(0, |&last| u64::from(last) << 8)
-}
-
-/// The internet checksum of `data` and of what was summed before.
-pub(crate) fn checksum(before: u64, data: &[u8]) -> u16 {
-    let mut sum = before + sum(data);
-    while sum > 0xffff {
-        sum = (sum >> 16) + (sum & 0xffff);
-    }
-    !len16(usize::try_from(sum).unwrap_or(usize::MAX))
 }
 
 /// A number that is known to fit.

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
+use crate::attachment::Attachment;
 use crate::lock;
 use crate::offload::sanitize;
 use crate::port::{Delivery, Frame, NetPort, Receiver};
-use crate::slot::Slot;
 use crate::table::{AGEING, Mac, MacTable, PortId};
 
 type Clock = Box<dyn Fn() -> Duration + Send + Sync>;
@@ -138,7 +138,7 @@ struct Port {
     up: AtomicBool,
     /// Held while the link changes, so that the receiver hears of changes in their order.
     changing: Mutex<()>,
-    slot: Slot,
+    attachment: Attachment,
     counters: Counters,
 }
 
@@ -185,7 +185,7 @@ impl Port {
             name,
             up: AtomicBool::new(true),
             changing: Mutex::new(()),
-            slot: Slot::default(),
+            attachment: Attachment::default(),
             counters: Counters::default(),
         }
     }
@@ -196,7 +196,7 @@ impl Port {
 
     fn deliver(&self, frame: &Frame<'_>, length: u64) -> Delivery {
         let taken = self.is_up()
-            && self.slot.call(|receiver| receiver.receive(frame)) == Some(Delivery::Taken);
+            && self.attachment.call(|receiver| receiver.receive(frame)) == Some(Delivery::Taken);
         if taken {
             count(&self.counters.frames_out, 1);
             count(&self.counters.bytes_out, length);
@@ -228,7 +228,7 @@ impl SwitchPort {
             lock(&self.switch.inner.fabric).macs.flush(self.port.id);
         }
         debug!(switch = self.switch.inner.name, port = self.port.name, up, "link changed");
-        self.port.slot.call(|receiver| receiver.link_changed(up));
+        self.port.attachment.call(|receiver| receiver.link_changed(up));
     }
 
     /// What the port has seen since it was added.
@@ -292,11 +292,11 @@ impl NetPort for SwitchPort {
     }
 
     fn attach(&self, receiver: Arc<dyn Receiver>) {
-        self.port.slot.attach(receiver);
+        self.port.attachment.attach(receiver);
     }
 
     fn detach(&self) {
-        self.port.slot.detach();
+        self.port.attachment.detach();
     }
 
     fn link_up(&self) -> bool {
@@ -311,7 +311,7 @@ impl Drop for SwitchPort {
         fabric.ports =
             fabric.ports.iter().filter(|port| port.id != self.port.id).cloned().collect();
         drop(fabric);
-        self.port.slot.detach();
+        self.port.attachment.detach();
         debug!(switch = self.switch.inner.name, port = self.port.name, "port removed");
     }
 }

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use firn::kit::Kit;
+use firn_gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
 use firn_net_switch::NetPort;
-use firn_net_switch::gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
 use firn_tests::micro;
 use firn_vmm::spec::{Mac, MachineSpec, NetSpec};
 use firn_vmm::vm::{Event, HostSide, Vm};

@@ -19,7 +19,7 @@ check` looks at the scripts too. A script with `#: ways: agent backdoor` is run 
 the ways into a guest.
 
     conformance.py run [FAMILY…]    run them; with --write keep the outcome in results.json
-    conformance.py table [--check]  write the README's table, or look whether it is as it should be
+    conformance.py table [--check]  write README.md's table here, or look whether it is as it should be
 """
 
 import argparse
@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent.parent / "README.md"
+README = HERE / "README.md"
 RESULTS = HERE / "results.json"
 BIN = Path(sys.executable).parent
 CASE = re.compile(r"(?P<name>[\w.-]+)(?P<wrong>, wrongly)?: (?P<what>.+)")
@@ -400,13 +400,13 @@ def table(check: bool) -> int:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not after:
-        found.append(f"README.md has no place for the table: {BEGIN} … {END}")
+        found.append(f"tests/conformance/README.md has no place for the table: {BEGIN} … {END}")
     else:
         fresh = "\n".join([before + BEGIN, "", *lines(results), "", END]) + after
         if not check:
             README.write_text(fresh)
         elif fresh != text:
-            found.append("README.md has another table than results.json makes: `make table`")
+            found.append("tests/conformance/README.md has another table than results.json makes: `make table`")
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use firn_net_switch::gateway::{Forward, GUEST_V4, Protocol, Side};
+use firn_gateway::{Forward, GUEST_V4, Protocol, Side};
 use firn_vmm::spec::ValueError;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};

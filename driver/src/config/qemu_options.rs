@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use firn_net_switch::gateway::{Forward, GUEST_V4, Protocol, Side};
+use firn_gateway::{Forward, GUEST_V4, Protocol, Side};
 use firn_vmm::spec::{Cores, MemoryMib, ValueError};
 
 /// What options of QEMU change of a machine.

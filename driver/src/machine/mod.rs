@@ -7,8 +7,8 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
+use firn_gateway::Gateway;
 use firn_net_switch::SwitchPort;
-use firn_net_switch::gateway::Gateway;
 use firn_vmm::device::boot_timer::Mark;
 use tokio::sync::{Mutex, watch};
 

@@ -3,8 +3,8 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, PoisonError};
 
+use firn_gateway::{Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
 use firn_net_switch::NetPort;
-use firn_net_switch::gateway::{Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
 
 use super::Machine;
 use crate::config::PortForward;

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use firn_gateway::{CARD_MAC, DNS_V4, GATEWAY_V4, GUEST_V4};
 use firn_guest_agent::protocol::PORT_NAME;
-use firn_net_switch::gateway::{CARD_MAC, DNS_V4, GATEWAY_V4, GUEST_V4};
 use firn_vmm::spec::{
     CachePolicy, ConsolePortSpec, DiskSpec, Mac, MachineSpec, NetSpec, Number, ShareSpec,
     ValueError,

@@ -320,7 +320,7 @@ fn a_slow_card_delays_nobody_else_and_detach_waits_for_it() {
             done.send(slow.inside.load(Ordering::SeqCst)).unwrap();
         });
         // New frames are turned away once the receiver is out, without waiting.
-        while p2.port.slot.call(|_| ()).is_some() {
+        while p2.port.attachment.call(|_| ()).is_some() {
             thread::yield_now();
         }
         let meanwhile = send(&p3, mac(2), mac(3));
@@ -350,7 +350,7 @@ fn a_new_card_waits_for_the_old_one() {
         });
         // The old one is out at once, the new one not yet in.
         let mut early = false;
-        while p2.port.slot.call(|_| ()).is_some() && !early {
+        while p2.port.attachment.call(|_| ()).is_some() && !early {
             early = attached.try_recv().is_ok();
             thread::yield_now();
         }

@@ -125,7 +125,7 @@ pub(super) fn cards(
     let user = node.user_network.iter().map(|user| {
         let restrict = if user.restrict { "on" } else { "off" };
         let other = format!("user.0: index=0,type=user,net=10.0.2.0,restrict={restrict}");
-        (0, Mac(firn_net_switch::gateway::CARD_MAC), other)
+        (0, Mac(firn_gateway::CARD_MAC), other)
     });
     let vlans = (1..).zip(&node.vlans).map(|(number, vlan)| {
         (number, node.mac(*vlan), format!("vlan{vlan}: index=0,type=socket"))

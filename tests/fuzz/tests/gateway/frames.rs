@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use bolero::TypeGenerator;
 use etherparse::checksum::Sum16BitWords;
 use etherparse::{IpNumber, Ipv4Header, Ipv6Header};
-use firn_net_switch::gateway::{CARD_MAC, DNS_V4, DNS_V6, GATEWAY_V4, GATEWAY_V6, GUEST_V4};
+use firn_gateway::{CARD_MAC, DNS_V4, DNS_V6, GATEWAY_V4, GATEWAY_V6, GUEST_V4};
 use firn_net_switch::{Header, OwnedFrame};
 
 /// Where the guest reaches a service of this process; all else is shut, so that nothing leaves it.

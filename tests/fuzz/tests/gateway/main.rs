@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bolero::check;
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-use firn_net_switch::gateway::{Forward, Gateway, GatewaySpec, GatewayStats, Protocol, Side};
+use firn_gateway::{Forward, Gateway, GatewaySpec, GatewayStats, Protocol, Side};
 use firn_net_switch::{
     Delivery, Frame, Header, NetPort, Offloads, OwnedFrame, Receiver, without_offloads,
 };

@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex};
 use smoltcp::wire::TcpSeqNumber;
 use tokio::sync::Notify;
 
-use crate::gateway::limits::Limits;
-use crate::gateway::{GATEWAY_V4, GATEWAY_V6};
+use crate::limits::Limits;
 use crate::lock;
+use crate::{GATEWAY_V4, GATEWAY_V6};
 
 /// Bytes of buffers that connections share out. When they are gone, further ones get the least.
 const BUDGET: usize = 256 << 20;

@@ -19,6 +19,8 @@
 //! Of all that a guest can have many of there is a most (limits). What is new comes in, and what has waited for longest
 //! makes room: so nothing that hangs keeps anything else from working.
 
+#![forbid(unsafe_code)]
+
 mod dhcp;
 mod dns;
 mod forward;
@@ -37,17 +39,16 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::lock;
-use crate::offload::sanitize;
-use crate::port::{Delivery, Frame, Header, NetPort, Receiver};
 use dns::Questions;
+use firn_net_switch::sanitize;
+use firn_net_switch::{Delivery, Frame, Header, NetPort, Receiver};
 use fragment::Reassembly;
 use icmp::Reason;
 use limits::Limits;
@@ -56,6 +57,12 @@ use neighbour::ALL_NODES;
 use tcp::{Connections, Segment};
 use udp::Datagrams;
 use wire::{ArpRequest, Content, ETHERNET, Hop, Mac, Packet, multicast_mac, protocol};
+
+/// Locks `mutex` also after a panic elsewhere: what this crate guards is whole between any two
+/// statements, and one connection's bug must not take the network from the others.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The address of the gateway, which is the host's loopback.
 pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
@@ -325,12 +332,12 @@ impl NetPort for Gateway {
         if self.inner.plugged.swap(true, Ordering::Relaxed) {
             self.inner.hang_up();
         }
-        self.inner.link.slot.attach(receiver);
+        self.inner.link.attachment.attach(receiver);
     }
 
     /// Whoever had the card is gone, and with it the guest's ends of all flows: the host's end too.
     fn detach(&self) {
-        self.inner.link.slot.detach();
+        self.inner.link.attachment.detach();
         self.inner.plugged.store(false, Ordering::Relaxed);
         self.inner.hang_up();
     }

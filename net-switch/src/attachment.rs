@@ -11,7 +11,7 @@ use crate::port::Receiver;
 /// Senders never wait here: not for each other, not for who attaches or detaches. Only those
 /// two wait, for calls that have begun; so two cards that send to each other cannot deadlock.
 #[derive(Default)]
-pub(crate) struct Slot {
+pub struct Attachment {
     state: Mutex<State>,
     /// Signalled when `State::calls` gets to zero and somebody waits for it.
     idle: Condvar,
@@ -29,7 +29,7 @@ struct State {
 }
 
 /// A call that is running; counted until dropped, also by a panic.
-struct Running<'a>(&'a Slot);
+struct Running<'a>(&'a Attachment);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
@@ -41,9 +41,9 @@ impl Drop for Running<'_> {
     }
 }
 
-impl Slot {
+impl Attachment {
     /// Runs `call` on the receiver, if there is one.
-    pub(crate) fn call<R>(&self, call: impl FnOnce(&dyn Receiver) -> R) -> Option<R> {
+    pub fn call<R>(&self, call: impl FnOnce(&dyn Receiver) -> R) -> Option<R> {
         // Bindings drop in reverse: the reference goes before the call is counted out, so it
         // is never the last one and no card's destructor runs on a sender's thread.
         let (_running, receiver) = {
@@ -56,7 +56,7 @@ impl Slot {
     }
 
     /// Puts `receiver` in. Waits for running calls to the one before it.
-    pub(crate) fn attach(&self, receiver: Arc<dyn Receiver>) {
+    pub fn attach(&self, receiver: Arc<dyn Receiver>) {
         let mut before = Vec::new();
         let mut state = lock(&self.state);
         loop {
@@ -74,7 +74,7 @@ impl Slot {
 
     /// Takes the receiver out. Waits for running calls to it, also when it is another thread
     /// that has just taken it out.
-    pub(crate) fn detach(&self) {
+    pub fn detach(&self) {
         let mut state = lock(&self.state);
         let before = state.receiver.take();
         let generation = state.generation;

@@ -7,7 +7,7 @@ use smoltcp::socket::tcp::{Socket, State};
 use super::datagrams::host as host_datagrams;
 use super::guest::{raw, reset, syn};
 use super::*;
-use crate::gateway::wire::datagram;
+use crate::wire::datagram;
 
 /// Odd, and more than fits into all buffers together.
 const LARGE: usize = 6 << 20 | 1;

@@ -1,5 +1,5 @@
 use super::*;
-use crate::gateway::CARD_MAC;
+use crate::CARD_MAC;
 
 const OTHER: Mac = [2, 0, 0, 0, 0, 9];
 

@@ -5,7 +5,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::guest::raw;
 use super::*;
-use crate::gateway::wire::{Envelope, complete, datagram};
+use crate::wire::{Envelope, complete, datagram};
 
 /// A socket of the host's loopback, and what the guest calls it.
 pub(super) fn host() -> (UdpSocket, SocketAddr) {
@@ -74,7 +74,7 @@ fn long_datagrams_go_in_fragments() {
         let field = u16::try_from(offset / 8).unwrap() | if offset == 0 { 0x2000 } else { 0 };
         frame[18..22].copy_from_slice(&(0x0007_0000 | u32::from(field)).to_be_bytes());
         frame[24..26].fill(0);
-        let sum = crate::offload::checksum(0, &frame[14..34]);
+        let sum = firn_net_switch::checksum::checksum(0, &frame[14..34]);
         frame[24..26].copy_from_slice(&sum.to_be_bytes());
         guest.cable.send(&frame);
     }

@@ -2,8 +2,8 @@ use std::net::IpAddr;
 
 use super::*;
 
-const GUEST: IpAddr = IpAddr::V4(crate::gateway::GUEST_V4);
-const HOST: IpAddr = IpAddr::V4(crate::gateway::GATEWAY_V4);
+const GUEST: IpAddr = IpAddr::V4(crate::GUEST_V4);
+const HOST: IpAddr = IpAddr::V4(crate::GATEWAY_V4);
 
 fn add(
     to: &mut Reassembly,

@@ -14,12 +14,13 @@ use smoltcp::wire::{EthernetAddress, IpCidr, TcpControl};
 use tokio::runtime::Runtime;
 
 use super::PATIENCE;
-use crate::gateway::{CARD_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_V4, Gateway, GatewaySpec};
-use crate::{Delivery, Frame, NetPort, Offloads, OwnedFrame, Receiver, lock, without_offloads};
+use crate::lock;
+use crate::{CARD_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_V4, Gateway, GatewaySpec};
+use firn_net_switch::{Delivery, Frame, NetPort, Offloads, OwnedFrame, Receiver, without_offloads};
 
 /// What came to the card.
 #[derive(Default)]
-pub(in crate::gateway) struct Card {
+pub(crate) struct Card {
     frames: Mutex<VecDeque<OwnedFrame>>,
     arrived: Condvar,
 }
@@ -59,7 +60,7 @@ impl Card {
 }
 
 /// The card as smoltcp sees it.
-pub(in crate::gateway) struct Cable {
+pub(crate) struct Cable {
     pub gateway: Arc<Gateway>,
     pub card: Arc<Card>,
 }
@@ -92,7 +93,7 @@ impl Device for Cable {
     }
 }
 
-pub(in crate::gateway) struct Rx(Vec<u8>);
+pub(crate) struct Rx(Vec<u8>);
 
 impl RxToken for Rx {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
@@ -100,7 +101,7 @@ impl RxToken for Rx {
     }
 }
 
-pub(in crate::gateway) struct Tx<'a>(&'a Cable);
+pub(crate) struct Tx<'a>(&'a Cable);
 
 impl TxToken for Tx<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
@@ -112,7 +113,7 @@ impl TxToken for Tx<'_> {
 }
 
 /// A guest at its gateway. All addresses are set, so that no test waits for them.
-pub(in crate::gateway) struct Guest {
+pub(crate) struct Guest {
     pub cable: Cable,
     pub sockets: SocketSet<'static>,
     interface: Interface,
@@ -292,21 +293,21 @@ impl Guest {
 }
 
 /// An IPv4 packet from the guest with any payload, in a frame.
-pub(in crate::gateway) fn raw(protocol: u8, to: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
-    use crate::gateway::GATEWAY_MAC;
-    use crate::gateway::wire::{Envelope, Hop};
+pub(crate) fn raw(protocol: u8, to: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
+    use crate::GATEWAY_MAC;
+    use crate::wire::{Envelope, Hop};
     let hop = Hop { source: CARD_MAC, destination: GATEWAY_MAC };
     let envelope = Envelope::new(IpAddr::from(GUEST_V4), IpAddr::from(to), protocol);
     envelope.frame(hop, payload).unwrap()
 }
 
 /// The guest's SYN in a frame.
-pub(in crate::gateway) fn syn(from_port: u16, to: SocketAddr, sequence: i32) -> Vec<u8> {
+pub(crate) fn syn(from_port: u16, to: SocketAddr, sequence: i32) -> Vec<u8> {
     segment(TcpControl::Syn, from_port, to, sequence)
 }
 
 /// The guest's reset in a frame.
-pub(in crate::gateway) fn reset(from_port: u16, to: SocketAddr, sequence: i32) -> Vec<u8> {
+pub(crate) fn reset(from_port: u16, to: SocketAddr, sequence: i32) -> Vec<u8> {
     segment(TcpControl::Rst, from_port, to, sequence)
 }
 

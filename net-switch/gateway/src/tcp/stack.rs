@@ -20,9 +20,9 @@ use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{HardwareAddress, IpCidr, TcpPacket};
 
 use super::table::Key;
-use crate::gateway::wire::{ETHERNET, Envelope, Hop, MTU, Mac, Packet, partial_checksum, protocol};
-use crate::gateway::{GATEWAY_MAC, Inner};
-use crate::port::Header;
+use crate::wire::{ETHERNET, Envelope, Hop, MTU, Mac, Packet, partial_checksum, protocol};
+use crate::{GATEWAY_MAC, Inner};
+use firn_net_switch::Header;
 
 /// How long the guest has to answer before a connection exists.
 const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);

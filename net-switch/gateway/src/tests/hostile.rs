@@ -5,7 +5,7 @@ use proptest::{prop_oneof, proptest};
 
 use super::guest::raw;
 use super::*;
-use crate::OwnedFrame;
+use firn_net_switch::OwnedFrame;
 
 /// A frame that is right but for some bytes, and possibly for its end.
 fn nearly_right() -> impl Strategy<Value = Vec<u8>> {

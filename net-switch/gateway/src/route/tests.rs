@@ -1,5 +1,5 @@
 use super::*;
-use crate::gateway::{Forward, Gateway, GatewaySpec, Side};
+use crate::{Forward, Gateway, GatewaySpec, Side};
 
 #[test]
 fn addresses_that_mean_the_host_itself_are_not_let_through() {

@@ -10,15 +10,15 @@ use vm_memory::VolatileSlice;
 use super::GATEWAY_MAC;
 use super::wire::{ETHERNET, Envelope, Hop, IPV4, IPV6, MTU, Mac, protocol};
 use crate::lock;
-use crate::port::{Frame, Header};
-use crate::slot::Slot;
+use firn_net_switch::Attachment;
+use firn_net_switch::{Frame, Header};
 
 /// Most addresses that are remembered: those that DHCP gives, and as many again.
 const MAX_NEIGHBOURS: usize = 512;
 
 /// The cable to the guest.
 pub(super) struct Link {
-    pub slot: Slot,
+    pub attachment: Attachment,
     /// The card's address, for who has not been heard of.
     card: Mac,
     /// Each with its age: how many had been learnt before.
@@ -33,7 +33,7 @@ pub(super) struct Link {
 impl Link {
     pub fn new(card: Mac) -> Self {
         Self {
-            slot: Slot::default(),
+            attachment: Attachment::default(),
             card,
             neighbours: Mutex::default(),
             learnt: AtomicU64::new(0),
@@ -75,7 +75,7 @@ impl Link {
     /// Gives a frame to the guest's card. Without one, or without room, it is lost.
     pub fn deliver(&self, header: Header, data: &mut [u8]) {
         let data = [VolatileSlice::from(data)];
-        self.slot.call(|receiver| receiver.receive(&Frame { header, data: &data }));
+        self.attachment.call(|receiver| receiver.receive(&Frame { header, data: &data }));
     }
 
     /// Gives a frame on which nothing is left to do to the guest's card.

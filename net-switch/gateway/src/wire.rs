@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::wire::{ArpPacket, ArpRepr, EthernetAddress, Ipv4Packet, Ipv6Packet, UDP_HEADER_LEN};
 
-use crate::offload::{checksum, nonzero, sum};
+use firn_net_switch::checksum::{checksum, nonzero, sum};
 
 /// An Ethernet address.
 pub(super) type Mac = [u8; 6];
