@@ -10,8 +10,11 @@ use crate::error::{Error, MachineError, chain};
 pub(super) fn exception(py: Python<'_>, error: &Error) -> PyErr {
     let name = match error {
         Error::Machine(MachineError::Missing { path }) => {
-            let arguments =
-                (nix::errno::Errno::ENOENT as i32, "No such file or directory", path.clone());
+            let arguments = (
+                nix::errno::Errno::ENOENT as i32,
+                "No such file or directory",
+                path.clone().into_os_string(),
+            );
             return PyFileNotFoundError::new_err(arguments);
         }
         Error::Assertion(_) => "RequestedAssertionFailed",
