@@ -239,13 +239,17 @@ fn a_greedy_guest() {
         let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = silent.local_addr().unwrap().port();
         let connect = format!(
-            "mkfifo /run/never; exec 3<>/run/never; for i in $(seq 400); do \
+            "mkfifo /run/never; exec 3<>/run/never; for i in $(seq 300); do \
              nc 10.0.2.2 {port} <&3 >/dev/null 2>&1 & done"
         );
         a.succeed(&[&connect], None).await.unwrap();
+        // Each takes two: the guest keeps its inode, and has it open.
         for dir in ["/tmp/xchg", "/tmp/shared"] {
-            let touch = format!("cd {dir} && touch $(seq 5000) 2>&1 | tail -n 1");
-            let said = a.succeed(&[&touch], None).await.unwrap();
+            let hold = format!(
+                "cd {dir} && touch $(seq 250) && {{ tail -f $(seq 250) >/dev/null 2>/run/said & }}; \
+                 for i in $(seq 100); do grep 'open files' /run/said && break; sleep 1; done | head -n 1"
+            );
+            let said = a.succeed(&[&hold], None).await.unwrap();
             assert!(said.contains("Too many open files in system"), "{said}");
         }
         // Much is open, but far from all: the driver goes on, and so does everybody else.
