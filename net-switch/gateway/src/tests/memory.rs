@@ -23,7 +23,7 @@ const MOST_ROUNDS: usize = 5;
 fn connections_that_have_ended_give_all_memory_back() {
     let mut test = Command::new(std::env::current_exe().unwrap());
     test.args(["--ignored", "--exact", "--nocapture"]);
-    let output = test.arg("gateway::tests::memory::many_full_connections").output().unwrap();
+    let output = test.arg("tests::memory::many_full_connections").output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
