@@ -39,6 +39,7 @@ with subtest("start: with credentials, from the store and from the state directo
     t.assertEqual(base64.b64decode(machine.succeed(f"{read} test.token")), secret)
     parameters = base64.b64decode(machine.succeed(f"{read} parameters")).decode()
     t.assertIn(parameters.strip(), machine.succeed("cat /proc/cmdline"))
+    machine.wait_for_unit("dbus.socket")
     service = "--pipe --quiet --property=ImportCredential=test.* --property=DynamicUser=yes"
     imported = machine.succeed(f"systemd-run {service} sh -c 'base64 $CREDENTIALS_DIRECTORY/*'")
     t.assertEqual(base64.b64decode(imported), secret)
