@@ -139,9 +139,11 @@ fn with_prepared(prepare: &str, script: impl AsyncFnOnce(&Machine)) {
 fn the_first_command_waits_for_the_system() {
     let unit = "[Unit]\nDefaultDependencies=no\nBefore=basic.target\n\
         [Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/sleep 5";
-    let wanted = "/etc/systemd/system/basic.target.wants";
-    let prepare =
-        format!("mkdir -p {wanted}\nprintf '{}' >{wanted}/slow.service", unit.replace('\n', "\\n"));
+    let prepare = format!(
+        "cd /etc/systemd/system\nprintf '{}' >slow.service\n\
+         mkdir basic.target.wants\nln -s ../slow.service basic.target.wants/",
+        unit.replace('\n', "\\n")
+    );
     with_prepared(&prepare, async |machine| {
         let states = "systemctl is-active slow.service basic.target systemd-tmpfiles-clean.timer";
         assert_eq!(output(machine, states).await, "active\nactive\nactive");
