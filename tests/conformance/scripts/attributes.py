@@ -8,8 +8,10 @@
 import queue
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock, call
 
 from test_driver.errors import MachineError
+from test_driver.logger import AbstractLogger
 from test_driver.machine import QemuMachine, QemuStartCommand
 
 with subtest("process, wrongly: none before the start"):
@@ -118,8 +120,10 @@ with subtest("full_console_log, wrongly: nothing of the future"):
 with subtest("last_lines: what no call has taken"):
     machine.succeed("echo first of all >/dev/console; echo and then >/dev/console")
     machine.wait_for_console_text("first of all")
-    while "and then" not in machine.last_lines.get(timeout=60):
-        pass
+    line = ""
+    while "and then" not in line:
+        line = machine.last_lines.get(timeout=60)
+    t.assertNotIn("first of all", line)
 
 with subtest("last_lines, wrongly: there are no more"):
     with t.assertRaises(queue.Empty):
@@ -128,17 +132,22 @@ with subtest("last_lines, wrongly: there are no more"):
     t.assertTrue(machine.last_lines.empty())
 
 with subtest("log_serial: as if the guest had printed it"):
+    heard = Mock(spec=AbstractLogger)
+    log.add_logger(heard)
     machine.log_serial("shown")
+    t.assertIn(call("shown", machine.name), heard.log_serial.mock_calls)
 
 with subtest("log_serial, wrongly: takes a line only"):
     with t.assertRaises(TypeError):
         machine.log_serial("shown", machine.name)  # type: ignore
 
 with subtest("nested: with attributes"):
+    entered = []
     with machine.nested("a step", {"image": "picture.png"}):
-        machine.log("within")
+        entered.append("a step")
     with machine.nested(msg="another", attrs={}):
-        pass
+        entered.append("another")
+    t.assertEqual(entered, ["a step", "another"])
 
 with subtest("nested, wrongly: an exception comes through"):
     with t.assertRaisesRegex(ValueError, "^mine$"):

@@ -12,6 +12,7 @@ with subtest("execute: the first command finds what every service waits for"):
     machine.start()
     machine.require_unit_state("basic.target")
     machine.require_unit_state("systemd-tmpfiles-clean.timer")
+    t.assertEqual(machine.get_unit_property("basic.target", "ActiveState"), "active")
 
 machine.wait_for_unit("multi-user.target")
 

@@ -10,7 +10,7 @@ import urllib.request
 import warnings
 from pathlib import Path
 
-from test_driver.errors import MachineError
+from test_driver.errors import MachineError, RequestedAssertionFailed
 
 machine.start(allow_reboot=True)
 machine.wait_for_unit("multi-user.target")

@@ -88,6 +88,7 @@ with subtest("wait_for_unit_active_state: whatever comes before"):
     machine.succeed("systemctl stop --no-block later")
     machine.wait_for_unit_active_state("later.service", "deactivating")
     machine.wait_for_unit_active_state("later", "failed")
+    t.assertEqual(machine.get_unit_property("later", "ActiveState"), "failed")
     machine.wait_for_unit_active_state("default.target", "active", user="alice")
 
 with subtest("wait_for_unit_active_state, wrongly: within its time only"):
@@ -172,7 +173,9 @@ with subtest("wait_for_file: expanded by the guest's shell"):
     machine.succeed("test -e /tmp/new/dir/other")
 
 with subtest("wait_for_file: a path"):
-    machine.wait_for_file(Path("/tmp/new/dir/file"))
+    later(1, "touch /tmp/new/dir/path")
+    machine.wait_for_file(Path("/tmp/new/dir/path"))
+    machine.succeed("test -e /tmp/new/dir/path")
 
 with subtest("wait_for_file, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
@@ -215,6 +218,7 @@ with subtest("wait_for_open_unix_socket: of streams"):
 with subtest("wait_for_open_unix_socket: a path, and what the guest's shell makes of a text"):
     machine.wait_for_open_unix_socket(Path("/run/dbus/system_bus_socket"))
     machine.wait_for_open_unix_socket("/run/db?s/system_bus_socket")
+    machine.succeed("nc -z -U /run/dbus/system_bus_socket")
 
 with subtest("wait_for_open_unix_socket: of datagrams"):
     machine.wait_for_open_unix_socket("/run/systemd/journal/socket", is_datagram=True)
@@ -225,6 +229,7 @@ with subtest("wait_for_open_unix_socket: of datagrams"):
 with subtest("wait_for_open_unix_socket: of a path that starts where commands do"):
     later(1, "exec nc -lU sub.socket")
     machine.wait_for_open_unix_socket("sub.socket", timeout=60)
+    machine.succeed("test -S /tmp/sub.socket")
 
 with subtest("wait_for_open_unix_socket, wrongly: within its time only"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
@@ -238,11 +243,13 @@ with subtest("wait_for_console_text: that comes later"):
 with subtest("wait_for_console_text: across lines"):
     later(1, "for word in eins zwei drei; do echo $word > /dev/console; done")
     machine.wait_for_console_text("eins.*drei", timeout=60)
+    t.assertIn("zwei", machine.get_console_log())
 
 with subtest("wait_for_console_text: as much as is left"):
     later(1, "printf 'vier\\nfuenf\\nsechs\\n' > /dev/console")
     machine.wait_for_console_text("vierfuenf", timeout=60)
     machine.wait_for_console_text("sechs", timeout=60)
+    t.assertIn("fuenf", machine.get_console_log())
 
 with subtest("wait_for_console_text, wrongly: consumed already"):
     with t.assertRaisesRegex(RequestedAssertionFailed, "action timed out after 1 seconds"):
