@@ -110,7 +110,6 @@ fn nothing_is_fatal_and_smbios_says_what_the_machine_is() {
         let [_, s] = driver.machines() else { panic!("two machines") };
         let output = async |command: &str| s.succeed(&[command], None).await.unwrap();
         assert_eq!(output("cat /run/credentials/@system/greeting").await, "hello");
-        assert!(output("hostnamectl").await.contains("Hardware Vendor: firn"));
         assert_eq!(output("systemd-detect-virt").await, "kvm\n");
     });
 }
