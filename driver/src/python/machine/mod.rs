@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::errors::exception;
+use super::listen;
 use super::log::{PyLogger, PyStep};
 use super::wait::wait;
 use crate::error::{MachineError, Result};
@@ -205,16 +206,16 @@ impl PyMachine {
     }
 
     /// Write a message about it to the log.
-    fn log(&self, msg: &str) -> PyResult<()> {
+    fn log(&self, py: Python<'_>, msg: &str) -> PyResult<()> {
         self.machine()?.log(msg);
-        Ok(())
+        listen::deliver(py).map(drop)
     }
 
     /// Write a line to the log as if the guest had printed it on its serial console.
-    fn log_serial(&self, msg: &str) -> PyResult<()> {
+    fn log_serial(&self, py: Python<'_>, msg: &str) -> PyResult<()> {
         let machine = self.machine()?;
         machine.logger().serial(machine.name(), msg);
-        Ok(())
+        listen::deliver(py).map(drop)
     }
 
     /// Group what happens inside a `with` block: a step in the log, with how long it took.
