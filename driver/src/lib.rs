@@ -14,8 +14,6 @@ pub mod kit;
 pub mod log;
 pub mod machine;
 mod private;
-#[cfg(feature = "python")]
-mod python;
 pub mod retry;
 pub mod scratch;
 mod signals;

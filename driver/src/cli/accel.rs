@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::ValueEnum;
 use firn_vmm::probe::{self, KvmStatus};
@@ -23,7 +24,7 @@ pub enum Accel {
 
 /// What was decided.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Decision {
+pub enum Decision {
     /// KVM.
     Kvm,
     /// The carrier; not because it was asked for if there is a reason.
@@ -32,8 +33,19 @@ pub(crate) enum Decision {
     Refused(String),
 }
 
+impl FromStr for Accel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        <Self as ValueEnum>::from_str(name, false)
+            .map_err(|_| format!("{name:?} is no place for machines; allowed: auto, kvm, carrier"))
+    }
+}
+
 impl Accel {
-    pub(crate) fn decide(self) -> Decision {
+    /// Decides by what this host's KVM can do.
+    #[must_use]
+    pub fn decide(self) -> Decision {
         match self {
             Self::Carrier => Decision::Carrier(None),
             Self::Auto | Self::Kvm => self.decide_by(&probe::kvm()),
@@ -52,7 +64,10 @@ impl Accel {
 
 /// Runs a command that runs machines in a carrier that can write to `writable`; answers its exit status. With
 /// `terminal` the command gets all that is typed at this process's terminal, key by key.
-pub(crate) fn in_carrier(
+///
+/// # Errors
+/// When the carrier cannot be started or breaks down.
+pub fn in_carrier(
     writable: Vec<PathBuf>,
     terminal: bool,
     command: impl IntoIterator<Item = OsString>,

@@ -14,7 +14,7 @@ use crate::config::ConfigError;
 use crate::error::chain;
 use crate::log::{colours_wanted, printable};
 
-pub(crate) mod accel;
+pub mod accel;
 mod bench;
 mod carrier;
 mod check;

@@ -9,8 +9,8 @@ use pyo3::types::{PyDict, PyList, PyTuple};
 use super::errors::exception;
 use super::log::{PyLogger, PyStep};
 use super::wait::wait;
-use crate::error::{MachineError, Result};
-use crate::machine::Machine;
+use firn::error::{MachineError, Result};
+use firn::machine::Machine;
 
 mod arguments;
 mod commands;

@@ -2,23 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use clap::ValueEnum;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::cli::accel::{Accel, Decision, in_carrier};
-use crate::error::chain;
-
-impl FromStr for Accel {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        <Self as ValueEnum>::from_str(name, false)
-            .map_err(|_| format!("{name:?} is no place for machines; allowed: auto, kvm, carrier"))
-    }
-}
+use firn::cli::accel::{Accel, Decision, in_carrier};
+use firn::error::chain;
 
 /// Runs `argv` in a carrier that can write to `writable`, and answers its exit status; does nothing if machines
 /// can run here. `accel` is auto, kvm or carrier. With `terminal` the command gets what is typed, key by key.

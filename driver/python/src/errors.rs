@@ -4,7 +4,7 @@ use pyo3::exceptions::PyFileNotFoundError;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
-use crate::error::{Error, MachineError, chain};
+use firn::error::{Error, MachineError, chain};
 
 /// The exception for an error.
 pub(super) fn exception(py: Python<'_>, error: &Error) -> PyErr {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
 
-use crate::log::{Event, Level, Sink};
+use firn::log::{Event, Level, Sink};
 
 /// Most events that are kept; guests may print while nobody waits. The oldest go first.
 const MAX_KEPT: usize = 100_000;

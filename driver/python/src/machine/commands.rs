@@ -5,8 +5,8 @@ use pyo3::prelude::*;
 
 use super::PyMachine;
 use super::arguments::{DEFAULT, seconds};
-use crate::machine::ExecOptions;
-use crate::python::duration::Timeout;
+use crate::duration::Timeout;
+use firn::machine::ExecOptions;
 
 #[pymethods]
 impl PyMachine {

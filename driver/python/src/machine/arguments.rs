@@ -8,11 +8,11 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt, PyString, PyTuple};
 
-use crate::error::{MachineError, Result};
-use crate::python::duration::Timeout;
+use crate::duration::Timeout;
+use firn::error::{MachineError, Result};
 
 /// What a call waits for at most, unless the script says otherwise.
-pub(super) const DEFAULT: Timeout = Timeout(crate::machine::DEFAULT_TIMEOUT);
+pub(super) const DEFAULT: Timeout = Timeout(firn::machine::DEFAULT_TIMEOUT);
 
 pub(super) fn seconds(timeout: Option<Timeout>) -> Option<Duration> {
     timeout.map(|timeout| timeout.0)

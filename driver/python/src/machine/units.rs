@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 use super::PyMachine;
 use super::arguments::DEFAULT;
-use crate::python::duration::Timeout;
+use crate::duration::Timeout;
 
 #[pymethods]
 impl PyMachine {

@@ -17,7 +17,7 @@ use tokio::time::sleep;
 
 use super::errors::exception;
 use super::listen::deliver;
-use crate::error::Result;
+use firn::error::Result;
 
 /// Changes when Python has caught a signal whose handler it has not run yet.
 static SIGNALS: OnceLock<watch::Sender<()>> = OnceLock::new();

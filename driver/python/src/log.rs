@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use super::listen;
-use crate::log::{Level, Logger, Step, printable};
+use firn::log::{Level, Logger, Step, printable};
 
 /// The log of a run, or of a machine. A new one goes nowhere, until something is added.
 #[pyclass(frozen, subclass, name = "Logger", module = "firn")]

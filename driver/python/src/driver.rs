@@ -17,12 +17,12 @@ use super::errors::{exception, not_here};
 use super::log::PyLogger;
 use super::machine::PyMachine;
 use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
-use crate::config::{ConfigError, MachineFile, TestConfig};
-use crate::driver::{Driver, DriverOptions};
-use crate::error::{MachineError, chain};
-use crate::kit::{self, Kit, KitError};
-use crate::scratch::StatePlace;
-use crate::vlan::Vlan;
+use firn::config::{ConfigError, MachineFile, TestConfig};
+use firn::driver::{Driver, DriverOptions};
+use firn::error::{MachineError, chain};
+use firn::kit::{self, Kit, KitError};
+use firn::scratch::StatePlace;
+use firn::vlan::Vlan;
 
 /// How long a run that is not wanted any more may take to be there and to be removed.
 const REMOVAL: Duration = Duration::from_secs(1);
@@ -211,7 +211,7 @@ impl PyRun {
     /// Where the host reaches the machines' vsock ports, by the machines' names.
     #[getter]
     fn vsock_sockets(&self) -> HashMap<String, PathBuf> {
-        let socket = |machine: &crate::Machine| {
+        let socket = |machine: &firn::Machine| {
             let vsock = machine.config().vsock.as_ref()?;
             Some((machine.name().to_owned(), vsock.socket.clone()))
         };

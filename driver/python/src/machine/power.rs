@@ -4,8 +4,8 @@ use pyo3::prelude::*;
 
 use super::PyMachine;
 use super::arguments::Port;
-use crate::python::errors::exception;
-use crate::python::wait::{wait, wait_through_signals};
+use crate::errors::exception;
+use crate::wait::{wait, wait_through_signals};
 
 #[pymethods]
 impl PyMachine {
@@ -57,11 +57,7 @@ impl PyMachine {
     }
 
     /// Wait until it does not run, at most so long; says whether it does not.
-    fn _wait_for_end(
-        &self,
-        py: Python<'_>,
-        timeout: crate::python::duration::Timeout,
-    ) -> PyResult<bool> {
+    fn _wait_for_end(&self, py: Python<'_>, timeout: crate::duration::Timeout) -> PyResult<bool> {
         let machine = self.machine()?;
         let end =
             async { Ok(tokio::time::timeout(timeout.0, machine.wait_for_end()).await.is_ok()) };

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 
 use super::PyMachine;
 use super::arguments::{DEFAULT, GuestPath, Pattern, Port, Tty};
-use crate::python::duration::Timeout;
+use crate::duration::Timeout;
 
 #[pymethods]
 impl PyMachine {

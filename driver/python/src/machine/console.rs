@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use super::PyMachine;
 use super::arguments::{DEFAULT, Pattern, seconds};
-use crate::python::duration::Timeout;
-use crate::python::errors::exception;
-use crate::python::wait::wait;
+use crate::duration::Timeout;
+use crate::errors::exception;
+use crate::wait::wait;
 
 #[pymethods]
 impl PyMachine {
