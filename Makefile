@@ -70,7 +70,7 @@ kit: build
 build: setup $(VENV)/python
 	RUSTFLAGS="-C target-feature=+crt-static" \
 		cargo build --profile agent -p firn-guest-agent --target $(TARGET)
-	cargo build --release -p firn
+	cargo build --release -p firn-cli
 	PIP_QUIET=1 VIRTUAL_ENV="$(abspath .venv)" $(VENV)/maturin develop --quiet --release \
 		--extras interactive,check -m driver/python/Cargo.toml
 	install -C target/$(TARGET)/agent/firn-agent target/release/firn $(VENV)/

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
-use firn::cli::accel::{Accel, Decision, in_carrier};
 use firn::error::chain;
+use firn_carrier::accel::{Accel, Decision, in_carrier};
 
 /// Runs `argv` in a carrier that can write to `writable`, and answers its exit status; does nothing if machines
 /// can run here. `accel` is auto, kvm or carrier. With `terminal` the command gets what is typed, key by key.

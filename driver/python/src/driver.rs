@@ -20,7 +20,7 @@ use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
 use firn::config::{ConfigError, MachineFile, TestConfig};
 use firn::driver::{Driver, DriverOptions};
 use firn::error::{MachineError, chain};
-use firn::kit::{self, Kit, KitError};
+use firn::kit::Kit;
 use firn::scratch::StatePlace;
 use firn::vlan::Vlan;
 
@@ -338,13 +338,15 @@ fn senseless(error: &ConfigError) -> PyErr {
 
 /// The kits that a test needs: those in `dirs`, others from the cache.
 fn kits_for(py: Python<'_>, test: &PyTest, dirs: Vec<PathBuf>) -> PyResult<Vec<Kit>> {
-    let unusable = |e: KitError| exception(py, &MachineError::Usage(chain(&e)).into());
+    let unusable = |e: &(dyn std::error::Error + 'static)| {
+        exception(py, &MachineError::Usage(chain(e)).into())
+    };
     let mut kits =
-        dirs.into_iter().map(Kit::open).collect::<Result<Vec<_>, _>>().map_err(unusable)?;
+        dirs.into_iter().map(Kit::open).collect::<Result<Vec<_>, _>>().map_err(|e| unusable(&e))?;
     for name in Driver::kits_needed(&test.0) {
         if !kits.iter().any(|kit| kit.manifest.kit == name.as_str()) {
-            let found = py.detach(|| kit::lookup(name));
-            kits.extend(found.map_err(unusable)?);
+            let found = py.detach(|| firn_kits::lookup(name));
+            kits.extend(found.map_err(|e| unusable(&e))?);
         }
     }
     Ok(kits)
