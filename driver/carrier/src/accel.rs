@@ -1,11 +1,11 @@
-//! Decides where machines run.
+//! Decides where machines run, and runs a command again there.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::str::FromStr;
 
 use firn::log::colours_wanted;
 use firn_vmm::probe::{self, KvmStatus};
+use thiserror::Error;
 
 use crate::{CarrierError, Options, exec};
 
@@ -22,15 +22,18 @@ pub enum Accel {
 }
 
 /// What was decided.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Decision {
-    /// KVM.
-    Kvm,
-    /// The carrier; not because it was asked for if there is a reason.
+#[derive(Debug, PartialEq)]
+enum Decision {
+    Here,
+    /// In the carrier; not because it was asked for if there is a reason.
     Carrier(Option<String>),
-    /// It was KVM that was asked for.
     Refused(String),
 }
+
+/// It was KVM that was asked for, and it does not work.
+#[derive(Debug, Error)]
+#[error("{0}; `--accel carrier` does without it")]
+pub struct NoKvm(String);
 
 impl FromStr for Accel {
     type Err = String;
@@ -66,36 +69,47 @@ impl Accel {
         }
     }
 
-    /// Decides by what this host's KVM can do.
-    #[must_use]
-    pub fn decide(self) -> Decision {
-        match self {
+    /// Whether machines can run in this process. If not, the command shall [`run_again`] in the carrier; where nobody
+    /// has asked for that, this says why on stderr.
+    ///
+    /// # Errors
+    /// If they should run on KVM, and it does not work.
+    pub fn runs_here(self) -> Result<bool, NoKvm> {
+        // The probe takes a moment, and the carrier needs none.
+        let decision = match self {
             Self::Carrier => Decision::Carrier(None),
             Self::Auto | Self::Kvm => self.decide_by(&probe::kvm()),
+        };
+        match decision {
+            Decision::Here => Ok(true),
+            Decision::Refused(reason) => Err(NoKvm(reason)),
+            Decision::Carrier(reason) => {
+                if let Some(reason) = reason {
+                    eprintln!("{reason}: using the carrier");
+                }
+                Ok(false)
+            }
         }
     }
 
     fn decide_by(self, kvm: &KvmStatus) -> Decision {
         match self {
             Self::Carrier => Decision::Carrier(None),
-            _ if kvm.usable() => Decision::Kvm,
+            _ if kvm.usable() => Decision::Here,
             Self::Auto => Decision::Carrier(Some(kvm.to_string())),
             Self::Kvm => Decision::Refused(kvm.to_string()),
         }
     }
 }
 
-/// Runs a command that runs machines in a carrier that can write to `writable`; answers its exit status. With
-/// `terminal` the command gets all that is typed at this process's terminal, key by key.
+/// Runs a command that runs machines in a carrier; answers its exit status.
 ///
 /// # Errors
 /// When the carrier cannot be started or breaks down.
-pub fn in_carrier(
-    writable: Vec<PathBuf>,
-    terminal: bool,
+pub fn run_again(
+    options: &Options,
     command: impl IntoIterator<Item = OsString>,
 ) -> Result<u8, CarrierError> {
-    let options = Options { writable, terminal, ..Options::default() };
     // Sockets and state belong on the carrier's own file system, where nothing is that users of the host have put into
     // their /tmp, and it has a pipe for stderr.
     let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/dev/shm".into()];
@@ -103,7 +117,7 @@ pub fn in_carrier(
         argv.push("CLICOLOR_FORCE=1".into());
     }
     argv.extend(command);
-    exec(&options, argv)
+    exec(options, argv)
 }
 
 #[cfg(test)]
@@ -114,7 +128,7 @@ mod tests {
     fn auto_takes_what_works() {
         let slow = KvmStatus::Interpreting { per_second: 1.6e6 };
         let fast = KvmStatus::Usable { per_second: 3e9 };
-        assert_eq!(Accel::Auto.decide_by(&fast), Decision::Kvm);
+        assert_eq!(Accel::Auto.decide_by(&fast), Decision::Here);
         assert_eq!(Accel::Auto.decide_by(&slow), Decision::Carrier(Some(slow.to_string())));
         assert_eq!(
             Accel::Auto.decide_by(&KvmStatus::Absent),

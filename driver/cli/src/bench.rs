@@ -17,8 +17,9 @@ use firn::private::{self, Place};
 use firn_bench::monitor::Run;
 use firn_bench::report::{Report, Unit};
 use firn_bench::{Guest, Monitor, Stage, Stages, Subject};
+use firn_carrier::Options;
+use firn_carrier::accel::{Accel, run_again};
 use firn_vmm::device::boot_timer::{Mark, now_ns, stage};
-use firn_vmm::probe;
 use futures_util::future::try_join_all;
 
 use super::run::{options_here, runtime, test_of};
@@ -111,13 +112,16 @@ struct Once {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     match &args.command {
-        Command::Boot(args) if args.counted || (!args.exact && probe::kvm().usable()) => here(args),
-        Command::Boot(args) => in_carrier(args),
+        Command::Boot(args) => boot(args),
         Command::Once(args) => once(args),
     }
 }
 
-fn in_carrier(args: &Boot) -> Result<ExitCode> {
+fn boot(args: &Boot) -> Result<ExitCode> {
+    let accel = if args.exact { Accel::Carrier } else { Accel::Auto };
+    if args.counted || accel.runs_here()? {
+        return here(args);
+    }
     // What is wrong with a file is said before anything is built or booted.
     args.files.iter().try_for_each(|file| Machines::read(file).map(drop))?;
     firn_kits::build(KitName::Micro, &|line| eprintln!("{line}"))?;
@@ -137,22 +141,11 @@ fn in_carrier(args: &Boot) -> Result<ExitCode> {
     let mut command: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into(), program.into()];
     command.extend(["bench", "boot"].map(Into::into));
     command.extend(exact.then(|| "--counted".into()));
-    command.extend(["--runs".into(), args.runs.to_string().into()]);
-    if let Some(format) = args.format.to_possible_value() {
-        command.extend(["--format".into(), format.get_name().into()]);
-    }
-    if let Some(machines) = args.machines {
-        command.extend(["--machines".into(), machines.to_string().into()]);
-    }
-    for monitor in &args.compare {
-        command.extend(["--compare", monitor.as_str()].map(Into::into));
-    }
-    command.extend(args.output.iter().flat_map(|dir| ["--output".into(), dir.into()]));
-    command.push("--".into());
-    command.extend(args.files.iter().map(Into::into));
+    // As this process was called: `firn bench boot` and what is behind it.
+    command.extend(std::env::args_os().skip(3));
     let writable = args.output.iter().cloned().collect();
-    let options = firn_carrier::Options { exact, writable, ..firn_carrier::Options::default() };
-    Ok(firn_carrier::exec(&options, command)?.into())
+    let options = Options { exact, writable, ..Options::default() };
+    Ok(run_again(&options, command)?.into())
 }
 
 /// What a file has.

@@ -1,14 +1,13 @@
 //! `firn carrier`.
 
 use std::ffi::OsString;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{self, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Subcommand, value_parser};
 use firn_carrier::Options;
-use firn_vmm::probe;
+use firn_carrier::accel::Accel;
 
 /// Run commands where KVM works: in an emulated machine, for hosts without a usable KVM
 #[derive(Debug, clap::Args)]
@@ -51,8 +50,9 @@ struct Exec {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let Command::Exec(args) = &args.command;
-    if args.if_needed && probe::kvm().usable() {
-        return Err(become_command(&args.command));
+    let accel = if args.if_needed { Accel::Auto } else { Accel::Carrier };
+    if accel.runs_here()? {
+        return Err(super::become_command(&args.command));
     }
     let options = Options {
         memory_mib: args.memory,
@@ -62,13 +62,4 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         terminal: false,
     };
     Ok(firn_carrier::exec(&options, args.command.clone())?.into())
-}
-
-/// Becomes the command. Returns only if that fails.
-fn become_command(command: &[OsString]) -> anyhow::Error {
-    let Some((program, arguments)) = command.split_first() else {
-        return anyhow::anyhow!("there is no command to run");
-    };
-    let error = process::Command::new(program).args(arguments).exec();
-    anyhow::Error::new(error).context(format!("cannot run {}", program.display()))
 }

@@ -1,11 +1,10 @@
 //! `firn check`.
 
 use std::ffi::OsString;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Error, Result};
+use anyhow::Result;
 
 use super::python;
 
@@ -24,11 +23,11 @@ pub struct Args {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let python = python::find()?;
-    let mut argv: Vec<OsString> = ["-P", "-m", "firn.check", "--config"].map(Into::into).into();
+    let mut argv: Vec<OsString> = vec![python.path.into()];
+    argv.extend(["-P", "-m", "firn.check", "--config"].map(Into::into));
     argv.push(args.config.clone().into());
     if let Some(script) = &args.script {
         argv.extend(["--".into(), script.clone().into()]);
     }
-    let error = Command::new(&python.path).args(argv).exec();
-    Err(Error::new(error).context(format!("cannot run {}", python.path.display())))
+    Err(super::become_command(&argv))
 }

@@ -4,8 +4,10 @@
 //! `pub fn run(args: &Args) -> anyhow::Result<ExitCode>`.
 #![forbid(unsafe_code)]
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt;
+use std::process::{self, ExitCode};
 
 use anstyle::AnsiColor;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -97,10 +99,26 @@ fn main() -> ExitCode {
     done.unwrap_or_else(|error| report(&error))
 }
 
-/// Reads where machines run.
-fn accel() -> impl TypedValueParser<Value = Accel> {
+/// The flag of all commands that run machines.
+#[derive(Debug, clap::Args)]
+struct Place {
+    /// Where machines run
+    #[arg(long, value_parser = accels(), default_value = Accel::Auto.as_str())]
+    accel: Accel,
+}
+
+fn accels() -> impl TypedValueParser<Value = Accel> {
     let values = Accel::ALL.map(|accel| PossibleValue::new(accel.as_str()).help(accel.help()));
     PossibleValuesParser::new(values).try_map(|name| name.parse::<Accel>())
+}
+
+/// Becomes the command. Returns only if that fails.
+fn become_command(argv: &[OsString]) -> anyhow::Error {
+    let Some((program, arguments)) = argv.split_first() else {
+        return anyhow::Error::msg("there is no command to run");
+    };
+    let error = process::Command::new(program).args(arguments).exec();
+    anyhow::Error::new(error).context(format!("cannot run {}", program.display()))
 }
 
 /// Prints an error and its causes once, and answers the exit status for it.

@@ -2,20 +2,23 @@
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use firn::config::{MachineFile, Script, TestConfig};
 use firn::driver::{Driver, DriverOptions};
 use firn::log::{Level, Logger};
 use firn::machine::Machine;
 use firn::scratch::StatePlace;
-use firn_carrier::accel::{Accel, Decision, in_carrier};
+use firn_carrier::Options;
+use firn_carrier::accel::run_again;
 use firn_carrier::signals::Signals;
 use firn_carrier::terminal::RawTerminal;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
+
+use super::Place;
 
 /// Boot a machine file on this terminal
 ///
@@ -34,9 +37,8 @@ makes no sense.")]
 pub struct Args {
     /// The machine file
     file: PathBuf,
-    /// Where it runs
-    #[arg(long, value_parser = super::accel(), default_value = Accel::Auto.as_str())]
-    accel: Accel,
+    #[command(flatten)]
+    place: Place,
 }
 
 /// Ctrl-A, which begins a command to us.
@@ -46,29 +48,23 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let file = MachineFile::read(&args.file)?;
     let state = std::env::var_os("USE_TMPDIR").filter(|value| !value.is_empty());
     let state = state.map(|_| std::env::temp_dir());
-    match args.accel.decide() {
-        Decision::Kvm => here(file, state),
-        Decision::Refused(reason) => bail!("{reason}; `--accel carrier` does without it"),
-        Decision::Carrier(reason) => {
-            if let Some(reason) = reason {
-                eprintln!("{reason}: using the carrier");
-            }
-            let program = std::env::current_exe().context("cannot find this program")?;
-            let mut command: Vec<OsString> = Vec::new();
-            let mut writable = test_of(file).writable();
-            if let Some(dir) = state {
-                command.extend(["env".into(), Path::new("TMPDIR=").as_os_str().to_owned()]);
-                if let Some(variable) = command.last_mut() {
-                    variable.push(&dir);
-                }
-                writable.push(dir);
-            }
-            command.push(program.into());
-            command.extend(["run", "--accel", "kvm", "--"].map(Into::into));
-            command.push(std::path::absolute(&args.file)?.into());
-            Ok(in_carrier(writable, true, command)?.into())
-        }
+    if args.place.accel.runs_here()? {
+        return here(file, state);
     }
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let mut command: Vec<OsString> = Vec::new();
+    let mut writable = test_of(file).writable();
+    if let Some(dir) = state {
+        let mut variable = OsString::from("TMPDIR=");
+        variable.push(&dir);
+        command.extend(["env".into(), variable]);
+        writable.push(dir);
+    }
+    command.push(program.into());
+    command.extend(["run", "--accel", "kvm", "--"].map(Into::into));
+    command.push(std::path::absolute(&args.file)?.into());
+    let options = Options { writable, terminal: true, ..Options::default() };
+    Ok(run_again(&options, command)?.into())
 }
 
 /// A test of nothing but the machine.

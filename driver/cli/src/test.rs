@@ -1,17 +1,17 @@
 //! `firn test`.
 
 use std::ffi::OsString;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Context, Result};
 use firn::config::TestConfig;
 use firn::driver::Driver;
 use firn::kit::{Kit, KitName};
-use firn_carrier::accel::{Accel, Decision, in_carrier};
+use firn_carrier::Options;
+use firn_carrier::accel::run_again;
 
-use super::python;
+use super::{Place, python};
 
 /// Run a test
 ///
@@ -26,9 +26,8 @@ pub struct Args {
     /// Where files that the script keeps go; made if it is not there
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     output_dir: PathBuf,
-    /// Where machines run
-    #[arg(long, value_parser = super::accel(), default_value = Accel::Auto.as_str())]
-    accel: Accel,
+    #[command(flatten)]
+    place: Place,
     /// Seconds the whole test may take, instead of what the file says
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     global_timeout: Option<u32>,
@@ -47,17 +46,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let python = python::find()?;
     let kits = Driver::kits_needed(&test).into_iter().map(build_kit).collect::<Result<Vec<_>>>()?;
     let runner = runner(args, &python.path, &kits);
-    match args.accel.decide() {
-        Decision::Kvm => Err(exec(&runner)),
-        Decision::Refused(reason) => bail!("{reason}; `--accel carrier` does without it"),
-        Decision::Carrier(reason) => {
-            if let Some(reason) = reason {
-                eprintln!("{reason}: using the carrier");
-            }
-            let writable = test.writable().into_iter().chain([args.output_dir.clone()]);
-            Ok(in_carrier(writable.collect(), false, runner)?.into())
-        }
+    if args.place.accel.runs_here()? {
+        return Err(super::become_command(&runner));
     }
+    let writable = test.writable().into_iter().chain([args.output_dir.clone()]).collect();
+    let options = Options { writable, ..Options::default() };
+    Ok(run_again(&options, runner)?.into())
 }
 
 fn prepare_output(dir: &Path) -> Result<()> {
@@ -91,13 +85,4 @@ fn runner(args: &Args, python: &Path, kits: &[Kit]) -> Vec<OsString> {
     argv.extend(["--log-level".into(), args.log_level.clone().into()]);
     argv.extend(["--".into(), args.file.clone().into()]);
     argv
-}
-
-/// Becomes the command. Returns only if that fails.
-fn exec(argv: &[OsString]) -> Error {
-    let Some((program, arguments)) = argv.split_first() else {
-        return Error::msg("there is no command");
-    };
-    let error = Command::new(program).args(arguments).exec();
-    Error::new(error).context(format!("cannot run {}", program.display()))
 }

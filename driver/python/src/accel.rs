@@ -1,13 +1,14 @@
 //! Where machines run, in Python.
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use firn::error::chain;
+use firn_carrier::Options;
+use firn_carrier::accel::{Accel, run_again};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-
-use firn::error::chain;
-use firn_carrier::accel::{Accel, Decision, in_carrier};
 
 /// Runs `argv` in a carrier that can write to `writable`, and answers its exit status; does nothing if machines
 /// can run here. `accel` is auto, kvm or carrier. With `terminal` the command gets what is typed, key by key.
@@ -21,15 +22,12 @@ pub(super) fn in_carrier_if_needed(
     terminal: bool,
 ) -> PyResult<Option<u8>> {
     let accel: Accel = accel.parse().map_err(PyValueError::new_err)?;
-    let failed = |text: String| PyRuntimeError::new_err(text);
-    py.detach(|| match accel.decide() {
-        Decision::Kvm => Ok(None),
-        Decision::Refused(reason) => Err(failed(reason)),
-        Decision::Carrier(reason) => {
-            if let Some(reason) = reason {
-                eprintln!("{reason}: using the carrier");
-            }
-            in_carrier(writable, terminal, argv).map(Some).map_err(|error| failed(chain(&error)))
+    let failed = |error: &(dyn Error + 'static)| PyRuntimeError::new_err(chain(error));
+    py.detach(|| {
+        if accel.runs_here().map_err(|error| failed(&error))? {
+            return Ok(None);
         }
+        let options = Options { writable, terminal, ..Options::default() };
+        run_again(&options, argv).map(Some).map_err(|error| failed(&error))
     })
 }
