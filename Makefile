@@ -55,7 +55,6 @@ lint: setup $(VENV)/python
 	python3 tests/conformance/conformance.py table --check
 	python3 tests/links.py
 	cargo clippy --workspace --all-targets -- -D warnings
-	cargo clippy -p firn --features python -- -D warnings
 	$(VENV)/pip install -q mypy ruff types-pexpect
 	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
 	$(VENV)/ruff check --config driver/pyproject.toml driver/python tests
@@ -72,9 +71,9 @@ kit: build
 build: setup $(VENV)/python
 	RUSTFLAGS="-C target-feature=+crt-static" \
 		cargo build --profile agent -p firn-guest-agent --target $(TARGET)
-	cargo build --release -p firn
+	cargo build --release -p firn-cli
 	PIP_QUIET=1 VIRTUAL_ENV="$(abspath .venv)" $(VENV)/maturin develop --quiet --release \
-		--extras interactive,check -m driver/Cargo.toml
+		--extras interactive,check -m driver/python/Cargo.toml
 	install -C target/$(TARGET)/agent/firn-agent target/release/firn $(VENV)/
 
 setup:

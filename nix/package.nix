@@ -77,7 +77,7 @@ let
       pname = "firn-command";
       cargoBuildFlags = [
         "-p"
-        "firn"
+        "firn-cli"
       ];
       buildType = "dist";
       buildInputs = [ libcap_ng ];

@@ -18,6 +18,7 @@ use firn_vmm::boot::unpack::{self, UnpackError};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
+use crate::kit::integrity::hex;
 use crate::private;
 
 /// A larger file is no bzImage; in bytes.
@@ -70,7 +71,7 @@ impl Kernels {
             return Ok(Some(entry));
         }
         let Some(image) = read_bzimage(kernel)? else { return Ok(None) };
-        let hash = crate::kit::hex(&Sha256::digest(&image));
+        let hash = hex(&Sha256::digest(&image));
         let path = match self.unpacked_before(&hash) {
             Some(path) => path,
             None => self.unpack(&image, &hash)?,

@@ -2,9 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
-pub mod bench;
-pub mod carrier;
-pub mod cli;
 pub mod config;
 mod descriptors;
 pub mod driver;
@@ -13,14 +10,10 @@ mod kernels;
 pub mod kit;
 pub mod log;
 pub mod machine;
-mod private;
-#[cfg(feature = "python")]
-mod python;
+pub mod private;
 pub mod retry;
 pub mod scratch;
-mod signals;
 pub mod ssh;
-mod terminal;
 pub mod vlan;
 
 pub use driver::{Driver, DriverOptions};

@@ -62,40 +62,58 @@ struct Core {
 }
 
 /// Something that happened.
-#[derive(Clone, Copy)]
-pub(crate) enum Event<'a> {
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// Somebody said something.
     Message {
+        /// How important it is.
         level: Level,
+        /// The machine it is about.
         machine: Option<&'a str>,
+        /// What was said.
         text: &'a str,
     },
     /// A guest has printed a line.
     Serial {
+        /// The guest's machine.
         machine: &'a str,
+        /// Without its end.
         line: &'a str,
+        /// Whether people want to see it now.
         shown: bool,
     },
+    /// A step begins.
     Begin {
+        /// The machine it is about.
         machine: Option<&'a str>,
+        /// What is done.
         text: &'a str,
+        /// The name of the subtest that it is.
         subtest: Option<&'a str>,
     },
     /// The run fails, and says why elsewhere.
     Failure {
+        /// The reason, in short.
         why: &'a str,
     },
-    /// `failure` is why a subtest failed.
+    /// A step has ended.
     End {
+        /// The machine it was about.
         machine: Option<&'a str>,
+        /// What was done.
         text: &'a str,
+        /// The name of the subtest that it was.
         subtest: Option<&'a str>,
+        /// Why a subtest failed.
         failure: Option<&'a str>,
+        /// How long it took.
         took: Duration,
     },
 }
 
 /// Where a log goes.
-pub(crate) trait Sink: Send {
+pub trait Sink: Send {
+    /// Takes what happened, in its order.
     fn take(&mut self, event: Event<'_>);
 
     /// Leaves out what is less important, where it is for people to read as it comes.
@@ -182,7 +200,8 @@ impl Logger {
         new
     }
 
-    pub(crate) fn add_sink(&self, sink: Box<dyn Sink>) {
+    /// Writes to this as well, from now on.
+    pub fn add_sink(&self, sink: Box<dyn Sink>) {
         self.sinks().push(sink);
     }
 
@@ -344,7 +363,7 @@ fn finished(text: &str, took: Duration) -> String {
 
 /// Whether output to `stream` should be coloured: on a terminal, and where `CLICOLOR_FORCE` says so, but not
 /// against `NO_COLOR`.
-pub(crate) fn colours_wanted(stream: &impl IsTerminal) -> bool {
+pub fn colours_wanted(stream: &impl IsTerminal) -> bool {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let forced = set("CLICOLOR_FORCE").is_some_and(|value| value != "0");
     set("NO_COLOR").is_none() && (forced || stream.is_terminal())

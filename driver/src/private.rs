@@ -28,14 +28,17 @@ const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 
 /// A directory in which nobody else can exchange what belongs to this user.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub struct Place {
     dir: File,
     path: PathBuf,
 }
 
 impl Place {
     /// The directory `path`, if it is such a one.
-    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// If it is not, or is not there.
+    pub fn open(path: &Path) -> io::Result<Self> {
         let path = fs::canonicalize(path)?;
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mut dir = File::from(open("/", flags, Mode::empty())?);
@@ -50,7 +53,10 @@ impl Place {
     }
 
     /// The directory `path`, if it is such a one and only this user and root write to it.
-    pub(crate) fn closed(path: &Path) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// If it is not, or is not there.
+    pub fn closed(path: &Path) -> io::Result<Self> {
         let place = Self::open(path)?;
         match others_write(&place.dir.metadata()?) {
             true => Err(written_by_others(&place.path)),
@@ -59,7 +65,8 @@ impl Place {
     }
 
     /// Where it is, without symbolic links.
-    pub(crate) fn path(&self) -> &Path {
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
@@ -69,7 +76,10 @@ impl Place {
     }
 
     /// Closes it to all other users, if it is this user's.
-    pub(crate) fn close(&self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// If that cannot be done.
+    pub fn close(&self) -> io::Result<()> {
         let meta = self.dir.metadata()?;
         if meta.uid() != me() || meta.mode() & 0o077 == 0 {
             return Ok(());
@@ -98,7 +108,10 @@ impl Place {
     }
 
     /// Opens the directory `name`, which must be this user's, and nobody else may have put anything into it.
-    pub(crate) fn open_own(&self, name: &OsStr) -> io::Result<File> {
+    ///
+    /// # Errors
+    /// If it is not so, or is not there.
+    pub fn open_own(&self, name: &OsStr) -> io::Result<File> {
         self.is_mine(name)?;
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         let dir = File::options().read(true).custom_flags(flags.bits()).open(self.entry(name));
@@ -159,7 +172,10 @@ impl Place {
 
 /// Makes a directory that only this user can look into, and the ones above it that are missing. One that is there must
 /// be this user's, and nobody else may have put anything into it.
-pub(crate) fn make(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// If it is not so, or cannot be made.
+pub fn make(path: &Path) -> io::Result<()> {
     let (parent, name) = split(path)?;
     above(parent)?.make(name, DIR_MODE).map(drop)
 }
@@ -203,7 +219,10 @@ pub(crate) fn close(dir: &File) -> io::Result<()> {
 }
 
 /// Makes a temporary directory in `place`, for this user alone.
-pub(crate) fn temporary(place: &Place, prefix: &str) -> io::Result<tempfile::TempDir> {
+///
+/// # Errors
+/// If it cannot be made.
+pub fn temporary(place: &Place, prefix: &str) -> io::Result<tempfile::TempDir> {
     tempfile::Builder::new()
         .prefix(prefix)
         .permissions(Permissions::from_mode(DIR_MODE))

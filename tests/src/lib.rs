@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use firn::config::TestConfig;
-use firn::kit::{self, Kit, KitName};
+use firn::kit::{Kit, KitName};
 use firn::log::Logger;
 use firn::{Driver, DriverOptions};
 
@@ -29,7 +29,7 @@ pub fn systemd() -> Kit {
 }
 
 fn built(name: KitName) -> Kit {
-    let kit = kit::lookup(name).expect("the kit can be read");
+    let kit = firn_kits::lookup(name).expect("the kit can be read");
     kit.unwrap_or_else(|| panic!("run `firn kit build {}`", name.as_str()))
 }
 

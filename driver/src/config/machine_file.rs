@@ -159,7 +159,7 @@ impl MachineFile {
     ///
     /// # Errors
     /// If the values of variables make no sense.
-    pub(crate) fn outline(&self, number: u8) -> Result<NodeConfig, ConfigError> {
+    pub fn outline(&self, number: u8) -> Result<NodeConfig, ConfigError> {
         self.node_by(number, &Variables::of_environment().lenient(), Path::new(""), false)
     }
 

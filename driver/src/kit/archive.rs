@@ -8,33 +8,39 @@ use std::path::Path;
 use cpio::newc::{self, ModeFileType};
 
 /// An archive that grows in memory. All files belong to root and date from 1970, so equal contents give equal bytes.
-pub(crate) struct Archive {
+#[derive(Default)]
+pub struct Archive {
     bytes: Vec<u8>,
     inode: u32,
 }
 
 impl Archive {
-    pub(crate) fn new() -> Self {
-        Self { bytes: Vec::new(), inode: 0 }
+    /// An empty one.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// Adds a directory; its parent must be there already.
-    pub(crate) fn dir(&mut self, path: &str, mode: u32) {
+    pub fn dir(&mut self, path: &str, mode: u32) {
         self.add(path, ModeFileType::Directory, mode, &[]);
     }
 
     /// Adds a regular file.
-    pub(crate) fn file(&mut self, path: &str, mode: u32, contents: &[u8]) {
+    pub fn file(&mut self, path: &str, mode: u32, contents: &[u8]) {
         self.add(path, ModeFileType::Regular, mode, contents);
     }
 
     /// Adds a symbolic link to `target`.
-    pub(crate) fn symlink(&mut self, path: &str, target: &str) {
+    pub fn symlink(&mut self, path: &str, target: &str) {
         self.add(path, ModeFileType::Symlink, 0o777, target.as_bytes());
     }
 
     /// Adds what is in the directory `from` below `path`, which must be there already.
-    pub(crate) fn tree(&mut self, path: &str, from: &Path) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// If a file cannot be read, or a name is not UTF-8.
+    pub fn tree(&mut self, path: &str, from: &Path) -> io::Result<()> {
         let mut entries = fs::read_dir(from)?.collect::<io::Result<Vec<_>>>()?;
         entries.sort_by_key(DirEntry::file_name);
         for entry in entries {
@@ -57,7 +63,8 @@ impl Archive {
     }
 
     /// The archive's bytes, padded so that another archive may follow.
-    pub(crate) fn finish(mut self) -> Vec<u8> {
+    #[must_use]
+    pub fn finish(mut self) -> Vec<u8> {
         newc::trailer(&mut self.bytes).expect(IN_MEMORY);
         self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
         self.bytes
@@ -78,7 +85,10 @@ impl Archive {
 const IN_MEMORY: &str = "a vector takes every write";
 
 /// The content of a file in the archive at `path`.
-pub(super) fn read(path: &Path, name: &str) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+/// If there is none, or the archive cannot be read.
+pub fn read(path: &Path, name: &str) -> io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
     loop {
         let mut reader = newc::Reader::new(file)?;
@@ -91,5 +101,35 @@ pub(super) fn read(path: &Path, name: &str) -> io::Result<Vec<u8>> {
             return Ok(content);
         }
         file = reader.finish()?;
+    }
+}
+
+/// An entry of an archive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its path, without the leading slash.
+    pub name: String,
+    /// Its type and permissions.
+    pub mode: u32,
+    /// A file's contents, or a link's target.
+    pub contents: Vec<u8>,
+}
+
+/// All entries of the archive at the start of `bytes`.
+///
+/// # Errors
+/// If it is no archive.
+pub fn entries(mut bytes: &[u8]) -> io::Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    loop {
+        let mut reader = newc::Reader::new(bytes)?;
+        if reader.entry().is_trailer() {
+            return Ok(entries);
+        }
+        let (name, mode) = (reader.entry().name().to_owned(), reader.entry().mode());
+        let mut contents = Vec::new();
+        io::copy(&mut reader, &mut contents)?;
+        entries.push(Entry { name, mode, contents });
+        bytes = reader.finish()?;
     }
 }

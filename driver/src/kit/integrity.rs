@@ -12,7 +12,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{KitError, hex};
+use super::KitError;
 
 /// What a file was when it was written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ pub struct Stamp {
 
 /// How closely files are looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Look {
+pub enum Look {
     /// At sizes and times.
     Quick,
     /// At every byte.
@@ -33,10 +33,13 @@ pub(super) enum Look {
 }
 
 /// Files by their paths in a directory.
-pub(super) type Stamps = BTreeMap<String, Stamp>;
+pub type Stamps = BTreeMap<String, Stamp>;
 
 /// The stamps of all files in `dir`, but for those below the directory `except`.
-pub(super) fn stamps(dir: &Path, except: Option<&Path>) -> Result<Stamps, KitError> {
+///
+/// # Errors
+/// If one cannot be read.
+pub fn stamps(dir: &Path, except: Option<&Path>) -> Result<Stamps, KitError> {
     let mut found = Stamps::new();
     let mut dirs = vec![dir.to_owned()];
     while let Some(at) = dirs.pop() {
@@ -57,7 +60,10 @@ pub(super) fn stamps(dir: &Path, except: Option<&Path>) -> Result<Stamps, KitErr
 }
 
 /// Compares `files` in `dir` with their stamps, which get the files' new times. Answers whether there were any.
-pub(super) fn check<'a>(
+///
+/// # Errors
+/// If one is damaged.
+pub fn check<'a>(
     dir: &Path,
     files: impl Iterator<Item = (&'a String, &'a mut Stamp)>,
     look: Look,
@@ -88,6 +94,12 @@ impl Stamp {
         }
         Ok(touched)
     }
+}
+
+/// Bytes in hexadecimal.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn time(file: &Metadata) -> (i64, i64) {

@@ -1,90 +1,39 @@
-//! Guest kits: kernel, initrd and userland made from Debian packages.
+//! Guest kits: kernel, initrd and userland that machines boot.
 //!
-//! A kit is a directory in the user's cache with a `kernel` (bzImage), the same kernel as `vmlinux` (ELF), an `initrd`
-//! and a [`Manifest`]. It is made in two steps. The *base* holds what comes from Debian and is fetched once; it changes
-//! when this program asks for other packages or modules, or on [`update`]. The kit proper adds the guest agent and
-//! firn's scripts, so a new agent costs a few milliseconds and no network.
-//!
-//! ```text
-//! $XDG_CACHE_HOME/firn/
-//!   vmlinux/HASH         unpacked kernels of other machines: see `kernels.rs`
-//!   lock                 held while anything below is changed
-//!   apt/                 apt's package lists
-//!   staging/             what is being built; leftovers of killed builds are removed by the next one
-//!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json, files.json; of the kit `systemd`: debian/
-//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of the kit `systemd`: store/, store.img
-//! ```
-//!
-//! No other user can look into it. What a kit boots is compared with its manifest at each start, by sizes and times; a
-//! kit that is damaged is made anew.
+//! A kit is a directory with a `kernel` (bzImage), the same kernel as `vmlinux` (ELF), an `initrd` and a [`Manifest`];
+//! some have a store beside them. Here a kit is data: the crate `firn-kits` makes them, in the user's cache. What a kit
+//! boots is compared with its manifest when it is opened, by sizes and times.
 //!
 //! Everything here blocks; async callers use `spawn_blocking`.
 
-mod agent;
-mod apt;
-pub(crate) mod archive;
-mod base;
-mod cache;
-mod debian;
-mod integrity;
-mod modules;
+pub mod archive;
+pub mod integrity;
+pub mod json;
 mod overlay;
-mod system;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::env;
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::SystemTime;
 
 use firn_vmm::spec::MemoryMib;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-pub use agent::{AgentError, find_agent};
-pub use apt::AptError;
-pub use integrity::Stamp;
-pub use modules::ModuleError;
-pub use overlay::{Host, Interface, MachineConfig, Mount, OverlayError, machine_overlay};
-pub use system::STORE_TAG;
+use crate::private::Place;
 
-use archive::Archive;
-use base::Base;
-use cache::Cache;
+pub use overlay::{Host, Interface, MachineConfig, Mount, OverlayError, machine_overlay};
+
 use integrity::{Look, Stamps};
 
-/// Raised whenever a kit's layout changes, so that older ones are not taken for it.
-const FORMAT: u32 = 3;
+/// The tag of the share that holds the store.
+pub const STORE_TAG: &str = "nix-store";
 
-/// Raised whenever a kit's manifest changes.
-const MANIFEST_FORMAT: u32 = 1;
-
-/// The kernel arguments that fit the micro kit's kernel and initrd under firn's monitor.
-///
-/// `cryptomgr.notests` skips self-tests of ciphers (0.88 giga-instructions with Debian's kernel), `tsc=reliable` and
-/// `no_timer_check` skip the checking of clocks that KVM provides, the `i8042` ones skip the probing of a keyboard
-/// controller's ports.
-const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
-                             i8042.noaux i8042.nomux i8042.dumbkbd";
-
-/// As [`MICRO_CMDLINE`], for the systemd kit; the console comes behind them.
-///
-/// `lsm` leaves out access control by path names, as NixOS does; `rcu_expedited` has mounts and modules not wait for
-/// the next tick.
-const SYSTEMD_PARAMS: &str = "panic=1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check i8042.noaux \
-                              i8042.nomux i8042.dumbkbd net.ifnames=0 lsm=landlock,yama,bpf audit=0 mitigations=off \
-                              rcupdate.rcu_expedited=1 8250.nr_uarts=1";
-
-/// As [`MICRO_CMDLINE`], for QEMU's software emulation. Nobody is protected from anybody in the carrier, and what
-/// mitigations do is slow to emulate.
-const CARRIER_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
-                               i8042.noaux i8042.nomux i8042.nopnp mitigations=off";
-
-/// What the boot scripts have in common.
-const LIBRARY: &str = include_str!("scripts/lib.sh");
+/// The image of the store, in a kit's directory.
+pub const STORE_IMAGE: &str = "store.img";
 
 /// The kits there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -104,7 +53,11 @@ impl KitName {
     /// The name people type.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
-        self.recipe().name
+        match self {
+            Self::Micro => "micro",
+            Self::Systemd => "systemd",
+            Self::Carrier => "carrier",
+        }
     }
 
     /// Memory of a machine that does not say how much it wants. The roots of both kits are a tmpfs, of which
@@ -116,14 +69,6 @@ impl KitName {
             Self::Systemd => 1024,
         };
         mib.try_into().unwrap_or(MemoryMib::MIN)
-    }
-
-    const fn recipe(self) -> &'static Recipe {
-        match self {
-            Self::Micro => &MICRO,
-            Self::Systemd => &SYSTEMD,
-            Self::Carrier => &CARRIER,
-        }
     }
 }
 
@@ -138,126 +83,7 @@ impl FromStr for KitName {
     }
 }
 
-/// What a kit is made of.
-struct Recipe {
-    name: &'static str,
-    /// The release of Debian.
-    suite: &'static str,
-    /// Packages that come, with all that they depend on, as a store; if there are none, there is no store.
-    packages: &'static [&'static str],
-    /// The metapackage that depends on the newest kernel image.
-    kernel: &'static str,
-    /// Modules to load, in this order but for their dependencies, which come first.
-    modules: &'static [&'static str],
-    /// Modules that the script loads if the machine has a device for them.
-    on_demand: &'static [&'static str],
-    /// The script the agent runs as `/etc/firn/boot`; with a store, the initrd's `/init`.
-    boot: &'static str,
-    cmdline: &'static str,
-}
-
-const MICRO: Recipe = Recipe {
-    name: "micro",
-    suite: "bookworm",
-    packages: &[],
-    kernel: "linux-image-cloud-amd64",
-    modules: &[
-        "virtio_mmio",
-        "virtio_console",
-        "virtio_net",
-        "virtiofs",
-        "virtio_rng",
-        "button",
-        "pvpanic_mmio",
-    ],
-    on_demand: &["evdev", "virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
-    boot: include_str!("scripts/micro.sh"),
-    cmdline: MICRO_CMDLINE,
-};
-
-const SYSTEMD: Recipe = Recipe {
-    name: "systemd",
-    suite: "trixie",
-    packages: &[
-        "base-files",
-        "bash",
-        "bsdutils",
-        "coreutils",
-        "curl",
-        "dash",
-        "dbus",
-        "dbus-user-session",
-        "diffutils",
-        "e2fsprogs",
-        "ethtool",
-        "findutils",
-        "grep",
-        "gzip",
-        "hostname",
-        "iproute2",
-        "iputils-ping",
-        "kexec-tools",
-        "kmod",
-        "less",
-        "libc-bin",
-        "libpam-systemd",
-        "login",
-        "mawk",
-        "mount",
-        "ncurses-base",
-        "ncurses-bin",
-        "netcat-openbsd",
-        "openssh-client",
-        "openssh-server",
-        "passwd",
-        "procps",
-        "python3",
-        "sed",
-        "systemd",
-        "systemd-sysv",
-        "tar",
-        "udev",
-        "util-linux",
-    ],
-    // The full flavour: the cloud one has no graphics.
-    kernel: "linux-image-amd64",
-    modules: &[
-        "virtio_mmio",
-        "virtio_console",
-        "virtio_net",
-        "virtiofs",
-        "overlay",
-        "virtio_rng",
-        "button",
-        "pvpanic_mmio",
-    ],
-    on_demand: &["virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
-    boot: include_str!("systemd/stage-1.sh"),
-    cmdline: SYSTEMD_PARAMS,
-};
-
-const CARRIER: Recipe = Recipe {
-    name: "carrier",
-    suite: "bookworm",
-    packages: &[],
-    // The cloud flavour has no 9p.
-    kernel: "linux-image-amd64",
-    modules: &[
-        "virtio_pci",
-        "9pnet_virtio",
-        "9p",
-        "virtio_console",
-        "virtio_rng",
-        "overlay",
-        "tun",
-    ],
-    // ext4 asks for crc32c by name, whether it will use it or not.
-    on_demand: &["virtio_blk", "crc32c_generic", "ext4", "kvm_amd"],
-    boot: include_str!("scripts/carrier.sh"),
-    cmdline: CARRIER_CMDLINE,
-};
-
-/// A kit in the cache, complete.
+/// A kit, complete.
 #[derive(Clone, Debug)]
 pub struct Kit {
     /// Its directory.
@@ -274,7 +100,31 @@ impl Kit {
     pub fn open(dir: PathBuf) -> Result<Self, KitError> {
         let manifest = dir.join("manifest.json");
         let missing = KitError::io("read", manifest)(io::ErrorKind::NotFound.into());
-        open(dir, Look::Quick)?.ok_or(missing)
+        Self::find(dir, Look::Quick)?.ok_or(missing)
+    }
+
+    /// The kit in a directory, if one is there. A quick look is at what it boots, which takes a few microseconds;
+    /// nothing else of it can be left half written. Its manifest's time says from now on when it was last used.
+    ///
+    /// # Errors
+    /// If its own files are damaged.
+    pub fn find(dir: PathBuf, look: Look) -> Result<Option<Self>, KitError> {
+        let path = dir.join("manifest.json");
+        let Some(mut manifest) = json::read::<Manifest>(&path)? else {
+            return Ok(None);
+        };
+        let files = manifest.files.iter_mut();
+        let looked_at = files.filter(|(name, _)| look == Look::Close || !name.contains('/'));
+        if integrity::check(&dir, looked_at, look)? {
+            // Else the files are read again the next time, no more.
+            let _ = json::replace(&path, &manifest);
+        }
+        // In the carrier the cache is read-only; a kit that is not marked as used is pruned early, no more.
+        let _ = File::options()
+            .write(true)
+            .open(path)
+            .and_then(|file| file.set_modified(SystemTime::now()));
+        Ok(Some(Self { dir, manifest }))
     }
 
     /// The kernel as Debian packs it, a bzImage.
@@ -306,7 +156,7 @@ impl Kit {
     /// An ext4 image of the store, for machines that can read a disk faster than a directory of their host.
     #[must_use]
     pub fn store_image(&self) -> Option<PathBuf> {
-        self.manifest.store.then(|| self.dir.join(system::IMAGE))
+        self.manifest.store.then(|| self.dir.join(STORE_IMAGE))
     }
 
     /// The directory to be shared as [`STORE_TAG`], of kits that have one.
@@ -335,10 +185,10 @@ pub struct Manifest {
     #[serde(default)]
     pub store: bool,
     /// What its files were when they were written, by their paths in its directory; without those of Debian.
-    pub files: BTreeMap<String, Stamp>,
+    pub files: Stamps,
 }
 
-/// Why there is no kit.
+/// Why a kit cannot be used.
 #[derive(Debug, Error)]
 pub enum KitError {
     /// No kit has this name.
@@ -365,45 +215,6 @@ pub enum KitError {
         /// What is wrong with it.
         what: String,
     },
-    /// The static agent was not found or does not fit.
-    #[error("the guest agent")]
-    Agent(#[from] AgentError),
-    /// Packages could not be fetched.
-    #[error("cannot fetch Debian packages")]
-    Apt(#[from] AptError),
-    /// The kernel package lacks a module, or one is damaged.
-    #[error("kernel modules")]
-    Modules(#[from] ModuleError),
-    /// The kernel image could not be unpacked.
-    #[error("cannot unpack the kernel {path}")]
-    Kernel {
-        /// The bzImage.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: firn_vmm::boot::unpack::UnpackError,
-    },
-    /// A package lacks a file that every version of it should have.
-    #[error("Debian package {package} has no {file}")]
-    Missing {
-        /// The package.
-        package: String,
-        /// The file.
-        file: String,
-    },
-    /// A program of a package, run to set the packages up, failed.
-    #[error("{program} failed: {status}\n{message}")]
-    Program {
-        /// The program.
-        program: &'static str,
-        /// Its exit status, in words.
-        status: String,
-        /// What it printed.
-        message: String,
-    },
-    /// The busybox program would not list its applets.
-    #[error("busybox --list failed: {0}")]
-    Busybox(String),
     /// A file operation failed.
     #[error("{action} {path}")]
     Io {
@@ -418,295 +229,45 @@ pub enum KitError {
 }
 
 impl KitError {
-    fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    /// What makes this of an error with a file.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { action, path, source }
     }
 }
 
-/// Tells a person how a build proceeds, a line at a time.
-pub type Progress<'a> = &'a (dyn Fn(&str) + 'a);
-
-/// The kit `name`, built if it is not there. Needs the network only the first time. Calls `progress` only if there is
-/// something to do.
+/// The user's cache, `$XDG_CACHE_HOME/firn`, by the XDG base directory specification: a relative `XDG_CACHE_HOME` does
+/// not count. It need not be there; if it is, no other user can look into it from now on.
 ///
 /// # Errors
-/// When the agent is missing, packages cannot be fetched or the cache cannot be written.
-pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
-    make(name, &Cache::of_user()?, &find_agent()?, Wish::Have, progress)
-}
-
-/// As [`build`], but reads all files of the kit, and makes it anew if one is damaged.
-///
-/// # Errors
-/// As [`build`].
-pub fn check(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
-    make(name, &Cache::of_user()?, &find_agent()?, Wish::Check, progress)
-}
-
-/// As [`build`], but asks Debian for newer packages first.
-///
-/// # Errors
-/// As [`build`].
-pub fn update(name: KitName, progress: Progress<'_>) -> Result<Kit, KitError> {
-    make(name, &Cache::of_user()?, &find_agent()?, Wish::Update, progress)
-}
-
-/// The kit `name` if it is in the cache and up to date; `None` if [`build`] would have work to do.
-///
-/// # Errors
-/// When the agent is missing or the cache cannot be read.
-pub fn lookup(name: KitName) -> Result<Option<Kit>, KitError> {
-    let agent = find_agent()?;
-    let agent = fs::read(&agent).map_err(KitError::io("read", &agent))?;
-    existing(name.recipe(), &Cache::of_user()?, &agent, Look::Quick)
-}
-
-/// What is asked of a kit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
-    /// That it is there.
-    Have,
-    /// That it is there, and every byte of it is right.
-    Check,
-    /// That it is of Debian's newest packages.
-    Update,
-}
-
-fn existing(
-    recipe: &Recipe,
-    cache: &Cache,
-    agent: &[u8],
-    look: Look,
-) -> Result<Option<Kit>, KitError> {
-    let Some(base) = Base::open(recipe, cache)? else {
-        return Ok(None);
-    };
-    if look == Look::Close {
-        base.check(look)?;
-    }
-    let dir = cache.kit_dir(recipe.name, &kit_key(recipe, &base, agent));
-    open(dir, look)
-}
-
-/// For a kit or base that can be made anew: says that it is damaged, and is none.
-fn or_anew<T>(
-    found: Result<Option<T>, KitError>,
-    progress: Progress<'_>,
-) -> Result<Option<T>, KitError> {
-    match found {
-        Err(error @ KitError::Damaged { .. }) => {
-            progress(&error.to_string());
-            Ok(None)
+/// If there is no place for it, or others can write to it.
+pub fn cache_dir() -> Result<PathBuf, KitError> {
+    let absolute =
+        |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = || absolute("HOME").map(|home| home.join(".cache"));
+    let base = absolute("XDG_CACHE_HOME").or_else(home).ok_or(KitError::NoCache)?;
+    let root = base.join("firn");
+    match Place::closed(&root).and_then(|place| place.close()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(KitError::Cache { path: root, reason: error })
         }
-        found => found,
+        _ => Ok(root),
     }
-}
-
-fn make(
-    name: KitName,
-    cache: &Cache,
-    agent: &Path,
-    wish: Wish,
-    progress: Progress<'_>,
-) -> Result<Kit, KitError> {
-    let recipe = name.recipe();
-    let agent = fs::read(agent).map_err(KitError::io("read", agent))?;
-    let look = if wish == Wish::Check { Look::Close } else { Look::Quick };
-    let there = |progress: Progress<'_>| match wish {
-        Wish::Update => Ok(None),
-        Wish::Have | Wish::Check => or_anew(existing(recipe, cache, &agent, look), progress),
-    };
-    if let Some(kit) = there(progress)? {
-        return Ok(kit);
-    }
-    let lock = cache.lock(|| progress("another firn is building a kit, waiting for it"))?;
-    // Another builder may have made it meanwhile.
-    if let Some(kit) = there(&|_| ())? {
-        return Ok(kit);
-    }
-    let usable = |base: Base| base.check(look).map(|()| base);
-    let base = Base::open(recipe, cache)?.map(usable).transpose();
-    let base = or_anew(base, progress)?;
-    // A kit has the files of its base.
-    let base_is_whole = base.is_some();
-    let base = match base {
-        Some(base) if wish != Wish::Update => base,
-        _ => Base::fetch(recipe, cache, &lock, progress)?,
-    };
-    let key = kit_key(recipe, &base, &agent);
-    let dir = cache.kit_dir(recipe.name, &key);
-    if base_is_whole && let Some(kit) = or_anew(open(dir.clone(), look), &|_| ())? {
-        return Ok(kit);
-    }
-    progress(&format!(
-        "kit {}: writing the initrd for Linux {}",
-        recipe.name, base.info.kernel_release
-    ));
-    let staging = lock.staging()?;
-    let staged = staging.path();
-    for file in ["kernel", "vmlinux"] {
-        link(&base.dir.join(file), &staged.join(file))?;
-    }
-    let initrd = staged.join("initrd");
-    fs::write(&initrd, initrd_bytes(recipe, &base, &agent)?)
-        .map_err(KitError::io("write", initrd))?;
-    make_immutable(staged)?;
-    let store = !recipe.packages.is_empty();
-    if store {
-        system::make_store(&base, &agent, recipe.cmdline, staged)?;
-    }
-    let manifest = Manifest {
-        kit: recipe.name.to_owned(),
-        kernel_release: base.info.kernel_release,
-        packages: base.info.packages,
-        modules: base.info.modules,
-        agent: hex(&Sha256::digest(&agent)),
-        cmdline: if store {
-            format!("{} {} console=ttyS0", recipe.cmdline, system::INIT)
-        } else {
-            recipe.cmdline.to_owned()
-        },
-        store,
-        files: integrity::stamps(staged, Some(&staged.join("store/debian")))?,
-    };
-    cache::write_json(&staged.join("manifest.json"), &manifest)?;
-    lock.publish(staging, &dir)?;
-    lock.prune_kits(recipe.name, &dir)?;
-    progress(&format!("kit {}: ready in {}", recipe.name, dir.display()));
-    Ok(Kit { dir, manifest })
-}
-
-/// Makes `to` the same file as `from`, or a copy where that cannot be.
-fn link(from: &Path, to: &Path) -> Result<(), KitError> {
-    fs::hard_link(from, to)
-        .or_else(|_| fs::copy(from, to).map(drop))
-        .map_err(KitError::io("write", to))
-}
-
-/// Takes away the permission to change what machines boot: the monitor maps only such files.
-fn make_immutable(dir: &Path) -> Result<(), KitError> {
-    for name in ["kernel", "vmlinux", "initrd"] {
-        let path = dir.join(name);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
-            .map_err(KitError::io("write-protect", path))?;
-    }
-    Ok(())
-}
-
-/// The kit in `dir`, if it is there; its own files are not damaged. A quick look is at what it boots, which takes a few
-/// microseconds; nothing else of it can be left half written. Its manifest's time says when it was last used: see [`cache::Lock::prune_kits`].
-fn open(dir: PathBuf, look: Look) -> Result<Option<Kit>, KitError> {
-    let path = dir.join("manifest.json");
-    let Some(mut manifest) = cache::read_json::<Manifest>(&path)? else {
-        return Ok(None);
-    };
-    let files = manifest.files.iter_mut();
-    let looked_at = files.filter(|(name, _)| look == Look::Close || !name.contains('/'));
-    if integrity::check(&dir, looked_at, look)? {
-        // Else the files are read again the next time, no more.
-        let _ = cache::replace_json(&path, &manifest);
-    }
-    // In the carrier the cache is read-only; a kit that is not marked as used is pruned early, no more.
-    let _ = File::options()
-        .write(true)
-        .open(path)
-        .and_then(|file| file.set_modified(SystemTime::now()));
-    Ok(Some(Kit { dir, manifest }))
-}
-
-/// Names a kit by everything that goes into it.
-fn kit_key(recipe: &Recipe, base: &Base, agent: &[u8]) -> String {
-    let mut hash = Sha256::new();
-    for part in [
-        &FORMAT.to_le_bytes(),
-        &MANIFEST_FORMAT.to_le_bytes(),
-        base.key.as_bytes(),
-        LIBRARY.as_bytes(),
-        recipe.boot.as_bytes(),
-        recipe.cmdline.as_bytes(),
-    ] {
-        hash.update(part);
-        hash.update([0]);
-    }
-    for ingredient in system::ingredients().filter(|_| !recipe.packages.is_empty()) {
-        hash.update(ingredient);
-        hash.update([0]);
-    }
-    for (package, version) in &base.info.packages {
-        hash.update(format!("{package}={version}\n"));
-    }
-    hash.update(agent);
-    hex(&hash.finalize()[..8])
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Where the user's cache has unpacked kernels, if there is a cache.
 pub(crate) fn kernels_dir() -> Option<PathBuf> {
-    Cache::of_user().ok().map(|cache| cache.kernels_dir())
-}
-
-fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, KitError> {
-    let mut archive = Archive::new();
-    for dir in [
-        "bin",
-        "dev",
-        "etc",
-        "etc/firn",
-        "lib",
-        "lib/modules",
-        "mnt",
-        "proc",
-        "root",
-        "run",
-        "sys",
-        "var",
-    ] {
-        archive.dir(dir, 0o755);
-    }
-    archive.dir("tmp", 0o1777);
-    archive.symlink("sbin", "bin");
-    archive.symlink("usr", ".");
-    archive.symlink("var/run", "/run");
-    archive.symlink("etc/mtab", "/proc/self/mounts");
-    if recipe.packages.is_empty() {
-        archive.file("init", 0o755, agent);
-        archive.file("etc/firn/boot", 0o755, recipe.boot.as_bytes());
-    } else {
-        archive.file("init", 0o755, recipe.boot.as_bytes());
-    }
-    archive.file("etc/firn/lib.sh", 0o644, LIBRARY.as_bytes());
-    archive.file("bin/busybox", 0o755, &base.read("busybox")?);
-    for applet in base.info.applets.iter().filter(|applet| *applet != "busybox") {
-        archive.symlink(&format!("bin/{applet}"), "busybox");
-    }
-    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
-    archive.file("etc/group", 0o644, b"root:x:0:\n");
-    archive.file("etc/nsswitch.conf", 0o644, b"hosts: files dns\n");
-    // What a machine without an overlay is told.
-    archive.file("etc/hostname", 0o644, b"firn\n");
-    archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n");
-    archive.file("etc/firn/network", 0o644, b"");
-    archive.file("etc/firn/mounts", 0o644, b"");
-    let mut list = String::new();
-    for module in &base.info.modules {
-        let path = format!("lib/modules/{module}.ko");
-        archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
-        list.push_str(&format!("/{path}\n"));
-    }
-    archive.file("etc/firn/modules", 0o644, list.as_bytes());
-    list.clear();
-    for module in &base.info.on_demand {
-        let path = format!("lib/modules/{module}.ko");
-        archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
-        list.push_str(&format!("/{path}\n"));
-    }
-    archive.file("etc/firn/on-demand", 0o644, list.as_bytes());
-    Ok(archive.finish())
+    cache_dir().ok().map(|cache| cache.join("vmlinux"))
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        assert_eq!("micro".parse::<KitName>().unwrap(), KitName::Micro);
+        let error = "mikro".parse::<KitName>().unwrap_err().to_string();
+        assert_eq!(error, "there is no kit `mikro`; kits are: micro, systemd, carrier");
+    }
+}

@@ -39,14 +39,14 @@ const MAX_TAPPED: usize = 1 << 20;
 
 /// The console's output byte by byte, as the guest prints it.
 #[derive(Default)]
-pub(crate) struct Tap {
+pub struct Tap {
     bytes: Mutex<Vec<u8>>,
     more: Notify,
 }
 
 impl Tap {
     /// Waits for output.
-    pub(crate) async fn next(&self) -> Vec<u8> {
+    pub async fn next(&self) -> Vec<u8> {
         loop {
             let bytes = std::mem::take(&mut *self.lock());
             if !bytes.is_empty() {

@@ -35,11 +35,12 @@ mod setup;
 mod units;
 mod waits;
 
+pub use console::Tap;
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
 pub(crate) use setup::{Boot, Source, hosts};
 
 use access::Access;
-use console::{Console, Tap};
+use console::Console;
 use monitor::Monitor;
 use session::Session;
 
@@ -260,7 +261,8 @@ impl Machine {
     }
 
     /// The serial console's output byte by byte from now on, for a terminal.
-    pub(crate) fn tap_console(&self) -> Arc<Tap> {
+    #[must_use]
+    pub fn tap_console(&self) -> Arc<Tap> {
         self.inner.console.tap()
     }
 

@@ -23,7 +23,10 @@ impl Machine {
     }
 
     /// Types bytes into the guest's serial console.
-    pub(crate) async fn send_console_bytes(&self, bytes: Vec<u8>) -> Result<()> {
+    ///
+    /// # Errors
+    /// If the machine is not running, or does not take them.
+    pub async fn send_console_bytes(&self, bytes: Vec<u8>) -> Result<()> {
         let run = self.run()?;
         run.monitor.serial_input(bytes).await.map_err(|e| {
             MachineError::Usage(format!("{}: the serial console takes no input: {e}", self.name()))

@@ -4,7 +4,6 @@ use std::error::Error;
 use std::path::Path;
 
 use firn::config::TestConfig;
-use firn::kit;
 use firn::{Driver, DriverOptions};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -12,7 +11,7 @@ async fn machines_ping_each_other() -> Result<(), Box<dyn Error>> {
     // Two machines on one network. Whatever a node does not say comes from the kit `micro`.
     let test = "name = 'ping'\ntest_script = ''\n[nodes.machine1]\n[nodes.machine2]";
     let test = TestConfig::from_toml(test, Path::new("ping.toml"))?;
-    let kits = Driver::kits_needed(&test).into_iter().map(|name| kit::build(name, &|_| ()));
+    let kits = Driver::kits_needed(&test).into_iter().map(|name| firn_kits::build(name, &|_| ()));
     let kits = kits.collect::<Result<_, _>>()?;
     let options = DriverOptions { kits, ..Default::default() };
 

@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use firn::{Driver, Machine, kit};
+use firn::{Driver, Machine};
 use firn_tests::skip::skipped;
 use firn_tests::{micro, with_machines};
 use tempfile::TempDir;
@@ -131,7 +131,7 @@ fn as_user(name: &str) {
     let (program, agent) = (place.path().join("tests"), place.path().join("agent"));
     // Where they are may be a place for root only.
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-    fs::copy(kit::find_agent().unwrap(), &agent).unwrap();
+    fs::copy(firn_kits::find_agent().unwrap(), &agent).unwrap();
     let cache = copy_of_kit(&place);
     let tmp = place.path().join("tmp");
     fs::create_dir(&tmp).unwrap();

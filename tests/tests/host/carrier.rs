@@ -14,7 +14,7 @@ const GRACE: Duration = Duration::from_secs(2);
 fn firn() -> PathBuf {
     let this = std::env::current_exe().unwrap();
     let firn = this.parent().unwrap().parent().unwrap().join("firn");
-    assert!(firn.is_file(), "build {} first: cargo build -p firn", firn.display());
+    assert!(firn.is_file(), "build {} first: cargo build -p firn-cli", firn.display());
     firn
 }
 

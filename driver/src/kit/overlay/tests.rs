@@ -1,4 +1,4 @@
-use super::super::tests::entries;
+use super::super::archive::entries;
 use super::*;
 
 fn config() -> MachineConfig {
@@ -44,10 +44,10 @@ fn config() -> MachineConfig {
 fn writes_what_the_boot_script_reads() {
     let archive = machine_overlay(&config()).unwrap();
     assert_eq!(archive.len() % 4, 0);
-    let files = entries(&archive);
+    let files = entries(&archive).unwrap();
     let text = |path: &str| {
-        let (_, _, contents) = files.iter().find(|(name, ..)| name == path).unwrap();
-        String::from_utf8(contents.clone()).unwrap()
+        let file = files.iter().find(|file| file.name == path).unwrap();
+        String::from_utf8(file.contents.clone()).unwrap()
     };
     assert_eq!(text("etc/hostname"), "machine1\n");
     assert_eq!(

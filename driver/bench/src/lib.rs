@@ -1,0 +1,191 @@
+//! What a boot costs: whole processes are measured, from exec to exit.
+//!
+//! In a carrier whose clock counts instructions all figures are instructions and repeat to half a per cent; elsewhere
+//! they are nanoseconds.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use firn::error::chain;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub mod chart;
+pub mod guest;
+pub mod monitor;
+mod process;
+pub mod report;
+
+pub use guest::Guest;
+pub use monitor::Monitor;
+
+/// A boot that takes longer hangs.
+pub const LIMIT: Duration = Duration::from_secs(120);
+/// The same where instructions are the clock, which are a hundred times as slow; a boot has about one such second.
+pub const LIMIT_COUNTED: Duration = Duration::from_secs(20);
+
+/// How far a boot has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// The first vCPU is about to enter the guest.
+    Run,
+    /// The kernel has used a device.
+    Kernel,
+    /// The guest's first program runs.
+    Init,
+    /// The guest takes commands.
+    Ready,
+    /// The monitor's process is gone.
+    End,
+}
+
+impl Stage {
+    /// All, in their order.
+    pub const ALL: [Self; 5] = [Self::Run, Self::Kernel, Self::Init, Self::Ready, Self::End];
+
+    /// What tables call it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Run => "first entry",
+            Self::Kernel => "kernel",
+            Self::Init => "init",
+            Self::Ready => "agent",
+            Self::End => "end",
+        }
+    }
+}
+
+/// When the stages of a boot were reached, in nanoseconds: of the host's monotonic clock, or since the exec.
+pub type Stages = BTreeMap<Stage, u64>;
+
+/// A process that was measured, in nanoseconds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// When stages were reached, since the exec.
+    pub stages: Stages,
+    /// The processor's time in the guest and in the monitor.
+    pub user: u64,
+    /// The processor's time in the host's kernel.
+    pub system: u64,
+}
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// What the report calls it.
+    pub name: String,
+    /// How many machines the command boots at once: more than one are copies of that of the subject before.
+    pub machines: u8,
+    /// The command, and how it is to be watched.
+    pub run: monitor::Run,
+}
+
+/// All that was measured of a subject.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// What the report calls it.
+    pub name: String,
+    /// How many machines it has; see [`Subject`].
+    pub machines: u8,
+    /// Its runs.
+    pub samples: Vec<Sample>,
+    /// Resident memory of the process beside the guest's, in KiB, where that could be seen.
+    pub memory_kib: Option<u64>,
+    /// Why it was given up, if it was.
+    pub failure: Option<String>,
+}
+
+/// Nothing can be measured.
+#[derive(Debug, Error)]
+pub enum BenchError {
+    /// A file cannot be used.
+    #[error("cannot {action} {path}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A process cannot be started or watched.
+    #[error("{name}: cannot run {program}")]
+    Process {
+        /// What was to be measured.
+        name: String,
+        /// The program.
+        program: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A boot failed.
+    #[error("{name}: {how}{}", if .output.is_empty() { String::new() } else { format!(":\n{output}") })]
+    Failed {
+        /// What was measured.
+        name: String,
+        /// How the process ended.
+        how: String,
+        /// The last of what it said.
+        output: String,
+    },
+}
+
+impl BenchError {
+    fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File { action, path, source }
+    }
+}
+
+/// Boots each of the subjects `runs` times, in turns, so that what changes on the host in the meantime touches all.
+/// Tells `progress` what comes next. One that fails, or does not end within `limit`, is given up; the others are not.
+pub fn measure(
+    subjects: &[Subject],
+    runs: usize,
+    limit: Duration,
+    mut progress: impl FnMut(&str),
+) -> Vec<Measured> {
+    let mut all = Vec::new();
+    for subject in subjects {
+        progress(&format!("{}: memory", subject.name));
+        let (name, machines) = (subject.name.clone(), subject.machines);
+        let (memory_kib, failure) = match process::memory(subject, limit) {
+            Ok(memory_kib) => (memory_kib, None),
+            Err(error) => (None, Some(chain(&error))),
+        };
+        all.push(Measured { name, machines, samples: Vec::new(), memory_kib, failure });
+    }
+    for run in 1..=runs {
+        for (subject, measured) in subjects.iter().zip(&mut all) {
+            if measured.failure.is_some() {
+                continue;
+            }
+            progress(&format!("{}: boot {run} of {runs}", subject.name));
+            match process::time(subject, limit) {
+                Ok(sample) => measured.samples.push(sample),
+                Err(error) => measured.failure = Some(chain(&error)),
+            }
+        }
+    }
+    all
+}
+
+/// Copies files to a directory, so that no boot pays for a slow disk.
+///
+/// # Errors
+/// If one cannot be read, or the directory not be written to.
+pub fn bring<'a>(files: impl IntoIterator<Item = &'a Path>, to: &Path) -> Result<(), BenchError> {
+    for file in files {
+        let copied = file.file_name().map_or(Ok(0), |name| fs::copy(file, to.join(name)));
+        copied.map_err(BenchError::file("copy", file))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,249 @@
+//! Runs one boot as a process and measures it.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use firn_vmm::device::boot_timer::now_ns;
+use memchr::memmem;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::time::{TimeVal, TimeValLike};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
+
+use super::guest::HERE;
+use super::{BenchError, Sample, Stage, Stages, Subject};
+
+/// How much of a failed boot's output is shown.
+const TAIL: usize = 4 << 10;
+
+/// Boots a subject once, within a time.
+pub(super) fn time(subject: &Subject, limit: Duration) -> Result<Sample, BenchError> {
+    let before = used();
+    let began = now_ns();
+    let mut stages = watch(subject, &subject.run.command, limit, |_| ())?.1;
+    let after = used();
+    stages.insert(Stage::End, now_ns());
+    if let Some(file) = &subject.run.marks {
+        let text = fs::read(file).map_err(BenchError::file("read", file))?;
+        let marks: Stages = serde_json::from_slice(&text)
+            .map_err(|error| BenchError::file("read", file)(error.into()))?;
+        stages.extend(marks);
+    }
+    stages.values_mut().for_each(|at| *at = at.saturating_sub(began));
+    Ok(Sample { stages, user: after.0 - before.0, system: after.1 - before.1 })
+}
+
+/// What the process of a subject has in memory while its guest runs, beside the guest's memory, in KiB.
+pub(super) fn memory(subject: &Subject, limit: Duration) -> Result<Option<u64>, BenchError> {
+    let Some(command) = &subject.run.lingering else { return Ok(None) };
+    let guest_kib = subject.run.memory_mib << 10;
+    let resident = |child: u32| {
+        let maps = fs::read_to_string(format!("/proc/{child}/smaps")).ok()?;
+        Some(resident_kib(&maps, guest_kib))
+    };
+    Ok(watch(subject, command, limit, resident)?.0.flatten())
+}
+
+/// Runs a command to its end. When the guest says that it is here, `look` may look at the process.
+fn watch<T>(
+    subject: &Subject,
+    command: &[OsString],
+    limit: Duration,
+    mut look: impl FnMut(u32) -> T,
+) -> Result<(Option<T>, Stages), BenchError> {
+    let failed = |source| BenchError::Process {
+        name: subject.name.clone(),
+        program: command.first().map_or(String::new(), |word| word.display().to_string()),
+        source,
+    };
+    let (program, arguments) =
+        command.split_first().ok_or(io::ErrorKind::InvalidInput.into()).map_err(failed)?;
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        // What it starts holds its streams open, too, and is killed with it.
+        .process_group(0)
+        .spawn()
+        .map_err(failed)?;
+    let errors = tail_of_stderr(&mut child);
+    let mut stdout = child.stdout.take().map(BufReader::new);
+    let id = child.id();
+    let watchdog = Watchdog::new(&child, limit);
+    let mut stages = Stages::new();
+    let mut seen = None;
+    let mut said = Vec::new();
+    let mut line = Vec::new();
+    while let Some(stdout) = &mut stdout {
+        line.clear();
+        if stdout.read_until(b'\n', &mut line).map_err(failed)? == 0 {
+            break;
+        }
+        if seen.is_none() && memmem::find(&line, HERE.as_bytes()).is_some() {
+            stages.insert(Stage::Init, now_ns());
+            seen = Some(look(id));
+        }
+        said.extend_from_slice(&line);
+        said.drain(..said.len().saturating_sub(TAIL));
+    }
+    // It may go on without its streams. Its id is its own until nobody kills it any more.
+    waitid(Id::Pid(pid(&child)), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
+        .map_err(|error| failed(error.into()))?;
+    let barked = watchdog.end();
+    let status = child.wait().map_err(failed)?;
+    said.extend(errors.join().unwrap_or_default());
+    if status.success() && !barked {
+        return Ok((seen, stages));
+    }
+    let how = if barked {
+        format!("it hangs: killed after {} seconds", limit.as_secs())
+    } else {
+        status.to_string()
+    };
+    let output = String::from_utf8_lossy(&said).trim().to_owned();
+    Err(BenchError::Failed { name: subject.name.clone(), how, output })
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_raw(child.id().cast_signed())
+}
+
+/// Kills a process that takes too long.
+struct Watchdog {
+    stop: mpsc::Sender<()>,
+    thread: thread::JoinHandle<bool>,
+}
+
+impl Watchdog {
+    /// Watches a child that leads its process group and is not waited for before [`Self::end`].
+    fn new(child: &Child, limit: Duration) -> Self {
+        let (stop, stopped) = mpsc::channel();
+        let group = pid(child);
+        let thread = thread::spawn(move || {
+            let barks = stopped.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
+            if barks {
+                // One that has ended needs it no more.
+                let _ = killpg(group, Signal::SIGKILL);
+            }
+            barks
+        });
+        Self { stop, thread }
+    }
+
+    /// Whether it had to kill.
+    fn end(self) -> bool {
+        drop(self.stop);
+        self.thread.join().unwrap_or(false)
+    }
+}
+
+/// Reads what a process says of its troubles, so that it never waits for that.
+fn tail_of_stderr(child: &mut Child) -> thread::JoinHandle<Vec<u8>> {
+    let stderr = child.stderr.take();
+    thread::spawn(move || {
+        let mut said = Vec::new();
+        if let Some(mut stderr) = stderr {
+            let _ = stderr.read_to_end(&mut said);
+        }
+        said.drain(..said.len().saturating_sub(TAIL));
+        said
+    })
+}
+
+/// Processor time of all children that have ended, in nanoseconds: user and system.
+fn used() -> (u64, u64) {
+    let nanoseconds =
+        |time: TimeVal| u64::try_from(time.num_microseconds()).unwrap_or(0).saturating_mul(1000);
+    getrusage(UsageWho::RUSAGE_CHILDREN)
+        .map_or((0, 0), |usage| (nanoseconds(usage.user_time()), nanoseconds(usage.system_time())))
+}
+
+/// The resident memory in a list of mappings (`man 5 proc_pid_smaps`), without those that are as large as the guest's
+/// memory, or half of it: it may be in two.
+fn resident_kib(maps: &str, guest_kib: u64) -> u64 {
+    let value = |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse().ok());
+    let (mut guest, mut sum) = (false, 0);
+    for line in maps.lines() {
+        if line.starts_with("Size:") {
+            guest = value(line).is_some_and(|size: u64| size >= guest_kib / 2);
+        } else if line.starts_with("Rss:") && !guest {
+            sum += value(line).unwrap_or(0);
+        }
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::monitor::Run;
+    use crate::{LIMIT, measure};
+
+    fn subject(script: &str) -> Subject {
+        let command: Vec<OsString> = ["sh", "-c", script].map(Into::into).into();
+        let lingering = Some(command.clone());
+        let run = Run { command, lingering, marks: None, memory_mib: 64 };
+        Subject { name: "a shell".to_owned(), machines: 1, run }
+    }
+
+    #[test]
+    fn a_process_is_watched_from_its_start_to_its_end() {
+        let work = "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done";
+        let sample = time(&subject(&format!("{work}; echo 'x {HERE}'; {work}")), LIMIT)
+            .expect("it ends well");
+        let (init, end) = (sample.stages[&Stage::Init], sample.stages[&Stage::End]);
+        assert!(0 < init && init < end, "{sample:?}");
+        assert!((1..10_000_000_000).contains(&sample.user), "{sample:?}");
+        let memory =
+            memory(&subject(&format!("echo '{HERE}'; sleep 0.2")), LIMIT).expect("it ends well");
+        assert!(memory.is_some_and(|kib| (100..50_000).contains(&kib)), "{memory:?}");
+    }
+
+    #[test]
+    fn what_a_failed_boot_said_is_shown() {
+        let error = time(&subject("echo no kernel; echo no memory >&2; exit 3"), LIMIT)
+            .expect_err("it fails");
+        assert_eq!(error.to_string(), "a shell: exit status: 3:\nno kernel\nno memory");
+    }
+
+    #[test]
+    fn one_that_hangs_loses_itself_only() {
+        let mut hangs = subject("echo slowly; exec >&- 2>&-; sleep 1000 & wait");
+        hangs.run.lingering = None;
+        let began = Instant::now();
+        let measured = measure(
+            &[hangs, subject("exit 3"), subject("true")],
+            2,
+            Duration::from_secs(2),
+            |_| (),
+        );
+        assert!(began.elapsed() < Duration::from_secs(60));
+        let found: Vec<_> =
+            measured.iter().map(|of| (of.samples.len(), of.failure.as_deref())).collect();
+        assert_eq!(
+            found,
+            [
+                (0, Some("a shell: it hangs: killed after 2 seconds:\nslowly")),
+                (0, Some("a shell: exit status: 3")),
+                (2, None)
+            ]
+        );
+    }
+
+    #[test]
+    fn the_guests_memory_is_not_the_monitors() {
+        let maps = "00-01 rw-p\nSize:    524288 kB\nRss:   300000 kB\n02-03 r-xp\nSize:  4000 kB\nRss:  2000 kB\n\
+                    04-05 rw-p\nSize:  262144 kB\nRss:  100 kB\n06-07 rw-p\nSize:  132 kB\nRss: 24 kB\n";
+        assert_eq!(resident_kib(maps, 524_288), 2024);
+    }
+}

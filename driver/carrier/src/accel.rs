@@ -1,0 +1,140 @@
+//! Decides where machines run, and runs a command again there.
+
+use std::ffi::OsString;
+use std::str::FromStr;
+
+use firn::log::colours_wanted;
+use firn_vmm::probe::{self, KvmStatus};
+use thiserror::Error;
+
+use crate::{CarrierError, Options, exec};
+
+/// Where machines run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Accel {
+    /// On KVM if it works here, else in the carrier.
+    #[default]
+    Auto,
+    /// On KVM, or not at all.
+    Kvm,
+    /// In the carrier.
+    Carrier,
+}
+
+/// What was decided.
+#[derive(Debug, PartialEq)]
+enum Decision {
+    Here,
+    /// In the carrier; not because it was asked for if there is a reason.
+    Carrier(Option<String>),
+    Refused(String),
+}
+
+/// It was KVM that was asked for, and it does not work.
+#[derive(Debug, Error)]
+#[error("{0}; `--accel carrier` does without it")]
+pub struct NoKvm(String);
+
+impl FromStr for Accel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|accel| accel.as_str() == name).ok_or_else(|| {
+            format!("{name:?} is no place for machines; allowed: auto, kvm, carrier")
+        })
+    }
+}
+
+impl Accel {
+    /// All, in the order in which people read of them.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::Kvm, Self::Carrier];
+
+    /// The name people type.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Kvm => "kvm",
+            Self::Carrier => "carrier",
+        }
+    }
+
+    /// What help says of it.
+    #[must_use]
+    pub const fn help(self) -> &'static str {
+        match self {
+            Self::Auto => "On KVM if it works here, else in the carrier",
+            Self::Kvm => "On KVM, or not at all",
+            Self::Carrier => "In the carrier",
+        }
+    }
+
+    /// Whether machines can run in this process. If not, the command shall [`run_again`] in the carrier; where nobody
+    /// has asked for that, this says why on stderr.
+    ///
+    /// # Errors
+    /// If they should run on KVM, and it does not work.
+    pub fn runs_here(self) -> Result<bool, NoKvm> {
+        // The probe takes a moment, and the carrier needs none.
+        let decision = match self {
+            Self::Carrier => Decision::Carrier(None),
+            Self::Auto | Self::Kvm => self.decide_by(&probe::kvm()),
+        };
+        match decision {
+            Decision::Here => Ok(true),
+            Decision::Refused(reason) => Err(NoKvm(reason)),
+            Decision::Carrier(reason) => {
+                if let Some(reason) = reason {
+                    eprintln!("{reason}: using the carrier");
+                }
+                Ok(false)
+            }
+        }
+    }
+
+    fn decide_by(self, kvm: &KvmStatus) -> Decision {
+        match self {
+            Self::Carrier => Decision::Carrier(None),
+            _ if kvm.usable() => Decision::Here,
+            Self::Auto => Decision::Carrier(Some(kvm.to_string())),
+            Self::Kvm => Decision::Refused(kvm.to_string()),
+        }
+    }
+}
+
+/// Runs a command that runs machines in a carrier; answers its exit status.
+///
+/// # Errors
+/// When the carrier cannot be started or breaks down.
+pub fn run_again(
+    options: &Options,
+    command: impl IntoIterator<Item = OsString>,
+) -> Result<u8, CarrierError> {
+    // Sockets and state belong on the carrier's own file system, where nothing is that users of the host have put into
+    // their /tmp, and it has a pipe for stderr.
+    let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/dev/shm".into()];
+    if colours_wanted(&std::io::stderr()) {
+        argv.push("CLICOLOR_FORCE=1".into());
+    }
+    argv.extend(command);
+    exec(options, argv)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_takes_what_works() {
+        let slow = KvmStatus::Interpreting { per_second: 1.6e6 };
+        let fast = KvmStatus::Usable { per_second: 3e9 };
+        assert_eq!(Accel::Auto.decide_by(&fast), Decision::Here);
+        assert_eq!(Accel::Auto.decide_by(&slow), Decision::Carrier(Some(slow.to_string())));
+        assert_eq!(
+            Accel::Auto.decide_by(&KvmStatus::Absent),
+            Decision::Carrier(Some("/dev/kvm does not exist".into()))
+        );
+        assert_eq!(Accel::Kvm.decide_by(&slow), Decision::Refused(slow.to_string()));
+        assert_eq!(Accel::Carrier.decide_by(&fast), Decision::Carrier(None));
+    }
+}

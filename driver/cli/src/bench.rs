@@ -1,0 +1,408 @@
+//! `firn bench`.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::{Subcommand, ValueEnum};
+use firn::config::{ConfigError, MachineFile, TestConfig};
+use firn::driver::{Driver, DriverOptions};
+use firn::kit::{Kit, KitName};
+use firn::machine::Machine;
+use firn::private::{self, Place};
+use firn_bench::monitor::Run;
+use firn_bench::report::{Report, Unit};
+use firn_bench::{Guest, Monitor, Stage, Stages, Subject};
+use firn_carrier::Options;
+use firn_carrier::accel::{Accel, run_again};
+use firn_vmm::device::boot_timer::{Mark, now_ns, stage};
+use futures_util::future::try_join_all;
+
+use super::run::{options_here, runtime, test_of};
+
+/// Measure what firn does
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Boot(Boot),
+    #[command(hide = true)]
+    Once(Once),
+}
+
+/// Measure boots: whole processes, from exec to exit
+///
+/// A machine file is booted until it ends, a test file until all its machines take commands, which then power off.
+/// Without files these are booted: the micro kit's kernel with an initrd that says a line and restarts the machine, and
+/// the micro kit as tests have it, with a console, two network cards, two shares and a source of entropy.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Where KVM does not work, or with --exact, the boots run in a carrier whose clock counts executed instructions: the
+figures are instructions then, and repeat to half a per cent. Elsewhere, and with --machines, they are milliseconds.
+
+Columns: when the first vCPU entered the guest, the kernel used a device, the guest's first program ran, the agent was
+ready, and the process was gone, since exec; then the processor's work for guest and monitor (user) and in the host's
+kernel (sys), how far apart the totals were, and the monitor's resident memory beside the guest's (firn's with a
+console, a source of entropy, a network card and a share).
+
+A monitor that fails or hangs is given up: the table says why, the others are measured, and the exit status is 1.
+
+Examples:
+  firn bench boot
+  firn bench boot --compare qemu-q35,qemu-microvm --output results
+  firn bench boot --machines 8
+  firn bench boot --runs 9 my-machine two-machines.toml")]
+struct Boot {
+    /// Machine files and test files
+    files: Vec<PathBuf>,
+    /// How often each is booted
+    #[arg(long, default_value = "5", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    runs: u16,
+    /// Boot each machine file, or the reference guest, also this many times at once in one process; not exact
+    #[arg(long, value_name = "NUMBER", conflicts_with = "exact", value_parser = clap::value_parser!(u8).range(2..=64))]
+    machines: Option<u8>,
+    /// Other monitors, as far as they are installed, to boot the first machine file's kernel, initrd and command line
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "MONITORS")]
+    compare: Vec<Monitor>,
+    /// What is printed
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Write boot.json and boot.svg, a chart, to this directory as well; made if it is not there
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Count instructions in a carrier, also where KVM works
+    #[arg(long)]
+    exact: bool,
+    /// In a carrier that counts instructions already
+    #[arg(long, hide = true)]
+    counted: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Format {
+    /// For people
+    #[default]
+    Table,
+    /// For programs
+    Json,
+}
+
+/// One boot in a process of its own.
+#[derive(Debug, clap::Args)]
+struct Once {
+    file: PathBuf,
+    /// How many of it, if it is a machine file
+    #[arg(long, default_value = "1")]
+    machines: u8,
+    /// The micro kit's directory
+    #[arg(long)]
+    kit: PathBuf,
+    /// Where it writes when it reached which stage
+    #[arg(long)]
+    marks: PathBuf,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    match &args.command {
+        Command::Boot(args) => boot(args),
+        Command::Once(args) => once(args),
+    }
+}
+
+fn boot(args: &Boot) -> Result<ExitCode> {
+    let accel = if args.exact { Accel::Carrier } else { Accel::Auto };
+    if args.counted || accel.runs_here()? {
+        return here(args);
+    }
+    // What is wrong with a file is said before anything is built or booted.
+    args.files.iter().try_for_each(|file| Machines::read(file).map(drop))?;
+    firn_kits::build(KitName::Micro, &|line| eprintln!("{line}"))?;
+    // A carrier that counts instructions (QEMU 7.2) lets machines that run at once hang sooner or later: their locks
+    // stay taken.
+    let exact = args.machines.is_none();
+    match exact {
+        true => {
+            eprintln!("counting instructions in a carrier, which takes about twenty times as long")
+        }
+        false => eprintln!("measuring times in a carrier"),
+    }
+    if let Some(dir) = &args.output {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let mut command: Vec<OsString> = vec!["env".into(), "TMPDIR=/tmp".into(), program.into()];
+    command.extend(["bench", "boot"].map(Into::into));
+    command.extend(exact.then(|| "--counted".into()));
+    // As this process was called: `firn bench boot` and what is behind it.
+    command.extend(std::env::args_os().skip(3));
+    let writable = args.output.iter().cloned().collect();
+    let options = Options { exact, writable, ..Options::default() };
+    Ok(run_again(&options, command)?.into())
+}
+
+/// What a file has.
+enum Machines {
+    One(Box<MachineFile>),
+    Test(Box<TestConfig>),
+}
+
+impl Machines {
+    fn read(file: &Path) -> Result<Self, ConfigError> {
+        match file.extension().is_some_and(|extension| extension == "toml") {
+            true => TestConfig::from_toml_file(file).map(|test| Self::Test(Box::new(test))),
+            false => MachineFile::read(file).map(|file| Self::One(Box::new(file))),
+        }
+    }
+
+    /// As a test: of several machines that differ in their names, if it is a machine file.
+    fn into_test(self, machines: u8) -> Result<TestConfig, ConfigError> {
+        let file = match self {
+            Self::One(file) if machines > 1 => file,
+            Self::One(file) => return Ok(test_of(*file)),
+            Self::Test(test) => return Ok(*test),
+        };
+        let numbered = |number| {
+            let mut copy = (*file).clone();
+            copy.rename(&format!("{}{number}", file.name())).map(|()| copy)
+        };
+        let files = (1..=machines).map(numbered).collect::<Result<_, _>>()?;
+        Ok(TestConfig { files, ..test_of(*file) })
+    }
+}
+
+fn here(args: &Boot) -> Result<ExitCode> {
+    let kit = firn_kits::build(KitName::Micro, &|line| eprintln!("{line}"))?;
+    let dir = Place::open(&std::env::temp_dir())
+        .and_then(|place| private::temporary(&place, "firn-bench-"))
+        .context("cannot make a temporary directory")?;
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let manifest = kit.dir.join("manifest.json");
+    let files = [&program, &kit.vmlinux(), &kit.kernel(), &kit.initrd(), &manifest];
+    firn_bench::bring(files.map(PathBuf::as_path), dir.path())?;
+    let kit = Kit { dir: dir.path().to_owned(), ..kit };
+    let program = dir.path().join(program.file_name().context("this program has no name")?);
+    let (machines, dir) = (args.machines, dir.path());
+    let mut plan = Plan { subjects: Vec::new(), guest: None, program, machines, dir };
+    match args.files.is_empty() {
+        true => plan.add_defaults(&kit)?,
+        false => args.files.iter().try_for_each(|file| plan.add_file(file))?,
+    }
+    plan.add_monitors(&args.compare)?;
+    let limit = if args.counted { firn_bench::LIMIT_COUNTED } else { firn_bench::LIMIT };
+    let measured = firn_bench::measure(&plan.subjects, args.runs.into(), limit, |what| {
+        if io::stderr().is_terminal() {
+            eprint!("\r\x1b[K{what}");
+        } else {
+            eprintln!("{what}");
+        }
+    });
+    if io::stderr().is_terminal() {
+        eprint!("\r\x1b[K");
+    }
+    let unit = if args.counted { Unit::Instructions } else { Unit::Nanoseconds };
+    let report = Report::new(unit, args.runs.into(), &measured);
+    show(args, &report)?;
+    Ok(if report.missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn show(args: &Boot, report: &Report) -> Result<()> {
+    let json = serde_json::to_string_pretty(report).context("cannot write JSON")? + "\n";
+    let text = match args.format {
+        Format::Table => report.table(),
+        Format::Json => json.clone(),
+    };
+    io::stdout().write_all(text.as_bytes()).context("cannot write the report")?;
+    let Some(dir) = &args.output else { return Ok(()) };
+    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    for (name, text) in [("boot.json", json), ("boot.svg", report.chart()?)] {
+        let file = dir.join(name);
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// What is to be measured.
+struct Plan<'a> {
+    subjects: Vec<Subject>,
+    /// What other monitors boot.
+    guest: Option<Guest>,
+    /// A copy of this program.
+    program: PathBuf,
+    /// How many machines at once are measured beside one.
+    machines: Option<u8>,
+    /// For files that are needed for it; the micro kit is there too.
+    dir: &'a Path,
+}
+
+impl Plan<'_> {
+    fn add_defaults(&mut self, kit: &Kit) -> Result<()> {
+        let guest = Guest::reference(kit, self.dir)?;
+        let file = self.write("reference", &guest.machine_file(None))?;
+        // What devices cost is part of the monitor's memory.
+        let lingering = guest.lingering().machine_file(Some(self.dir));
+        let lingering = self.write("lingering", &lingering)?;
+        let command = self.once(&file, "reference", 1);
+        let run = Run {
+            lingering: Some(self.once(&lingering, "lingering", 1).0),
+            ..self.run(command, guest.memory_mib)
+        };
+        self.subjects.push(Subject { name: "firn".to_owned(), machines: 1, run });
+        self.guest = Some(guest);
+        self.add_several("firn", &file);
+        let kit = "name = 'boot'\ntest_script = ''\n[nodes.machine]\n";
+        let file = self.write("kit.toml", kit)?;
+        self.add("firn: the micro kit".to_owned(), &file);
+        Ok(())
+    }
+
+    fn add_file(&mut self, file: &Path) -> Result<()> {
+        let read = Machines::read(file)?;
+        if let (Machines::One(machine), None) = (&read, &self.guest) {
+            self.guest = Guest::of(&machine.outline(1)?);
+        }
+        let name = format!("firn: {}", file.display());
+        self.add(name.clone(), file);
+        if matches!(read, Machines::One(_)) {
+            self.add_several(&name, file);
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, name: String, file: &Path) {
+        let command = self.once(file, &self.subjects.len().to_string(), 1);
+        let run = self.run(command, 0);
+        self.subjects.push(Subject { name, machines: 1, run });
+    }
+
+    /// Adds many of the machine that was added last.
+    fn add_several(&mut self, name: &str, file: &Path) {
+        let Some(machines) = self.machines else { return };
+        let command = self.once(file, &self.subjects.len().to_string(), machines);
+        let run = self.run(command, 0);
+        self.subjects.push(Subject { name: format!("{name}: {machines} at once"), machines, run });
+    }
+
+    fn add_monitors(&mut self, monitors: &[Monitor]) -> Result<()> {
+        let Some(guest) = &self.guest else {
+            if monitors.is_empty() {
+                return Ok(());
+            }
+            bail!("--compare needs a machine file with one initrd, or no files at all");
+        };
+        for monitor in monitors {
+            match monitor.find() {
+                None => eprintln!("{} is not installed: left out", monitor.as_str()),
+                Some(program) => self.subjects.push(Subject {
+                    name: monitor.as_str().to_owned(),
+                    machines: 1,
+                    run: monitor.run(&program, guest, self.dir)?,
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    /// The command that boots a file once, and where it writes its marks.
+    fn once(&self, file: &Path, name: &str, machines: u8) -> (Vec<OsString>, PathBuf) {
+        let marks = self.dir.join(format!("{name}.marks"));
+        let mut command: Vec<OsString> = vec![self.program.clone().into()];
+        command.extend(["bench", "once"].map(Into::into));
+        command.extend(["--kit".into(), self.dir.into(), "--marks".into(), marks.clone().into()]);
+        command.extend(["--machines".into(), machines.to_string().into()]);
+        command.extend(["--".into(), file.into()]);
+        (command, marks)
+    }
+
+    fn run(&self, (command, marks): (Vec<OsString>, PathBuf), memory_mib: u64) -> Run {
+        Run { command, lingering: None, marks: Some(marks), memory_mib }
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let file = self.dir.join(name);
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        Ok(file)
+    }
+}
+
+/// Boots the machines of a file.
+fn once(args: &Once) -> Result<ExitCode> {
+    let read = Machines::read(&args.file)?;
+    let until_ready = matches!(read, Machines::Test(_));
+    let test = read.into_test(args.machines)?;
+    let kits = Driver::kits_needed(&test).into_iter().map(|name| match name {
+        KitName::Micro => Ok(Kit::open(args.kit.clone())?),
+        other => firn_kits::build(other, &|line| eprintln!("{line}")),
+    });
+    let options = DriverOptions { kits: kits.collect::<Result<_, _>>()?, ..options_here()? };
+    let stages = runtime()?.block_on(async {
+        let driver = Driver::new(&test, options)?;
+        let outcome = match until_ready {
+            true => until_connected(&driver).await,
+            false => until_ended(&driver).await,
+        };
+        driver.close().await;
+        outcome
+    })?;
+    let json = serde_json::to_vec(&stages).context("cannot write JSON")?;
+    fs::write(&args.marks, json)
+        .with_context(|| format!("cannot write {}", args.marks.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn until_connected(driver: &Driver) -> Result<Stages> {
+    driver.start_all().await?;
+    for machine in driver.machines() {
+        machine.connect().await?;
+    }
+    let ready = now_ns();
+    for machine in driver.machines() {
+        machine.shutdown().await?;
+    }
+    let mut stages = driver.machines().first().map(marks).unwrap_or_default();
+    // Not every guest can mark that itself.
+    stages.entry(Stage::Ready).or_insert(ready);
+    Ok(stages)
+}
+
+/// Boots all machines at once. The stages are those of the first.
+async fn until_ended(driver: &Driver) -> Result<Stages> {
+    try_join_all(driver.machines().iter().map(until_one_ended)).await?;
+    Ok(driver.machines().first().map(marks).unwrap_or_default())
+}
+
+async fn until_one_ended(machine: &Machine) -> Result<()> {
+    let tap = machine.tap_console();
+    // A guest that restarts has done its work.
+    machine.start(false).await?;
+    let ended = machine.wait_for_shutdown();
+    let mut ended = std::pin::pin!(ended);
+    loop {
+        tokio::select! {
+            biased;
+            bytes = tap.next() => io::stdout().write_all(&bytes).and_then(|()| io::stdout().flush())?,
+            ended = &mut ended => {
+                return Ok(ended?);
+            }
+        }
+    }
+}
+
+/// The stages of a machine's last boot.
+fn marks(machine: &Machine) -> Stages {
+    let stage = |mark: &Mark| match mark.code {
+        stage::RUN => Some((Stage::Run, mark.at_ns)),
+        stage::KERNEL => Some((Stage::Kernel, mark.at_ns)),
+        stage::INIT => Some((Stage::Init, mark.at_ns)),
+        stage::READY => Some((Stage::Ready, mark.at_ns)),
+        _ => None,
+    };
+    machine.boot_marks().iter().filter_map(stage).collect::<BTreeMap<_, _>>()
+}

@@ -1,0 +1,33 @@
+//! `firn check`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::python;
+
+/// Lint and type-check a test's script
+///
+/// Runs ruff and ty over it as the NixOS test framework does: with the machines' names and types. Exits with 0 if
+/// they find nothing, and with 1 if they do.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The script; by default that of the test
+    script: Option<PathBuf>,
+    /// The test: a TOML file, or the JSON file of `nixos-test-driver --config`
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let python = python::find()?;
+    let mut argv: Vec<OsString> = vec![python.path.into()];
+    argv.extend(["-P", "-m", "firn.check", "--config"].map(Into::into));
+    argv.push(args.config.clone().into());
+    if let Some(script) = &args.script {
+        argv.extend(["--".into(), script.clone().into()]);
+    }
+    Err(super::become_command(&argv))
+}

@@ -1,0 +1,365 @@
+//! A run and its networks, in Python.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use firn_vmm::spec::Number;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+use super::duration::Timeout;
+use super::errors::{exception, not_here};
+use super::log::PyLogger;
+use super::machine::PyMachine;
+use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
+use firn::config::{ConfigError, MachineFile, TestConfig};
+use firn::driver::{Driver, DriverOptions};
+use firn::error::{MachineError, chain};
+use firn::kit::Kit;
+use firn::scratch::StatePlace;
+use firn::vlan::Vlan;
+
+/// How long a run that is not wanted any more may take to be there and to be removed.
+const REMOVAL: Duration = Duration::from_secs(1);
+
+/// What a test consists of, as data.
+#[pyclass(frozen, name = "Test", module = "firn._firn")]
+pub(super) struct PyTest(TestConfig);
+
+#[pymethods]
+impl PyTest {
+    /// A test in a TOML file.
+    #[staticmethod]
+    fn from_toml_file(path: PathBuf) -> PyResult<Self> {
+        TestConfig::from_toml_file(&path).map(Self).map_err(|e| senseless(&e))
+    }
+
+    /// A test as the NixOS test framework describes it.
+    #[staticmethod]
+    fn from_driver_file(path: PathBuf) -> PyResult<Self> {
+        TestConfig::from_driver_file(&path).map(Self).map_err(|e| senseless(&e))
+    }
+
+    /// A test of machine files.
+    #[staticmethod]
+    fn from_start_scripts(
+        scripts: Vec<PathBuf>,
+        vlans: Vec<u8>,
+        test_script: PathBuf,
+    ) -> PyResult<Self> {
+        let vlans = vlans.into_iter().map(|vlan| Number::try_from(u64::from(vlan)));
+        let vlans = vlans
+            .collect::<Result<_, _>>()
+            .map_err(|e| PyValueError::new_err(format!("vlan {e}")))?;
+        let files = scripts.iter().map(|path| MachineFile::read(path)).collect::<Result<_, _>>();
+        files
+            .and_then(|files| TestConfig::from_files(files, vlans, &test_script))
+            .map(Self)
+            .map_err(|e| senseless(&e))
+    }
+
+    /// The same test with the script in a file of its own.
+    fn with_script(&self, path: PathBuf) -> PyResult<Self> {
+        let mut test = self.0.clone();
+        test.replace_script(&path).map_err(|e| senseless(&e))?;
+        Ok(Self(test))
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The machine files, by the machines' names.
+    #[getter]
+    fn files(&self) -> BTreeMap<String, PathBuf> {
+        let files = self.0.files.iter();
+        files.map(|file| (file.name().to_owned(), file.path().to_owned())).collect()
+    }
+
+    /// The script's text, its file, and the line of the file on which it begins.
+    #[getter]
+    fn script(&self) -> (&str, PathBuf, usize) {
+        let script = &self.0.script;
+        (&script.text, script.file.clone(), script.line)
+    }
+
+    #[getter]
+    fn global_timeout(&self) -> Option<f64> {
+        self.0.global_timeout.map(|time| time.as_secs_f64())
+    }
+
+    #[getter]
+    fn ssh_backdoor(&self) -> bool {
+        self.0.vsock_offset.is_some()
+    }
+
+    /// The names of the script's variables for the machines.
+    #[getter]
+    fn variables(&self) -> Vec<String> {
+        self.0.variables()
+    }
+
+    #[getter]
+    fn vlans(&self) -> Vec<u16> {
+        // Of `u8` Python would make bytes.
+        self.0.vlans().into_iter().map(|vlan| vlan.get().into()).collect()
+    }
+
+    /// The directories of the host that its guests may write to, as far as they are there already.
+    #[getter]
+    fn writable(&self) -> Vec<PathBuf> {
+        self.0.writable()
+    }
+}
+
+/// A test run.
+#[pyclass(frozen, name = "Run", module = "firn._firn")]
+pub(super) struct PyRun(Arc<Driver>);
+
+/// A network.
+#[pyclass(frozen, name = "VLan", module = "firn")]
+pub(super) struct PyVlan(Vlan);
+
+#[pymethods]
+impl PyVlan {
+    #[getter]
+    fn nr(&self) -> u8 {
+        self.0.number().get()
+    }
+
+    /// The process that passes the frames: this one.
+    #[getter]
+    fn pid(&self) -> u32 {
+        std::process::id()
+    }
+
+    #[getter]
+    fn socket_dir(&self, py: Python<'_>) -> PyResult<()> {
+        Err(self.missing(py, "socket directory"))
+    }
+
+    #[getter]
+    fn process(&self, py: Python<'_>) -> PyResult<()> {
+        Err(self.missing(py, "process of its own"))
+    }
+
+    /// From now on nothing gets from one machine to another here.
+    fn stop(&self) {
+        self.0.stop();
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<vlan {}>", self.0.number())
+    }
+}
+
+impl PyVlan {
+    fn missing(&self, py: Python<'_>, what: &str) -> PyErr {
+        let number = self.0.number();
+        not_here(py, format!("vlan{number} has no {what}: firn's networks are in its process"))
+    }
+}
+
+#[pymethods]
+impl PyRun {
+    #[new]
+    #[pyo3(signature = (test, log, out_dir, kit_dirs = Vec::new(), named_state = false, keep_state = false, vsock_offset = None))]
+    #[expect(clippy::too_many_arguments, reason = "Python calls it by keywords")]
+    fn new(
+        py: Python<'_>,
+        test: &PyTest,
+        log: &PyLogger,
+        out_dir: PathBuf,
+        kit_dirs: Vec<PathBuf>,
+        named_state: bool,
+        keep_state: bool,
+        vsock_offset: Option<u32>,
+    ) -> PyResult<Self> {
+        let kits = kits_for(py, test, kit_dirs)?;
+        let state = match named_state || keep_state {
+            true => StatePlace::Named { keep: keep_state },
+            false => StatePlace::New,
+        };
+        let options =
+            DriverOptions { kits, out_dir, log: log.0.clone(), state, ..DriverOptions::default() };
+        let mut test = test.0.clone();
+        test.vsock_offset = vsock_offset.or(test.vsock_offset);
+        Ok(Self(Arc::new(make(py, test, options)?)))
+    }
+
+    #[getter]
+    fn machines(&self, py: Python<'_>) -> PyResult<Vec<Py<PyAny>>> {
+        self.0.machines().iter().map(|machine| PyMachine::object(py, machine.clone())).collect()
+    }
+
+    #[getter]
+    fn vlans(&self) -> Vec<PyVlan> {
+        self.0.vlans().iter().cloned().map(PyVlan).collect()
+    }
+
+    #[getter]
+    fn state_dir(&self) -> Option<PathBuf> {
+        self.0.state_dir()
+    }
+
+    /// Where the host reaches the machines' vsock ports, by the machines' names.
+    #[getter]
+    fn vsock_sockets(&self) -> HashMap<String, PathBuf> {
+        let socket = |machine: &firn::Machine| {
+            let vsock = machine.config().vsock.as_ref()?;
+            Some((machine.name().to_owned(), vsock.socket.clone()))
+        };
+        self.0.all_machines().iter().filter_map(socket).collect()
+    }
+
+    /// Makes a machine of a machine file.
+    #[pyo3(signature = (start_script, name = None, keep_state = false))]
+    fn create_machine(
+        &self,
+        py: Python<'_>,
+        start_script: PathBuf,
+        name: Option<&str>,
+        keep_state: bool,
+    ) -> PyResult<Py<PyAny>> {
+        let file = MachineFile::read(&start_script).map_err(|e| senseless(&e))?;
+        self.create(py, file, name, keep_state)
+    }
+
+    /// Makes a machine of a machine file's JSON.
+    #[pyo3(signature = (json, name = None, keep_state = false))]
+    fn create_machine_of_json(
+        &self,
+        py: Python<'_>,
+        json: &str,
+        name: Option<&str>,
+        keep_state: bool,
+    ) -> PyResult<Py<PyAny>> {
+        let file =
+            MachineFile::parse(json, "create_machine".as_ref()).map_err(|e| senseless(&e))?;
+        self.create(py, file, name, keep_state)
+    }
+
+    fn start_all(&self, py: Python<'_>) -> PyResult<()> {
+        wait(py, self.0.start_all())
+    }
+
+    fn join_all(&self, py: Python<'_>) -> PyResult<()> {
+        wait(py, self.0.join_all())
+    }
+
+    fn sync(&self, py: Python<'_>) -> PyResult<()> {
+        wait(py, self.0.sync())
+    }
+
+    /// The run of a changed test in the place of this one.
+    #[pyo3(signature = (test, kit_dirs = Vec::new()))]
+    fn replace(&self, py: Python<'_>, test: &PyTest, kit_dirs: Vec<PathBuf>) -> PyResult<Self> {
+        let kits = kits_for(py, test, kit_dirs)?;
+        Ok(Self(Arc::new(wait(py, self.0.replace(&test.0, &kits))?)))
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        wait_through_signals(py, self.0.close())
+    }
+
+    /// After `timeout` everything is ended, and this process by SIGTERM.
+    fn terminate_after(&self, timeout: Timeout) -> PyResult<PyTimer> {
+        let (driver, timeout) = (Arc::clone(&self.0), timeout.0);
+        let timer = runtime()?.spawn(async move {
+            tokio::time::sleep(timeout).await;
+            let why = format!("Timeout of {} seconds reached, exiting", timeout.as_secs_f64());
+            // From here on nobody can cancel it.
+            tokio::spawn(terminate(driver, why));
+        });
+        Ok(PyTimer(timer.abort_handle()))
+    }
+
+    /// Ends everything now, and this process by SIGTERM.
+    fn terminate(&self, py: Python<'_>, why: String) -> PyResult<()> {
+        wait_through_signals(py, terminate(Arc::clone(&self.0), why))
+    }
+}
+
+/// What will end a run.
+#[pyclass(frozen, name = "Timer", module = "firn._firn")]
+pub(super) struct PyTimer(AbortHandle);
+
+#[pymethods]
+impl PyTimer {
+    /// Lets the run go on.
+    fn cancel(&self) {
+        self.0.abort();
+    }
+}
+
+impl PyRun {
+    fn create(
+        &self,
+        py: Python<'_>,
+        mut file: MachineFile,
+        name: Option<&str>,
+        keep_state: bool,
+    ) -> PyResult<Py<PyAny>> {
+        if let Some(name) = name {
+            file.rename(name).map_err(|e| senseless(&e))?;
+        }
+        let made = self.0.create_machine(file, keep_state);
+        PyMachine::object(py, made.map_err(|e| exception(py, &e))?)
+    }
+}
+
+/// Makes the driver of a test; a signal's handler that raises meanwhile ends that.
+fn make(py: Python<'_>, test: TestConfig, options: DriverOptions) -> PyResult<Driver> {
+    let (sender, mut made) = mpsc::channel(1);
+    // What an earlier run left may take a while to remove.
+    runtime()?.spawn_blocking(move || {
+        // Nobody waits for it if a signal has ended that: it is dropped.
+        drop(sender.blocking_send(Driver::new(&test, options)));
+    });
+    let gone = || Err(MachineError::Usage("the run could not be made".to_owned()).into());
+    let driver = wait(py, async { made.recv().await.unwrap_or_else(gone) });
+    if driver.is_err() {
+        // It removes what it has made.
+        let _ = wait_through_signals(py, async { timeout(REMOVAL, made.recv()).await });
+    }
+    driver
+}
+
+/// What somebody wrote makes no sense.
+fn senseless(error: &ConfigError) -> PyErr {
+    PyValueError::new_err(chain(error))
+}
+
+/// The kits that a test needs: those in `dirs`, others from the cache.
+fn kits_for(py: Python<'_>, test: &PyTest, dirs: Vec<PathBuf>) -> PyResult<Vec<Kit>> {
+    let unusable = |e: &(dyn std::error::Error + 'static)| {
+        exception(py, &MachineError::Usage(chain(e)).into())
+    };
+    let mut kits =
+        dirs.into_iter().map(Kit::open).collect::<Result<Vec<_>, _>>().map_err(|e| unusable(&e))?;
+    for name in Driver::kits_needed(&test.0) {
+        if !kits.iter().any(|kit| kit.manifest.kit == name.as_str()) {
+            let found = py.detach(|| firn_kits::lookup(name));
+            kits.extend(found.map_err(|e| unusable(&e))?);
+        }
+    }
+    Ok(kits)
+}
+
+async fn terminate(driver: Arc<Driver>, why: String) {
+    hold_waiters();
+    let log = driver.logger();
+    log.error(why);
+    driver.close().await;
+    if let Err(error) = log.finish() {
+        log.error(format_args!("the log's files are incomplete: {error}"));
+    }
+    // Does not return for a signal whose default is to end the process.
+    let _ = signal_hook::low_level::emulate_default_handler(signal_hook::consts::SIGTERM);
+}

@@ -1,0 +1,116 @@
+//! systemd's units.
+
+use std::collections::BTreeMap;
+
+use pyo3::prelude::*;
+
+use super::PyMachine;
+use super::arguments::DEFAULT;
+use crate::duration::Timeout;
+
+#[pymethods]
+impl PyMachine {
+    /// Run systemctl with the arguments `q`, words of the shell; give its exit status and output.
+    ///
+    /// user: the name of a user whose own manager is asked instead of the system's.
+    #[pyo3(signature = (q, user = None))]
+    fn systemctl(&self, py: Python<'_>, q: &str, user: Option<&str>) -> PyResult<(i32, String)> {
+        self.call(py, |machine| machine.systemctl(q, user))
+    }
+
+    /// Wait until a unit is active.
+    ///
+    /// user: the name of a user whose own manager has the unit.
+    /// timeout: seconds or a timedelta; 900 seconds by default.
+    ///
+    /// Raises RequestedAssertionFailed at once if the unit has failed, or is inactive and no job is pending; and after
+    /// the timeout.
+    #[pyo3(signature = (unit, user = None, timeout = DEFAULT))]
+    fn wait_for_unit(
+        &self,
+        py: Python<'_>,
+        unit: &str,
+        user: Option<&str>,
+        timeout: Timeout,
+    ) -> PyResult<()> {
+        self.call(py, |machine| machine.wait_for_unit(unit, user, timeout.0))
+    }
+
+    /// Wait until a unit's ActiveState is `state`: active, reloading, inactive, failed, activating or deactivating.
+    ///
+    /// Unlike wait_for_unit() it goes on waiting whatever other state the unit is in. Without firn's agent in the guest
+    /// it looks each second, and may miss a state that lasts less.
+    ///
+    /// user: the name of a user whose own manager has the unit.
+    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
+    #[pyo3(signature = (unit, state, user = None, timeout = DEFAULT))]
+    fn wait_for_unit_active_state(
+        &self,
+        py: Python<'_>,
+        unit: &str,
+        state: &str,
+        user: Option<&str>,
+        timeout: Timeout,
+    ) -> PyResult<()> {
+        self.call(py, |machine| machine.wait_for_unit_active_state(unit, state, user, timeout.0))
+    }
+
+    /// Give all properties of a unit by their names, as `systemctl show` has them.
+    ///
+    /// Raises RequestedAssertionFailed if systemctl fails.
+    #[pyo3(signature = (unit, user = None))]
+    fn get_unit_info(
+        &self,
+        py: Python<'_>,
+        unit: &str,
+        user: Option<&str>,
+    ) -> PyResult<BTreeMap<String, String>> {
+        self.call(py, |machine| machine.get_unit_info(unit, user))
+    }
+
+    /// Give a property of a unit, as `systemctl show` has it.
+    ///
+    /// Raises RequestedAssertionFailed if there is no such property, or systemctl fails.
+    #[pyo3(signature = (unit, property, user = None))]
+    fn get_unit_property(
+        &self,
+        py: Python<'_>,
+        unit: &str,
+        property: &str,
+        user: Option<&str>,
+    ) -> PyResult<String> {
+        self.call(py, |machine| machine.get_unit_property(unit, property, user))
+    }
+
+    /// Raise RequestedAssertionFailed unless a unit's ActiveState is `require_state`.
+    #[pyo3(signature = (unit, require_state = "active"))]
+    fn require_unit_state(&self, py: Python<'_>, unit: &str, require_state: &str) -> PyResult<()> {
+        self.call(py, |machine| machine.require_unit_state(unit, require_state))
+    }
+
+    /// Start units, as `systemctl start` does; give its exit status and output.
+    ///
+    /// user: the name of a user whose own manager does it.
+    #[pyo3(signature = (jobname, user = None))]
+    fn start_job(
+        &self,
+        py: Python<'_>,
+        jobname: &str,
+        user: Option<&str>,
+    ) -> PyResult<(i32, String)> {
+        self.call(py, |machine| machine.start_job(jobname, user))
+    }
+
+    /// Stop units, as `systemctl stop` does; give its exit status and output.
+    ///
+    /// user: the name of a user whose own manager does it.
+    #[pyo3(signature = (jobname, user = None))]
+    fn stop_job(
+        &self,
+        py: Python<'_>,
+        jobname: &str,
+        user: Option<&str>,
+    ) -> PyResult<(i32, String)> {
+        self.call(py, |machine| machine.stop_job(jobname, user))
+    }
+}
