@@ -5,6 +5,7 @@ pub mod agent;
 pub mod bench;
 pub mod carrier;
 pub mod cli;
+pub mod clock;
 pub mod config;
 mod descriptors;
 pub mod driver;
@@ -25,6 +26,6 @@ pub mod vlan;
 
 pub use driver::{Driver, DriverOptions};
 pub use error::{End, Error, MachineError, Result};
-pub use machine::{ExecOptions, Machine};
+pub use machine::{ExecOptions, Machine, Status};
 pub use retry::retry;
 pub use vlan::Vlan;

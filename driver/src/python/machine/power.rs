@@ -63,9 +63,8 @@ impl PyMachine {
         timeout: crate::python::duration::Timeout,
     ) -> PyResult<bool> {
         let machine = self.machine()?;
-        let end =
-            async { Ok(tokio::time::timeout(timeout.0, machine.wait_for_end()).await.is_ok()) };
-        wait(py, end)
+        let end = machine.clock().timeout(timeout.0, machine.wait_for_end());
+        wait(py, async { Ok(end.await.is_some()) })
     }
 
     /// Have the guest restart, and wait until it does so; the next command waits until it is up again.
@@ -83,6 +82,31 @@ impl PyMachine {
     /// End it at once, and remove its state unless that shall be kept.
     fn release(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.machine()?.release())
+    }
+
+    /// Have the guest stand still until resume(). Nothing if it is paused.
+    ///
+    /// Its processors and devices stop, and with them the time of all calls that wait for it: no timeout of theirs runs
+    /// out meanwhile. Calls that begin while it is paused wait too, so somebody has to resume it: this script, or another
+    /// thread of it. The guest's own clock shows afterwards what time it is: over the backdoor's shell, where the guest
+    /// itself counts a command's timeout, that runs on.
+    ///
+    /// Raises MachineError if it does not run.
+    ///
+    ///     database.pause()
+    ///     client.fail("curl --max-time 5 http://database")
+    ///     database.resume()
+    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+        let machine = self.machine()?;
+        wait(py, machine.pause())
+    }
+
+    /// Let a guest go on after pause(). Nothing if it runs.
+    ///
+    /// Raises MachineError if the machine is off, or has ended.
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        let machine = self.machine()?;
+        wait(py, machine.resume())
     }
 
     /// Forward a TCP port of the host's loopback to one of the guest, until the machine ends; give the host's port.
