@@ -210,12 +210,18 @@ impl Machine {
     /// # Errors
     /// If the guest cannot be asked to, or ends otherwise.
     pub async fn shutdown(&self) -> Result<()> {
-        if !self.booted() {
-            self.inner.state.send_if_modified(forget_end);
-            return Ok(());
+        match self.status() {
+            Status::Off | Status::Starting | Status::Ended => {
+                self.inner.state.send_if_modified(forget_end);
+                return Ok(());
+            }
+            Status::Running | Status::Paused => {
+                let session = self.session_even_down().await?;
+                self.ask_for_power_off(&session).await?;
+            }
+            // It is ending by itself.
+            Status::Stopping => {}
         }
-        let session = self.session_even_down().await?;
-        self.ask_for_power_off(&session).await?;
         self.wait_for_shutdown().await
     }
 

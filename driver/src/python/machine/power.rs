@@ -115,7 +115,10 @@ impl PyMachine {
     /// guest_port: a number, or that as a text.
     ///
     /// Raises MachineError if the machine does not run, or the host's port is in use.
-    #[pyo3(signature = (host_port = Port(8080), guest_port = Port(80)))]
+    #[pyo3(
+        signature = (host_port = Port(8080), guest_port = Port(80)),
+        text_signature = "($self, host_port=8080, guest_port=80)"
+    )]
     fn forward_port(&self, py: Python<'_>, host_port: Port, guest_port: Port) -> PyResult<u16> {
         self.call(py, |machine| machine.forward_port(host_port.0, guest_port.0))
     }
