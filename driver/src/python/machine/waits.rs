@@ -27,7 +27,7 @@ impl PyMachine {
     /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
     #[pyo3(
         signature = (port, addr = "localhost", timeout = DEFAULT),
-        text_signature = "($self, port, addr="localhost", timeout=900)"
+        text_signature = "($self, port, addr='localhost', timeout=900)"
     )]
     fn wait_for_open_port(
         &self,
@@ -42,7 +42,7 @@ impl PyMachine {
     /// Wait until nothing listens on a TCP port; the arguments are those of wait_for_open_port().
     #[pyo3(
         signature = (port, addr = "localhost", timeout = DEFAULT),
-        text_signature = "($self, port, addr="localhost", timeout=900)"
+        text_signature = "($self, port, addr='localhost', timeout=900)"
     )]
     fn wait_for_closed_port(
         &self,
