@@ -50,13 +50,16 @@ bench: kit
 	$(FIRN) bench boot --runs 5 --machines 8
 	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench network
 
-lint: setup $(VENV)/python
+lint: build
 	cargo fmt --all --check
 	python3 tests/conformance/conformance.py table --check
 	python3 tests/links.py
 	cargo clippy --workspace --all-targets -- -D warnings
 	$(VENV)/pip install -q mypy ruff types-pexpect
 	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
+	# The stub says what the extension module is, which has to be there.
+	cd driver && ../$(VENV)/stubtest firn._firn --mypy-config-file pyproject.toml --ignore-disjoint-bases \
+		--allowlist stubtest.allow
 	$(VENV)/ruff check --config driver/pyproject.toml driver/python tests
 	$(VENV)/ruff format --check --config driver/pyproject.toml driver/python tests
 	# Nothing is built: no store is needed.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod clock;
 pub mod config;
 mod descriptors;
 pub mod driver;
@@ -18,6 +19,6 @@ pub mod vlan;
 
 pub use driver::{Driver, DriverOptions};
 pub use error::{End, Error, MachineError, Result};
-pub use machine::{ExecOptions, Machine};
+pub use machine::{ExecOptions, Machine, Status};
 pub use retry::retry;
 pub use vlan::Vlan;

@@ -2,29 +2,33 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
-
+use crate::clock::Clock;
 use crate::error::{Error, Result};
 
 /// Time between two tries.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Calls `probe` each second until it answers something; after `timeout` a last time, with `true`.
+/// Calls `probe` each second until it answers something; after `timeout` a last time, with `true`. What is measured is
+/// the time of `clock`.
 ///
 /// For what no event announces: only the probe knows what it looks at.
 ///
 /// # Errors
 /// The probe's error, at once; [`Error::Assertion`] if the last call answers nothing too.
-pub async fn retry<T, F>(mut probe: impl FnMut(bool) -> F, timeout: Duration) -> Result<T>
+pub async fn retry<T, F>(
+    clock: &Clock,
+    mut probe: impl FnMut(bool) -> F,
+    timeout: Duration,
+) -> Result<T>
 where
     F: Future<Output = Result<Option<T>>>,
 {
-    let deadline = Instant::now() + timeout;
-    while Instant::now() < deadline {
+    let deadline = clock.now().saturating_add(timeout);
+    while clock.now() < deadline {
         if let Some(answer) = probe(false).await? {
             return Ok(answer);
         }
-        sleep(PAUSE.min(deadline.saturating_duration_since(Instant::now()))).await;
+        clock.sleep(PAUSE.min(deadline.saturating_sub(clock.now()))).await;
     }
     probe(true).await?.ok_or_else(|| timed_out(timeout))
 }
@@ -43,7 +47,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn once_a_second_until_there_is_an_answer() {
-        let began = Instant::now();
+        let clock = Clock::new();
         let calls = Cell::new(0);
         let probe = |last: bool| {
             assert!(!last);
@@ -51,36 +55,44 @@ mod tests {
             let answer = (calls.get() == 3).then_some("here");
             async move { Ok(answer) }
         };
-        assert_eq!(retry(probe, Duration::from_secs(10)).await.expect("an answer in time"), "here");
-        assert_eq!(began.elapsed().as_secs(), 2);
+        assert_eq!(
+            retry(&clock, probe, Duration::from_secs(10)).await.expect("an answer in time"),
+            "here"
+        );
+        assert_eq!(clock.now().as_secs(), 2);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_last_try_then_an_error() {
+        let clock = Clock::new();
         let seen = RefCell::new(Vec::new());
         let probe = |last| {
             seen.borrow_mut().push(last);
             async { Ok(None::<()>) }
         };
-        let error = retry(probe, Duration::from_millis(1500)).await.expect_err("never an answer");
+        let error =
+            retry(&clock, probe, Duration::from_millis(1500)).await.expect_err("never an answer");
         assert_eq!(error.to_string(), "action timed out after 1.5 seconds (timeout=1.5)");
         assert_eq!(*seen.borrow(), [false, false, true]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_last_try_counts() {
+        let clock = Clock::new();
         let probe = |last: bool| async move { Ok(last.then_some(())) };
-        retry(probe, Duration::from_secs(3)).await.expect("the last try succeeds");
+        retry(&clock, probe, Duration::from_secs(3)).await.expect("the last try succeeds");
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_error_ends_it() {
+        let clock = Clock::new();
         let calls = Cell::new(0);
         let probe = |_: bool| {
             calls.set(calls.get() + 1);
             async { Err::<Option<()>, _>(Error::Assertion("no".into())) }
         };
-        let error = retry(probe, Duration::from_secs(3)).await.expect_err("the probe fails");
+        let error =
+            retry(&clock, probe, Duration::from_secs(3)).await.expect_err("the probe fails");
         assert_eq!((error.to_string().as_str(), calls.get()), ("no", 1));
     }
 }

@@ -74,9 +74,12 @@ class PollingCondition:
     def wait(
         self, timeout_seconds: Duration | None = None, timeout: Duration | None = None
     ) -> None:
-        """Wait until it holds, by default for 900 seconds; the timeout has two names.
+        """Wait until it holds, looking each second.
 
-        Only the condition knows what it looks at, so no event can say when to look.
+        timeout: seconds or a timedelta; 900 seconds by default. `timeout_seconds` is its older
+        name.
+
+        Raises RequestedAssertionFailed after it.
         """
         with self._log.nested(f"waiting for {self.description}"):
             retry(lambda _last: self.check(force=True), timeout_seconds, timeout)

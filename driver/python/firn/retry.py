@@ -15,19 +15,28 @@ def retry(
 ) -> None:
     """Call `fn(False)` each second until it is true; after `timeout` once more, with True.
 
-    The timeout has two names, and is 900 seconds by default. Only `fn` knows what it looks at, so
-    no event can say when to look. A polling condition that fails ends it.
+    fn: takes whether this is the last try, and gives whether it has worked.
+    timeout: seconds or a timedelta; 900 seconds by default. `timeout_seconds` is its older name.
+
+    Raises RequestedAssertionFailed if the last try gives False too, what `fn` raises, and
+    PollingConditionError if a polling condition fails meanwhile.
+
+        retry(lambda last: machine.execute("test -e /run/ready")[0] == 0, timeout=60)
     """
-    given = one_of("timeout", timeout_seconds, timeout, default=900)
-    budget = seconds(given)
-    began = time.monotonic()
-    while (left := began + budget - time.monotonic()) > 0:
+    retry_on(time.monotonic, fn, one_of("timeout", timeout_seconds, timeout, default=900))
+
+
+def retry_on(now: Callable[[], float], fn: Callable[[bool], bool], timeout: Duration) -> None:
+    """Do as `retry`, on another clock: that of a machine, say, which may be paused."""
+    budget = seconds(timeout)
+    began = now()
+    while (left := began + budget - now()) > 0:
         check_wait_hook()
         if fn(False):
             return
         time.sleep(min(1.0, max(0.0, left)))
-    elapsed = time.monotonic() - began
+    elapsed = now() - began
     if not fn(True):
         raise RequestedAssertionFailed(
-            f"action timed out after {elapsed:.2f} seconds (timeout={given})"
+            f"action timed out after {elapsed:.2f} seconds (timeout={timeout})"
         )

@@ -70,6 +70,7 @@ impl PyTest {
         Ok(Self(test))
     }
 
+    /// Its name.
     #[getter]
     fn name(&self) -> &str {
         &self.0.name
@@ -89,11 +90,13 @@ impl PyTest {
         (&script.text, script.file.clone(), script.line)
     }
 
+    /// After how many seconds the whole run is ended; None: never.
     #[getter]
     fn global_timeout(&self) -> Option<f64> {
         self.0.global_timeout.map(|time| time.as_secs_f64())
     }
 
+    /// Whether its machines can be entered by ssh over vsock.
     #[getter]
     fn ssh_backdoor(&self) -> bool {
         self.0.vsock_offset.is_some()
@@ -105,6 +108,7 @@ impl PyTest {
         self.0.variables()
     }
 
+    /// The numbers of its networks.
     #[getter]
     fn vlans(&self) -> Vec<u16> {
         // Of `u8` Python would make bytes.
@@ -122,12 +126,13 @@ impl PyTest {
 #[pyclass(frozen, name = "Run", module = "firn._firn")]
 pub(super) struct PyRun(Arc<Driver>);
 
-/// A network.
+/// A network: one virtual Ethernet segment, to which each machine with this vlan is plugged in.
 #[pyclass(frozen, name = "VLan", module = "firn")]
 pub(super) struct PyVlan(Vlan);
 
 #[pymethods]
 impl PyVlan {
+    /// Its number.
     #[getter]
     fn nr(&self) -> u8 {
         self.0.number().get()
@@ -139,17 +144,19 @@ impl PyVlan {
         std::process::id()
     }
 
+    /// Not here: raises NotHere. Upstream's networks are processes with a directory of sockets.
     #[getter]
     fn socket_dir(&self, py: Python<'_>) -> PyResult<()> {
         Err(self.missing(py, "socket directory"))
     }
 
+    /// Not here: raises NotHere. firn's networks have no process of their own.
     #[getter]
     fn process(&self, py: Python<'_>) -> PyResult<()> {
         Err(self.missing(py, "process of its own"))
     }
 
-    /// From now on nothing gets from one machine to another here.
+    /// Stop it: from now on nothing gets from one machine to another here.
     fn stop(&self) {
         self.0.stop();
     }
@@ -169,7 +176,7 @@ impl PyVlan {
 #[pymethods]
 impl PyRun {
     #[new]
-    #[pyo3(signature = (test, log, out_dir, kit_dirs = Vec::new(), named_state = false, keep_state = false, vsock_offset = None))]
+    #[pyo3(signature = (test, log, out_dir, kit_dirs = Vec::new(), named_state = false, keep_state = false, vsock_offset = None), text_signature = "(test, log, out_dir, kit_dirs=(), named_state=False, keep_state=False, vsock_offset=None)")]
     #[expect(clippy::too_many_arguments, reason = "Python calls it by keywords")]
     fn new(
         py: Python<'_>,
@@ -193,16 +200,19 @@ impl PyRun {
         Ok(Self(Arc::new(make(py, test, options)?)))
     }
 
+    /// Its machines, in the order of the test.
     #[getter]
     fn machines(&self, py: Python<'_>) -> PyResult<Vec<Py<PyAny>>> {
         self.0.machines().iter().map(|machine| PyMachine::object(py, machine.clone())).collect()
     }
 
+    /// Its networks.
     #[getter]
     fn vlans(&self) -> Vec<PyVlan> {
         self.0.vlans().iter().cloned().map(PyVlan).collect()
     }
 
+    /// The directory in which all machines' state is, a text; None after the end.
     #[getter]
     fn state_dir(&self) -> Option<PathBuf> {
         self.0.state_dir()
@@ -245,25 +255,31 @@ impl PyRun {
         self.create(py, file, name, keep_state)
     }
 
+    /// Start all machines that do not run; wait for no guest.
+    ///
+    /// Raises MachineError if one cannot be started.
     fn start_all(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.start_all())
     }
 
+    /// Wait until all machines are off; see Machine.wait_for_shutdown().
     fn join_all(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.join_all())
     }
 
+    /// Write the dirty data of all guests that run back to their disks.
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.sync())
     }
 
     /// The run of a changed test in the place of this one.
-    #[pyo3(signature = (test, kit_dirs = Vec::new()))]
+    #[pyo3(signature = (test, kit_dirs = Vec::new()), text_signature = "($self, test, kit_dirs=())")]
     fn replace(&self, py: Python<'_>, test: &PyTest, kit_dirs: Vec<PathBuf>) -> PyResult<Self> {
         let kits = kits_for(py, test, kit_dirs)?;
         Ok(Self(Arc::new(wait(py, self.0.replace(&test.0, &kits))?)))
     }
 
+    /// End all machines and remove their state unless it shall be kept.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         wait_through_signals(py, self.0.close())
     }

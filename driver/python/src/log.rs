@@ -39,10 +39,17 @@ impl PyLogger {
         Ok(())
     }
 
+    /// Write to an XML file as well, which is complete after finish().
+    ///
+    /// Raises OSError if it cannot be written.
     fn add_xml(&self, path: PathBuf) -> PyResult<()> {
         Ok(self.0.add_xml(&path).map_err(|error| about_file(&path, &error))?)
     }
 
+    /// Write a JUnit report as well: a case for the script, and one for each name of its subtests. It is written by
+    /// finish().
+    ///
+    /// Raises OSError if it cannot be written.
     fn add_junit(&self, path: PathBuf) -> PyResult<()> {
         Ok(self.0.add_junit(&path).map_err(|error| about_file(&path, &error))?)
     }
@@ -60,6 +67,9 @@ impl PyLogger {
         self.0.add_sink(listen::listener(listener));
     }
 
+    /// Complete the files; nothing is logged afterwards.
+    ///
+    /// Raises OSError if one cannot be written.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
         listen::deliver(py)?;
         Ok(self.0.finish()?)
@@ -70,26 +80,41 @@ impl PyLogger {
         self.0.fail(why);
     }
 
+    /// Write a message, as info() does.
+    ///
+    /// attributes: more about it; `machine` names the machine that it is about.
     #[pyo3(signature = (message, attributes = None))]
     fn log(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.info(message, attributes)
     }
 
+    /// Write a message that helps to find out why.
+    ///
+    /// attributes: more about it; `machine` names the machine that it is about.
     #[pyo3(signature = (message, attributes = None))]
     fn debug(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.say(message, attributes, |log, text| log.debug(text))
     }
 
+    /// Write a message.
+    ///
+    /// attributes: more about it; `machine` names the machine that it is about.
     #[pyo3(signature = (message, attributes = None))]
     fn info(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.say(message, attributes, |log, text| log.info(text))
     }
 
+    /// Write a message that somebody should look at though the test goes on.
+    ///
+    /// attributes: more about it; `machine` names the machine that it is about.
     #[pyo3(signature = (message, attributes = None))]
     fn warning(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.say(message, attributes, |log, text| log.warning(text))
     }
 
+    /// Write an error of the test. In the log of a run this ends the script, too; see log_test_error().
+    ///
+    /// attributes: more about it; `machine` names the machine that it is about.
     #[pyo3(signature = (message, attributes = None))]
     fn error(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.log_test_error(message, attributes)
@@ -105,27 +130,37 @@ impl PyLogger {
         self.say(message, attributes, |log, text| log.error(text))
     }
 
+    /// Group what happens inside a `with` block: a step in the log, with how long it took.
+    ///
+    /// attributes: more about it; `machine` names the machine that it is about.
     #[pyo3(signature = (message, attributes = None))]
     fn nested(&self, message: &str, attributes: Attributes<'_>) -> PyResult<PyStep> {
         Ok(PyStep::new(self.about(attributes)?, message))
     }
 
+    /// Group what happens inside a `with` block as a test case of its own in the reports.
+    ///
+    /// attributes: more about it; `machine` names the machine that it is about.
     #[pyo3(signature = (name, attributes = None))]
     fn subtest(&self, name: &str, attributes: Attributes<'_>) -> PyResult<PyStep> {
         let step = PyStep::new(self.about(attributes)?, name);
         Ok(PyStep { subtest: true, ..step })
     }
 
+    /// Write a line as if the guest of `machine` had printed it on its serial console.
     fn log_serial(&self, py: Python<'_>, message: &str, machine: &str) -> PyResult<()> {
         self.0.serial(machine, message);
         listen::deliver(py).map(drop)
     }
 
+    /// Show or hide on the terminal what guests print; files have it always.
     fn print_serial_logs(&self, enable: bool) {
         self.0.show_serial(enable);
     }
 
-    /// `level` is a name, or one of the enumeration of names.
+    /// Leave out on the terminal what is less important.
+    ///
+    /// level: a LogLevel, or its name.
     fn set_log_level(&self, level: &Bound<'_, PyAny>) -> PyResult<()> {
         let name: String = level.extract().or_else(|_| level.getattr("name")?.extract())?;
         self.0.set_level(parse(&name.to_lowercase())?);

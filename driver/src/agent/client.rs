@@ -13,10 +13,11 @@ use firn_guest_agent::protocol::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 use super::request::Request;
-use super::{AgentError, Lost};
+use super::{ANSWER_WITHIN, AgentError, HEARTBEAT, Lost, SILENCE};
+use crate::clock::Clock;
 
 /// Bytes read at a time.
 const BUFFER: usize = 64 * 1024;
@@ -28,6 +29,9 @@ const BATCH: usize = 64 * 1024;
 /// agent's queue hold, a megabyte or two.
 const MAX_STALE: usize = 16 << 20;
 
+/// How many times silence is waited for within [`SILENCE`].
+const SILENCE_PIECES: u32 = 4;
+
 /// Messages a request may have waiting beside those that its window counts: `Started`, two `Closed`, `Exited`,
 /// `Info`, and the last.
 const UNCOUNTED_MESSAGES: usize = 8;
@@ -38,6 +42,7 @@ const UNCOUNTED_MESSAGES: usize = 8;
 pub struct AgentClient {
     pub(super) shared: Arc<Shared>,
     ready: Arc<Ready>,
+    clock: Clock,
     tasks: Arc<Tasks>,
 }
 
@@ -87,7 +92,7 @@ impl AgentClient {
     /// # Errors
     /// [`AgentError::Version`], or [`AgentError::Lost`] when the stream ends first.
     pub async fn connect(stream: UnixStream) -> Result<Self, AgentError> {
-        Self::establish(stream, 0).await
+        Self::connect_on(stream, &Clock::new(), false).await
     }
 
     /// The same for an agent that may still be in a session whose host vanished, even in the middle of a frame.
@@ -95,10 +100,28 @@ impl AgentClient {
     /// # Errors
     /// As [`Self::connect`].
     pub async fn reconnect(stream: UnixStream) -> Result<Self, AgentError> {
-        Self::establish(stream, RESYNC_PADDING).await
+        Self::connect_on(stream, &Clock::new(), true).await
     }
 
-    async fn establish(stream: UnixStream, padding: usize) -> Result<Self, AgentError> {
+    /// [`Self::connect`], or with `again` [`Self::reconnect`], to the agent of a machine that may be paused: how long it
+    /// takes to answer is measured on `clock`.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_on(
+        stream: UnixStream,
+        clock: &Clock,
+        again: bool,
+    ) -> Result<Self, AgentError> {
+        let padding = if again { RESYNC_PADDING } else { 0 };
+        Self::establish(stream, clock, padding).await
+    }
+
+    async fn establish(
+        stream: UnixStream,
+        clock: &Clock,
+        padding: usize,
+    ) -> Result<Self, AgentError> {
         // The stream's own halves would shut it down when they are dropped, for its clones too.
         let (mut reader, mut writer) = tokio::io::split(stream);
         let mut decoder = Decoder::new();
@@ -117,7 +140,8 @@ impl AgentClient {
         let reading = tokio::spawn(read(Arc::clone(&shared), reader, decoder));
         let writing =
             tokio::spawn(write(Arc::clone(&shared), writer, control_queue, contents_queue));
-        Ok(Self { shared, ready: Arc::new(ready), tasks: Arc::new(Tasks([reading, writing])) })
+        let tasks = Arc::new(Tasks([reading, writing]));
+        Ok(Self { shared, ready: Arc::new(ready), clock: clock.clone(), tasks })
     }
 
     /// What the agent said of itself and the guest when it was ready.
@@ -156,6 +180,41 @@ impl AgentClient {
         let interval_ms = u32::try_from(interval.as_millis()).unwrap_or(u32::MAX);
         self.shared.send(0, ToAgent::Heartbeat { interval_ms }).ok();
         self.shared.heartbeat.subscribe()
+    }
+
+    /// From now on an agent that says nothing for [`SILENCE`] is lost: [`Lost::Silent`].
+    pub fn notice_silence(&self) {
+        let mut alive = self.heartbeat(HEARTBEAT);
+        let clock = self.clock.clone();
+        let shared = Arc::downgrade(&self.shared);
+        let tasks = self.tasks.0.each_ref().map(JoinHandle::abort_handle);
+        tokio::spawn(async move {
+            alive.mark_unchanged();
+            let mut silent = 0;
+            // In pieces, of which a clock that jumps ends only one: a host that was stopped for a minute has no silent
+            // guest.
+            while silent < SILENCE_PIECES {
+                match clock.timeout(SILENCE / SILENCE_PIECES, alive.changed()).await {
+                    Some(Ok(())) => silent = 0,
+                    // Nobody has the client any more.
+                    Some(Err(_)) => return,
+                    None => silent += 1,
+                }
+            }
+            tasks.iter().for_each(AbortHandle::abort);
+            if let Some(shared) = shared.upgrade() {
+                shared.lose(Lost::Silent);
+            }
+        });
+    }
+
+    /// Waits for an answer for as long as one may take.
+    pub(super) async fn soon<T>(
+        &self,
+        answer: impl Future<Output = Result<T, AgentError>>,
+    ) -> Result<T, AgentError> {
+        let answer = self.clock.timeout(ANSWER_WITHIN, answer).await;
+        answer.unwrap_or(Err(AgentError::Late(ANSWER_WITHIN)))
     }
 
     /// Waits until something holds in the guest. Dropping this gives the wait up.

@@ -3,7 +3,7 @@
 use firn_guest_agent::protocol::{ExecRequest, Exit, MAX_CHUNK, Stream, ToAgent, ToHost};
 
 use super::request::{Contents, Request};
-use super::{AgentClient, AgentError, MAX_COLLECTED, soon};
+use super::{AgentClient, AgentError, MAX_COLLECTED};
 
 /// A running command. Dropping it before its end kills it with its process group; see [`Self::detach`].
 #[derive(Debug)]
@@ -48,7 +48,7 @@ impl AgentClient {
     pub async fn exec(&self, request: ExecRequest) -> Result<Exec, AgentError> {
         let stdin = request.stdin;
         let mut request = Request::begin(self, ToAgent::Exec(request))?;
-        match soon(request.next()).await? {
+        match self.soon(request.next()).await? {
             Some(ToHost::Started { pid }) => {
                 let stdin = stdin.then(|| ExecStdin { contents: request.contents(), open: true });
                 Ok(Exec { request, pid, stdin })

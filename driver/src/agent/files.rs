@@ -6,7 +6,7 @@ use firn_guest_agent::protocol::{BytePath, Entry, FileInfo, MAX_CHUNK, ToAgent, 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::request::Request;
-use super::{AgentClient, AgentError, MAX_FILE, MAX_LISTING, soon};
+use super::{AgentClient, AgentError, MAX_FILE, MAX_LISTING};
 
 impl AgentClient {
     /// Writes a guest file from `source`, with permission bits `mode`; parents are made. On failure the file may be
@@ -39,12 +39,12 @@ impl AgentClient {
                 contents.end()?;
                 break;
             }
-            if !soon(contents.send(chunk)).await? {
+            if !self.soon(contents.send(chunk)).await? {
                 // The agent has said why.
                 break;
             }
         }
-        soon(request.finish()).await
+        self.soon(request.finish()).await
     }
 
     /// Reads a guest file into `destination` and says what it is.
@@ -61,11 +61,11 @@ impl AgentClient {
         W: AsyncWrite + Unpin + ?Sized,
     {
         let mut request = Request::begin(self, ToAgent::ReadFile { path: BytePath::from(path) })?;
-        let Some(ToHost::Info(info)) = soon(request.next()).await? else {
+        let Some(ToHost::Info(info)) = self.soon(request.next()).await? else {
             return Err(request.misplaced());
         };
         let mut room = MAX_FILE;
-        while let Some(message) = soon(request.next()).await? {
+        while let Some(message) = self.soon(request.next()).await? {
             let ToHost::Data(bytes) = message else {
                 return Err(request.misplaced());
             };
@@ -86,7 +86,7 @@ impl AgentClient {
     pub async fn stat(&self, path: &Path, follow: bool) -> Result<FileInfo, AgentError> {
         let mut request =
             Request::begin(self, ToAgent::Stat { path: BytePath::from(path), follow })?;
-        soon(async {
+        self.soon(async {
             let Some(ToHost::Info(info)) = request.next().await? else {
                 return Err(request.misplaced());
             };
@@ -102,7 +102,7 @@ impl AgentClient {
     /// [`AgentError::Refused`] for what fails in the guest; [`AgentError::TooMuch`] beyond [`MAX_LISTING`].
     pub async fn list(&self, path: &Path) -> Result<Vec<Entry>, AgentError> {
         let mut request = Request::begin(self, ToAgent::List { path: BytePath::from(path) })?;
-        soon(async {
+        self.soon(async {
             let (mut all, mut room) = (Vec::new(), MAX_LISTING);
             while let Some(message) = request.next().await? {
                 let ToHost::Entries(entries) = message else {
@@ -125,7 +125,7 @@ impl AgentClient {
     /// [`AgentError::Refused`] for what fails in the guest.
     pub async fn make_directory(&self, path: &Path, mode: u32) -> Result<(), AgentError> {
         let message = ToAgent::MakeDirectory { path: BytePath::from(path), mode };
-        soon(Request::begin(self, message)?.finish()).await
+        self.soon(Request::begin(self, message)?.finish()).await
     }
 
     /// Makes a symbolic link at `path`, in place of a file or link; parents are made.
@@ -135,6 +135,6 @@ impl AgentClient {
     pub async fn symlink(&self, path: &Path, target: &Path) -> Result<(), AgentError> {
         let message =
             ToAgent::Symlink { path: BytePath::from(path), target: BytePath::from(target) };
-        soon(Request::begin(self, message)?.finish()).await
+        self.soon(Request::begin(self, message)?.finish()).await
     }
 }

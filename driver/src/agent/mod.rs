@@ -29,6 +29,12 @@ pub use exec::{Collected, Exec, ExecEvent, ExecStdin};
 /// Emulated guests are slow.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(300);
 
+/// How often an agent says that it is alive, once its silence is to be noticed.
+pub const HEARTBEAT: Duration = Duration::from_secs(10);
+
+/// After this long without a word the guest is taken for frozen. Hosts that emulate guests are slow, so it is long.
+pub const SILENCE: Duration = Duration::from_secs(60);
+
 /// Most bytes of a command's streams that [`Exec::collect`] keeps. Who wants more takes it by [`Exec::next`].
 pub const MAX_COLLECTED: usize = 16 << 20;
 
@@ -50,6 +56,9 @@ pub enum Lost {
     /// The agent sent what is no message, or none that it may send.
     #[error("the agent sent garbage: {0}")]
     Garbage(#[from] ProtocolError),
+    /// It lives for the kernel that carries its port, but has not said a word for too long.
+    #[error("it has not said a word for {} seconds", SILENCE.as_secs())]
+    Silent,
     /// The agent ended the session, because it did not understand the host, or was started again.
     #[error("the agent ended the session: {0}")]
     Ended(String),
@@ -89,12 +98,6 @@ pub enum AgentError {
     /// The host's own side of a transfer failed: the source could not be read, or the destination not be written.
     #[error("on the host: {0}")]
     Local(#[source] Arc<io::Error>),
-}
-
-/// Waits for an answer for as long as one may take.
-async fn soon<T>(answer: impl Future<Output = Result<T, AgentError>>) -> Result<T, AgentError> {
-    let answer = tokio::time::timeout(ANSWER_WITHIN, answer).await;
-    answer.unwrap_or(Err(AgentError::Late(ANSWER_WITHIN)))
 }
 
 impl AgentError {

@@ -10,7 +10,6 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use tokio::time::{sleep, timeout};
 
 use super::power::END_AFTER_LOSS;
 use super::session::{AgentSession, Session, SessionError, ShellSession};
@@ -155,17 +154,25 @@ impl Machine {
     }
 
     async fn session_if(&self, even_down: bool) -> Result<Session> {
-        match &*self.inner.state.borrow() {
-            State::Running(run) => {
+        let start = match &*self.inner.state.borrow() {
+            state @ (State::Running(run) | State::Paused(run)) => {
+                if matches!(state, State::Paused(_)) {
+                    self.inner.log.warning("it is paused: this waits until it is resumed");
+                }
                 if let Some(session) = run.access.session() {
                     return Ok(self.use_session(session));
                 }
+                false
             }
             State::Ended(end) => return Err(self.ended_error(end)),
-            State::Off => {}
-        }
+            // One that has ended by itself is not started again without a word.
+            State::Stopping => false,
+            State::Off | State::Starting => true,
+        };
         let _step = self.nested("waiting for the VM to finish booting");
-        self.start(false).await?;
+        if start {
+            self.start(false).await?;
+        }
         let began = Instant::now();
         let session = self.unless_ended(self.await_session(even_down)).await?;
         self.log("connected to guest root shell");
@@ -195,10 +202,7 @@ impl Machine {
     async fn await_session(&self, even_down: bool) -> Result<Session> {
         let mut state = self.inner.state.subscribe();
         loop {
-            let access = match &*state.borrow_and_update() {
-                State::Running(run) => Some(run.access.clone()),
-                State::Off | State::Ended(_) => None,
-            };
+            let access = state.borrow_and_update().run().map(|run| run.access.clone());
             if let Some(access) = access {
                 if let Some(session) = access.session() {
                     return Ok(session);
@@ -220,12 +224,18 @@ impl Machine {
     }
 
     /// Connects to the agent, and again when it went away: as a service it may be restarted.
-    pub(super) async fn attend_agent(&self, stream: &UnixStream, again: bool) -> Infallible {
+    pub(super) async fn attend_agent(
+        &self,
+        stream: Option<&UnixStream>,
+        again: bool,
+    ) -> Infallible {
+        let Some(stream) = stream else { return std::future::pending().await };
         for count in 1.. {
-            let error = match AgentSession::connect(stream, again || count > 1).await {
-                Ok(session) => self.attend_session(session).await,
-                Err(error) => error,
-            };
+            let error =
+                match AgentSession::connect(stream, again || count > 1, &self.inner.clock).await {
+                    Ok(session) => self.attend_session(session).await,
+                    Err(error) => error,
+                };
             self.inner.log.warning(format_args!("no agent: {}", chain(&error)));
             if error.is_final() || count == MAX_SESSIONS {
                 self.set_access(|access| access.agent = Agent::Lost(Arc::new(error)));
@@ -273,7 +283,7 @@ impl Machine {
                 down("its system did not come up and is in emergency or rescue mode");
                 up.await
             }
-            () = sleep(SYSTEM_UP_WITHIN) => {
+            () = self.inner.clock.sleep(SYSTEM_UP_WITHIN) => {
                 let limit = SYSTEM_UP_WITHIN.as_secs();
                 down(&format!("its system has not reached basic.target within {limit} seconds"));
                 up.await
@@ -289,7 +299,7 @@ impl Machine {
     /// Reads hvc0 until the backdoor's shell is there; from then on calls do, until that shell is left for another.
     pub(super) async fn attend_backdoor(&self, hvc0: &UnixStream, left: &Notify) -> Infallible {
         loop {
-            match ShellSession::connect(hvc0).await {
+            match ShellSession::connect(hvc0, &self.inner.clock).await {
                 Ok(shell) => self.set_access(|access| access.shell = Shell::There(shell)),
                 // Without an answer there is no backdoor, which most guests can do without.
                 Err(error) => {
@@ -339,9 +349,9 @@ impl Machine {
     /// for a moment.
     async fn access_lost(&self, source: Box<dyn std::error::Error + Send + Sync>) -> Error {
         let mut state = self.inner.state.subscribe();
-        match timeout(END_AFTER_LOSS, self.ended(&mut state)).await {
-            Ok(ended) => ended,
-            Err(_) => {
+        match self.inner.clock.timeout(END_AFTER_LOSS, self.ended(&mut state)).await {
+            Some(ended) => ended,
+            None => {
                 let machine = self.name().to_owned();
                 MachineError::AgentLost { machine, source, tail: self.tail() }.into()
             }
@@ -350,16 +360,14 @@ impl Machine {
 
     fn set_access(&self, change: impl FnOnce(&mut Access)) {
         let mut told = None;
-        self.inner.state.send_if_modified(|state| match state {
-            State::Running(run) => {
-                change(&mut run.access);
-                if let (false, Some(session)) = (run.access.told, run.access.session()) {
-                    run.access.told = true;
-                    told = Some(session);
-                }
-                true
+        self.inner.state.send_if_modified(|state| {
+            let Some(run) = state.run_mut() else { return false };
+            change(&mut run.access);
+            if let (false, Some(session)) = (run.access.told, run.access.session()) {
+                run.access.told = true;
+                told = Some(session);
             }
-            State::Off | State::Ended(_) => false,
+            true
         });
         if let Some(session) = told {
             self.log(format_args!("commands go through {}", session.description()));

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::sleep;
 
+use crate::clock::Clock;
 use crate::error::{Result, Tail};
 use crate::log::{Logger, printable};
 use crate::retry::timed_out;
@@ -28,6 +29,7 @@ const GATHER: Duration = Duration::from_millis(20);
 
 /// The console's output since the machine was made, and who has read how far.
 pub(super) struct Console {
+    clock: Clock,
     buffer: Mutex<Buffer>,
     /// Changes when a line is complete, and when one has begun.
     grown: watch::Sender<()>,
@@ -83,8 +85,9 @@ struct Buffer {
 }
 
 impl Console {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(clock: Clock) -> Self {
         Self {
+            clock,
             buffer: Mutex::new(Buffer {
                 bytes: Vec::new(),
                 base: 0,
@@ -146,8 +149,19 @@ impl Console {
         mut find: impl FnMut(&str) -> Result<Option<usize>>,
         timeout: Option<Duration>,
     ) -> Result<()> {
+        let search = self.search(&mut find);
+        match timeout {
+            None => search.await,
+            Some(limit) => {
+                let found = self.clock.timeout(limit, search).await;
+                found.unwrap_or_else(|| Err(timed_out(limit)))
+            }
+        }
+    }
+
+    /// The same, for ever.
+    async fn search(&self, find: &mut impl FnMut(&str) -> Result<Option<usize>>) -> Result<()> {
         let mut grown = self.grown.subscribe();
-        let deadline = timeout.map(|t| (Instant::now() + t, t));
         loop {
             grown.mark_unchanged();
             let (from, bytes) = self.unconsumed();
@@ -167,21 +181,11 @@ impl Console {
             let partial = !bytes.is_empty() && !bytes.ends_with(b"\n");
             drop(text);
             drop(bytes);
-            let change = async {
-                if partial {
-                    sleep(GATHER).await;
-                }
-                // The sender lives in self.
-                let _ = grown.changed().await;
-            };
-            match deadline {
-                None => change.await,
-                Some((at, timeout)) => tokio::select! {
-                    biased;
-                    () = change => {}
-                    () = sleep_until(at) => return Err(timed_out(timeout)),
-                },
+            if partial {
+                sleep(GATHER).await;
             }
+            // The sender lives in self.
+            let _ = grown.changed().await;
         }
     }
 

@@ -3,8 +3,6 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::Machine;
 use super::session::Command;
 use crate::error::{Error, MachineError, Result};
@@ -178,20 +176,21 @@ impl Machine {
         attempt_timeout: Option<Duration>,
         done: impl Fn(i32) -> bool + Sync,
     ) -> Result<String> {
-        let deadline = Instant::now() + timeout;
+        let clock = &self.inner.clock;
+        let deadline = clock.now().saturating_add(timeout);
         let done = &done;
         let probe = |last: bool| async move {
             // A try without a limit of its own has what is left of the budget.
             let left = match last {
                 true => last_probe(timeout),
-                false => deadline.saturating_duration_since(Instant::now()),
+                false => deadline.saturating_sub(clock.now()),
             };
             let limit = attempt_timeout.unwrap_or(left).max(Duration::from_millis(1));
             let (status, output) =
                 self.execute(command, ExecOptions::with_timeout(Some(limit))).await?;
             Ok(done(status).then_some(output))
         };
-        retry(probe, timeout).await
+        retry(clock, probe, timeout).await
     }
 
     /// Sleeps in guest time.

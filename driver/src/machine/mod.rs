@@ -3,15 +3,13 @@
 //! A file for each family of calls: `power` (start to release), `exec`, `files`, `console`, `network`. A call that waits
 //! for the guest is ended at once when the guest ends ([`Machine::unless_ended`]).
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
-use firn_gateway::Gateway;
-use firn_net_switch::SwitchPort;
-use firn_vmm::device::boot_timer::Mark;
 use tokio::sync::{Mutex, watch};
 
+use crate::clock::Clock;
 use crate::config::{NodeConfig, Variables};
 use crate::descriptors::Part;
 use crate::error::{End, Error, MachineError, Result, Tail};
@@ -20,15 +18,15 @@ use crate::private;
 use crate::vlan::Vlan;
 
 mod access;
+mod backend;
 mod bus;
 mod console;
 mod exec;
 mod files;
 mod inputs;
-mod monitor;
 mod network;
 mod power;
-mod qemu;
+mod qmp;
 mod serial;
 mod session;
 mod setup;
@@ -40,8 +38,8 @@ pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
 pub(crate) use setup::{Boot, Source, hosts};
 
 use access::Access;
+use backend::{Backend, Firn};
 use console::Console;
-use monitor::Monitor;
 use session::Session;
 
 /// A machine. Clones are handles to the same one.
@@ -52,26 +50,24 @@ pub struct Machine {
 
 struct Inner {
     /// For a machine file: as far as it was known when the machine was made.
-    node: NodeConfig,
-    source: Source,
+    node: Arc<NodeConfig>,
+    source: Arc<Source>,
+    /// What runs it.
+    backend: Box<dyn Backend>,
+    /// Its time, on which all deadlines of its calls are measured.
+    clock: Clock,
     /// A script may give it others.
     dirs: std::sync::Mutex<Dirs>,
     log: Logger,
     /// How many files its guest may make this process open.
     descriptors: Arc<Part>,
     console: Arc<Console>,
-    events: qemu::Events,
-    /// Where its cards on vlans are plugged in, in the order of the node's vlans.
-    ports: Vec<Arc<SwitchPort>>,
-    /// The user network of a machine that runs.
-    gateway: std::sync::Mutex<Option<Arc<Gateway>>>,
+    events: qmp::Events,
     state: watch::Sender<State>,
     /// The way by which the last call went.
     used: std::sync::Mutex<Option<Session>>,
-    /// Of the last boot that has ended.
-    boot_marks: std::sync::Mutex<Vec<Mark>>,
-    /// Held while the machine is being started, so that two callers do not both do it.
-    starting: Mutex<()>,
+    /// Held while the machine is being started, ended, paused or resumed, so that two callers do not both do it.
+    changing: Mutex<()>,
 }
 
 /// The directories of a machine.
@@ -114,19 +110,98 @@ impl Dirs {
 }
 
 /// What a machine is doing.
-#[derive(Clone)]
-enum State {
+///
+/// ```text
+/// Off --start()--> Starting --> Running <--pause(), resume()--> Paused
+///  ^                  ^            |                              |
+///  |                  |            +--> Stopping (also of itself) <-+
+///  |               start()                |
+///  +--a call takes note-------- Ended <---+
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Status {
     /// It was not started yet, or its end was taken note of.
     Off,
-    Running(Run),
+    /// It is being put together.
+    Starting,
+    /// Its guest runs.
+    Running,
+    /// Its guest stands still, and its clock with it.
+    Paused,
+    /// It has ended, or was told to, and what is left of it is being cleared away.
+    Stopping,
     /// It ended, and no call has taken note of it yet.
+    Ended,
+}
+
+impl Status {
+    /// One word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+            Self::Ended => "ended",
+        }
+    }
+}
+
+impl Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A [`Status`], with what belongs to it.
+#[derive(Clone)]
+enum State {
+    Off,
+    Starting,
+    Running(Run),
+    Paused(Run),
+    Stopping,
     Ended(Arc<End>),
 }
 
-/// A machine that runs.
+impl State {
+    fn status(&self) -> Status {
+        match self {
+            Self::Off => Status::Off,
+            Self::Starting => Status::Starting,
+            Self::Running(_) => Status::Running,
+            Self::Paused(_) => Status::Paused,
+            Self::Stopping => Status::Stopping,
+            Self::Ended(_) => Status::Ended,
+        }
+    }
+
+    /// The guest that is there, whether it runs or is paused.
+    fn run(&self) -> Option<&Run> {
+        match self {
+            Self::Running(run) | Self::Paused(run) => Some(run),
+            Self::Off | Self::Starting | Self::Stopping | Self::Ended(_) => None,
+        }
+    }
+
+    fn run_mut(&mut self) -> Option<&mut Run> {
+        match self {
+            Self::Running(run) | Self::Paused(run) => Some(run),
+            Self::Off | Self::Starting | Self::Stopping | Self::Ended(_) => None,
+        }
+    }
+
+    /// Whether nothing of it is there.
+    fn is_over(&self) -> bool {
+        matches!(self, Self::Off | Self::Ended(_))
+    }
+}
+
+/// A guest from its machine's start to its end.
 #[derive(Clone)]
 struct Run {
-    monitor: Monitor,
     /// Asks the supervisor to end the machine.
     stop: watch::Sender<bool>,
     access: Access,
@@ -150,21 +225,29 @@ impl Machine {
             .iter()
             .filter_map(|number| vlans.iter().find(|vlan| vlan.number() == *number));
         let ports = plugged.map(|vlan| vlan.plug(&node.name)).collect();
+        let (node, source) = (Arc::new(node), Arc::new(source));
+        let (log, clock) = (log.for_machine(&node.name), Clock::new());
+        let backend = Firn::new(
+            Arc::clone(&node),
+            Arc::clone(&source),
+            ports,
+            Arc::clone(&descriptors),
+            log.clone(),
+        );
         Ok(Self {
             inner: Arc::new(Inner {
-                log: log.for_machine(&node.name),
                 node,
                 source,
+                backend: Box::new(backend),
+                console: Arc::new(Console::new(clock.clone())),
+                clock,
                 dirs: dirs.into(),
+                log,
                 descriptors,
-                console: Arc::new(Console::new()),
-                events: qemu::Events::new(),
-                ports,
-                gateway: std::sync::Mutex::default(),
+                events: qmp::Events::new(),
                 state: watch::Sender::new(State::Off),
                 used: std::sync::Mutex::default(),
-                boot_marks: std::sync::Mutex::default(),
-                starting: Mutex::new(()),
+                changing: Mutex::new(()),
             }),
         })
     }
@@ -183,7 +266,7 @@ impl Machine {
 
     /// Whether it was made from this.
     pub(crate) fn is_of(&self, source: &Source) -> bool {
-        self.inner.source == *source
+        *self.inner.source == *source
     }
 
     /// What it may have open, for a machine that takes its place.
@@ -242,16 +325,28 @@ impl Machine {
         self.inner.dirs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What it is doing.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.inner.state.borrow().status()
+    }
+
+    /// Its time since it was made, which stands still while it is paused.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.inner.clock
+    }
+
     /// Whether it was started, and has not ended.
     #[must_use]
     pub fn booted(&self) -> bool {
-        matches!(*self.inner.state.borrow(), State::Running(_))
+        matches!(self.status(), Status::Running | Status::Paused | Status::Stopping)
     }
 
     /// Whether commands can be run in it at once.
     #[must_use]
     pub fn connected(&self) -> bool {
-        matches!(&*self.inner.state.borrow(), State::Running(run) if run.access.session().is_some())
+        self.inner.state.borrow().run().is_some_and(|run| run.access.session().is_some())
     }
 
     /// Whether it runs and commands can be run in it.
@@ -297,10 +392,10 @@ impl Machine {
         }
     }
 
-    /// Waits until the machine does not run, and says so.
+    /// Waits until nothing of the machine is there, and says so.
     async fn ended(&self, state: &mut watch::Receiver<State>) -> Error {
         // The sender lives in self, so there is always an answer.
-        match state.wait_for(|state| !matches!(state, State::Running(_))).await.as_deref() {
+        match state.wait_for(State::is_over).await.as_deref() {
             Ok(State::Ended(end)) => self.ended_error(end),
             _ => self.not_running(),
         }
@@ -326,9 +421,9 @@ impl Machine {
     /// The run, if there is one.
     fn run(&self) -> Result<Run> {
         match &*self.inner.state.borrow() {
-            State::Running(run) => Ok(run.clone()),
+            State::Running(run) | State::Paused(run) => Ok(run.clone()),
             State::Ended(end) => Err(self.ended_error(end)),
-            State::Off => Err(self.not_running()),
+            State::Off | State::Starting | State::Stopping => Err(self.not_running()),
         }
     }
 }

@@ -1,18 +1,17 @@
 //! From the start of a machine to its end.
 
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use firn_vmm::device::boot_timer::Mark;
-use firn_vmm::vm::{Event, VmError};
+use serde_json::json;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::timeout;
 
 use super::access::Access;
-use super::monitor::{Monitor, Wiring};
+use super::backend::{Event, Started};
 use super::session::Session;
-use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State};
+use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State, Status};
 use crate::error::{End, MachineError, Result, chain};
 use crate::private;
 
@@ -23,11 +22,10 @@ const PRINT_AFTER_PANIC: Duration = Duration::from_millis(300);
 
 /// What the supervisor of a machine holds between its start and its end.
 struct Launched {
-    monitor: Monitor,
     events: mpsc::UnboundedReceiver<Event>,
     /// The host's ends of the guest's console ports: hvc0, and the agent's.
     hvc0: Arc<UnixStream>,
-    agent: UnixStream,
+    agent: Option<UnixStream>,
     /// Tells who reads hvc0 that another shell will come.
     left: Arc<Notify>,
 }
@@ -46,30 +44,101 @@ impl Machine {
     /// # Errors
     /// If the machine cannot be made.
     pub async fn start(&self, allow_reboot: bool) -> Result<()> {
-        let _starting = self.inner.starting.lock().await;
-        if self.booted() {
-            return Ok(());
-        }
+        let machine = self.clone();
+        to_its_end(async move {
+            let _changing = machine.inner.changing.lock().await;
+            if machine.status() == Status::Stopping {
+                machine.wait_for_end().await;
+            }
+            if machine.booted() {
+                return Ok(());
+            }
+            machine.start_now(allow_reboot).await
+        })
+        .await
+    }
+
+    async fn start_now(&self, allow_reboot: bool) -> Result<()> {
         self.log("starting vm");
+        let before = self.inner.state.send_replace(State::Starting);
         self.inner.console.restart();
-        self.open_user_network().await?;
-        let launched = match self.launch().await {
-            Ok(launched) => launched,
+        let (dirs, console) = (self.dirs().clone(), Arc::clone(&self.inner.console));
+        let Started { events, shell, agent } = match self.inner.backend.start(dirs, console).await {
+            Ok(started) => started,
             Err(error) => {
-                self.close_user_network().await;
+                self.inner.state.send_replace(before);
                 return Err(error);
             }
         };
+        let launched = Launched { events, hvc0: Arc::new(shell), agent, left: Arc::default() };
         let (stop, stopped) = watch::channel(false);
-        self.inner.state.send_replace(State::Running(Run {
-            monitor: launched.monitor.clone(),
-            stop,
-            access: launched.access(),
-            allow_reboot,
-            boots: 1,
-        }));
+        let access = launched.access();
+        self.inner.state.send_replace(State::Running(Run { stop, access, allow_reboot, boots: 1 }));
         tokio::spawn(self.clone().supervise(launched, stopped, allow_reboot));
         Ok(())
+    }
+
+    /// Has the guest stand still until [`Self::resume`]: its processors, its devices, and the time of all calls that
+    /// wait for it. Its own clock shows afterwards what time it is. Nothing if it is paused.
+    ///
+    /// # Errors
+    /// [`MachineError::NotRunning`] or [`MachineError::Ended`] if it does not run.
+    pub async fn pause(&self) -> Result<()> {
+        let machine = self.clone();
+        to_its_end(async move {
+            let _changing = machine.inner.changing.lock().await;
+            machine.run()?;
+            if machine.status() == Status::Paused {
+                return Ok(());
+            }
+            let inner = &machine.inner;
+            inner.clock.pause();
+            let paused = inner.backend.pause().await;
+            let stands = inner.state.send_if_modified(|state| match state {
+                State::Running(run) if paused.is_ok() => {
+                    *state = State::Paused(run.clone());
+                    true
+                }
+                _ => false,
+            });
+            if !stands {
+                // It has ended meanwhile.
+                inner.clock.resume();
+                machine.run()?;
+                return paused;
+            }
+            inner.events.tell("STOP", &json!({}));
+            Ok(())
+        })
+        .await
+    }
+
+    /// Lets a guest go on that stands still since [`Self::pause`]. Nothing if it runs.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub async fn resume(&self) -> Result<()> {
+        let machine = self.clone();
+        to_its_end(async move {
+            let _changing = machine.inner.changing.lock().await;
+            machine.run()?;
+            if machine.status() != Status::Paused {
+                return Ok(());
+            }
+            let inner = &machine.inner;
+            inner.backend.resume().await?;
+            inner.state.send_if_modified(|state| match state {
+                State::Paused(run) => {
+                    *state = State::Running(run.clone());
+                    true
+                }
+                _ => false,
+            });
+            inner.clock.resume();
+            inner.events.tell("RESUME", &json!({}));
+            Ok(())
+        })
+        .await
     }
 
     /// Writes the guest's dirty data back.
@@ -129,7 +198,7 @@ impl Machine {
                 return Err(self.session_error("cannot reboot".to_owned(), error).await);
             }
             let mut state = self.inner.state.subscribe();
-            let booted = |state: &State| matches!(state, State::Running(run) if run.boots > boots);
+            let booted = |state: &State| state.run().is_some_and(|run| run.boots > boots);
             let _ = state.wait_for(booted).await;
             Ok(())
         };
@@ -141,12 +210,18 @@ impl Machine {
     /// # Errors
     /// If the guest cannot be asked to, or ends otherwise.
     pub async fn shutdown(&self) -> Result<()> {
-        if !self.booted() {
-            self.inner.state.send_if_modified(forget_end);
-            return Ok(());
+        match self.status() {
+            Status::Off | Status::Starting | Status::Ended => {
+                self.inner.state.send_if_modified(forget_end);
+                return Ok(());
+            }
+            Status::Running | Status::Paused => {
+                let session = self.session_even_down().await?;
+                self.ask_for_power_off(&session).await?;
+            }
+            // It is ending by itself.
+            Status::Stopping => {}
         }
-        let session = self.session_even_down().await?;
-        self.ask_for_power_off(&session).await?;
         self.wait_for_shutdown().await
     }
 
@@ -167,7 +242,7 @@ impl Machine {
     pub async fn wait_for_shutdown(&self) -> Result<()> {
         let _step = self.nested("waiting for the VM to power off");
         let mut state = self.inner.state.subscribe();
-        let ended = state.wait_for(|state| !matches!(state, State::Running(_))).await;
+        let ended = state.wait_for(State::is_over).await;
         let end = match ended.as_deref() {
             Ok(State::Ended(end)) => Arc::clone(end),
             _ => return Ok(()),
@@ -202,7 +277,7 @@ impl Machine {
     /// # Errors
     /// [`MachineError::Usage`] if it runs; if files cannot be removed.
     pub async fn cleanup_state_dir(&self) -> Result<()> {
-        let _starting = self.inner.starting.lock().await;
+        let _changing = self.inner.changing.lock().await;
         if self.booted() {
             let what = format!("{} runs, and needs its state", self.name());
             return Err(MachineError::Usage(what).into());
@@ -227,46 +302,27 @@ impl Machine {
     /// # Errors
     /// If it does not run.
     pub async fn press_power_button(&self) -> Result<()> {
-        let pressed = self.run()?.monitor.power_button().await;
-        pressed.map_err(|error| {
-            let (machine, what) = (self.name().to_owned(), "cannot press the power button");
-            MachineError::Monitor { machine, what, source: error.into() }.into()
-        })
+        self.run()?;
+        self.inner.backend.press_power_button().await
     }
 
     /// Waits until it does not run, without taking note of how it ended.
     pub async fn wait_for_end(&self) {
         let mut state = self.inner.state.subscribe();
         // The sender lives in self.
-        let _ = state.wait_for(|state| !matches!(state, State::Running(_))).await;
+        let _ = state.wait_for(State::is_over).await;
     }
 
     /// When its last boot, if that has ended, reached which stage.
     #[must_use]
     pub fn boot_marks(&self) -> Vec<Mark> {
-        self.inner.boot_marks.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Pulls the cable of the first vlan.
-    pub fn block(&self) {
-        self.set_link(false);
-    }
-
-    /// Plugs the cable of the first vlan in again.
-    pub fn unblock(&self) {
-        self.set_link(true);
-    }
-
-    fn set_link(&self, up: bool) {
-        if let Some(port) = self.inner.ports.first() {
-            port.set_link(up);
-        }
+        self.inner.backend.boot_marks()
     }
 
     /// Ends it, without a word, and waits until nothing of it is left.
     pub(crate) async fn stop(&self) {
         // One that is just being started is ended once it is.
-        let _starting = self.inner.starting.lock().await;
+        let _changing = self.inner.changing.lock().await;
         self.request_stop();
         self.wait_for_end().await;
         self.inner.state.send_if_modified(forget_end);
@@ -274,28 +330,9 @@ impl Machine {
 
     /// Asks for its end, without waiting for it.
     pub(crate) fn request_stop(&self) {
-        if let State::Running(run) = &*self.inner.state.borrow() {
+        if let Some(run) = self.inner.state.borrow().run() {
             run.stop.send_replace(true);
         }
-    }
-
-    async fn launch(&self) -> Result<Launched> {
-        let start_error = |source: Box<dyn std::error::Error + Send + Sync>| MachineError::Start {
-            machine: self.name().to_owned(),
-            source,
-        };
-        let spec = self.prepare().await?;
-        let (hvc0, hvc0_guest) = UnixStream::pair().map_err(|e| start_error(e.into()))?;
-        let (agent, agent_guest) = UnixStream::pair().map_err(|e| start_error(e.into()))?;
-        let wiring = Wiring {
-            console: Arc::clone(&self.inner.console),
-            console_ports: vec![hvc0_guest, agent_guest],
-            nets: self.nets(),
-            descriptors: self.inner.descriptors.monitor(),
-        };
-        let (monitor, events) =
-            Monitor::launch(spec, wiring).await.map_err(|e| start_error(e.into()))?;
-        Ok(Launched { monitor, events, hvc0: Arc::new(hvc0), agent, left: Arc::default() })
     }
 
     /// Sees a machine through to its end; a task of its own.
@@ -324,35 +361,32 @@ impl Machine {
             }
             again = true;
         };
-        launched.monitor.stop().await;
-        *self.inner.boot_marks.lock().unwrap_or_else(PoisonError::into_inner) =
-            launched.monitor.boot_marks().await;
+        self.inner.state.send_replace(State::Stopping);
+        // Whatever waits for a machine that was paused does so for its end now.
+        self.inner.clock.resume();
+        self.inner.backend.stop().await;
         // The console's last lines come before whatever is said about the end.
         finish.send_replace(true);
         let _ = shown.await;
         if end != End::Stopped {
             self.log(&end);
         }
-        self.close_user_network().await;
         self.inner.state.send_replace(State::Ended(Arc::new(end)));
     }
 
     /// Starts a machine again whose guest has reset it: the same one, with its disks and host's ends.
-    async fn reset(&self, launched: &mut Launched) -> std::result::Result<(), VmError> {
-        launched.monitor.reset().await?;
+    async fn reset(&self, launched: &mut Launched) -> Result<()> {
         // Whoever waits for the guest that is gone learns of it before the next one says anything.
         launched.left = Arc::default();
         let access = launched.access();
-        self.inner.state.send_if_modified(|state| match state {
-            State::Running(run) => {
-                run.access.close();
-                run.access = access;
-                run.boots += 1;
-                true
-            }
-            State::Off | State::Ended(_) => false,
+        self.inner.state.send_if_modified(|state| {
+            let Some(run) = state.run_mut() else { return false };
+            run.access.close();
+            run.access = access;
+            run.boots += 1;
+            true
         });
-        launched.monitor.start().await
+        self.inner.backend.restart().await
     }
 
     /// Serves a machine that runs until it ends, or shall. The agent's port may hold bytes of an earlier boot if it
@@ -369,7 +403,7 @@ impl Machine {
             _ = stopped.wait_for(|stop| *stop) => End::Stopped,
             end = self.attend_events(events) => end,
             never = self.attend_backdoor(hvc0, left) => match never {},
-            never = self.attend_agent(agent, again) => match never {},
+            never = self.attend_agent(agent.as_ref(), again) => match never {},
         }
     }
 
@@ -378,27 +412,31 @@ impl Machine {
         while !matches!(events.recv().await, None | Some(Event::Booting)) {}
         while let Some(event) = events.recv().await {
             match event {
-                Event::PowerOff => return End::PoweredOff,
-                Event::Reset => return End::Reset,
-                Event::Halted => return End::Halted,
-                Event::VcpuDied { vcpu, reason } => return End::VcpuDied { vcpu, reason },
-                Event::Panic { message } => {
-                    let reset = async {
-                        while !matches!(
-                            events.recv().await,
-                            None | Some(Event::Reset | Event::PowerOff)
-                        ) {}
+                Event::Booting => {}
+                Event::Warning(what) => self.inner.log.warning(what),
+                Event::Ended(end) => return end,
+                Event::Panicked(message) => {
+                    let end = async {
+                        while !matches!(events.recv().await, None | Some(Event::Ended(_))) {}
                     };
-                    let _ = timeout(PRINT_AFTER_PANIC, reset).await;
+                    self.inner.clock.timeout(PRINT_AFTER_PANIC, end).await;
                     return End::Panicked(message);
                 }
-                Event::DeviceFailed { device, reason } => {
-                    self.inner.log.warning(format_args!("the guest lost {device}: {reason}"));
-                }
-                other => tracing::debug!(machine = self.name(), event = ?other, "event"),
             }
         }
         End::Failed("the monitor went away".into())
+    }
+}
+
+/// Does what must not be left half done, even if its caller waits no longer; a panic in it goes on here.
+async fn to_its_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(work).await {
+        Ok(value) => value,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Only the end of the runtime cancels it.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use regex::Regex;
 
 use super::Machine;
-use crate::error::{MachineError, Result};
+use crate::error::Result;
 
 impl Machine {
     /// Everything the guest printed on its serial console since its start.
@@ -27,11 +27,8 @@ impl Machine {
     /// # Errors
     /// If the machine is not running, or does not take them.
     pub async fn send_console_bytes(&self, bytes: Vec<u8>) -> Result<()> {
-        let run = self.run()?;
-        run.monitor.serial_input(bytes).await.map_err(|e| {
-            MachineError::Usage(format!("{}: the serial console takes no input: {e}", self.name()))
-                .into()
-        })
+        self.run()?;
+        self.inner.backend.type_in(bytes).await
     }
 
     /// The next line of the serial console that no earlier call has consumed; consumes it.

@@ -16,6 +16,7 @@ use crate::config::{EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, UserNetwo
 use crate::error::{MachineError, Result, chain};
 use crate::kernels::Kernels;
 use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
+use crate::log::Logger;
 use crate::private;
 
 /// Where a machine's description comes from.
@@ -168,17 +169,24 @@ impl Machine {
         let disks = disks(&node, &dirs);
         Ok((node, disks))
     }
+}
 
-    /// Writes what the start needs into the state directory, and says what to build.
-    pub(super) async fn prepare(&self) -> Result<MachineSpec> {
-        let dirs = self.dirs().clone();
-        let (node, boot) = &*self.inner.source.resolve(&self.inner.node, &dirs)?;
+impl Source {
+    /// Writes what the start of the machine that is `known` so far needs into its state directory, and says what to
+    /// build.
+    pub(super) async fn spec(
+        &self,
+        known: &NodeConfig,
+        dirs: &Dirs,
+        log: &Logger,
+    ) -> Result<MachineSpec> {
+        let (node, boot) = &*self.resolve(known, dirs)?;
         // `release` may have removed it.
         dirs.make()?;
         for share in &node.shares {
             let missing = |name: &str, file: &Path| {
                 let tag = &share.tag;
-                self.log(format_args!("share {tag}: {name} is left out, there is no {file:?}"));
+                log.info(format_args!("share {tag}: {name} is left out, there is no {file:?}"));
             };
             inputs::fill(share, missing).await?;
         }
@@ -215,7 +223,7 @@ impl Machine {
             ],
             nets: nets(node),
             shares: own.into_iter().chain(node.shares.iter().cloned()).collect(),
-            disks: disks(node, &dirs),
+            disks: disks(node, dirs),
             rng: node.rng,
             balloon: node.balloon,
             vsock: node.vsock.clone(),

@@ -135,9 +135,9 @@ impl Machine {
                     Err(error) => Err(Unwatched::Bus(error)),
                 })
             });
-            match tokio::time::timeout(timeout, watch).await {
-                Err(_) => return Err(timed_out(timeout)),
-                Ok(answer) => match answer? {
+            match self.inner.clock.timeout(timeout, watch).await {
+                None => return Err(timed_out(timeout)),
+                Some(answer) => match answer? {
                     Ok(()) => return Ok(()),
                     Err(Unwatched::Unit(error)) => return Err(error),
                     Err(Unwatched::Bus(error)) => {
@@ -147,7 +147,7 @@ impl Machine {
             }
         }
         let probe = |_: bool| async { Ok(self.probe_unit(unit, user).await?.then_some(())) };
-        retry(probe, timeout).await
+        retry(&self.inner.clock, probe, timeout).await
     }
 
     /// Waits until a unit is in a state: `active`, `inactive`, `activating`, `failed`, … Over the agent systemd itself
@@ -166,9 +166,9 @@ impl Machine {
         let _step = self.nested(format_args!("waiting for unit {unit} to be {state}{by}"));
         if let Session::Agent(agent) = self.session().await? {
             let watch = self.unless_ended(async { Ok(watch_for(&agent, unit, state, user).await) });
-            match tokio::time::timeout(timeout, watch).await {
-                Err(_) => return Err(timed_out(timeout)),
-                Ok(answer) => match answer? {
+            match self.inner.clock.timeout(timeout, watch).await {
+                None => return Err(timed_out(timeout)),
+                Some(answer) => match answer? {
                     Ok(()) => return Ok(()),
                     Err(error) => tracing::debug!("asking systemctl: {}", chain(&error)),
                 },
@@ -178,7 +178,7 @@ impl Machine {
             let now = self.get_unit_property(unit, "ActiveState", user).await?;
             Ok((now == state).then_some(()))
         };
-        retry(probe, timeout).await
+        retry(&self.inner.clock, probe, timeout).await
     }
 
     /// Whether a unit is active.

@@ -115,7 +115,7 @@ impl Machine {
             }
             Ok(find(&text)?.then_some(()))
         };
-        retry(probe, timeout).await
+        retry(&self.inner.clock, probe, timeout).await
     }
 
     /// Writes what a virtual terminal shows to the guest's journal, and so to the log.
@@ -156,7 +156,7 @@ impl Machine {
         let limit = last_probe(timeout);
         let probe =
             |_: bool| async move { Ok((self.probe(script, limit).await? == 0).then_some(())) };
-        retry(probe, timeout).await
+        retry(&self.inner.clock, probe, timeout).await
     }
 
     /// Has the agent wait; false if it cannot.
@@ -175,7 +175,8 @@ impl Machine {
             }
         };
         let wait = self.answered(wait, || "cannot wait".to_owned());
-        tokio::time::timeout(budget, wait).await.unwrap_or_else(|_| Err(timed_out(timeout)))
+        let answer = self.inner.clock.timeout(budget, wait).await;
+        answer.unwrap_or_else(|| Err(timed_out(timeout)))
     }
 
     async fn probe(&self, script: &str, timeout: Duration) -> Result<i32> {

@@ -124,6 +124,15 @@ with subtest("wait_for_qmp_event, wrongly: what the filter raises comes through"
     with t.assertRaises(KeyError):
         machine.wait_for_qmp_event(lambda event: event["no such key"])
 
+with subtest("send_monitor_command, wrongly: what has stopped is stopped once"):
+    list(machine.qmp_client.events())
+    for command, status in [("stop", "paused"), ("stop", "paused"), ("cont", "running")]:
+        machine.send_monitor_command(command)
+        t.assertIn(f"VM status: {status}", info("status"))
+    machine.send_monitor_command("cont")
+    seen = [event["event"] for event in machine.qmp_client.events()]
+    t.assertEqual(seen, ["STOP", "RESUME"])
+
 with subtest("make_command: words as they are"):
     t.assertEqual(machine.succeed(make_command(["echo", "a  b", 3, "$HOME"])), "a  b 3 $HOME\n")
 
@@ -166,3 +175,8 @@ with subtest("wait_for_shutdown, wrongly: one that stands still is not"):
     machine.execute("halt -f", check_output=False)
     with t.assertRaisesRegex(MachineError, "machine halted"):
         machine.wait_for_shutdown()
+
+with subtest("send_monitor_command, wrongly: a machine that is off can neither stop nor go on"):
+    for command in ("stop", "cont"):
+        with t.assertRaisesRegex(MachineError, "machine is not running"):
+            machine.send_monitor_command(command)

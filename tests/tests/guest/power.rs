@@ -1,8 +1,8 @@
 //! Power button, reboots, pauses.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use firn::{End, Error, ExecOptions, Machine, MachineError};
+use firn::{End, Error, ExecOptions, Machine, MachineError, Status};
 use firn_tests::with_machines;
 
 async fn output(machine: &Machine, command: &str) -> String {
@@ -91,6 +91,91 @@ fn the_clock_is_right_after_boot_and_after_a_pause() {
         assert!(after - before >= PAUSE.as_secs_f64() + 4.0, "{before}, then {after}");
         let said = output(machine, "dmesg | grep -iE 'lockup|stall|clocksource.*unstable' || true");
         assert_eq!(said.await, "");
+    });
+}
+
+#[test]
+fn no_time_of_a_call_runs_out_while_its_machine_is_paused() {
+    // Longer than any call below may take, and than the agent may be silent.
+    const PAUSE: Duration = Duration::from_secs(75);
+    const LIMIT: Duration = Duration::from_secs(40);
+    with_machines("[nodes.m]\n[nodes.other]", async |driver| {
+        let [machine, other] = driver.machines() else { panic!("there are two") };
+        tokio::try_join!(machine.connect(), other.connect()).unwrap();
+        let options = ExecOptions { timeout: Some(LIMIT), ..ExecOptions::default() };
+        let command = machine.execute("sleep 10; echo done", options);
+        let file = machine.wait_for_file("/tmp/there", LIMIT);
+        let tries = machine.wait_until_succeeds("test -e /tmp/there", LIMIT, None);
+        let printed = |text: &str| Ok(text.find("there is a file"));
+        let console = machine.wait_for_console("the text", printed, Some(LIMIT));
+        let pause = async {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            machine.pause().await.unwrap();
+            machine.pause().await.unwrap();
+            assert_eq!(machine.status(), Status::Paused);
+            assert!(machine.booted());
+            let time = machine.clock().now();
+            let resumed = Instant::now() + PAUSE;
+            while Instant::now() < resumed {
+                assert_eq!(output(other, "echo still here").await, "still here");
+                tokio::time::sleep(Duration::from_secs(5)).await;
+            }
+            assert_eq!(machine.clock().now(), time);
+            machine.resume().await.unwrap();
+            machine.resume().await.unwrap();
+            assert_eq!(machine.status(), Status::Running);
+            output(machine, "touch /tmp/there; echo there is a file >/dev/console").await
+        };
+        let (answer, file, tries, console, _) = tokio::join!(command, file, tries, console, pause);
+        assert_eq!(answer.unwrap(), (0, "done\n".to_owned()));
+        file.unwrap();
+        tries.unwrap();
+        console.unwrap();
+        // The time runs again.
+        let options = ExecOptions { timeout: Some(Duration::from_secs(2)), ..options };
+        let answer = machine.execute("echo begun; sleep 1000", options).await.unwrap();
+        assert_eq!(answer, (124, "begun\n".to_owned()));
+    });
+}
+
+#[test]
+fn the_states_of_a_machine() {
+    with_machines("[nodes.m]", async |driver| {
+        let machine = &driver.machines()[0];
+        let not_running =
+            |answer| matches!(answer, Err(Error::Machine(MachineError::NotRunning { .. })));
+        assert_eq!(machine.status(), Status::Off);
+        assert!(not_running(machine.pause().await) && not_running(machine.resume().await));
+        machine.start(false).await.unwrap();
+        assert_eq!(machine.status(), Status::Running);
+        // One that is paused before its guest is up comes up afterwards, and calls that begin meanwhile wait for it.
+        machine.pause().await.unwrap();
+        let late = async {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            machine.resume().await
+        };
+        let (answer, late) = tokio::join!(output(machine, "echo up"), late);
+        late.unwrap();
+        assert_eq!(answer, "up");
+        // One that is paused can be ended, and that ends what waits for it.
+        machine.pause().await.unwrap();
+        let crash = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            machine.crash().await;
+        };
+        let waits = machine.execute("true", ExecOptions::default());
+        let (answer, ()) = tokio::join!(waits, crash);
+        assert!(matches!(&answer, Err(Error::Machine(MachineError::Ended { .. }))), "{answer:?}");
+        assert_eq!(machine.status(), Status::Off);
+        // The next start begins with time that runs.
+        let options = ExecOptions { timeout: Some(Duration::from_secs(2)), ..Default::default() };
+        assert_eq!(machine.execute("sleep 1000", options).await.unwrap().0, 124);
+        let answer = machine.execute("poweroff -f; sleep 1000", ExecOptions::default()).await;
+        assert!(answer.is_err(), "{answer:?}");
+        assert_eq!(machine.status(), Status::Ended);
+        assert!(machine.pause().await.is_err());
+        machine.wait_for_shutdown().await.unwrap();
+        assert_eq!(machine.status(), Status::Off);
     });
 }
 

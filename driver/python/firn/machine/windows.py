@@ -4,7 +4,7 @@ import re
 
 from firn._firn import Machine
 from firn.duration import Duration
-from firn.retry import retry
+from firn.retry import retry_on
 
 #: The name of a window, in a line of xwininfo.
 _NAME = re.compile(r'0x[0-9a-f]+ "(.*?)"')
@@ -27,7 +27,7 @@ class Windows(Machine):
             return self.execute(f"{session} && test -e /tmp/.X11-unix/X0")[0] == 0
 
         with self.nested("waiting for the X11 server"):
-            retry(ready, timeout)
+            retry_on(lambda: self._now, ready, timeout)
 
     def get_window_names(self) -> list[str]:
         """Give the names of all windows of the guest's X server; needs xwininfo there."""
@@ -52,4 +52,4 @@ class Windows(Machine):
             return any(pattern.search(name) for name in names)
 
         with self.nested("waiting for a window to appear"):
-            retry(visible, timeout)
+            retry_on(lambda: self._now, visible, timeout)

@@ -21,7 +21,10 @@ impl PyMachine {
     /// timeout: seconds or a timedelta, after which the command is killed and the status is 124; None: never.
     ///
     /// Starts the machine if it is off. Raises MachineError if the guest ends meanwhile.
-    #[pyo3(signature = (command, check_return = true, check_output = true, timeout = Some(DEFAULT)))]
+    #[pyo3(
+        signature = (command, check_return = true, check_output = true, timeout = Some(DEFAULT)),
+        text_signature = "($self, command, check_return=True, check_output=True, timeout=900)"
+    )]
     fn execute(
         &self,
         py: Python<'_>,
@@ -39,6 +42,9 @@ impl PyMachine {
     /// timeout: for each command, in seconds or a timedelta; None: none.
     ///
     /// Raises RequestedAssertionFailed at the first that does not exit with 0.
+    ///
+    ///     kernel = machine.succeed("uname -r").strip()
+    ///     machine.succeed("mkdir /tmp/a", "touch /tmp/a/b", timeout=10)
     #[pyo3(signature = (*commands, timeout = None))]
     fn succeed(
         &self,
@@ -50,7 +56,9 @@ impl PyMachine {
         self.call(py, |machine| machine.succeed(&commands, seconds(timeout)))
     }
 
-    /// As succeed(), for commands none of which may exit with 0.
+    /// As succeed(), for commands none of which may exit with 0: raises RequestedAssertionFailed at the first that does.
+    ///
+    ///     machine.fail("ping -c 1 192.168.1.9")
     #[pyo3(signature = (*commands, timeout = None))]
     fn fail(
         &self,
@@ -68,7 +76,12 @@ impl PyMachine {
     /// attempt_timeout: of a single try, which is then given up and made again; None: what is left of the whole.
     ///
     /// Raises RequestedAssertionFailed if the last try fails, too.
-    #[pyo3(signature = (command, timeout = DEFAULT, attempt_timeout = None))]
+    ///
+    ///     machine.wait_until_succeeds("curl --fail http://localhost/", timeout=60)
+    #[pyo3(
+        signature = (command, timeout = DEFAULT, attempt_timeout = None),
+        text_signature = "($self, command, timeout=900, attempt_timeout=None)"
+    )]
     fn wait_until_succeeds(
         &self,
         py: Python<'_>,
@@ -81,7 +94,10 @@ impl PyMachine {
     }
 
     /// As wait_until_succeeds(), until the command does not exit with 0.
-    #[pyo3(signature = (command, timeout = DEFAULT, attempt_timeout = None))]
+    #[pyo3(
+        signature = (command, timeout = DEFAULT, attempt_timeout = None),
+        text_signature = "($self, command, timeout=900, attempt_timeout=None)"
+    )]
     fn wait_until_fails(
         &self,
         py: Python<'_>,

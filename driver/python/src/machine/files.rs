@@ -30,7 +30,10 @@ impl PyMachine {
     /// Copy a file or directory of the guest into `out_dir`.
     ///
     /// source: in the guest. target_dir: a directory below `out_dir`, made if it is missing.
-    #[pyo3(signature = (source, target_dir = PathBuf::new()))]
+    #[pyo3(
+        signature = (source, target_dir = PathBuf::new()),
+        text_signature = "($self, source, target_dir='')"
+    )]
     fn copy_from_machine(
         &self,
         py: Python<'_>,
@@ -41,7 +44,10 @@ impl PyMachine {
     }
 
     /// The old name of copy_from_machine().
-    #[pyo3(signature = (source, target_dir = PathBuf::new()))]
+    #[pyo3(
+        signature = (source, target_dir = PathBuf::new()),
+        text_signature = "($self, source, target_dir='')"
+    )]
     fn copy_from_vm(&self, py: Python<'_>, source: PathBuf, target_dir: PathBuf) -> PyResult<()> {
         let category = py.get_type::<PyDeprecationWarning>();
         PyErr::warn(py, &category, c"copy_from_vm is the old name of copy_from_machine", 1)?;

@@ -99,6 +99,19 @@ impl PyMachine {
         Ok(self.machine()?.config().variable())
     }
 
+    /// What it is doing: "off", "starting", "running", "paused", "stopping", or "ended", which it is until a call has
+    /// taken note of its end.
+    #[getter]
+    fn status(&self) -> PyResult<&'static str> {
+        Ok(self.machine()?.status().as_str())
+    }
+
+    /// Its time in seconds, which stands still while it is paused.
+    #[getter]
+    fn _now(&self) -> PyResult<f64> {
+        Ok(self.machine()?.clock().now().as_secs_f64())
+    }
+
     /// Whether it was started, and has not ended. Assigning False ends it at once.
     #[getter]
     fn booted(&self) -> PyResult<bool> {

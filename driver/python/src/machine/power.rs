@@ -59,9 +59,8 @@ impl PyMachine {
     /// Wait until it does not run, at most so long; says whether it does not.
     fn _wait_for_end(&self, py: Python<'_>, timeout: crate::duration::Timeout) -> PyResult<bool> {
         let machine = self.machine()?;
-        let end =
-            async { Ok(tokio::time::timeout(timeout.0, machine.wait_for_end()).await.is_ok()) };
-        wait(py, end)
+        let end = machine.clock().timeout(timeout.0, machine.wait_for_end());
+        wait(py, async { Ok(end.await.is_some()) })
     }
 
     /// Have the guest restart, and wait until it does so; the next command waits until it is up again.
@@ -81,13 +80,41 @@ impl PyMachine {
         wait(py, self.machine()?.release())
     }
 
+    /// Have the guest stand still until resume(). Nothing if it is paused.
+    ///
+    /// Its processors and devices stop, and with them the time of all calls that wait for it: no timeout of theirs runs
+    /// out meanwhile. Calls that begin while it is paused wait too, so somebody has to resume it: this script, or another
+    /// thread of it. The guest's own clock shows afterwards what time it is: over the backdoor's shell, where the guest
+    /// itself counts a command's timeout, that runs on.
+    ///
+    /// Raises MachineError if it does not run.
+    ///
+    ///     database.pause()
+    ///     client.fail("curl --max-time 5 http://database")
+    ///     database.resume()
+    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+        let machine = self.machine()?;
+        wait(py, machine.pause())
+    }
+
+    /// Let a guest go on after pause(). Nothing if it runs.
+    ///
+    /// Raises MachineError if the machine is off, or has ended.
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        let machine = self.machine()?;
+        wait(py, machine.resume())
+    }
+
     /// Forward a TCP port of the host's loopback to one of the guest, until the machine ends; give the host's port.
     ///
     /// host_port: a number, or that as a text; for 0 the system chooses one.
     /// guest_port: a number, or that as a text.
     ///
     /// Raises MachineError if the machine does not run, or the host's port is in use.
-    #[pyo3(signature = (host_port = Port(8080), guest_port = Port(80)))]
+    #[pyo3(
+        signature = (host_port = Port(8080), guest_port = Port(80)),
+        text_signature = "($self, host_port=8080, guest_port=80)"
+    )]
     fn forward_port(&self, py: Python<'_>, host_port: Port, guest_port: Port) -> PyResult<u16> {
         self.call(py, |machine| machine.forward_port(host_port.0, guest_port.0))
     }

@@ -25,7 +25,10 @@ impl PyMachine {
     ///
     /// Raises RequestedAssertionFailed at once if the unit has failed, or is inactive and no job is pending; and after
     /// the timeout.
-    #[pyo3(signature = (unit, user = None, timeout = DEFAULT))]
+    #[pyo3(
+        signature = (unit, user = None, timeout = DEFAULT),
+        text_signature = "($self, unit, user=None, timeout=900)"
+    )]
     fn wait_for_unit(
         &self,
         py: Python<'_>,
@@ -43,7 +46,10 @@ impl PyMachine {
     ///
     /// user: the name of a user whose own manager has the unit.
     /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
-    #[pyo3(signature = (unit, state, user = None, timeout = DEFAULT))]
+    #[pyo3(
+        signature = (unit, state, user = None, timeout = DEFAULT),
+        text_signature = "($self, unit, state, user=None, timeout=900)"
+    )]
     fn wait_for_unit_active_state(
         &self,
         py: Python<'_>,

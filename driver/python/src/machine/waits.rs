@@ -12,7 +12,10 @@ impl PyMachine {
     ///
     /// filename: a text, which the guest's shell expands, or a pathlib.Path.
     /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
-    #[pyo3(signature = (filename, timeout = DEFAULT))]
+    #[pyo3(
+        signature = (filename, timeout = DEFAULT),
+        text_signature = "($self, filename, timeout=900)"
+    )]
     fn wait_for_file(&self, py: Python<'_>, filename: GuestPath, timeout: Timeout) -> PyResult<()> {
         self.call(py, |machine| machine.wait_for_file(&filename, timeout.0))
     }
@@ -22,7 +25,10 @@ impl PyMachine {
     /// port: a number, or that as a text.
     /// addr: where, as the guest sees it: a name or an address.
     /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
-    #[pyo3(signature = (port, addr = "localhost", timeout = DEFAULT))]
+    #[pyo3(
+        signature = (port, addr = "localhost", timeout = DEFAULT),
+        text_signature = "($self, port, addr='localhost', timeout=900)"
+    )]
     fn wait_for_open_port(
         &self,
         py: Python<'_>,
@@ -34,7 +40,10 @@ impl PyMachine {
     }
 
     /// Wait until nothing listens on a TCP port; the arguments are those of wait_for_open_port().
-    #[pyo3(signature = (port, addr = "localhost", timeout = DEFAULT))]
+    #[pyo3(
+        signature = (port, addr = "localhost", timeout = DEFAULT),
+        text_signature = "($self, port, addr='localhost', timeout=900)"
+    )]
     fn wait_for_closed_port(
         &self,
         py: Python<'_>,
@@ -50,7 +59,10 @@ impl PyMachine {
     /// addr: its path: a text, which the guest's shell expands, or a pathlib.Path.
     /// is_datagram: whether it is one of datagrams; by default of streams.
     /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
-    #[pyo3(signature = (addr, is_datagram = false, timeout = DEFAULT))]
+    #[pyo3(
+        signature = (addr, is_datagram = false, timeout = DEFAULT),
+        text_signature = "($self, addr, is_datagram=False, timeout=900)"
+    )]
     fn wait_for_open_unix_socket(
         &self,
         py: Python<'_>,
@@ -73,7 +85,10 @@ impl PyMachine {
     /// tty: its number, or that as a text; it need not be there yet.
     /// regexp: as for re.search(), or a compiled one.
     /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
-    #[pyo3(signature = (tty, regexp, timeout = DEFAULT))]
+    #[pyo3(
+        signature = (tty, regexp, timeout = DEFAULT),
+        text_signature = "($self, tty, regexp, timeout=900)"
+    )]
     fn wait_until_tty_matches(
         &self,
         py: Python<'_>,

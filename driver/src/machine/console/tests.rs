@@ -4,10 +4,11 @@ use std::time::Duration;
 use regex::Regex;
 
 use super::*;
+use crate::clock::Clock;
 use crate::error::Error;
 
 fn console(text: &str) -> Arc<Console> {
-    let console = Arc::new(Console::new());
+    let console = Arc::new(Console::new(Clock::new()));
     print(&console, text);
     console
 }
@@ -71,7 +72,7 @@ async fn text_that_comes_later_ends_the_wait() {
 
 #[tokio::test(start_paused = true)]
 async fn bytes_that_are_no_text_keep_positions_right() {
-    let console = Arc::new(Console::new());
+    let console = Arc::new(Console::new(Clock::new()));
     console.push(b"\xff\xfe ready\nready again\n");
     wait(&console, "ready", 1).await.expect("first line");
     wait(&console, "ready again", 1).await.expect("second line");
@@ -96,7 +97,7 @@ fn the_tail_is_short_and_clean() {
 
 #[test]
 fn memory_is_bounded() {
-    let console = Console::new();
+    let console = Console::new(Clock::new());
     let line = [b'x'; 1 << 20];
     for _ in 0..60 {
         console.push(&line);

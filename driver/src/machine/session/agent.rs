@@ -8,21 +8,18 @@ use std::time::Duration;
 
 use firn_guest_agent::protocol::{SYSTEM_DOWN, SYSTEM_UP};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{OnceCell, watch};
-use tokio::time::{sleep, timeout};
+use tokio::sync::OnceCell;
 
-use super::{Command, MAX_OUTPUT, Result, SessionError};
+use super::{Command, KILL_AFTER, MAX_OUTPUT, Result, SessionError};
 use crate::agent::{
-    ANSWER_WITHIN, AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest,
+    ANSWER_WITHIN, AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest, Exit,
     FileInfo, Lost, StderrMode, Stream,
 };
+use crate::clock::Clock;
 
-/// How often the agent shall say that it is alive.
-pub(super) const HEARTBEAT: Duration = Duration::from_secs(10);
-/// After this long without a word the guest is taken for frozen. Hosts that emulate guests are slow, so it is long.
-pub(super) const SILENCE: Duration = Duration::from_secs(60);
-/// How many times it is waited for within that.
-const SILENCE_PIECES: u32 = 4;
+/// Signals, by number.
+const SIGTERM: i32 = 15;
+const SIGKILL: i32 = 9;
 
 /// Where root's login environment is made.
 const PROFILE: &str = "/etc/profile";
@@ -38,8 +35,7 @@ type Environment = Vec<(String, String)>;
 #[derive(Clone)]
 pub(crate) struct AgentSession {
     client: AgentClient,
-    /// Changes with each of the agent's heartbeats.
-    alive: watch::Receiver<Option<Duration>>,
+    clock: Clock,
     /// Root's login environment, made once: most guests' profiles run programs.
     environment: Arc<OnceCell<Environment>>,
 }
@@ -47,14 +43,11 @@ pub(crate) struct AgentSession {
 impl AgentSession {
     /// Waits for the guest's agent at the other end of `stream`, which is left open: with `again` the agent may
     /// have been left in the middle of anything.
-    pub(crate) async fn connect(stream: &UnixStream, again: bool) -> Result<Self> {
+    pub(crate) async fn connect(stream: &UnixStream, again: bool, clock: &Clock) -> Result<Self> {
         let stream = cloned(stream).map_err(|e| AgentError::Lost(Lost::Io(Arc::new(e))))?;
-        let client = match again {
-            true => AgentClient::reconnect(stream).await?,
-            false => AgentClient::connect(stream).await?,
-        };
-        let alive = client.heartbeat(HEARTBEAT);
-        Ok(Self { client, alive, environment: Arc::default() })
+        let client = AgentClient::connect_on(stream, clock, again).await?;
+        client.notice_silence();
+        Ok(Self { client, clock: clock.clone(), environment: Arc::default() })
     }
 
     /// The agent itself, for what only it can do.
@@ -65,30 +58,6 @@ impl AgentSession {
     /// Whether both are the same one.
     pub(super) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.environment, &other.environment)
-    }
-
-    /// Waits for an answer as long as the agent lives.
-    async fn attend<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
-        tokio::select! {
-            biased;
-            answer = answer => answer,
-            () = self.silence() => Err(SessionError::Silent),
-        }
-    }
-
-    /// Waits until the agent has been silent for too long.
-    async fn silence(&self) {
-        let mut alive = self.alive.clone();
-        alive.mark_unchanged();
-        let mut silent = 0;
-        // In pieces, of which a clock that jumps ends only one: a host that was stopped for a minute has no silent guest.
-        while silent < SILENCE_PIECES {
-            // It cannot be closed while the client is there.
-            match timeout(SILENCE / SILENCE_PIECES, alive.changed()).await {
-                Ok(Ok(())) => silent = 0,
-                Ok(Err(_)) | Err(_) => silent += 1,
-            }
-        }
     }
 
     /// What the guest said went wrong while it came up.
@@ -116,20 +85,16 @@ impl AgentSession {
 
     /// Waits until the session is gone, and says why.
     pub(crate) async fn lost(&self) -> SessionError {
-        let lost = async { Ok(self.client.lost().await) };
-        match self.attend(lost).await {
-            Ok(lost) => AgentError::Lost(lost).into(),
-            Err(error) => error,
-        }
+        AgentError::Lost(self.client.lost().await).into()
     }
 
-    async fn exec(&self, command: Command) -> Result<Exec> {
+    /// Starts a command. Its timeout is its caller's to see to: the guest's own clock runs on while the machine is
+    /// paused.
+    async fn exec(&self, script: &str) -> Result<Exec> {
         let environment = self.environment.get_or_try_init(|| self.login_environment()).await?;
-        let mut request = ExecRequest::shell(format!("set -euo pipefail; {}", command.script));
+        let mut request = ExecRequest::shell(format!("set -euo pipefail; {script}"));
         request.env.clone_from(environment);
         request.stderr = StderrMode::Console;
-        request.timeout_ms =
-            command.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
         Ok(self.client.exec(request).await?)
     }
 
@@ -138,8 +103,9 @@ impl AgentSession {
             Ok(_) => {
                 let mut request = ExecRequest::shell(ENVIRONMENT);
                 request.stderr = StderrMode::Null;
-                let answer = timeout(ANSWER_WITHIN, self.client.exec_collect(request)).await;
-                let answer = answer.map_err(|_| AgentError::Late(ANSWER_WITHIN))?;
+                let answer = self.client.exec_collect(request);
+                let answer = self.clock.timeout(ANSWER_WITHIN, answer).await;
+                let answer = answer.ok_or(AgentError::Late(ANSWER_WITHIN))?;
                 parse_environment(&answer?.stdout)
             }
             Err(AgentError::Refused(_)) => Environment::new(),
@@ -153,7 +119,7 @@ impl AgentSession {
 
     /// Starts a command and leaves it alone.
     pub(super) async fn spawn(&self, command: Command) -> Result<()> {
-        self.attend(async { Ok(self.exec(command).await?.detach()?) }).await
+        Ok(self.exec(&command.script).await?.detach()?)
     }
 
     /// See [`super::Session::run`].
@@ -163,42 +129,75 @@ impl AgentSession {
         patience: Duration,
         lingering: impl FnOnce(),
     ) -> Result<(i32, Vec<u8>)> {
-        let run = async {
-            let mut exec = self.exec(command).await?;
-            let mut output = Output::default();
-            while output.status.is_none() {
-                match exec.next().await? {
-                    Some(event) => output.take(event)?,
-                    None => return Ok(output.finish()),
-                }
-            }
-            tokio::select! {
-                done = output.drain(&mut exec) => done?,
-                () = sleep(patience) => {
-                    lingering();
-                    output.drain(&mut exec).await?;
-                }
-            }
-            Ok(output.finish())
+        let mut exec = self.exec(&command.script).await?;
+        let mut output = Output::default();
+        let Some(limit) = command.timeout else {
+            output.until_exit(&mut exec).await?;
+            return self.finish(output, exec, patience, lingering).await;
         };
-        self.attend(run).await
+        match self.clock.timeout(limit, output.until_exit(&mut exec)).await {
+            Some(exited) => exited?,
+            None => return self.end(output, exec, patience).await,
+        }
+        self.finish(output, exec, patience, lingering).await
+    }
+
+    /// Waits for what a command that has exited left in its streams.
+    async fn finish(
+        &self,
+        mut output: Output,
+        mut exec: Exec,
+        patience: Duration,
+        lingering: impl FnOnce(),
+    ) -> Result<(i32, Vec<u8>)> {
+        match self.clock.timeout(patience, output.drain(&mut exec)).await {
+            Some(done) => done?,
+            None => {
+                lingering();
+                output.drain(&mut exec).await?;
+            }
+        }
+        Ok(output.finish())
+    }
+
+    /// Ends a command whose time is over, as `timeout` would.
+    async fn end(
+        &self,
+        mut output: Output,
+        mut exec: Exec,
+        patience: Duration,
+    ) -> Result<(i32, Vec<u8>)> {
+        exec.signal(SIGTERM)?;
+        match self.clock.timeout(KILL_AFTER, output.until_exit(&mut exec)).await {
+            Some(exited) => exited?,
+            None => {
+                exec.signal(SIGKILL)?;
+                output.until_exit(&mut exec).await?;
+            }
+        }
+        // Who else holds its output is not waited for.
+        if let Some(done) = self.clock.timeout(patience, output.drain(&mut exec)).await {
+            done?;
+        }
+        output.status = Some(Exit::TimedOut.shell_status());
+        Ok(output.finish())
     }
 
     /// Waits until something holds.
     pub(crate) async fn wait(&self, condition: Condition) -> Result<()> {
-        self.attend(async { Ok(self.client.wait(condition).await?) }).await
+        Ok(self.client.wait(condition).await?)
     }
 
     pub(super) async fn power_off(&self) -> Result<()> {
-        self.attend(async { Ok(self.client.power_off().await?) }).await
+        Ok(self.client.power_off().await?)
     }
 
     pub(super) async fn reboot(&self) -> Result<()> {
-        self.attend(async { Ok(self.client.reboot().await?) }).await
+        Ok(self.client.reboot().await?)
     }
 
     pub(super) async fn sync(&self) -> Result<()> {
-        self.attend(async { Ok(self.client.sync().await?) }).await
+        Ok(self.client.sync().await?)
     }
 
     pub(super) async fn write_file(
@@ -207,7 +206,7 @@ impl AgentSession {
         mode: u32,
         source: &mut (impl AsyncRead + Unpin + Send),
     ) -> Result<()> {
-        self.attend(async { Ok(self.client.write_file(path, mode, source).await?) }).await
+        Ok(self.client.write_file(path, mode, source).await?)
     }
 
     pub(super) async fn read_file(
@@ -215,22 +214,20 @@ impl AgentSession {
         path: &Path,
         target: &mut (impl AsyncWrite + Unpin + Send),
     ) -> Result<()> {
-        self.attend(async {
-            self.client.read_file(path, target).await.map(drop).map_err(Into::into)
-        })
-        .await
+        self.client.read_file(path, target).await?;
+        Ok(())
     }
 
     pub(super) async fn make_directory(&self, path: &Path, mode: u32) -> Result<()> {
-        self.attend(async { Ok(self.client.make_directory(path, mode).await?) }).await
+        Ok(self.client.make_directory(path, mode).await?)
     }
 
     pub(super) async fn stat(&self, path: &Path, follow: bool) -> Result<FileInfo> {
-        self.attend(async { Ok(self.client.stat(path, follow).await?) }).await
+        Ok(self.client.stat(path, follow).await?)
     }
 
     pub(super) async fn list(&self, path: &Path) -> Result<Vec<Entry>> {
-        self.attend(async { Ok(self.client.list(path).await?) }).await
+        Ok(self.client.list(path).await?)
     }
 }
 
@@ -267,6 +264,17 @@ impl Output {
             }
             ExecEvent::Exited(exit) => self.status = Some(exit.shell_status()),
             ExecEvent::Output { .. } | ExecEvent::Closed(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Takes what comes until the command has exited. May be cancelled without loss.
+    async fn until_exit(&mut self, exec: &mut Exec) -> Result<()> {
+        while self.status.is_none() {
+            match exec.next().await? {
+                Some(event) => self.take(event)?,
+                None => return Ok(()),
+            }
         }
         Ok(())
     }

@@ -16,11 +16,13 @@ mod tests;
 pub(super) use agent::AgentSession;
 pub(super) use shell::ShellSession;
 
-use agent::SILENCE;
 use shell::ShellError;
 
 /// Most bytes of a command's output that are kept: a guest must not fill the host's memory.
 const MAX_OUTPUT: usize = 256 << 20;
+
+/// How long a command that ignores SIGTERM lives after its timeout.
+const KILL_AFTER: Duration = Duration::from_secs(2);
 
 /// Longest script that is given to a shell as an argument: Linux takes none above 128 KiB.
 const MAX_ARGUMENT: usize = 64 << 10;
@@ -47,8 +49,6 @@ pub(super) enum Session {
 pub(super) enum SessionError {
     #[error(transparent)]
     Agent(#[from] AgentError),
-    #[error("the agent has not said a word for {} seconds", SILENCE.as_secs())]
-    Silent,
     #[error(transparent)]
     Shell(#[from] ShellError),
     #[error("the command printed more than {} MiB", MAX_OUTPUT >> 20)]
@@ -59,7 +59,7 @@ impl SessionError {
     /// Whether the session itself is gone.
     pub(super) fn lost(&self) -> bool {
         match self {
-            Self::Silent | Self::Agent(AgentError::Lost(_) | AgentError::Version { .. }) => true,
+            Self::Agent(AgentError::Lost(_) | AgentError::Version { .. }) => true,
             Self::Shell(error) => error.lost(),
             Self::Agent(_) | Self::TooMuchOutput => false,
         }
@@ -83,7 +83,7 @@ impl SessionError {
             }
             Self::Agent(Version { .. }) => true,
             Self::Shell(error) => error.lost(),
-            Self::Agent(_) | Self::Silent | Self::TooMuchOutput => false,
+            Self::Agent(_) | Self::TooMuchOutput => false,
         }
     }
 }

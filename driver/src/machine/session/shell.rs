@@ -17,13 +17,13 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWrite
 use tokio::io::{ReadHalf, WriteHalf};
 use tokio::net;
 use tokio::sync::{Mutex, mpsc, watch};
-use tokio::time::timeout;
 
 use super::agent::cloned;
-use super::{Command, MAX_OUTPUT, Result, SessionError};
+use super::{Command, KILL_AFTER, MAX_OUTPUT, Result, SessionError};
 use crate::agent::{
     ANSWER_WITHIN, AgentError, BytePath, Entry, FileInfo, FileKind, MAX_FILE, MAX_LISTING,
 };
+use crate::clock::Clock;
 use crate::machine::exec;
 
 #[cfg(test)]
@@ -37,8 +37,6 @@ const MAX_LINE: usize = 64 << 10;
 const CHUNK: usize = 1 << 20;
 /// How much longer than a command's own timeout its answer may take. Emulated guests are slow.
 const GRACE: Duration = Duration::from_secs(60);
-/// How long a command that ignores SIGTERM lives after its timeout, in seconds; the agent does the same.
-const KILL_AFTER: u32 = 2;
 
 /// Why a call through the shell failed.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +76,7 @@ impl From<io::Error> for ShellError {
 #[derive(Clone)]
 pub(crate) struct ShellSession {
     line: Arc<Mutex<Line>>,
+    clock: Clock,
     /// Whether its guest is gone.
     closed: Arc<watch::Sender<bool>>,
 }
@@ -92,7 +91,7 @@ struct Line {
 
 impl ShellSession {
     /// Waits for the backdoor's shell at the other end of `stream`, which is left open.
-    pub(crate) async fn connect(stream: &UnixStream) -> Result<Self> {
+    pub(crate) async fn connect(stream: &UnixStream, clock: &Clock) -> Result<Self> {
         // The halves that a socket has of its own would shut it down when they go.
         let (reader, writer) = tokio::io::split(cloned(stream).map_err(ShellError::from)?);
         let mut reader = BufReader::new(reader);
@@ -105,7 +104,7 @@ impl ShellSession {
         let (sender, lines) = mpsc::unbounded_channel();
         tokio::spawn(write_lines(writer, lines));
         let line = Arc::new(Mutex::new(Line { reader, writer: sender, calls: 0 }));
-        Ok(Self { line, closed: Arc::new(watch::Sender::new(false)) })
+        Ok(Self { line, clock: clock.clone(), closed: Arc::new(watch::Sender::new(false)) })
     }
 
     /// Whether both are the same one.
@@ -269,7 +268,9 @@ impl ShellSession {
         let answer = line.answer(&marker, room);
         match limit {
             None => answer.await,
-            Some(limit) => timeout(limit.saturating_add(GRACE), answer)
+            Some(limit) => self
+                .clock
+                .timeout(limit.saturating_add(GRACE), answer)
                 .await
                 .unwrap_or(Err(ShellError::Mute.into())),
         }
@@ -381,7 +382,7 @@ fn shell(command: &Command) -> Result<String> {
     let limit = command.timeout.map_or(String::new(), |limit| {
         // 0 would mean none.
         let seconds = limit.as_secs_f64().max(0.001);
-        format!("timeout -k {KILL_AFTER} {seconds} ")
+        format!("timeout -k {} {seconds} ", KILL_AFTER.as_secs())
     });
     // Its input is not the shell's: what it read of that would be missing there.
     Ok(format!("{limit}bash -c {script} </dev/null"))

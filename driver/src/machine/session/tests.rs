@@ -5,8 +5,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use std::os::unix::net::UnixStream;
 
-use super::agent::{HEARTBEAT, cloned};
+use super::agent::cloned;
 use super::*;
+use crate::agent::{HEARTBEAT, SILENCE};
+use crate::clock::Clock;
 
 /// An agent that greets, is ready, and then says nothing any more.
 async fn mute_agent(stream: UnixStream) {
@@ -53,7 +55,8 @@ async fn an_agent_that_is_started_again_is_met_again() {
         }
     });
     for again in [false, true, true] {
-        let session = AgentSession::connect(&host, again).await.expect("the agent greets");
+        let session =
+            AgentSession::connect(&host, again, &Clock::new()).await.expect("the agent greets");
         let lost = session.lost().await;
         assert!(lost.lost() && !lost.is_final(), "{lost}");
     }
@@ -64,12 +67,17 @@ async fn an_agent_that_is_started_again_is_met_again() {
 async fn a_frozen_guest_is_noticed() {
     let (host, guest) = UnixStream::pair().expect("sockets");
     let agent = tokio::spawn(mute_agent(guest));
-    let session = AgentSession::connect(&host, false).await.expect("the agent greets");
+    let clock = Clock::new();
+    let session = AgentSession::connect(&host, false, &clock).await.expect("the agent greets");
     assert_eq!(session.warnings(), ["no clock"]);
     let began = tokio::time::Instant::now();
     let command = Command { script: "true".to_owned(), timeout: None };
     let error = session.run(command, HEARTBEAT, || {}).await.expect_err("it is mute");
-    assert!(matches!(error, SessionError::Silent) && error.lost() && !error.is_final());
+    assert!(
+        matches!(error, SessionError::Agent(AgentError::Lost(Lost::Silent)))
+            && error.lost()
+            && !error.is_final()
+    );
     assert_eq!(began.elapsed().as_secs(), SILENCE.as_secs());
     drop((session, host));
     agent.await.expect("no panic");
@@ -79,7 +87,8 @@ async fn a_frozen_guest_is_noticed() {
 async fn an_agent_that_goes_ends_calls_at_once() {
     let (host, guest) = UnixStream::pair().expect("sockets");
     let agent = tokio::spawn(mute_agent(guest));
-    let session = AgentSession::connect(&host, false).await.expect("the agent greets");
+    let clock = Clock::new();
+    let session = AgentSession::connect(&host, false, &clock).await.expect("the agent greets");
     let command = Command { script: "true".to_owned(), timeout: None };
     let run = session.run(command, HEARTBEAT, || {});
     let gone = async {

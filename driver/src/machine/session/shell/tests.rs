@@ -29,7 +29,7 @@ impl Backdoor {
     }
 
     async fn connect(&self) -> ShellSession {
-        ShellSession::connect(&self.console).await.expect("the shell is there")
+        ShellSession::connect(&self.console, &Clock::new()).await.expect("the shell is there")
     }
 }
 
@@ -78,7 +78,9 @@ async fn a_call_that_is_given_up_does_not_disturb_the_next() {
     let backdoor = Backdoor::start("");
     let shell = backdoor.connect().await;
     let slow = command("echo wrong; sleep 0.3; echo wrong");
-    timeout(Duration::from_millis(50), shell.run(&slow)).await.expect_err("it is slow");
+    tokio::time::timeout(Duration::from_millis(50), shell.run(&slow))
+        .await
+        .expect_err("it is slow");
     assert_eq!(
         shell.run(&command("echo right")).await.expect("an answer"),
         (0, b"right\n".to_vec())
@@ -162,7 +164,7 @@ async fn a_shell_that_ends_is_noticed() {
 async fn a_mute_shell_is_not_waited_for_longer_than_the_command() {
     let (host, guest) = UnixStream::pair().expect("sockets");
     say(&guest, b"Spawning backdoor root shell...\n");
-    let shell = ShellSession::connect(&host).await.expect("the banner is there");
+    let shell = ShellSession::connect(&host, &Clock::new()).await.expect("the banner is there");
     let slow = Command { script: "true".to_owned(), timeout: Some(Duration::from_secs(5)) };
     let error = shell.run(&slow).await.expect_err("nobody answers");
     assert!(matches!(error, SessionError::Shell(ShellError::Mute)) && error.lost(), "{error}");
@@ -174,7 +176,7 @@ async fn garbage_is_refused() {
         let (host, guest) = UnixStream::pair().expect("sockets");
         say(&guest, b"Spawning backdoor root shell...\n");
         say(&guest, answer.as_bytes());
-        let shell = ShellSession::connect(&host).await.expect("the banner is there");
+        let shell = ShellSession::connect(&host, &Clock::new()).await.expect("the banner is there");
         let error = shell.run(&command("true")).await.expect_err("it is no answer");
         assert!(matches!(error, SessionError::Shell(ShellError::Garbage(_))), "{error}");
     }
@@ -186,7 +188,7 @@ async fn a_shell_that_is_started_again_fails_the_call_that_it_ran() {
     for rest in ["b24K\n", "b24", ""] {
         let (host, guest) = UnixStream::pair().expect("sockets");
         say(&guest, b"Spawning backdoor root shell...\n");
-        let shell = ShellSession::connect(&host).await.expect("the banner is there");
+        let shell = ShellSession::connect(&host, &Clock::new()).await.expect("the banner is there");
         let answers = format!("firn-1\n{rest}Spawning backdoor root shell...\nfirn-2\nb24K\n0\n");
         say(&guest, answers.as_bytes());
         let error = shell.run(&command("kill")).await.expect_err("its shell was killed");
@@ -222,7 +224,7 @@ fn say(mut stream: &UnixStream, bytes: &[u8]) {
 async fn what_a_hostile_shell_answers_is_bounded() {
     let (host, guest) = UnixStream::pair().expect("sockets");
     say(&guest, b"Spawning backdoor root shell...\n");
-    let shell = ShellSession::connect(&host).await.expect("the banner is there");
+    let shell = ShellSession::connect(&host, &Clock::new()).await.expect("the banner is there");
     let flood = std::thread::spawn(move || {
         use std::io::Write;
         let mut guest = &guest;

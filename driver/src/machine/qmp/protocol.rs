@@ -67,7 +67,7 @@ impl Machine {
         Ok(match command {
             "qmp_capabilities" => json!({}),
             "query-status" => {
-                let status = self.status();
+                let status = self.qemu_status();
                 json!({"running": status == "running", "status": status})
             }
             "query-name" => json!({"name": self.name()}),

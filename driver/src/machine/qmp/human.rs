@@ -75,7 +75,7 @@ impl Machine {
     async fn info(&self, what: &str, command: &str) -> Result<String> {
         Ok(match what {
             "name" => format!("{}\n", self.name()),
-            "status" => format!("VM status: {}\n", self.status()),
+            "status" => format!("VM status: {}\n", self.qemu_status()),
             "version" => format!("{} (firn)\n", env!("CARGO_PKG_VERSION")),
             "kvm" => "kvm support: enabled\n".to_owned(),
             "balloon" => format!("balloon: actual={}\n", self.memory().await? >> 20),

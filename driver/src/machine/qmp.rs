@@ -6,9 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use tokio::time::timeout;
 
-use super::Machine;
+use super::{Machine, Status};
 use crate::error::{End, MachineError, Result};
 
 mod human;
@@ -16,9 +15,6 @@ mod protocol;
 
 /// Most events that wait to be asked for.
 const MAX_EVENTS: usize = 1000;
-
-/// The balloon counts in these.
-const PAGE: u64 = 4096;
 
 /// Commands of QEMU's human monitor for which firn has nothing, and why: as `help` has them, and who tries one reads it.
 const REFUSED: &[(&[&str], &str)] = &[
@@ -71,7 +67,7 @@ impl Events {
         Self { queue: Mutex::default(), grown: watch::Sender::new(()) }
     }
 
-    fn tell(&self, event: &str, data: &Value) {
+    pub(super) fn tell(&self, event: &str, data: &Value) {
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let timestamp = json!({"seconds": now.as_secs(), "microseconds": now.subsec_micros()});
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -104,7 +100,8 @@ impl Events {
 
 impl Machine {
     /// The next event that QEMU's machine protocol would have told: `SHUTDOWN`, `RESET`, `STOP`, `RESUME`, `POWERDOWN`,
-    /// `GUEST_PANICKED`. Each is seen once. None if there is none within `limit`.
+    /// `GUEST_PANICKED`. Each is seen once. None if there is none within `limit`, of the host's time: whoever asks may be
+    /// who shall resume a machine that is paused.
     pub async fn next_qmp_event(&self, limit: Duration) -> Option<Value> {
         let events = &self.inner.events;
         let mut grown = events.grown.subscribe();
@@ -118,27 +115,16 @@ impl Machine {
                 let _ = grown.changed().await;
             }
         };
-        timeout(limit, next).await.ok()
+        tokio::time::timeout(limit, next).await.ok()
     }
 
-    fn status(&self) -> &'static str {
-        match self.run() {
-            Err(_) => "shutdown",
-            Ok(run) if run.monitor.is_paused() => "paused",
-            Ok(_) => "running",
+    /// As QEMU says it.
+    fn qemu_status(&self) -> &'static str {
+        match self.status() {
+            Status::Running => "running",
+            Status::Paused => "paused",
+            Status::Off | Status::Starting | Status::Stopping | Status::Ended => "shutdown",
         }
-    }
-
-    async fn pause(&self) -> Result<()> {
-        self.run()?.monitor.pause().await;
-        self.inner.events.tell("STOP", &json!({}));
-        Ok(())
-    }
-
-    async fn resume(&self) -> Result<()> {
-        self.run()?.monitor.resume().await;
-        self.inner.events.tell("RESUME", &json!({}));
-        Ok(())
     }
 
     /// Has the guest power off, without waiting for it.
@@ -151,31 +137,28 @@ impl Machine {
     /// Upstream's names for network cards: virtio-net-pci.N is the one of the Nth vlan.
     fn set_card(&self, name: &str, up: bool) -> Result<()> {
         let number = name.strip_prefix("virtio-net-pci.").and_then(|n| n.parse::<usize>().ok());
-        let port = number.and_then(|n| self.inner.ports.get(n.checked_sub(1)?));
-        let Some(port) = port else {
-            let count = self.inner.ports.len();
+        let count = self.inner.backend.links();
+        let card = number.and_then(|n| n.checked_sub(1)).filter(|card| *card < count);
+        let Some(card) = card else {
             return Err(usage(&format!(
                 "{} has no network card `{name}`: it has virtio-net-pci.1 to .{count}",
                 self.name()
             )));
         };
-        port.set_link(up);
+        self.inner.backend.set_link(card, up);
         Ok(())
     }
 
     /// How much memory the guest has, in bytes, without what its balloon has taken.
     async fn memory(&self) -> Result<u64> {
-        let taken = self.run()?.monitor.balloon().await.ok_or_else(|| self.no_balloon())?;
-        let (node, _) = self.devices()?;
-        Ok((node.memory().get() << 20).saturating_sub(u64::from(taken) * PAGE))
+        self.run()?;
+        self.inner.backend.memory().await?.ok_or_else(|| self.no_balloon())
     }
 
     /// Asks the guest, by its balloon, to do with so much memory.
     async fn set_memory(&self, bytes: u64) -> Result<()> {
-        let (node, _) = self.devices()?;
-        let pages = (node.memory().get() << 20).saturating_sub(bytes) / PAGE;
-        let pages = u32::try_from(pages).unwrap_or(u32::MAX);
-        match self.run()?.monitor.set_balloon(pages).await {
+        self.run()?;
+        match self.inner.backend.set_memory(bytes).await? {
             true => Ok(()),
             false => Err(self.no_balloon()),
         }

@@ -1,0 +1,335 @@
+//! A machine in firn's own monitor. Its calls block, so they run on threads made for that.
+
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use firn_gateway::{Forward, Gateway, GatewaySpec};
+use firn_net_switch::{NetPort, SwitchPort};
+use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::spec::MachineSpec;
+use firn_vmm::virtio::balloon::BalloonHandle;
+use firn_vmm::vm::{self, HostSide, Vm, VmError};
+use futures_util::future::BoxFuture;
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
+
+use super::{Backend, Event, Started};
+use crate::config::{NodeConfig, PortForward};
+use crate::descriptors::Part;
+use crate::error::{End, MachineError, Result};
+use crate::log::Logger;
+use crate::machine::Dirs;
+use crate::machine::console::{Console, ConsoleWriter};
+use crate::machine::setup::Source;
+
+/// Most events of a machine, beside those that begin and end a boot, that are passed on.
+const MAX_EVENTS: u32 = 1000;
+/// The balloon counts in these.
+const PAGE: u64 = 4096;
+
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// A machine of firn's own kind.
+pub(in crate::machine) struct Firn {
+    node: Arc<NodeConfig>,
+    source: Arc<Source>,
+    log: Logger,
+    /// How many files its guest may make this process open.
+    descriptors: Arc<Part>,
+    /// Where its cards on vlans are plugged in, in the order of the node's vlans.
+    ports: Vec<Arc<SwitchPort>>,
+    /// The user network of a machine that runs.
+    gateway: Mutex<Option<Arc<Gateway>>>,
+    running: Arc<Mutex<Option<Running>>>,
+    /// Of the last boot that has ended.
+    boot_marks: Mutex<Vec<Mark>>,
+}
+
+/// A virtual machine between its start and its end.
+struct Running {
+    vm: Vm,
+    paused: bool,
+    /// Its memory in bytes.
+    memory: u64,
+}
+
+impl Firn {
+    pub(in crate::machine) fn new(
+        node: Arc<NodeConfig>,
+        source: Arc<Source>,
+        ports: Vec<Arc<SwitchPort>>,
+        descriptors: Arc<Part>,
+        log: Logger,
+    ) -> Self {
+        Self {
+            node,
+            source,
+            log,
+            descriptors,
+            ports,
+            gateway: Mutex::default(),
+            running: Arc::default(),
+            boot_marks: Mutex::default(),
+        }
+    }
+
+    fn name(&self) -> String {
+        self.node.name.clone()
+    }
+
+    fn start_error(&self, source: impl Into<Cause>) -> MachineError {
+        MachineError::Start { machine: self.name(), source: source.into() }
+    }
+
+    fn network_error(&self, what: &str, source: impl Into<Cause>) -> MachineError {
+        let (machine, what) = (self.name(), what.to_owned());
+        MachineError::Network { machine, what, source: source.into() }
+    }
+
+    fn monitor_error(&self, what: &'static str, source: VmError) -> MachineError {
+        MachineError::Monitor { machine: self.name(), what, source: source.into() }
+    }
+
+    /// Does something with the machine that blocks.
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Running) -> T + Send + 'static,
+    ) -> Result<T> {
+        let running = Arc::clone(&self.running);
+        let done = blocking(move || lock(&running).as_mut().map(work)).await;
+        done.ok_or_else(|| MachineError::NotRunning { machine: self.name() }.into())
+    }
+
+    async fn launch(&self, dirs: &Dirs, console: Arc<Console>) -> Result<Started> {
+        let spec = self.source.spec(&self.node, dirs, &self.log).await?;
+        let (shell, shell_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
+        let (agent, agent_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
+        let (sender, events) = mpsc::unbounded_channel();
+        let host = HostSide {
+            events: Box::new(passed_on(self.name(), sender)),
+            serial: Box::new(ConsoleWriter(console)),
+            console_ports: vec![shell_guest, agent_guest],
+            nets: self.nets(),
+            descriptors: self.descriptors.monitor(),
+        };
+        let vm = blocking(move || start_vm(&spec, host)).await;
+        *lock(&self.running) = Some(vm.map_err(|e| self.start_error(e))?);
+        Ok(Started { events, shell, agent: Some(agent) })
+    }
+
+    /// Makes the user network, if the machine has one and it is not there.
+    async fn open_user_network(&self, dirs: &Dirs) -> Result<()> {
+        if lock(&self.gateway).is_some() {
+            return Ok(());
+        }
+        let Some(network) = self.source.user_network(&self.node, dirs)? else {
+            return Ok(());
+        };
+        let spec = GatewaySpec {
+            host_name: self.name(),
+            restrict: network.restrict,
+            host_loopback: network.host_loopback,
+            descriptors: self.descriptors.network(),
+            ..GatewaySpec::default()
+        };
+        let failed = |source| self.network_error("cannot start its user network", source);
+        let gateway = Gateway::new(spec).await.map_err(failed)?;
+        for PortForward(forward) in &network.forward_ports {
+            let bound = match gateway.forward(*forward).await {
+                Ok(bound) => bound,
+                Err(error) => {
+                    // So that the ports that it has got are free on return.
+                    gateway.close().await;
+                    return Err(failed(error).into());
+                }
+            };
+            if forward.host.port() == 0 {
+                let guest = forward.guest;
+                self.log.info(format_args!("{bound} leads to {} port {guest}", forward.protocol));
+            }
+        }
+        *lock(&self.gateway) = Some(Arc::new(gateway));
+        Ok(())
+    }
+
+    /// Ends the user network. On return the host's ports are free.
+    async fn close_user_network(&self) {
+        let gateway = lock(&self.gateway).take();
+        if let Some(gateway) = gateway {
+            gateway.close().await;
+        }
+    }
+
+    /// Where its cards are plugged in, in their order.
+    fn nets(&self) -> Vec<Arc<dyn NetPort>> {
+        let gateway = lock(&self.gateway).clone().map(|gateway| gateway as Arc<dyn NetPort>);
+        let vlans = self.ports.iter().map(|port| Arc::clone(port) as Arc<dyn NetPort>);
+        gateway.into_iter().chain(vlans).collect()
+    }
+}
+
+impl Backend for Firn {
+    fn start(&self, dirs: Dirs, console: Arc<Console>) -> BoxFuture<'_, Result<Started>> {
+        Box::pin(async move {
+            self.open_user_network(&dirs).await?;
+            let started = self.launch(&dirs, console).await;
+            if started.is_err() {
+                self.close_user_network().await;
+            }
+            started
+        })
+    }
+
+    fn restart(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            let restart = |running: &mut Running| {
+                running.vm.reset()?;
+                running.vm.start()?;
+                if running.paused {
+                    running.vm.pause();
+                }
+                Ok(())
+            };
+            let restarted = self.with(restart).await?;
+            restarted.map_err(|error| self.monitor_error("cannot start it again", error).into())
+        })
+    }
+
+    fn stop(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            let running = Arc::clone(&self.running);
+            let marks = blocking(move || {
+                let mut running = lock(&running).take()?;
+                running.vm.stop();
+                Some(running.vm.boot_marks())
+            });
+            if let Some(marks) = marks.await {
+                *lock(&self.boot_marks) = marks;
+            }
+            self.close_user_network().await;
+        })
+    }
+
+    fn pause(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.with(|running| {
+            running.vm.pause();
+            running.paused = true;
+        }))
+    }
+
+    fn resume(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.with(|running| {
+            running.vm.resume();
+            running.paused = false;
+        }))
+    }
+
+    fn press_power_button(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            let pressed = self.with(|running| running.vm.power_button()).await?;
+            pressed.map_err(|e| self.monitor_error("cannot press the power button", e).into())
+        })
+    }
+
+    fn type_in(&self, bytes: Vec<u8>) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let typed = self.with(move |running| running.vm.serial_input(&bytes)).await?;
+            typed.map_err(|error| {
+                let name = self.name();
+                MachineError::Usage(format!("{name}: the serial console takes no input: {error}"))
+                    .into()
+            })
+        })
+    }
+
+    fn links(&self) -> usize {
+        self.ports.len()
+    }
+
+    fn set_link(&self, card: usize, up: bool) {
+        if let Some(port) = self.ports.get(card) {
+            port.set_link(up);
+        }
+    }
+
+    fn forward(&self, forward: Forward) -> BoxFuture<'_, Result<SocketAddr>> {
+        Box::pin(async move {
+            let gateway = lock(&self.gateway).clone();
+            let Some(gateway) = gateway else {
+                let what = format!("{} has no user network to forward ports by", self.name());
+                return Err(MachineError::Usage(what).into());
+            };
+            let bound = gateway.forward(forward).await;
+            bound.map_err(|source| self.network_error("cannot forward a port", source).into())
+        })
+    }
+
+    fn memory(&self) -> BoxFuture<'_, Result<Option<u64>>> {
+        Box::pin(self.with(|running| {
+            let taken = running.vm.balloon().map(BalloonHandle::size)?;
+            Some(running.memory.saturating_sub(u64::from(taken) * PAGE))
+        }))
+    }
+
+    fn set_memory(&self, bytes: u64) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(self.with(move |running| {
+            let pages = running.memory.saturating_sub(bytes) / PAGE;
+            let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+            running.vm.balloon().map(|balloon| balloon.set_target(pages)).is_some()
+        }))
+    }
+
+    fn boot_marks(&self) -> Vec<Mark> {
+        lock(&self.boot_marks).clone()
+    }
+}
+
+fn start_vm(spec: &MachineSpec, host: HostSide) -> Result<Running, VmError> {
+    let mut vm = Vm::new(spec, host)?;
+    vm.start()?;
+    Ok(Running { vm, paused: false, memory: spec.memory.get() << 20 })
+}
+
+/// Passes the monitor's events on, as far as they matter.
+fn passed_on(
+    machine: String,
+    events: mpsc::UnboundedSender<Event>,
+) -> impl Fn(vm::Event) + Send + Sync {
+    let count = AtomicU32::new(0);
+    move |event| {
+        let event = match event {
+            vm::Event::Booting => Event::Booting,
+            vm::Event::PowerOff => Event::Ended(End::PoweredOff),
+            vm::Event::Reset => Event::Ended(End::Reset),
+            vm::Event::Halted => Event::Ended(End::Halted),
+            vm::Event::VcpuDied { vcpu, reason } => Event::Ended(End::VcpuDied { vcpu, reason }),
+            // A guest could break and reset its devices for ever.
+            _ if count.fetch_add(1, Ordering::Relaxed) >= MAX_EVENTS => return,
+            vm::Event::Panic { message } => Event::Panicked(message),
+            vm::Event::DeviceFailed { device, reason } => {
+                Event::Warning(format!("the guest lost {device}: {reason}"))
+            }
+            other => return tracing::debug!(machine, event = ?other, "event"),
+        };
+        // Nobody listens any more once the machine is being stopped.
+        let _ = events.send(event);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs what blocks; a panic in it goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Blocking work is never cancelled once it runs, only when the runtime ends before it began.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}

@@ -1,0 +1,85 @@
+//! What a [`Machine`](super::Machine) needs from below, whatever runs it: a kind of machine is a file here.
+
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use firn_gateway::Forward;
+use firn_vmm::device::boot_timer::Mark;
+use futures_util::future::BoxFuture;
+use tokio::sync::mpsc;
+
+use super::Dirs;
+use super::console::Console;
+use crate::error::{End, Result};
+
+mod firn;
+
+pub(super) use firn::Firn;
+
+/// What runs a machine, from before its first start to after its last end. Which calls make sense when is the machine's
+/// to know: it starts what is off, and asks things of what runs.
+pub(super) trait Backend: Send + Sync {
+    /// Puts everything together and starts the guest, whose serial console is `console`.
+    fn start(&self, dirs: Dirs, console: Arc<Console>) -> BoxFuture<'_, Result<Started>>;
+
+    /// Starts a guest again that has reset itself: the same machine, with its disks and the host's ends of its ports.
+    /// One that is paused stays so.
+    fn restart(&self) -> BoxFuture<'_, Result<()>>;
+
+    /// Ends it, in whatever state it is. On return nothing of it is left.
+    fn stop(&self) -> BoxFuture<'_, ()>;
+
+    /// Stops all processors and devices; nothing if they stand still.
+    fn pause(&self) -> BoxFuture<'_, Result<()>>;
+
+    /// Lets them go on; nothing if they do.
+    fn resume(&self) -> BoxFuture<'_, Result<()>>;
+
+    /// Presses the power button.
+    fn press_power_button(&self) -> BoxFuture<'_, Result<()>>;
+
+    /// Types into the serial console.
+    fn type_in(&self, bytes: Vec<u8>) -> BoxFuture<'_, Result<()>>;
+
+    /// How many cards on vlans it has. They are there before the start and after the end.
+    fn links(&self) -> usize;
+
+    /// Plugs or pulls a card's cable; nothing if there is no such card.
+    fn set_link(&self, card: usize, up: bool);
+
+    /// Forwards a port until the machine ends; the address that leads to the other side.
+    fn forward(&self, forward: Forward) -> BoxFuture<'_, Result<SocketAddr>>;
+
+    /// How many bytes of memory the guest has without what its balloon has taken; None if it has no balloon.
+    fn memory(&self) -> BoxFuture<'_, Result<Option<u64>>>;
+
+    /// Has the balloon leave the guest so many bytes; false if there is none.
+    fn set_memory(&self, bytes: u64) -> BoxFuture<'_, Result<bool>>;
+
+    /// When its last boot, if that has ended, reached which stage.
+    fn boot_marks(&self) -> Vec<Mark>;
+}
+
+/// What a start gives to the machine.
+pub(super) struct Started {
+    /// What happens, until the end.
+    pub(super) events: mpsc::UnboundedReceiver<Event>,
+    /// The host's end of the backdoor's console.
+    pub(super) shell: UnixStream,
+    /// The host's end of the agent's port, where there is one.
+    pub(super) agent: Option<UnixStream>,
+}
+
+/// What happens to a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// The guest has been started; whatever was told before is an earlier boot's.
+    Booting,
+    /// Its kernel has panicked, for this reason. Its end may follow.
+    Panicked(String),
+    /// It has ended.
+    Ended(End),
+    /// Something that people may want to know.
+    Warning(String),
+}
