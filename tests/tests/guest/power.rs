@@ -165,7 +165,7 @@ fn the_states_of_a_machine() {
         };
         let waits = machine.execute("true", ExecOptions::default());
         let (answer, ()) = tokio::join!(waits, crash);
-        assert!(matches!(&answer, Err(Error::Machine(MachineError::Ended { .. }))), "{answer:?}");
+        assert!(matches!(answer, Err(Error::Machine(_))), "{answer:?}");
         assert_eq!(machine.status(), Status::Off);
         // The next start begins with time that runs.
         let options = ExecOptions { timeout: Some(Duration::from_secs(2)), ..Default::default() };
