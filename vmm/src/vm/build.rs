@@ -8,7 +8,6 @@ use firn_net_switch::NetPort;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::descriptors::Counts;
 use super::{Event, HostSide, VmError, host, kvm};
@@ -20,6 +19,7 @@ use crate::device::panic::PanicWatch;
 use crate::device::power;
 use crate::device::serial::{self, SerialPort};
 use crate::error::chain;
+use crate::event_loop::new_event;
 use crate::interrupt::SharedLine;
 use crate::memory::{self, Memory};
 use crate::spec::MachineSpec;
@@ -107,7 +107,7 @@ pub(super) fn attach_serial(
     output: Box<dyn Write + Send>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<Arc<SerialPort>, VmError> {
-    let interrupt = EventFd::new(EFD_NONBLOCK).map_err(host("cannot make an eventfd"))?;
+    let interrupt = new_event().map_err(host("cannot make an eventfd"))?;
     vm.register_irqfd(&interrupt, serial::GSI).map_err(kvm("KVM_IRQFD"))?;
     let output = PanicWatch::new(output, move |message| events(Event::Panic { message }));
     let serial = Arc::new(SerialPort::new(interrupt, Box::new(output)));

@@ -31,13 +31,14 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::config_space::read_config_space;
 use super::pool::{Active, Pooled};
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
 };
+use crate::event_loop::new_event;
 use crate::spec::DiskSpec;
 pub use create::CreateError;
 use image::Image;
@@ -128,8 +129,8 @@ impl Blk {
             *byte = own;
         }
         let image = Arc::new(Image::open(spec)?);
-        let alarm = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(|source| BlkError::Host { path: spec.image.clone(), source })?;
+        let alarm =
+            new_event().map_err(|source| BlkError::Host { path: spec.image.clone(), source })?;
         let queues = cores.clamp(1, MAX_QUEUES);
         let config = config_space(image.size(), queues, spec.read_only);
         let read_only = spec.read_only;

@@ -58,6 +58,7 @@ use super::queue::Chain;
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
 };
+use crate::event_loop::new_event;
 use crate::spec::ShareSpec;
 use server::{Fuse, Session, detach_thread, is_quick};
 
@@ -140,7 +141,7 @@ impl Fs {
             source,
         };
         let server = server::start(spec, &root, descriptors).map_err(refused)?;
-        let alarm = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(refused)?;
+        let alarm = new_event().map_err(refused)?;
         let mut config = [0; TAG_LEN + 4];
         for (byte, own) in config[..TAG_LEN].iter_mut().zip(spec.tag.bytes()) {
             *byte = own;
