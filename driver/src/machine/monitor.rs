@@ -1,5 +1,6 @@
 //! The seam to the monitor: its calls block, so they run on threads made for that.
 
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,8 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use firn_net_switch::NetPort;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::device::serial::InputFull;
-use firn_vmm::spec::MachineSpec;
+use firn_vmm::spec::{ConsolePortSpec, Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::balloon::BalloonHandle;
+use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{Event, HostSide, Vm, VmError};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
@@ -28,10 +30,33 @@ pub(super) struct Monitor {
 /// What the host side of a machine is made of.
 pub(super) struct Wiring {
     pub(super) console: Arc<Console>,
-    pub(super) console_ports: Vec<UnixStream>,
+    /// The guest's end of `/dev/hvc0`.
+    pub(super) hvc0: UnixStream,
+    /// Its end of the agent's port.
+    pub(super) agent: UnixStream,
+    /// Where its cards are plugged in, in their order.
     pub(super) nets: Vec<Arc<dyn NetPort>>,
     /// Most files that it may have open.
     pub(super) descriptors: u64,
+}
+
+/// The other ends of a machine's devices.
+struct Ends {
+    hvc0: Option<UnixStream>,
+    agent: Option<UnixStream>,
+    nets: Vec<(Mac, Arc<dyn NetPort>)>,
+}
+
+impl Connect for Ends {
+    fn console_port(&mut self, port: &ConsolePortSpec) -> io::Result<UnixStream> {
+        let end = if port.name.is_none() { &mut self.hvc0 } else { &mut self.agent };
+        end.take().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    fn net(&mut self, card: &NetSpec) -> io::Result<Arc<dyn NetPort>> {
+        let own = self.nets.iter().position(|(mac, _)| *mac == card.mac);
+        own.map(|at| self.nets.remove(at).1).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
 }
 
 impl Monitor {
@@ -59,8 +84,11 @@ impl Monitor {
                 }
             }),
             serial: Box::new(ConsoleWriter(wiring.console)),
-            console_ports: wiring.console_ports,
-            nets: wiring.nets,
+            connect: Box::new(Ends {
+                hvc0: Some(wiring.hvc0),
+                agent: Some(wiring.agent),
+                nets: spec.nets.iter().map(|card| card.mac).zip(wiring.nets).collect(),
+            }),
             descriptors: wiring.descriptors,
         };
         let vm = blocking(move || {

@@ -289,7 +289,8 @@ impl Machine {
         let (agent, agent_guest) = UnixStream::pair().map_err(|e| start_error(e.into()))?;
         let wiring = Wiring {
             console: Arc::clone(&self.inner.console),
-            console_ports: vec![hvc0_guest, agent_guest],
+            hvc0: hvc0_guest,
+            agent: agent_guest,
             nets: self.nets(),
             descriptors: self.inner.descriptors.monitor(),
         };

@@ -149,6 +149,11 @@ impl MmioTransport {
         Ok(())
     }
 
+    /// The device's name.
+    pub fn name(&self) -> String {
+        self.registers().slot.config().name()
+    }
+
     /// Stops the device and finishes what is in flight.
     pub fn pause(&self) {
         self.registers().slot.pause();
