@@ -15,6 +15,7 @@ use firn_gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, 
 use firn_net_switch::NetPort;
 use firn_tests::micro;
 use firn_vmm::spec::{Mac, MachineSpec, NetSpec};
+use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{Event, HostSide, Vm};
 
 /// What is sent each way in a round, in bytes.
@@ -188,13 +189,21 @@ impl Firn {
                 assert!(matches!(event, Event::Booting | Event::Reset), "{event:?}");
             }),
             serial: Box::new(std::io::sink()),
-            console_ports: Vec::new(),
-            nets: vec![Arc::clone(&gateway) as Arc<dyn NetPort>],
+            connect: Box::new(Plug(Arc::clone(&gateway))),
             descriptors: 10_000,
         };
         let mut vm = Vm::new(&spec, host).expect("the machine can be made");
         vm.start().expect("it starts");
         Self { _vm: vm, _gateway: gateway, forwarded, _runtime: runtime }
+    }
+}
+
+/// Plugs the machine's card into its user network.
+struct Plug(Arc<Gateway>);
+
+impl Connect for Plug {
+    fn net(&mut self, _card: &NetSpec) -> std::io::Result<Arc<dyn NetPort>> {
+        Ok(Arc::clone(&self.0) as Arc<dyn NetPort>)
     }
 }
 

@@ -6,7 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// A new event: reading one that has not come does not block, and no program that this process starts inherits it.
+///
+/// # Errors
+/// The process has no file descriptors left.
+#[expect(clippy::disallowed_methods, reason = "this is what others are to call")]
+pub(crate) fn new_event() -> io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+}
 
 /// What the loop serves.
 pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
@@ -42,7 +51,7 @@ impl EventLoop {
     /// # Errors
     /// The process has no file descriptors left.
     pub fn new(subscribers: impl IntoIterator<Item = Subscriber>) -> io::Result<EventLoop> {
-        let event = EventFd::new(EFD_NONBLOCK)?;
+        let event = new_event()?;
         let stop = Arc::new(StopSignal { event, requested: AtomicBool::new(false) });
         let mut manager = EventManager::new()
             .map_err(|error| io::Error::other(format!("cannot make an epoll set: {error:?}")))?;
@@ -86,5 +95,25 @@ impl Drop for EventThread {
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the device thread panicked");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+
+    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+
+    use super::*;
+
+    #[test]
+    fn events_are_not_inherited_and_do_not_block() {
+        let event = new_event().unwrap();
+        // SAFETY: `event` owns the descriptor and outlives this.
+        let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+        let flags = FdFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFD).unwrap());
+        assert!(flags.contains(FdFlag::FD_CLOEXEC));
+        let status = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).unwrap());
+        assert!(status.contains(OFlag::O_NONBLOCK));
     }
 }

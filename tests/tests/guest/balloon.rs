@@ -64,8 +64,7 @@ fn the_host_sets_the_size_and_the_guest_follows() {
     let host_side = HostSide {
         events: Box::new(|_| {}),
         serial: Box::new(io::sink()),
-        console_ports: vec![],
-        nets: vec![],
+        connect: Box::new(()),
         descriptors: 10_000,
     };
     let mut vm = Vm::new(&spec, host_side).unwrap();

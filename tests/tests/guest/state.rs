@@ -13,6 +13,7 @@ use firn::kit::{Interface, MachineConfig, Mount, machine_overlay};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
 use firn_vmm::spec::{ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec};
+use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{HostSide, Vm};
 
 /// Where the second process finds the first one's files.
@@ -84,13 +85,28 @@ fn spec(dir: &Path, index: usize) -> MachineSpec {
     }
 }
 
+/// What a machine is connected to.
+struct Ends {
+    agent: Option<UnixStream>,
+    port: Option<Arc<dyn NetPort>>,
+}
+
+impl Connect for Ends {
+    fn console_port(&mut self, _port: &ConsolePortSpec) -> io::Result<UnixStream> {
+        self.agent.take().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    fn net(&mut self, _card: &NetSpec) -> io::Result<Arc<dyn NetPort>> {
+        self.port.take().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
 fn host_side(switch: &Switch, name: &str) -> (HostSide, UnixStream) {
     let (agent, guest) = UnixStream::pair().unwrap();
     let host = HostSide {
         events: Box::new(|event| eprintln!("{event:?}")),
         serial: Box::new(io::stderr()),
-        console_ports: vec![guest],
-        nets: vec![Arc::new(switch.add_port(name)) as Arc<dyn NetPort>],
+        connect: Box::new(Ends { agent: Some(guest), port: Some(Arc::new(switch.add_port(name))) }),
         descriptors: 10_000,
     };
     (host, agent)

@@ -38,18 +38,31 @@ pub enum SmbiosError {
     Write(#[from] GuestMemoryError),
 }
 
+/// Makes sure that the tables of a machine can be written.
+///
+/// # Errors
+/// A bad OEM string, or more than there is room for.
+pub fn check(spec: &MachineSpec) -> Result<(), SmbiosError> {
+    fitting_table(spec).map(drop)
+}
+
 /// Writes the tables of a machine into the BIOS area.
 ///
 /// # Errors
 /// A bad OEM string, or more than there is room for.
 pub fn write(memory: &MemoryMap, spec: &MachineSpec) -> Result<(), SmbiosError> {
+    let table = fitting_table(spec)?;
+    memory.write_slice(&entry_point(table.len()), GuestAddress(SMBIOS_START))?;
+    Ok(memory.write_slice(&table, GuestAddress(TABLE))?)
+}
+
+fn fitting_table(spec: &MachineSpec) -> Result<Vec<u8>, SmbiosError> {
     let table = table(spec)?;
     let room = usize::try_from(SMBIOS_END - TABLE).unwrap_or(usize::MAX);
     if table.len() > room {
         return Err(SmbiosError::TooLarge { needed: table.len(), room });
     }
-    memory.write_slice(&entry_point(table.len()), GuestAddress(SMBIOS_START))?;
-    Ok(memory.write_slice(&table, GuestAddress(TABLE))?)
+    Ok(table)
 }
 
 fn entry_point(len: usize) -> [u8; ENTRY_POINT] {

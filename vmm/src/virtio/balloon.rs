@@ -13,18 +13,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemory};
+use vm_memory::{GuestAddress, GuestMemory, Le32};
 
-use super::config_space::read_config_space;
+use super::build::{BuildError, Built, DeviceSpec, Handle, Host};
+use super::config_space::{config_space, read_config_space};
 use super::queue::{Chain, GuestSlice, Position, Served, VirtQueue, writable};
 use super::turn::{Again, Turn};
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, Interrupt, RestoreError};
 use super::{SavedState, VirtioDevice};
 use crate::memory::MemoryMap;
 
-/// The device's number (virtio 1.2, 5).
-const DEVICE_TYPE: u32 = 5;
 /// VIRTIO_BALLOON_F_DEFLATE_ON_OOM (5.5.3): the guest may take pages back when it is out of memory.
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 /// VIRTIO_BALLOON_F_PAGE_REPORTING (5.5.3).
@@ -43,10 +43,16 @@ pub const PAGE_SIZE: u32 = 4096;
 /// Most page numbers of one chain that are looked at; Linux sends 256 at once
 /// (`VIRTIO_BALLOON_ARRAY_PFNS_MAX`). What is behind them stays where it is.
 const MAX_PAGES: usize = 4096;
-/// Where `actual` is in the configuration space (5.5.4).
-const ACTUAL_OFFSET: u64 = 4;
 /// Layout of the saved state: [`Sizes`].
 const STATE_VERSION: u16 = 1;
+
+config_space! {
+    /// 5.5.4; what would follow belongs to features that are not offered.
+    struct Config {
+        num_pages: Le32,
+        actual: Le32,
+    }
+}
 
 /// How large the balloon should be and is, in pages of [`PAGE_SIZE`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,6 +119,17 @@ pub struct Queues {
     announced: u32,
 }
 
+/// A balloon, of which there is nothing to say.
+pub struct BalloonSpec;
+
+impl DeviceSpec for BalloonSpec {
+    fn build(&self, _host: &mut Host<'_>) -> Result<Built, BuildError> {
+        let balloon = Balloon::new().map_err(BuildError::host("balloon"))?;
+        let handle = Handle::Balloon(balloon.handle());
+        Ok((Box::new(balloon), handle))
+    }
+}
+
 impl Balloon {
     /// Builds an empty balloon.
     ///
@@ -134,7 +151,7 @@ impl<Q> Balloon<Q> {
 
 impl<Q: Send> DeviceConfig for Balloon<Q> {
     fn device_type(&self) -> u32 {
-        DEVICE_TYPE
+        VIRTIO_ID_BALLOON
     }
     fn name(&self) -> String {
         "balloon".into()
@@ -147,14 +164,12 @@ impl<Q: Send> DeviceConfig for Balloon<Q> {
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let sizes = *self.shared.sizes();
-        // 5.5.4: num_pages and actual; what follows belongs to features that are not offered.
-        let mut config = [0; 8];
-        config[..4].copy_from_slice(&sizes.target.to_le_bytes());
-        config[4..].copy_from_slice(&sizes.actual.to_le_bytes());
+        let config = Config { num_pages: sizes.target.into(), actual: sizes.actual.into() };
         read_config_space(&config, offset, data);
     }
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        if let (ACTUAL_OFFSET, Ok(actual)) = (offset, data.try_into()) {
+        let at_actual = usize::try_from(offset) == Ok(std::mem::offset_of!(Config, actual));
+        if let (true, Ok(actual)) = (at_actual, data.try_into()) {
             self.shared.sizes().actual = u32::from_le_bytes(actual);
             self.shared.changed.notify_all();
         }

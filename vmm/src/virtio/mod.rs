@@ -16,6 +16,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod build;
 mod config_space;
 pub mod console;
 pub mod fs;
@@ -85,6 +86,14 @@ pub enum RestoreError {
         /// The version this code writes.
         expected: u16,
     },
+    /// It is that of another device.
+    #[error("the state is that of another device: {found}, not {expected}")]
+    OtherDevice {
+        /// Whose state it is.
+        found: String,
+        /// Which device was to take it.
+        expected: String,
+    },
     /// It is damaged.
     #[error("state cannot be decoded")]
     Decode(#[from] postcard::Error),
@@ -152,6 +161,11 @@ pub trait DeviceConfig: Send {
     fn device_type(&self) -> u32;
     /// For log lines and errors: `net`, `fs nix-store`.
     fn name(&self) -> String;
+    /// What tells it from the machine's other devices of its type, by what the guest sees of it: two devices of the
+    /// same type and identity can have each other's state.
+    fn identity(&self) -> String {
+        String::new()
+    }
     /// The feature bits below 24 and above 40 that the device offers; the transport adds the rest.
     fn features(&self) -> u64;
     /// The largest size of each queue.

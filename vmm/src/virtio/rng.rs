@@ -3,13 +3,14 @@
 use std::io::Write;
 use std::sync::Arc;
 
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+
+use super::build::{BuildError, Built, DeviceSpec, Handle, Host};
 use super::queue::{Chain, Position, Served, VirtQueue};
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
 use super::{SavedState, VirtioDevice};
 use crate::memory::MemoryMap;
 
-/// The device's number (virtio 1.2, 5).
-const DEVICE_TYPE: u32 = 4;
 /// Its one queue (5.4.2).
 const REQUESTS: usize = 0;
 const QUEUE_SIZE: u16 = 64;
@@ -25,6 +26,15 @@ pub struct Rng<Queues = ()> {
     queues: Queues,
 }
 
+/// An entropy device, of which there is nothing to say.
+pub struct RngSpec;
+
+impl DeviceSpec for RngSpec {
+    fn build(&self, _host: &mut Host<'_>) -> Result<Built, BuildError> {
+        Ok((Box::new(Rng::new()), Handle::None))
+    }
+}
+
 impl Rng {
     /// Builds the device; there is nothing to configure.
     pub fn new() -> Rng {
@@ -34,7 +44,7 @@ impl Rng {
 
 impl<Queues: Send> DeviceConfig for Rng<Queues> {
     fn device_type(&self) -> u32 {
-        DEVICE_TYPE
+        VIRTIO_ID_RNG
     }
     fn name(&self) -> String {
         "rng".into()

@@ -7,10 +7,11 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::DeviceError;
 use super::queue::{Chain, Served, VirtQueue};
+use crate::event_loop::new_event;
 use crate::memory::MemoryMap;
 
 /// Bytes moved in one turn: about a millisecond of copying.
@@ -43,7 +44,7 @@ impl Again {
     /// # Errors
     /// The process is out of descriptors.
     pub fn new() -> io::Result<Again> {
-        Ok(Again(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?))
+        Ok(Again(new_event()?))
     }
 
     /// Serves `queue` for one turn, and comes back for another if there may be more.

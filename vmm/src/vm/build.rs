@@ -1,17 +1,14 @@
 //! Putting a machine together.
 
 use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use firn_net_switch::NetPort;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::descriptors::Counts;
-use super::{Event, HostSide, VmError, host, kvm};
+use super::{Event, VmError, host, kvm};
 use crate::arch::x86_64::cpuid::{self, Place};
 use crate::arch::x86_64::entry;
 use crate::boot::{acpi, kernel, params, smbios};
@@ -20,13 +17,13 @@ use crate::device::panic::PanicWatch;
 use crate::device::power;
 use crate::device::serial::{self, SerialPort};
 use crate::error::chain;
+use crate::event_loop::new_event;
 use crate::interrupt::SharedLine;
 use crate::memory::{self, Memory};
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Group};
-use crate::virtio::balloon::{Balloon, BalloonHandle};
+use crate::virtio::build::{Built, Connect, Handle, Host, device_specs};
 use crate::virtio::transport::mmio::MmioTransport;
-use crate::virtio::{VirtioDevice, blk, console, fs, net, rng, vsock};
 
 /// Pins of the IOAPIC that virtio devices share: the first ones are those of the PC's own devices,
 /// and the IOAPIC ends at pin 23.
@@ -55,18 +52,19 @@ pub(super) fn write_firmware(
     Ok(entry::write_reset_vector(memory).map_err(entry::EntryError::from)?)
 }
 
-/// What the types of the spec cannot say.
-pub(super) fn check(spec: &MachineSpec, host: &HostSide) -> Result<(), VmError> {
+/// What the types of the spec cannot say: checked before anything is made.
+pub(super) fn check(spec: &MachineSpec) -> Result<(), VmError> {
     let fail = |problem| Err(VmError::Spec { machine: spec.name.clone(), problem });
-    if spec.console_ports.len() != host.console_ports.len() {
-        return fail("the host's side does not match the console ports".to_owned());
+    let devices = device_specs(spec);
+    if devices.len() > MAX_DEVICES {
+        return fail(format!(
+            "{} virtio devices; allowed are at most {MAX_DEVICES}",
+            devices.len()
+        ));
     }
-    if spec.nets.len() != host.nets.len() {
-        return fail("the host's side does not match the network cards".to_owned());
-    }
-    for disk in &spec.disks {
-        if let Err((key, error)) = disk.check() {
-            return fail(format!("`{key}` of a disk: {error}"));
+    for device in devices {
+        if let Err(error) = device.check() {
+            return fail(chain(&error));
         }
     }
     for (index, share) in spec.shares.iter().enumerate() {
@@ -74,6 +72,7 @@ pub(super) fn check(spec: &MachineSpec, host: &HostSide) -> Result<(), VmError> 
             return fail(format!("two shares have the tag {:?}", share.tag));
         }
     }
+    smbios::check(spec)?;
     Ok(())
 }
 
@@ -107,7 +106,7 @@ pub(super) fn attach_serial(
     output: Box<dyn Write + Send>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<Arc<SerialPort>, VmError> {
-    let interrupt = EventFd::new(EFD_NONBLOCK).map_err(host("cannot make an eventfd"))?;
+    let interrupt = new_event().map_err(host("cannot make an eventfd"))?;
     vm.register_irqfd(&interrupt, serial::GSI).map_err(kvm("KVM_IRQFD"))?;
     let output = PanicWatch::new(output, move |message| events(Event::Panic { message }));
     let serial = Arc::new(SerialPort::new(interrupt, Box::new(output)));
@@ -134,76 +133,41 @@ pub(super) fn attach_power(
     Ok(())
 }
 
-/// The virtio devices in the order in which the guest finds them.
+/// The virtio devices in the order in which the guest finds them, each with the host's hand on it.
 pub(super) fn build_devices(
     spec: &MachineSpec,
-    console_ports: Vec<UnixStream>,
-    nets: Vec<Arc<dyn NetPort>>,
+    connect: &mut dyn Connect,
     descriptors: u64,
-) -> Result<Vec<Box<dyn VirtioDevice>>, VmError> {
+) -> Result<Vec<Built>, VmError> {
     let parts = Counts::of(spec).divide(descriptors);
-    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-    if !spec.console_ports.is_empty() {
-        devices.push(Box::new(console::Console::new(&spec.console_ports, console_ports)?));
-    }
-    if spec.rng {
-        devices.push(Box::new(rng::Rng::new()));
-    }
-    for (card, port) in spec.nets.iter().zip(nets) {
-        let card = net::Net::new(card, port).map_err(host("cannot make an eventfd"))?;
-        devices.push(Box::new(card));
-    }
-    for share in &spec.shares {
-        devices.push(Box::new(fs::Fs::limited(share, parts.share)?));
-    }
-    for disk in &spec.disks {
-        devices.push(Box::new(blk::Blk::new(disk, spec.cores.get())?));
-    }
-    if let Some(spec) = &spec.vsock {
-        let mut vsock = vsock::Vsock::new(spec)?;
-        vsock.limit(parts.vsock);
-        devices.push(Box::new(vsock));
-    }
-    Ok(devices)
-}
-
-pub(super) fn add_balloon(
-    spec: &MachineSpec,
-    devices: &mut Vec<Box<dyn VirtioDevice>>,
-) -> Result<Option<BalloonHandle>, VmError> {
-    if !spec.balloon {
-        return Ok(None);
-    }
-    let balloon = Balloon::new().map_err(host("cannot make an eventfd"))?;
-    let handle = balloon.handle();
-    devices.push(Box::new(balloon));
-    Ok(Some(handle))
-}
-
-pub(super) fn check_count(spec: &MachineSpec, wanted: usize) -> Result<(), VmError> {
-    if wanted > MAX_DEVICES {
-        let problem = format!("{wanted} virtio devices; allowed are at most {MAX_DEVICES}");
-        return Err(VmError::Spec { machine: spec.name.clone(), problem });
-    }
-    Ok(())
+    let mut host = Host {
+        connect,
+        cores: spec.cores.get(),
+        share_descriptors: parts.share,
+        vsock_connections: parts.vsock,
+    };
+    let built = device_specs(spec).into_iter().map(|device| device.build(&mut host));
+    Ok(built.collect::<Result<_, _>>()?)
 }
 
 pub(super) struct Attached {
     pub(super) transports: Vec<Arc<MmioTransport>>,
     pub(super) announced: Vec<acpi::MmioDevice>,
+    pub(super) handles: Vec<Handle>,
 }
 
 pub(super) fn attach_devices(
     vm: &Arc<VmFd>,
     buses: &mut Buses,
     memory: &Memory,
-    devices: Vec<Box<dyn VirtioDevice>>,
+    devices: Vec<Built>,
     events: &Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<Attached, VmError> {
-    let mut attached = Attached { transports: Vec::new(), announced: Vec::new() };
+    let mut attached =
+        Attached { transports: Vec::new(), announced: Vec::new(), handles: Vec::new() };
     let addresses = (0..).map(|index| memory::VIRTIO_MMIO_START + index * memory::VIRTIO_MMIO_SIZE);
     let lines: Vec<_> = VIRTIO_GSIS.map(|gsi| SharedLine::new(vm.clone(), gsi)).collect();
-    for ((index, device), address) in devices.into_iter().enumerate().zip(addresses) {
+    for ((index, (device, handle)), address) in devices.into_iter().enumerate().zip(addresses) {
         let line = &lines[index % lines.len()];
         let sharer = u8::try_from(index / lines.len()).unwrap_or(u8::MAX);
         let events = events.clone();
@@ -218,6 +182,7 @@ pub(super) fn attach_devices(
         transport.connect(vm, address).map_err(kvm("KVM_IOEVENTFD"))?;
         let size = u64::from(memory::VIRTIO_MMIO_SIZE);
         buses.mmio.claim(u64::from(address), size, transport.clone())?;
+        attached.handles.push(handle);
         attached.transports.push(transport);
         attached.announced.push(acpi::MmioDevice { address, gsi: line.gsi() });
     }

@@ -11,11 +11,9 @@ mod descriptors;
 mod state;
 
 use std::io::{self, Write};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-use firn_net_switch::NetPort;
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
@@ -30,9 +28,10 @@ use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, DeadWatch, Ending, Group, Vcpu};
+use crate::virtio::RestoreError;
 use crate::virtio::balloon::BalloonHandle;
+use crate::virtio::build::{BuildError, Connect, Handle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
-use crate::virtio::{blk, console, fs, vsock};
 pub use state::VmState;
 
 /// What happens to a running machine. More kinds will come.
@@ -76,12 +75,10 @@ pub struct HostSide {
     /// Takes what the guest writes to its serial console, on a vCPU's thread and often byte by
     /// byte: it must not block.
     pub serial: Box<dyn Write + Send>,
-    /// One for each of [`MachineSpec::console_ports`].
-    pub console_ports: Vec<UnixStream>,
-    /// One for each of [`MachineSpec::nets`].
-    pub nets: Vec<Arc<dyn NetPort>>,
+    /// Gives each device that has another end on the host that end; `Box::new(())` where there is none.
+    pub connect: Box<dyn Connect>,
     /// Most files that the machine may have open in this process, the guest's on its shares and sockets included: so
-    /// that no guest takes what others, and the process itself, need. What [`Self::nets`] open is not counted.
+    /// that no guest takes what others, and the process itself, need. What [`Self::connect`] gives is not counted.
     pub descriptors: u64,
 }
 
@@ -127,15 +124,9 @@ pub enum VmError {
     /// Two devices want the same addresses.
     #[error(transparent)]
     Bus(#[from] Overlap),
-    /// A share cannot be served.
+    /// A device cannot be built.
     #[error(transparent)]
-    Share(#[from] fs::FsError),
-    /// A disk cannot be used.
-    #[error(transparent)]
-    Disk(#[from] blk::BlkError),
-    /// A vsock device cannot be served.
-    #[error(transparent)]
-    Vsock(#[from] vsock::VsockError),
+    Device(#[from] BuildError),
     /// The state of the processors cannot be read or written.
     #[error("cannot save or restore processors")]
     State(#[from] StateError),
@@ -147,9 +138,17 @@ pub enum VmError {
         /// What does not fit.
         problem: String,
     },
-    /// A console cannot be served.
-    #[error("console")]
-    Console(#[from] console::ConsoleError),
+    /// A device does not take back its state.
+    #[error("machine {machine}: cannot be restored: {device}")]
+    SavedDevice {
+        /// The machine.
+        machine: String,
+        /// The device.
+        device: String,
+        /// Why not.
+        #[source]
+        source: RestoreError,
+    },
     /// The host is out of something.
     #[error("{operation}")]
     Host {
@@ -196,7 +195,7 @@ pub struct Vm {
     transports: Vec<Arc<MmioTransport>>,
     /// What the guest's ACPI tables list.
     announced: Vec<acpi::MmioDevice>,
-    balloon: Option<BalloonHandle>,
+    handles: Vec<Handle>,
     timer: Arc<BootTimer>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
     kvm: Kvm,
@@ -211,7 +210,7 @@ impl Vm {
     /// # Errors
     /// What is wrong with the spec, its files or the host.
     pub fn new(spec: &MachineSpec, host_side: HostSide) -> Result<Vm, VmError> {
-        build::check(spec, &host_side)?;
+        build::check(spec)?;
         let memory = memory::allocate(spec.memory.get())?;
         let entry = build::load_kernel(spec, &memory)?;
         let vm = Vm::assemble(spec, host_side, memory)?;
@@ -220,7 +219,11 @@ impl Vm {
     }
 
     /// Everything but what is in memory and in the first vCPU's registers.
-    fn assemble(spec: &MachineSpec, host_side: HostSide, memory: Memory) -> Result<Vm, VmError> {
+    fn assemble(
+        spec: &MachineSpec,
+        mut host_side: HostSide,
+        memory: Memory,
+    ) -> Result<Vm, VmError> {
         let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
         let vm = Arc::new(build::create_vm(&kvm_fd)?);
         build::attach_memory(&vm, &memory)?;
@@ -233,14 +236,8 @@ impl Vm {
         build::attach_power(&mut buses, group.clone(), events.clone())?;
         build::attach_boot_timer(&mut buses, timer.clone())?;
         pci::attach(&mut buses.ports)?;
-        let mut devices = build::build_devices(
-            spec,
-            host_side.console_ports,
-            host_side.nets,
-            host_side.descriptors,
-        )?;
-        let balloon = build::add_balloon(spec, &mut devices)?;
-        build::check_count(spec, devices.len())?;
+        let devices =
+            build::build_devices(spec, host_side.connect.as_mut(), host_side.descriptors)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
 
         let subscribers = attached
@@ -267,7 +264,7 @@ impl Vm {
             serial,
             transports: attached.transports,
             announced: attached.announced,
-            balloon,
+            handles: attached.handles,
             timer,
             events,
             kvm: kvm_fd,
@@ -427,7 +424,10 @@ impl Vm {
 
     /// The host's hand on the balloon, if the spec has one.
     pub fn balloon(&self) -> Option<&BalloonHandle> {
-        self.balloon.as_ref()
+        self.handles.iter().find_map(|handle| match handle {
+            Handle::Balloon(balloon) => Some(balloon),
+            Handle::None => None,
+        })
     }
 
     /// The stages of the boot that have been reached, in order.
@@ -449,3 +449,6 @@ impl Drop for Vm {
         self.stop();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,13 +9,12 @@ use serde::{Deserialize, Serialize};
 use super::{HostSide, Phase, Vm, VmError, build, host, kvm};
 use crate::arch::x86_64::state::{IrqchipState, Tsc, VcpuState, msr_indices};
 use crate::device::serial::SerialPortState;
-use crate::error::chain;
 use crate::memory;
 use crate::spec::MachineSpec;
 use crate::virtio::transport::mmio::MmioState;
 
 /// Layout version of [`VmState`].
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Everything but memory that a machine is made of when it is paused: plain data, for serde.
 #[derive(Serialize, Deserialize)]
@@ -71,7 +70,7 @@ impl Vm {
         state: &VmState,
         memory: &File,
     ) -> Result<Vm, VmError> {
-        build::check(spec, &host_side)?;
+        build::check(spec)?;
         let guest_memory = memory::allocate(spec.memory.get())?;
         memory::load(&guest_memory, memory).map_err(host("cannot read guest memory"))?;
         let vm = Vm::assemble(spec, host_side, guest_memory)?;
@@ -108,7 +107,11 @@ impl Vm {
         }
         self.serial.restore(&state.serial);
         for (transport, state) in self.transports.iter().zip(&state.transports) {
-            transport.restore(state).map_err(|error| self.misfit(&chain(&error)))?;
+            transport.restore(state).map_err(|source| VmError::SavedDevice {
+                machine: self.spec.name.clone(),
+                device: transport.name(),
+                source,
+            })?;
         }
         Ok(())
     }

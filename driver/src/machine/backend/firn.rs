@@ -1,5 +1,6 @@
 //! A machine in firn's own monitor. Its calls block, so they run on threads made for that.
 
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -8,8 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use firn_gateway::{Forward, Gateway, GatewaySpec};
 use firn_net_switch::{NetPort, SwitchPort};
 use firn_vmm::device::boot_timer::Mark;
-use firn_vmm::spec::MachineSpec;
+use firn_vmm::spec::{ConsolePortSpec, Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::balloon::BalloonHandle;
+use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{self, HostSide, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
@@ -110,8 +112,11 @@ impl Firn {
         let host = HostSide {
             events: Box::new(passed_on(self.name(), sender)),
             serial: Box::new(ConsoleWriter(console)),
-            console_ports: vec![shell_guest, agent_guest],
-            nets: self.nets(),
+            connect: Box::new(Ends {
+                shell: Some(shell_guest),
+                agent: Some(agent_guest),
+                nets: spec.nets.iter().map(|card| card.mac).zip(self.nets()).collect(),
+            }),
             descriptors: self.descriptors.monitor(),
         };
         let vm = blocking(move || start_vm(&spec, host)).await;
@@ -283,6 +288,25 @@ impl Backend for Firn {
 
     fn boot_marks(&self) -> Vec<Mark> {
         lock(&self.boot_marks).clone()
+    }
+}
+
+/// The other ends of a machine's devices.
+struct Ends {
+    shell: Option<UnixStream>,
+    agent: Option<UnixStream>,
+    nets: Vec<(Mac, Arc<dyn NetPort>)>,
+}
+
+impl Connect for Ends {
+    fn console_port(&mut self, port: &ConsolePortSpec) -> io::Result<UnixStream> {
+        let end = if port.name.is_none() { &mut self.shell } else { &mut self.agent };
+        end.take().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    fn net(&mut self, card: &NetSpec) -> io::Result<Arc<dyn NetPort>> {
+        let own = self.nets.iter().position(|(mac, _)| *mac == card.mac);
+        own.map(|at| self.nets.remove(at).1).ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 }
 

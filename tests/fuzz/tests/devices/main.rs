@@ -112,7 +112,8 @@ fn console() {
         for end in ours.iter().chain(&theirs) {
             end.set_nonblocking(true).expect("it is a socket");
         }
-        let console = Console::new(&ports, theirs).expect("ports that are right");
+        let console =
+            Console::new(ports.into_iter().zip(theirs).collect()).expect("ports that are right");
         (Box::new(console) as Box<dyn VirtioDevice>, ours)
     };
     // Of a control message: the port, what of it, and a value (virtio 1.2, 5.3.6.2).

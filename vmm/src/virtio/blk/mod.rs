@@ -31,13 +31,16 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vm_memory::{Le16, Le32, Le64};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::config_space::read_config_space;
+use super::build::{BuildError, Built, DeviceSpec, Handle, Host};
+use super::config_space::{config_space, read_config_space};
 use super::pool::{Active, Pooled};
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
 };
+use crate::event_loop::new_event;
 use crate::spec::DiskSpec;
 pub use create::CreateError;
 use image::Image;
@@ -112,8 +115,21 @@ pub struct Blk {
     serial: Serial,
     read_only: bool,
     queues: u8,
-    config: [u8; 60],
+    config: Config,
     alarm: Arc<EventFd>,
+}
+
+impl DeviceSpec for DiskSpec {
+    fn check(&self) -> Result<(), BuildError> {
+        DiskSpec::check(self).map_err(|(key, problem)| {
+            let device = "disk";
+            BuildError::Spec { device, key, problem }
+        })
+    }
+
+    fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
+        Ok((Box::new(Blk::new(self, host.cores)?), Handle::None))
+    }
 }
 
 impl Blk {
@@ -128,10 +144,10 @@ impl Blk {
             *byte = own;
         }
         let image = Arc::new(Image::open(spec)?);
-        let alarm = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(|source| BlkError::Host { path: spec.image.clone(), source })?;
+        let alarm =
+            new_event().map_err(|source| BlkError::Host { path: spec.image.clone(), source })?;
         let queues = cores.clamp(1, MAX_QUEUES);
-        let config = config_space(image.size(), queues, spec.read_only);
+        let config = Config::new(image.size(), queues, spec.read_only);
         let read_only = spec.read_only;
         Ok(Blk { image, serial, read_only, queues, config, alarm: Arc::new(alarm) })
     }
@@ -145,26 +161,56 @@ impl Blk {
     }
 }
 
-/// `struct virtio_blk_config` (5.2.4).
-fn config_space(size: u64, queues: u8, read_only: bool) -> [u8; 60] {
-    let mut config = [0; 60];
-    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, &(size / SECTOR).to_le_bytes());
-    put(8, &MAX_SEGMENT.to_le_bytes());
-    put(12, &MAX_SEGMENTS.to_le_bytes());
-    put(20, &512_u32.to_le_bytes());
-    put(24, &[BLOCK_EXP]);
-    put(26, &(1_u16 << BLOCK_EXP).to_le_bytes());
-    put(34, &u16::from(queues).to_le_bytes());
-    if !read_only {
-        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
-        put(40, &request::MAX_RANGES.to_le_bytes());
-        put(44, &(1_u32 << BLOCK_EXP).to_le_bytes());
-        put(48, &MAX_ZERO_SECTORS.to_le_bytes());
-        put(52, &request::MAX_RANGES.to_le_bytes());
-        put(56, &[1]);
+config_space! {
+    /// `struct virtio_blk_config` (5.2.4).
+    struct Config {
+        capacity: Le64,
+        size_max: Le32,
+        seg_max: Le32,
+        geometry: [u8; 4],
+        blk_size: Le32,
+        physical_block_exp: u8,
+        alignment_offset: u8,
+        min_io_size: Le16,
+        opt_io_size: Le32,
+        writeback: u8,
+        unused0: u8,
+        num_queues: Le16,
+        max_discard_sectors: Le32,
+        max_discard_seg: Le32,
+        discard_sector_alignment: Le32,
+        max_write_zeroes_sectors: Le32,
+        max_write_zeroes_seg: Le32,
+        write_zeroes_may_unmap: u8,
+        unused1: [u8; 3],
     }
-    config
+}
+
+impl Config {
+    fn new(size: u64, queues: u8, read_only: bool) -> Config {
+        let if_writable = |value: u32| if read_only { 0 } else { value };
+        Config {
+            capacity: (size / SECTOR).into(),
+            size_max: MAX_SEGMENT.into(),
+            seg_max: MAX_SEGMENTS.into(),
+            geometry: [0; 4],
+            blk_size: 512.into(),
+            physical_block_exp: BLOCK_EXP,
+            alignment_offset: 0,
+            min_io_size: (1 << BLOCK_EXP).into(),
+            opt_io_size: 0.into(),
+            writeback: 0,
+            unused0: 0,
+            num_queues: u16::from(queues).into(),
+            max_discard_sectors: if_writable(MAX_DISCARD_SECTORS).into(),
+            max_discard_seg: if_writable(request::MAX_RANGES).into(),
+            discard_sector_alignment: if_writable(1 << BLOCK_EXP).into(),
+            max_write_zeroes_sectors: if_writable(MAX_ZERO_SECTORS).into(),
+            max_write_zeroes_seg: if_writable(request::MAX_RANGES).into(),
+            write_zeroes_may_unmap: u8::from(!read_only),
+            unused1: [0; 3],
+        }
+    }
 }
 
 impl DeviceConfig for Blk {
@@ -174,6 +220,12 @@ impl DeviceConfig for Blk {
 
     fn name(&self) -> String {
         format!("disk {}", self.image.path().display())
+    }
+
+    /// Its serial number: where its image lies may have changed.
+    fn identity(&self) -> String {
+        let serial = self.serial.split(|byte| *byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(serial).into_owned()
     }
 
     fn features(&self) -> u64 {
@@ -212,8 +264,14 @@ impl VirtioDevice for Blk {
     fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
         let state: State = state.decode(STATE_VERSION)?;
         if state.size != self.image.size() || state.read_only != self.read_only {
-            tracing::error!(disk = self.name(), "the saved state is that of another disk");
-            return Err(RestoreError::Decode(postcard::Error::SerdeDeCustom));
+            let disk = |size: u64, read_only| {
+                let kind = if read_only { "a read-only disk" } else { "a disk" };
+                format!("{kind} of {size} bytes")
+            };
+            return Err(RestoreError::OtherDevice {
+                found: disk(state.size, state.read_only),
+                expected: disk(self.image.size(), self.read_only),
+            });
         }
         Ok(())
     }

@@ -24,8 +24,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use thiserror::Error;
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+use vm_memory::{Le16, Le32};
 
-use super::config_space::read_config_space;
+use super::build::{BuildError, Built, DeviceSpec, Handle, Host};
+use super::config_space::{config_space, read_config_space};
 use super::queue::{Position, Served, VirtQueue};
 use super::turn::Again;
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
@@ -34,8 +37,6 @@ use crate::spec::ConsolePortSpec;
 use control::Message;
 use port::{Port, PortState};
 
-/// The device's number (virtio 1.2, 5).
-const DEVICE_TYPE: u32 = 3;
 /// VIRTIO_CONSOLE_F_MULTIPORT (5.3.3): control queues, and more ports than one.
 const F_MULTIPORT: u64 = 1 << 1;
 const QUEUE_SIZE: u16 = 128;
@@ -58,22 +59,26 @@ pub enum ConsoleError {
     /// None, or more than [`MAX_PORTS`].
     #[error("a console has 1 to {MAX_PORTS} ports, not {0}")]
     PortCount(usize),
-    /// Not one socket for each port.
-    #[error("{ports} ports but {ends} host ends")]
-    EndCount {
-        /// Ports asked for.
-        ports: usize,
-        /// Sockets given.
-        ends: usize,
-    },
     /// A name that cannot be a file name in the guest.
     #[error(
         "port name {0:?} is empty, longer than {MAX_NAME} bytes, or has a slash or control character"
     )]
     Name(String),
+    /// A port has no other end.
+    #[error("nothing is connected to port {0:?}")]
+    NotConnected(Option<String>, #[source] io::Error),
     /// The host refused a descriptor.
     #[error("console descriptors")]
     Host(#[source] io::Error),
+}
+
+config_space! {
+    /// 5.3.4; what would follow belongs to a feature that is not offered, as do the columns and rows.
+    struct Config {
+        cols: Le16,
+        rows: Le16,
+        max_nr_ports: Le32,
+    }
 }
 
 /// A console: without queues as `Console`, with them as `Console<Queues>`.
@@ -126,27 +131,49 @@ const fn receive_queue(port: usize) -> usize {
     if port == 0 { 0 } else { 2 * port + 2 }
 }
 
+impl DeviceSpec for Vec<ConsolePortSpec> {
+    fn check(&self) -> Result<(), BuildError> {
+        Ok(check(self)?)
+    }
+
+    fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
+        let connected = self.iter().map(|port| match host.connect.console_port(port) {
+            Ok(end) => Ok((port.clone(), end)),
+            Err(error) => Err(ConsoleError::NotConnected(port.name.clone(), error)),
+        });
+        let console = Console::new(connected.collect::<Result<_, _>>()?)?;
+        Ok((Box::new(console), Handle::None))
+    }
+}
+
+/// Whether a console can have these ports.
+fn check<'a>(
+    ports: impl IntoIterator<Item = &'a ConsolePortSpec, IntoIter: ExactSizeIterator>,
+) -> Result<(), ConsoleError> {
+    let ports = ports.into_iter();
+    if ports.len() == 0 || ports.len() > MAX_PORTS {
+        return Err(ConsoleError::PortCount(ports.len()));
+    }
+    let bad = |c: char| c == '/' || c.is_control();
+    let wrong = |name: &&String| name.is_empty() || name.len() > MAX_NAME || name.contains(bad);
+    match ports.filter_map(|port| port.name.as_ref()).find(wrong) {
+        Some(name) => Err(ConsoleError::Name(name.clone())),
+        None => Ok(()),
+    }
+}
+
 impl Console {
-    /// Builds a console whose port `n` is `ports[n]`, joined to the other end of `ends[n]`.
+    /// Builds a console of these ports, each joined to the other end of its socket.
     ///
     /// The process must ignore SIGPIPE, as programs in Rust and Python do.
     ///
     /// # Errors
     /// What is wrong with the ports, or the host is out of descriptors.
-    pub fn new(ports: &[ConsolePortSpec], ends: Vec<UnixStream>) -> Result<Console, ConsoleError> {
-        if ports.is_empty() || ports.len() > MAX_PORTS {
-            return Err(ConsoleError::PortCount(ports.len()));
-        }
-        if ports.len() != ends.len() {
-            return Err(ConsoleError::EndCount { ports: ports.len(), ends: ends.len() });
-        }
+    pub fn new(ports: Vec<(ConsolePortSpec, UnixStream)>) -> Result<Console, ConsoleError> {
+        check(ports.iter().map(|(port, _)| port))?;
         let ports = ports
-            .iter()
-            .zip(ends)
-            .map(|(spec, end)| {
-                let name = spec.name.clone().map(checked_name).transpose()?;
-                Port::new(name, end).map_err(ConsoleError::Host)
-            })
+            .into_iter()
+            .map(|(spec, end)| Port::new(spec.name, end).map_err(ConsoleError::Host))
             .collect::<Result<_, _>>()?;
         let again = Again::new().map_err(ConsoleError::Host)?;
         Ok(Console { ports, again, queues: () })
@@ -174,17 +201,9 @@ impl Console {
     }
 }
 
-fn checked_name(name: String) -> Result<String, ConsoleError> {
-    let bad = |c: char| c == '/' || c.is_control();
-    if name.is_empty() || name.len() > MAX_NAME || name.contains(bad) {
-        return Err(ConsoleError::Name(name));
-    }
-    Ok(name)
-}
-
 impl<Q: Send> DeviceConfig for Console<Q> {
     fn device_type(&self) -> u32 {
-        DEVICE_TYPE
+        VIRTIO_ID_CONSOLE
     }
     fn name(&self) -> String {
         "console".into()
@@ -196,10 +215,8 @@ impl<Q: Send> DeviceConfig for Console<Q> {
         vec![QUEUE_SIZE; 2 * (self.ports.len() + 1)]
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // 5.3.4: cols and rows (u16), max_nr_ports (u32), emerg_wr (u32).
-        let mut config = [0; 12];
-        let max_nr_ports = u32::try_from(self.ports.len()).unwrap_or(u32::MAX);
-        config[4..8].copy_from_slice(&max_nr_ports.to_le_bytes());
+        let max_nr_ports = u32::try_from(self.ports.len()).unwrap_or(u32::MAX).into();
+        let config = Config { cols: 0.into(), rows: 0.into(), max_nr_ports };
         read_config_space(&config, offset, data);
     }
     fn host_fds(&self) -> Vec<RawFd> {
@@ -222,7 +239,9 @@ impl VirtioDevice for Console {
     fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
         let states: Vec<PortState> = state.decode(STATE_VERSION)?;
         if states.len() != self.ports.len() {
-            return Err(RestoreError::Decode(postcard::Error::SerdeDeCustom));
+            let ports = |count| format!("console with {count} ports");
+            let (found, expected) = (ports(states.len()), ports(self.ports.len()));
+            return Err(RestoreError::OtherDevice { found, expected });
         }
         for (port, state) in self.ports.iter_mut().zip(states) {
             port.state = state;

@@ -11,8 +11,8 @@ use crate::virtio::testing::{DriverQueue, Guest, HOSTILE_MEMORY, Part, hostile_r
 /// A console `hvc0` and a port `agent`, with the ends that the host holds.
 fn console() -> (Console, Vec<UnixStream>) {
     let specs = [ConsolePortSpec { name: None }, ConsolePortSpec { name: Some("agent".into()) }];
-    let (device, host) = (0..2).map(|_| UnixStream::pair().unwrap()).unzip();
-    (Console::new(&specs, device).unwrap(), host)
+    let (ends, host): (Vec<_>, _) = (0..2).map(|_| UnixStream::pair().unwrap()).unzip();
+    (Console::new(specs.into_iter().zip(ends).collect()).unwrap(), host)
 }
 
 /// A console with its guest and its host.
@@ -414,9 +414,8 @@ fn what_the_driver_sees() {
 
 #[test]
 fn the_last_port_fits_the_inline_bits() {
-    let specs = vec![ConsolePortSpec { name: None }; MAX_PORTS];
-    let ends = (0..MAX_PORTS).map(|_| UnixStream::pair().unwrap().0).collect();
-    let device = Console::new(&specs, ends).unwrap();
+    let port = |_| (ConsolePortSpec { name: None }, UnixStream::pair().unwrap().0);
+    let device = Console::new((0..MAX_PORTS).map(port).collect()).unwrap();
     assert_eq!(device.queue_sizes().len(), 64);
     assert_eq!(device.inline_queues(), 0xaaaa_aaaa_aaaa_aaaa);
 }
@@ -425,22 +424,23 @@ fn the_last_port_fits_the_inline_bits() {
 fn bad_ports_are_refused() {
     let end = || UnixStream::pair().unwrap().0;
     let port = |name: &str| ConsolePortSpec { name: Some(name.into()) };
-    assert!(matches!(Console::new(&[], vec![]), Err(ConsoleError::PortCount(0))));
+    assert!(matches!(Console::new(vec![]), Err(ConsoleError::PortCount(0))));
     let many = vec![port("x"); MAX_PORTS + 1];
-    assert!(matches!(Console::new(&many, vec![]), Err(ConsoleError::PortCount(32))));
-    assert!(matches!(Console::new(&many[..1], vec![]), Err(ConsoleError::EndCount { .. })));
+    let many = many.into_iter().map(|port| (port, end())).collect();
+    assert!(matches!(Console::new(many), Err(ConsoleError::PortCount(32))));
     for name in ["", "a/b", "a\nb", &"n".repeat(256)] {
-        assert!(matches!(Console::new(&[port(name)], vec![end()]), Err(ConsoleError::Name(_))));
+        assert!(matches!(Console::new(vec![(port(name), end())]), Err(ConsoleError::Name(_))));
+        let checked = DeviceSpec::check(&vec![port(name)]);
+        assert!(matches!(checked, Err(BuildError::Console(ConsoleError::Name(_)))));
     }
 }
 
 #[test]
 fn a_state_of_another_console_is_refused() {
     let state = console().0.save();
-    let mut one =
-        Console::new(&[ConsolePortSpec { name: None }], vec![UnixStream::pair().unwrap().0])
-            .unwrap();
-    assert!(matches!(one.restore(&state), Err(RestoreError::Decode(_))));
+    let port = (ConsolePortSpec { name: None }, UnixStream::pair().unwrap().0);
+    let mut one = Console::new(vec![port]).unwrap();
+    assert!(matches!(one.restore(&state), Err(RestoreError::OtherDevice { .. })));
     let damaged = SavedState { version: STATE_VERSION, data: vec![0xff; 3] };
     assert!(matches!(console().0.restore(&damaged), Err(RestoreError::Decode(_))));
 }

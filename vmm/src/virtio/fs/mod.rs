@@ -51,13 +51,17 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use vm_memory::Le32;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::build::{BuildError, Built, DeviceSpec, Handle, Host};
+use super::config_space::{config_space, read_config_space};
 use super::pool::{Active, Pooled, Server};
 use super::queue::Chain;
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
 };
+use crate::event_loop::new_event;
 use crate::spec::ShareSpec;
 use server::{Fuse, Session, detach_thread, is_quick};
 
@@ -97,6 +101,14 @@ pub enum FsError {
     },
 }
 
+config_space! {
+    /// 5.11.4.
+    struct Config {
+        tag: [u8; TAG_LEN],
+        num_request_queues: Le32,
+    }
+}
+
 /// A share without queues.
 pub struct Fs {
     // Before `root`, on which it rests.
@@ -106,7 +118,13 @@ pub struct Fs {
     /// Most that it keeps for the guest.
     descriptors: u64,
     alarm: Arc<EventFd>,
-    config: [u8; TAG_LEN + 4],
+    config: Config,
+}
+
+impl DeviceSpec for ShareSpec {
+    fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
+        Ok((Box::new(Fs::limited(self, host.share_descriptors)?), Handle::None))
+    }
 }
 
 impl Fs {
@@ -140,13 +158,11 @@ impl Fs {
             source,
         };
         let server = server::start(spec, &root, descriptors).map_err(refused)?;
-        let alarm = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(refused)?;
-        let mut config = [0; TAG_LEN + 4];
-        for (byte, own) in config[..TAG_LEN].iter_mut().zip(spec.tag.bytes()) {
+        let alarm = new_event().map_err(refused)?;
+        let mut config = Config { tag: [0; TAG_LEN], num_request_queues: 1.into() };
+        for (byte, own) in config.tag.iter_mut().zip(spec.tag.bytes()) {
             *byte = own;
         }
-        let request_queues = 1_u32;
-        config[TAG_LEN..].copy_from_slice(&request_queues.to_le_bytes());
         Ok(Fs { server, root, spec: spec.clone(), descriptors, alarm: Arc::new(alarm), config })
     }
 
@@ -173,6 +189,10 @@ impl DeviceConfig for Fs {
         format!("fs {}", self.spec.tag)
     }
 
+    fn identity(&self) -> String {
+        self.spec.tag.to_string()
+    }
+
     fn features(&self) -> u64 {
         0
     }
@@ -182,11 +202,7 @@ impl DeviceConfig for Fs {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let rest = self.config.get(offset..).unwrap_or_default();
-        let have = rest.len().min(data.len());
-        data[..have].copy_from_slice(&rest[..have]);
-        data[have..].fill(0);
+        read_config_space(&self.config, offset, data);
     }
 
     fn host_fds(&self) -> Vec<RawFd> {

@@ -17,18 +17,19 @@ use std::sync::Arc;
 
 use firn_net_switch::{NetPort, Offloads, Receiver};
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use vm_memory::Le16;
 
-use super::config_space::read_config_space;
+use super::build::{BuildError, Built, DeviceSpec, Handle, Host};
+use super::config_space::{config_space, read_config_space};
 use super::queue::{Position, VirtQueue};
 use super::turn::Again;
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
 use super::{SavedState, VirtioDevice};
-use crate::spec::NetSpec;
+use crate::spec::{Mac, NetSpec};
 use receive::Card;
 use transmit::transmit;
 
-/// The device's number (virtio 1.2, 5).
-const DEVICE_TYPE: u32 = 1;
 /// The receive queue (5.1.2).
 const RX: usize = 0;
 /// The transmit queue (5.1.2).
@@ -66,6 +67,14 @@ mod feature {
         | HOST_ECN
         | MRG_RXBUF
         | STATUS;
+}
+
+config_space! {
+    /// 5.1.4; what would follow belongs to features that are not offered.
+    struct Config {
+        mac: [u8; 6],
+        status: Le16,
+    }
 }
 
 /// A network card: without queues as `Net`, with them as `Net<Queues>`.
@@ -110,6 +119,14 @@ struct NetState {
     link_up: bool,
 }
 
+impl DeviceSpec for NetSpec {
+    fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
+        let port = host.connect.net(self).map_err(BuildError::host("network card"))?;
+        let card = Net::new(self, port).map_err(BuildError::host("network card"))?;
+        Ok((Box::new(card), Handle::None))
+    }
+}
+
 impl Net {
     /// Builds a card with the address of `spec`, plugged into `port`.
     ///
@@ -130,10 +147,13 @@ impl<Q> Net<Q> {
 
 impl<Q: Send> DeviceConfig for Net<Q> {
     fn device_type(&self) -> u32 {
-        DEVICE_TYPE
+        VIRTIO_ID_NET
     }
     fn name(&self) -> String {
         "net".into()
+    }
+    fn identity(&self) -> String {
+        Mac(self.mac).to_string()
     }
     fn features(&self) -> u64 {
         feature::ALL
@@ -142,12 +162,8 @@ impl<Q: Send> DeviceConfig for Net<Q> {
         vec![QUEUE_SIZE; 2]
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // 5.1.4: mac, then status (u16); what follows belongs to features that are not offered.
         let status = if self.port.link_up() { STATUS_LINK_UP } else { 0 };
-        let mut config = [0; 8];
-        config[..6].copy_from_slice(&self.mac);
-        config[6..].copy_from_slice(&status.to_le_bytes());
-        read_config_space(&config, offset, data);
+        read_config_space(&Config { mac: self.mac, status: status.into() }, offset, data);
     }
     fn host_fds(&self) -> Vec<RawFd> {
         vec![self.again.as_raw_fd()]

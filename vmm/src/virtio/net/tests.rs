@@ -54,7 +54,7 @@ impl Wire {
     }
 }
 
-const SPEC: NetSpec = NetSpec { mac: crate::spec::Mac([2, 0, 0, 0, 0, 1]) };
+const SPEC: NetSpec = NetSpec { mac: Mac([2, 0, 0, 0, 0, 1]) };
 
 struct Bench {
     guest: Guest,

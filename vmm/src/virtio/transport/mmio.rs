@@ -18,10 +18,11 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
     VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::slot::{OnFailure, QueueConfig, Slot, SlotState};
 use crate::bus::BusDevice;
+use crate::event_loop::new_event;
 use crate::interrupt::Pin;
 use crate::memory::Memory;
 use crate::virtio::{Interrupt, RestoreError, VirtioDevice};
@@ -125,7 +126,7 @@ impl MmioTransport {
         let kicks = (0..device.queue_sizes().len())
             .map(|index| match inline >> index & 1 {
                 1 => Ok(None),
-                _ => EventFd::new(EFD_NONBLOCK).map(Some),
+                _ => new_event().map(Some),
             })
             .collect::<io::Result<_>>()?;
         let host_fds = device.host_fds();
@@ -146,6 +147,11 @@ impl MmioTransport {
             }
         }
         Ok(())
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> String {
+        self.registers().slot.config().name()
     }
 
     /// Stops the device and finishes what is in flight.

@@ -47,6 +47,9 @@ pub struct QueueConfig {
 /// Everything about a device and its negotiation that a restore needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SlotState {
+    /// [`DeviceConfig::device_type`] and [`DeviceConfig::identity`] of the device whose state it is.
+    device_type: u32,
+    identity: String,
     status: u8,
     driver_features: u64,
     queues: Vec<QueueConfig>,
@@ -226,6 +229,8 @@ impl Slot {
             _ => Vec::new(),
         };
         SlotState {
+            device_type: self.config().device_type(),
+            identity: self.config().identity(),
             status: self.status,
             driver_features: self.driver_features,
             queues: self.queues.clone(),
@@ -241,6 +246,12 @@ impl Slot {
     /// The state is damaged or belongs to another device.
     pub fn restore(&mut self, state: &SlotState) -> Result<(), RestoreError> {
         self.reset();
+        let own = (self.config().device_type(), self.config().identity());
+        if own != (state.device_type, state.identity.clone()) {
+            let name = |(kind, identity): (u32, String)| format!("virtio type {kind} {identity:?}");
+            let (found, expected) = (name((state.device_type, state.identity.clone())), name(own));
+            return Err(RestoreError::OtherDevice { found, expected });
+        }
         if state.queues.len() != self.queues.len() {
             return Err(RestoreError::Decode(postcard::Error::DeserializeBadEncoding));
         }

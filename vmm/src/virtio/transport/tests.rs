@@ -2,14 +2,19 @@
 
 use std::sync::{Arc, Mutex};
 
+use firn_net_switch::Switch;
 use proptest::prelude::*;
 use virtio_bindings::virtio_mmio::*;
 
 use super::mmio::MmioTransport;
 use crate::bus::BusDevice;
 use crate::interrupt::Pin;
+use crate::spec::{Mac, NetSpec};
+use crate::virtio::balloon::Balloon;
+use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{DriverQueue, Guest, Part};
+use crate::virtio::{RestoreError, VirtioDevice};
 
 /// Status bits as a driver sets them, one after the other (virtio 1.2, 3.1.1).
 const ACKNOWLEDGE: u32 = 1;
@@ -259,6 +264,33 @@ fn another_transport_goes_on_from_a_saved_state() {
     other.transport.resume();
     let lengths: Vec<_> = queue.all_used().iter().map(|used| used.len).collect();
     assert_eq!(lengths, [8, 12], "neither lost nor done twice");
+}
+
+#[test]
+fn devices_do_not_take_each_others_state() {
+    let guest = Guest::new();
+    let switch = Switch::new("vlan 1");
+    let card = |last| -> Box<dyn VirtioDevice> {
+        let spec = NetSpec { mac: Mac([2, 0, 0, 0, 0, last]) };
+        Box::new(Net::new(&spec, Arc::new(switch.add_port("m"))).unwrap())
+    };
+    let behind = |device| {
+        let (memory, pin) = (guest.memory.clone(), Arc::new(TestPin::default()));
+        MmioTransport::new(device, memory, pin, Arc::new(|_, _| ())).unwrap()
+    };
+    // Of another type, and of the same type.
+    let others: [Box<dyn VirtioDevice>; 2] = [Box::new(Balloon::new().unwrap()), card(2)];
+    for other in others {
+        let devices = [behind(card(1)), behind(other)];
+        let states = devices.each_ref().map(MmioTransport::save);
+        for (device, state) in devices.iter().zip(states.iter().rev()) {
+            let refused = device.restore(state).unwrap_err();
+            assert!(matches!(refused, RestoreError::OtherDevice { .. }), "{refused:?}");
+        }
+        for (device, state) in devices.iter().zip(&states) {
+            device.restore(state).unwrap();
+        }
+    }
 }
 
 #[test]

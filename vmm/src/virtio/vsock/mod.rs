@@ -23,8 +23,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 
 use thiserror::Error;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use vm_memory::Le64;
 
-use super::config_space::read_config_space;
+use super::build::{BuildError, Built, DeviceSpec, Handle, Host};
+use super::config_space::{config_space, read_config_space};
 use super::queue::{Chain, Position, Served, VirtQueue};
 use super::turn::Again;
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
@@ -35,8 +38,6 @@ use hub::Hub;
 
 pub use hub::MAX_CONNECTIONS;
 
-/// The device's number (virtio 1.2, 5).
-const DEVICE_TYPE: u32 = 19;
 /// VIRTIO_VSOCK_F_STREAM (5.10.3).
 const F_STREAM: u64 = 1 << 0;
 /// To the guest (5.10.2).
@@ -84,6 +85,13 @@ pub enum VsockError {
     Host(#[source] io::Error),
 }
 
+config_space! {
+    /// 5.10.4.
+    struct Config {
+        guest_cid: Le64,
+    }
+}
+
 /// A vsock device: without queues as `Vsock`, with them as `Vsock<Queues>`.
 pub struct Vsock<Q = ()> {
     hub: Hub,
@@ -100,6 +108,14 @@ pub struct Queues {
     receive: VirtQueue,
     transmit: VirtQueue,
     events: VirtQueue,
+}
+
+impl DeviceSpec for VsockSpec {
+    fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
+        let mut vsock = Vsock::new(self)?;
+        vsock.limit(host.vsock_connections);
+        Ok((Box::new(vsock), Handle::None))
+    }
 }
 
 impl Vsock {
@@ -123,7 +139,7 @@ impl Vsock {
 
 impl<Q: Send> DeviceConfig for Vsock<Q> {
     fn device_type(&self) -> u32 {
-        DEVICE_TYPE
+        VIRTIO_ID_VSOCK
     }
     fn name(&self) -> String {
         "vsock".into()
@@ -135,7 +151,8 @@ impl<Q: Send> DeviceConfig for Vsock<Q> {
         vec![QUEUE_SIZE; QUEUES]
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&u64::from(self.hub.cid()).to_le_bytes(), offset, data);
+        let config = Config { guest_cid: u64::from(self.hub.cid()).into() };
+        read_config_space(&config, offset, data);
     }
     fn host_fds(&self) -> Vec<RawFd> {
         vec![self.hub.epoll_fd(), self.again.as_raw_fd()]

@@ -216,7 +216,7 @@ fn states_of_other_disks_and_versions_are_refused() {
     blk.restore(&state).unwrap();
     let (_dir, larger) = fresh(DiskFormat::Raw, 2);
     let mut other = Blk::new(&larger, 1).unwrap();
-    assert!(matches!(other.restore(&state), Err(RestoreError::Decode(_))));
+    assert!(matches!(other.restore(&state), Err(RestoreError::OtherDevice { .. })));
     state.version += 1;
     assert!(matches!(blk.restore(&state), Err(RestoreError::Version { found: 2, .. })));
 }

@@ -8,6 +8,7 @@ use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::server::{Fuse, Session};
+use crate::event_loop::new_event;
 use crate::virtio::DeviceError;
 use crate::virtio::pool::Pool;
 use crate::virtio::queue::Chain;
@@ -50,7 +51,7 @@ fn stage() -> Stage {
     let (tell, began) = channel();
     let (orders, listen) = channel();
     let puppet = Puppet { began: Mutex::new(tell), orders: Mutex::new(listen) };
-    let alarm = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    let alarm = Arc::new(new_event().unwrap());
     let server: Arc<dyn Fuse> = Arc::new(puppet);
     let pool = Pool::new("test".into(), Box::new(server), Arc::clone(&alarm), vec![Some(queue)]);
     Stage { driver, pool, alarm, began, orders }

@@ -1,0 +1,147 @@
+//! From specs to devices: the same call for each kind.
+//!
+//! A new device implements [`DeviceSpec`] for its spec beside its own code, and joins the list that
+//! [`device_specs`] makes of a machine.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use firn_net_switch::NetPort;
+use thiserror::Error;
+
+use super::balloon::{BalloonHandle, BalloonSpec};
+use super::rng::RngSpec;
+use super::{VirtioDevice, blk, console, fs, vsock};
+use crate::spec::{ConsolePortSpec, MachineSpec, NetSpec, ValueError};
+
+/// Connects a machine's devices to what is outside: it is asked for the other end of each as the device is built. What
+/// has not been thought of cannot be connected.
+pub trait Connect: Send {
+    /// The other end of a port of the console.
+    ///
+    /// # Errors
+    /// There is none.
+    fn console_port(&mut self, _port: &ConsolePortSpec) -> io::Result<UnixStream> {
+        Err(io::ErrorKind::NotConnected.into())
+    }
+
+    /// What a network card is plugged into.
+    ///
+    /// # Errors
+    /// There is nothing.
+    fn net(&mut self, _card: &NetSpec) -> io::Result<Arc<dyn NetPort>> {
+        Err(io::ErrorKind::NotConnected.into())
+    }
+}
+
+/// For machines that have no device with another end.
+impl Connect for () {}
+
+/// What devices are built from, beside their specs.
+pub struct Host<'a> {
+    /// Their other ends.
+    pub connect: &'a mut dyn Connect,
+    /// The machine's processors.
+    pub cores: u8,
+    /// Most descriptors that a share keeps for the guest.
+    pub share_descriptors: u64,
+    /// Most connections of the vsock device.
+    pub vsock_connections: usize,
+}
+
+/// What the host can do with a device of its own accord.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub enum Handle {
+    /// Nothing.
+    #[default]
+    None,
+    /// Set the size of the balloon.
+    Balloon(BalloonHandle),
+}
+
+/// A device and the host's hand on it.
+pub type Built = (Box<dyn VirtioDevice>, Handle);
+
+/// A device could not be built.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// What the spec says cannot be.
+    #[error("`{key}` of a {device}: {problem}")]
+    Spec {
+        /// The kind of device.
+        device: &'static str,
+        /// The key of its spec.
+        key: &'static str,
+        /// What is wrong with its value.
+        #[source]
+        problem: ValueError,
+    },
+    /// A console cannot be served.
+    #[error("console")]
+    Console(#[from] console::ConsoleError),
+    /// A share cannot be served.
+    #[error(transparent)]
+    Share(#[from] fs::FsError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] blk::BlkError),
+    /// A vsock device cannot be served.
+    #[error(transparent)]
+    Vsock(#[from] vsock::VsockError),
+    /// The host has not what it needs.
+    #[error("{device}")]
+    Host {
+        /// The kind of device.
+        device: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl BuildError {
+    /// For `device`, which the host refused something.
+    pub(super) fn host(device: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { device, source }
+    }
+}
+
+/// One device, before it exists.
+pub trait DeviceSpec {
+    /// Checks what can be checked without touching anything: called for all devices of a machine before the first one
+    /// is built.
+    ///
+    /// # Errors
+    /// It cannot be built as it is.
+    fn check(&self) -> Result<(), BuildError> {
+        Ok(())
+    }
+
+    /// Makes the device, and everything on the host that it rests on.
+    ///
+    /// # Errors
+    /// What it cannot be without is not to be had.
+    fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError>;
+}
+
+/// All devices of a machine, in the order in which the guest finds them.
+pub fn device_specs(machine: &MachineSpec) -> Vec<&dyn DeviceSpec> {
+    let mut specs: Vec<&dyn DeviceSpec> = Vec::new();
+    if !machine.console_ports.is_empty() {
+        specs.push(&machine.console_ports);
+    }
+    if machine.rng {
+        specs.push(&RngSpec);
+    }
+    specs.extend(machine.nets.iter().map(|spec| spec as &dyn DeviceSpec));
+    specs.extend(machine.shares.iter().map(|spec| spec as &dyn DeviceSpec));
+    specs.extend(machine.disks.iter().map(|spec| spec as &dyn DeviceSpec));
+    specs.extend(machine.vsock.iter().map(|spec| spec as &dyn DeviceSpec));
+    if machine.balloon {
+        specs.push(&BalloonSpec);
+    }
+    specs
+}
