@@ -19,7 +19,7 @@ check` looks at the scripts too. A script with `#: ways: agent backdoor` is run 
 the ways into a guest.
 
     conformance.py run [FAMILY…]    run them; with --write keep the outcome in results.json
-    conformance.py table [--check]  write README.md's table here, or look whether it is as it should be
+    conformance.py table [--check]  write README.md's table here, or check it
 """
 
 import argparse
@@ -406,7 +406,7 @@ def table(check: bool) -> int:
         if not check:
             README.write_text(fresh)
         elif fresh != text:
-            found.append("tests/conformance/README.md has another table than results.json makes: `make table`")
+            found.append("README.md here does not have the table of results.json: `… table`")
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0
