@@ -1,5 +1,6 @@
 use super::*;
-use crate::memory::HIGH_START;
+use crate::arch::layout::HIGH_START;
+use crate::memory;
 
 fn spec(name: &str, memory_mib: u64, oem_strings: &[String]) -> MachineSpec {
     MachineSpec {
@@ -71,7 +72,7 @@ fn the_tables_say_what_the_machine_is() {
     assert_eq!(found[1].strings[3], "server");
     assert_eq!(found[3].formatted[0x23], 3, "cores");
     assert_eq!(found[5].formatted[12..14], 6144_u16.to_le_bytes());
-    assert_eq!(found[7].formatted[15..23], memory::HOLE_END.to_le_bytes());
+    assert_eq!(found[7].formatted[15..23], layout::HOLE_END.to_le_bytes());
 }
 
 #[test]
