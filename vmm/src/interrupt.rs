@@ -1,10 +1,4 @@
-//! Interrupt lines: level-triggered pins of the IOAPIC that devices share.
-//!
-//! KVM's IOAPIC has 24 pins, and a machine may have three dozen devices. Two other ways were
-//! weighed: PCI with MSI-X makes the kernel walk a bus and program tables at each boot, and an
-//! IOAPIC of our own with more pins makes each of the kernel's thousand accesses to it an exit.
-//! Shared lines cost nothing at boot; later an interrupt costs one more read of a status register
-//! for each device that shares its line, which is two where there are all of 37.
+//! Interrupt lines: level-triggered, so that devices can share them.
 //!
 //! A line is high while one of its devices has a cause pending. Edges would not do: KVM drops one
 //! that comes while the pulse of another device has not ended. And the ioctl is cheaper than an
@@ -24,20 +18,20 @@ pub trait Pin: Send + Sync {
 /// A line that up to 64 devices share.
 pub struct SharedLine {
     vm: Arc<VmFd>,
-    gsi: u32,
+    number: u32,
     /// A bit for each device that wants it high.
     high: Mutex<u64>,
 }
 
 impl SharedLine {
-    /// The line at IOAPIC pin `gsi` of `vm`, low.
-    pub fn new(vm: Arc<VmFd>, gsi: u32) -> Arc<SharedLine> {
-        Arc::new(SharedLine { vm, gsi, high: Mutex::new(0) })
+    /// The line of this number of `vm`, low.
+    pub fn new(vm: Arc<VmFd>, number: u32) -> Arc<SharedLine> {
+        Arc::new(SharedLine { vm, number, high: Mutex::new(0) })
     }
 
-    /// The number of its IOAPIC pin.
-    pub fn gsi(&self) -> u32 {
-        self.gsi
+    /// Its number, as KVM counts.
+    pub fn number(&self) -> u32 {
+        self.number
     }
 
     /// The end of device `index`, below 64.
@@ -58,9 +52,9 @@ impl Pin for SharedPin {
         *high = if level() { *high | self.bit } else { *high & !self.bit };
         let after = *high != 0;
         if before != after
-            && let Err(error) = self.line.vm.set_irq_line(self.line.gsi, after)
+            && let Err(error) = self.line.vm.set_irq_line(self.line.number, after)
         {
-            tracing::error!(%error, gsi = self.line.gsi, "KVM_IRQ_LINE");
+            tracing::error!(%error, line = self.line.number, "KVM_IRQ_LINE");
         }
     }
 }

@@ -17,7 +17,8 @@ pub mod probe;
 #[path = "../../tests/src/skip.rs"]
 mod skip;
 pub mod spec;
-pub mod tsc;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+
+pub use arch::tsc;

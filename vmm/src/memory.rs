@@ -1,18 +1,4 @@
-//! Guest physical memory and its layout.
-//!
-//! ```text
-//! 0x0000_0500  GDT                         | arch::x86_64::entry
-//! 0x0000_7000  zero page (boot_params)     |
-//! 0x0000_9000  page tables of the entry    |
-//! 0x0002_0000  kernel command line         |
-//! 0x000e_0000  ACPI tables, RSDP first     | boot::acpi
-//! 0x000f_0000  SMBIOS tables               | boot::smbios
-//! 0x000f_fff0  reset vector                | arch::x86_64::entry
-//! 0x0010_0000  kernel                      | boot::kernel
-//!      ...     initrd, below the end of low memory
-//! 0xc000_0000  hole: virtio-mmio, IOAPIC, LAPIC
-//! 0x1_0000_0000 memory past 3 GiB
-//! ```
+//! Guest physical memory; where it lies is [`crate::arch::layout`].
 
 use std::fs::File;
 use std::io;
@@ -29,6 +15,8 @@ use vm_memory::{
     MemoryRegionAddress, MmapRegion,
 };
 
+use crate::arch::layout;
+
 /// Guest memory as mapped into this process.
 ///
 /// The bitmap type is the one virtiofsd's FUSE server wants; the whole monitor uses it so that
@@ -44,36 +32,8 @@ const PAGE: usize = 4096;
 /// How much is copied at once between memory and a file.
 const CHUNK: usize = 256 * PAGE;
 
-/// Where the conventional memory of the PC ends and its extended BIOS data area would begin.
-pub const LOW_END: u64 = 0x9_fc00;
-/// The BIOS area, in which Linux looks for the RSDP (`acpi_find_root_pointer`), also after kexec.
-pub const ACPI_START: u64 = 0xe_0000;
-/// Where room for ACPI tables ends.
-pub const ACPI_END: u64 = SMBIOS_START;
-/// The segment in which Linux looks for the SMBIOS entry point (`dmi_scan_machine`).
-pub const SMBIOS_START: u64 = 0xf_0000;
-/// Where room for SMBIOS tables ends: the reset vector follows.
-pub const SMBIOS_END: u64 = RESET_VECTOR;
-/// Where a processor starts after a reset, seen from real mode: ffff:0 (Intel SDM 3, 10.1.4).
-pub const RESET_VECTOR: u64 = 0xf_fff0;
-/// Where memory above the BIOS area starts, and with it the kernel.
-pub const HIGH_START: u64 = 0x10_0000;
-/// Where the hole for devices starts: memory past this is moved above 4 GiB.
-pub const HOLE_START: u64 = 0xc000_0000;
-/// Where the hole ends.
-pub const HOLE_END: u64 = 0x1_0000_0000;
-/// The first virtio-mmio device.
-pub const VIRTIO_MMIO_START: u32 = 0xd000_0000;
-/// Distance from one virtio-mmio device to the next.
-pub const VIRTIO_MMIO_SIZE: u32 = 0x1000;
-/// Registers of the IOAPIC; the in-kernel one of KVM is fixed there.
-pub const IOAPIC_START: u32 = 0xfec0_0000;
-/// Registers of the local APIC after reset (Intel SDM 3, 11.4.1).
-pub const LAPIC_START: u32 = 0xfee0_0000;
 /// Size of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
-/// Three pages that KVM on Intel needs for itself (`KVM_SET_TSS_ADDR`).
-pub const KVM_TSS_START: usize = 0xfffb_d000;
 
 /// Guest memory could not be had.
 #[derive(Debug, Error)]
@@ -95,15 +55,6 @@ pub enum MemoryError {
     TooLarge(u64),
 }
 
-/// Where memory lies in a guest that has `bytes` of it.
-pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
-    if bytes <= HOLE_START {
-        vec![(0, bytes)]
-    } else {
-        vec![(0, HOLE_START), (HOLE_END, bytes - HOLE_START)]
-    }
-}
-
 /// Maps fresh, zeroed memory for a guest of `mib` MiB. Pages are taken when they are touched.
 ///
 /// # Errors
@@ -111,7 +62,7 @@ pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
 pub fn allocate(mib: u64) -> Result<Memory, MemoryError> {
     let bytes = mib.checked_mul(1 << 20).ok_or(MemoryError::TooLarge(mib))?;
     let mut parts = Vec::new();
-    for (start, len) in ranges(bytes) {
+    for (start, len) in layout::ranges(bytes) {
         let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
         parts.push((GuestAddress(start), len));
     }

@@ -13,7 +13,7 @@ use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use crate::arch::x86_64::entry;
+use crate::arch::{entry, layout};
 use crate::memory;
 
 /// Where KVM is found.
@@ -151,7 +151,7 @@ fn measure(path: &Path) -> Result<Measured, ProbeError> {
         .map_err(|_| ProbeError::Path { path: path.display().to_string() })?;
     let kvm = Kvm::new_with_path(name).map_err(call("open"))?;
     let vm = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-    let _ = vm.set_tss_address(memory::KVM_TSS_START);
+    let _ = vm.set_tss_address(layout::KVM_TSS_START);
     let memory = memory::allocate(2)?;
     for region in memory.iter() {
         let slot = kvm_userspace_memory_region {

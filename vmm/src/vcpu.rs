@@ -15,6 +15,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::arch;
 use crate::bus::Bus;
 use crate::device::boot_timer::{BootTimer, stage};
 
@@ -26,9 +27,6 @@ pub struct Buses {
     /// Physical memory addresses without memory.
     pub mmio: Bus,
 }
-
-/// The interrupt flag of RFLAGS.
-const INTERRUPTS_ON: u64 = 1 << 9;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
@@ -292,9 +290,8 @@ impl Vcpu {
     /// Lets the guest know that it has stood still, so that its watchdogs do not take that for a
     /// lockup.
     pub fn tell_of_pause(&self) {
-        // A guest that does not use kvm-clock cannot be told.
-        if let Err(error) = self.fd().kvmclock_ctrl() {
-            tracing::debug!(vcpu = self.index, %error, "KVM_KVMCLOCK_CTRL");
+        if let Err(error) = arch::vcpu::tell_of_pause(&self.fd()) {
+            tracing::debug!(vcpu = self.index, %error, "the guest does not hear of the pause");
         }
     }
 
@@ -324,7 +321,7 @@ impl Vcpu {
                 finish_exit(&mut fd);
                 if let Some(round) = self.group.look_after(last_look) {
                     last_look = round;
-                    if self.group.report(round, is_dead(&fd)) {
+                    if self.group.report(round, arch::vcpu::is_dead(&fd)) {
                         return Ok(Ending::Halted);
                     }
                 }
@@ -372,7 +369,8 @@ impl Vcpu {
             Ok(exit) => format!("unexpected exit {exit:?}"),
             Err(error) => format!("KVM_RUN: {}", io::Error::from(error)),
         };
-        let place = fd.get_regs().map_or(String::new(), |regs| format!(" at {:#x}", regs.rip));
+        let place = arch::vcpu::instruction(fd)
+            .map_or(String::new(), |address| format!(" at {address:#x}"));
         Err(format!("{reason}{place}"))
     }
 }
@@ -389,18 +387,6 @@ fn finish_exit(fd: &mut VcpuFd) {
     fd.set_kvm_immediate_exit(1);
     let _ = fd.run();
     fd.set_kvm_immediate_exit(0);
-}
-
-/// Whether a vCPU can execute nothing any more: it is halted with interrupts off, or was never
-/// started. (A non-maskable interrupt would wake it, but nothing here sends one.)
-fn is_dead(fd: &VcpuFd) -> bool {
-    match fd.get_mp_state().map(|state| state.mp_state) {
-        Ok(kvm_bindings::KVM_MP_STATE_HALTED) => {
-            fd.get_regs().is_ok_and(|regs| regs.rflags & INTERRUPTS_ON == 0)
-        }
-        Ok(kvm_bindings::KVM_MP_STATE_UNINITIALIZED) => true,
-        _ => false,
-    }
 }
 
 fn internal_error(fd: &mut VcpuFd) -> String {

@@ -12,7 +12,8 @@ use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::archive;
 use super::image::ImageFile;
-use crate::memory::{HIGH_START, MemoryMap, low_end};
+use crate::arch::layout::HIGH_START;
+use crate::memory::{MemoryMap, low_end};
 
 /// Where an ELF file says what it is.
 const ELF_MAGIC: &[u8] = b"\x7fELF";

@@ -7,8 +7,6 @@ use serde::Serialize;
 
 use crate::bus::BusDevice;
 
-/// The port that a guest writes stages to.
-pub const PORT: u16 = 0x608;
 /// Most marks that are kept: a guest could write for ever.
 const MAX_MARKS: usize = 64;
 

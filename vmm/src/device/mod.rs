@@ -2,6 +2,4 @@
 
 pub mod boot_timer;
 pub mod panic;
-pub mod pci;
-pub mod power;
 pub mod serial;

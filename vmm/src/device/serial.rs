@@ -12,12 +12,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 
-/// The port of COM1.
-pub const PORT: u16 = 0x3f8;
-/// How many ports it has.
-pub const PORTS: u8 = 8;
-/// The interrupt of COM1.
-pub const GSI: u32 = 4;
 /// How much input may wait for a guest that does not read.
 const MAX_PENDING: usize = 64 << 10;
 

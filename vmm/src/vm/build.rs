@@ -3,31 +3,26 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 
 use super::descriptors::Counts;
 use super::{Event, VmError, host, kvm};
-use crate::arch::x86_64::cpuid::{self, Place};
-use crate::arch::x86_64::entry;
-use crate::boot::{acpi, kernel, params, smbios};
-use crate::device::boot_timer::{self, BootTimer};
+use crate::arch::{board, firmware, layout, params};
+use crate::boot::kernel;
+use crate::device::boot_timer::BootTimer;
 use crate::device::panic::PanicWatch;
-use crate::device::power;
-use crate::device::serial::{self, SerialPort};
+use crate::device::serial::SerialPort;
 use crate::error::chain;
 use crate::event_loop::new_event;
 use crate::interrupt::SharedLine;
-use crate::memory::{self, Memory};
+use crate::memory::Memory;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Group};
 use crate::virtio::build::{Built, Connect, Handle, Host, device_specs};
 use crate::virtio::transport::mmio::MmioTransport;
 
-/// Pins of the IOAPIC that virtio devices share: the first ones are those of the PC's own devices,
-/// and the IOAPIC ends at pin 23.
-const VIRTIO_GSIS: std::ops::RangeInclusive<u32> = 6..=23;
 /// Most virtio devices. KVM takes 1,000 doorbells, of which a device has at most seven; nobody is
 /// known to want more than half as many.
 const MAX_DEVICES: usize = 128;
@@ -38,18 +33,6 @@ pub(super) fn load_kernel(spec: &MachineSpec, memory: &Memory) -> Result<u64, Vm
     let initrd = kernel::load_initrd(memory, &spec.initrd, &kernel)?;
     params::write(memory, &kernel, initrd, &spec.cmdline)?;
     Ok(kernel.entry)
-}
-
-/// Writes what a PC's firmware would have left in memory.
-pub(super) fn write_firmware(
-    memory: &Memory,
-    spec: &MachineSpec,
-    devices: &[acpi::MmioDevice],
-) -> Result<(), VmError> {
-    acpi::write(memory, spec.cores.get(), devices)?;
-    smbios::write(memory, spec)?;
-    entry::write_tables(memory).map_err(entry::EntryError::from)?;
-    Ok(entry::write_reset_vector(memory).map_err(entry::EntryError::from)?)
 }
 
 /// What the types of the spec cannot say: checked before anything is made.
@@ -72,16 +55,7 @@ pub(super) fn check(spec: &MachineSpec) -> Result<(), VmError> {
             return fail(format!("two shares have the tag {:?}", share.tag));
         }
     }
-    smbios::check(spec)?;
-    Ok(())
-}
-
-/// A virtual machine without memory or vCPUs.
-pub(super) fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, VmError> {
-    let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
-    vm.set_tss_address(memory::KVM_TSS_START).map_err(kvm("KVM_SET_TSS_ADDR"))?;
-    vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
-    Ok(vm)
+    Ok(firmware::check(spec)?)
 }
 
 pub(super) fn attach_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
@@ -107,27 +81,24 @@ pub(super) fn attach_serial(
     events: Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<Arc<SerialPort>, VmError> {
     let interrupt = new_event().map_err(host("cannot make an eventfd"))?;
-    vm.register_irqfd(&interrupt, serial::GSI).map_err(kvm("KVM_IRQFD"))?;
+    board::connect_console(vm, &interrupt).map_err(kvm("KVM_IRQFD"))?;
     let output = PanicWatch::new(output, move |message| events(Event::Panic { message }));
     let serial = Arc::new(SerialPort::new(interrupt, Box::new(output)));
-    buses.ports.claim(u64::from(serial::PORT), u64::from(serial::PORTS), serial.clone())?;
+    board::attach_console(buses, serial.clone())?;
     Ok(serial)
 }
 
-pub(super) fn attach_boot_timer(buses: &mut Buses, timer: Arc<BootTimer>) -> Result<(), VmError> {
-    Ok(buses.ports.claim(u64::from(boot_timer::PORT), 1, timer)?)
-}
-
-pub(super) fn attach_power(
+pub(super) fn attach_board(
     buses: &mut Buses,
+    timer: Arc<BootTimer>,
     group: Arc<Group>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<(), VmError> {
-    power::attach(&mut buses.ports, move |request| {
+    board::attach(buses, timer, move |request| {
         group.request_stop();
         events(match request {
-            power::Request::PowerOff => Event::PowerOff,
-            power::Request::Reset => Event::Reset,
+            board::Request::PowerOff => Event::PowerOff,
+            board::Request::Reset => Event::Reset,
         });
     })?;
     Ok(())
@@ -152,7 +123,7 @@ pub(super) fn build_devices(
 
 pub(super) struct Attached {
     pub(super) transports: Vec<Arc<MmioTransport>>,
-    pub(super) announced: Vec<acpi::MmioDevice>,
+    pub(super) announced: Vec<firmware::MmioDevice>,
     pub(super) handles: Vec<Handle>,
 }
 
@@ -165,8 +136,9 @@ pub(super) fn attach_devices(
 ) -> Result<Attached, VmError> {
     let mut attached =
         Attached { transports: Vec::new(), announced: Vec::new(), handles: Vec::new() };
-    let addresses = (0..).map(|index| memory::VIRTIO_MMIO_START + index * memory::VIRTIO_MMIO_SIZE);
-    let lines: Vec<_> = VIRTIO_GSIS.map(|gsi| SharedLine::new(vm.clone(), gsi)).collect();
+    let addresses = (0..).map(|index| layout::VIRTIO_MMIO_START + index * layout::VIRTIO_MMIO_SIZE);
+    let lines: Vec<_> =
+        layout::VIRTIO_LINES.map(|line| SharedLine::new(vm.clone(), line)).collect();
     for ((index, (device, handle)), address) in devices.into_iter().enumerate().zip(addresses) {
         let line = &lines[index % lines.len()];
         let sharer = u8::try_from(index / lines.len()).unwrap_or(u8::MAX);
@@ -180,30 +152,11 @@ pub(super) fn attach_devices(
             .map_err(host("cannot make an eventfd"))?;
         let transport = Arc::new(transport);
         transport.connect(vm, address).map_err(kvm("KVM_IOEVENTFD"))?;
-        let size = u64::from(memory::VIRTIO_MMIO_SIZE);
+        let size = u64::from(layout::VIRTIO_MMIO_SIZE);
         buses.mmio.claim(u64::from(address), size, transport.clone())?;
         attached.handles.push(handle);
         attached.transports.push(transport);
-        attached.announced.push(acpi::MmioDevice { address, gsi: line.gsi() });
+        attached.announced.push(firmware::MmioDevice { address, line: line.number() });
     }
     Ok(attached)
-}
-
-/// Makes the vCPUs as they are after power-on.
-pub(super) fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, cores: u8) -> Result<Vec<VcpuFd>, VmError> {
-    let supported = kvm_fd
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
-    let tsc_deadline = kvm_fd.check_extension(Cap::TscDeadlineTimer);
-    let mut vcpus = Vec::new();
-    for index in 0..cores {
-        let fd = vm.create_vcpu(u64::from(index)).map_err(kvm("KVM_CREATE_VCPU"))?;
-        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
-        let place = Place { vcpu: index, cores, tsc_khz, tsc_deadline };
-        let cpuid = cpuid::adapt(&supported, place);
-        fd.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
-        entry::set_msrs(&fd)?;
-        vcpus.push(fd);
-    }
-    Ok(vcpus)
 }

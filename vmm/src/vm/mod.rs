@@ -17,13 +17,12 @@ use std::thread::{Builder, JoinHandle};
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
-use crate::arch::x86_64::entry;
-use crate::arch::x86_64::state::StateError;
-use crate::boot::{acpi, kernel, params, smbios};
+use crate::arch::state::StateError;
+use crate::arch::{board, entry, firmware, params, vcpu};
+use crate::boot::kernel;
 use crate::bus::Overlap;
 use crate::device::boot_timer::{BootTimer, Mark};
 use crate::device::serial::{InputFull, SerialPort};
-use crate::device::{pci, power};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
 use crate::spec::MachineSpec;
@@ -112,12 +111,9 @@ pub enum VmError {
     /// The boot parameters are wrong.
     #[error(transparent)]
     Params(#[from] params::ParamsError),
-    /// The ACPI tables cannot be written.
+    /// What firmware would have left cannot be written.
     #[error(transparent)]
-    Acpi(#[from] acpi::AcpiError),
-    /// The SMBIOS tables cannot be written.
-    #[error(transparent)]
-    Smbios(#[from] smbios::SmbiosError),
+    Firmware(#[from] firmware::FirmwareError),
     /// A vCPU cannot be set up.
     #[error("vCPU")]
     Entry(#[from] entry::EntryError),
@@ -160,7 +156,7 @@ pub enum VmError {
     },
 }
 
-fn kvm(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {
+pub(crate) fn kvm(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {
     move |source| VmError::Kvm { operation, source }
 }
 
@@ -193,8 +189,8 @@ pub struct Vm {
     group: Arc<Group>,
     serial: Arc<SerialPort>,
     transports: Vec<Arc<MmioTransport>>,
-    /// What the guest's ACPI tables list.
-    announced: Vec<acpi::MmioDevice>,
+    /// What the guest is told of.
+    announced: Vec<firmware::MmioDevice>,
     handles: Vec<Handle>,
     timer: Arc<BootTimer>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
@@ -225,7 +221,7 @@ impl Vm {
         memory: Memory,
     ) -> Result<Vm, VmError> {
         let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
-        let vm = Arc::new(build::create_vm(&kvm_fd)?);
+        let vm = Arc::new(vcpu::create_vm(&kvm_fd)?);
         build::attach_memory(&vm, &memory)?;
         let group = Arc::new(Group::default());
         let timer = Arc::new(BootTimer::default());
@@ -233,9 +229,7 @@ impl Vm {
 
         let mut buses = Buses::default();
         let serial = build::attach_serial(&vm, &mut buses, host_side.serial, events.clone())?;
-        build::attach_power(&mut buses, group.clone(), events.clone())?;
-        build::attach_boot_timer(&mut buses, timer.clone())?;
-        pci::attach(&mut buses.ports)?;
+        build::attach_board(&mut buses, timer.clone(), group.clone(), events.clone())?;
         let devices =
             build::build_devices(spec, host_side.connect.as_mut(), host_side.descriptors)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
@@ -248,7 +242,7 @@ impl Vm {
         let subscribers = subscribers.chain([Box::new(look) as Subscriber]);
         let event_loop = EventLoop::new(subscribers).map_err(host("cannot watch devices"))?;
         let buses = Arc::new(buses);
-        let vcpus = (0..).zip(build::create_vcpus(&kvm_fd, &vm, spec.cores.get())?);
+        let vcpus = (0..).zip(vcpu::create_vcpus(&kvm_fd, &vm, spec.cores.get())?);
         let vcpus = vcpus
             .map(|(index, fd)| Vcpu::new(fd, index, buses.clone(), group.clone(), timer.clone()))
             .map(Arc::new)
@@ -275,7 +269,7 @@ impl Vm {
 
     /// Lets the first vCPU enter the kernel at `entry`.
     fn prepare_entry(&self, entry: u64) -> Result<(), VmError> {
-        build::write_firmware(&self.memory, &self.spec, &self.announced)?;
+        firmware::write(&self.memory, &self.spec, &self.announced)?;
         if let Some(first) = self.vcpus.first() {
             entry::set_registers(&first.fd(), entry, params::ZERO_PAGE)?;
         }
@@ -361,10 +355,7 @@ impl Vm {
     /// # Errors
     /// KVM refuses.
     pub fn power_button(&self) -> Result<(), VmError> {
-        for level in [true, false] {
-            self.vm.set_irq_line(power::BUTTON_GSI, level).map_err(kvm("KVM_IRQ_LINE"))?;
-        }
-        Ok(())
+        board::press_power_button(&self.vm).map_err(kvm("KVM_IRQ_LINE"))
     }
 
     /// Puts it back to where [`Vm::new`] left it, for another [`Vm::start`]: vCPUs, devices and

@@ -7,7 +7,8 @@ use kvm_bindings::kvm_clock_data;
 use serde::{Deserialize, Serialize};
 
 use super::{HostSide, Phase, Vm, VmError, build, host, kvm};
-use crate::arch::x86_64::state::{IrqchipState, Tsc, VcpuState, msr_indices};
+use crate::arch::state::{IrqchipState, Tsc, VcpuState, msr_indices};
+use crate::arch::vcpu;
 use crate::device::serial::SerialPortState;
 use crate::memory;
 use crate::spec::MachineSpec;
@@ -120,8 +121,8 @@ impl Vm {
     /// new ones.
     pub(super) fn power_on_state(&self) -> Result<(), VmError> {
         let msrs = msr_indices(&self.kvm)?;
-        let fresh = build::create_vm(&self.kvm)?;
-        let fds = build::create_vcpus(&self.kvm, &fresh, self.spec.cores.get())?;
+        let fresh = vcpu::create_vm(&self.kvm)?;
+        let fds = vcpu::create_vcpus(&self.kvm, &fresh, self.spec.cores.get())?;
         IrqchipState::save(&fresh)?.restore(&self.vm)?;
         for (vcpu, fd) in self.vcpus.iter().zip(&fds) {
             VcpuState::save(fd, &msrs)?.restore(&vcpu.fd(), Tsc::Keep)?;

@@ -6,8 +6,9 @@ use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::device::power;
-use crate::memory::{MemoryMap, RESET_VECTOR};
+use super::layout::RESET_VECTOR;
+use super::power;
+use crate::memory::MemoryMap;
 
 const GDT: u64 = 0x500;
 const PML4: u64 = 0x9000;

@@ -1,5 +1,17 @@
-//! x86-64: CPUID, registers at the entry of a 64-bit Linux kernel, MSRs.
+//! x86-64: a PC without a BIOS, described by ACPI and SMBIOS tables.
 
-pub mod cpuid;
+mod acpi;
+pub mod board;
+mod console;
+mod cpuid;
 pub mod entry;
+pub mod firmware;
+pub mod layout;
+pub mod params;
+mod pci;
+mod power;
+mod smbios;
 pub mod state;
+pub mod tsc;
+pub mod unpack;
+pub mod vcpu;

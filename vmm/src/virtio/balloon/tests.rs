@@ -2,6 +2,7 @@ use proptest::prelude::*;
 use vm_memory::{Address, Bytes};
 
 use super::*;
+use crate::arch::layout;
 use crate::memory;
 use crate::virtio::testing::{DriverQueue, Guest, HOSTILE_MEMORY, Part, hostile_ring};
 
@@ -93,21 +94,21 @@ fn reported_ranges_lose_their_whole_pages_only() {
 fn a_range_over_the_hole_takes_memory_on_both_sides_and_nothing_else() {
     let memory = memory::allocate(3072 + 64).unwrap();
     let at = |address| GuestAddress(address);
-    let page = u32::try_from(memory::HOLE_START / PAGE as u64).unwrap();
-    memory.write_obj(1_u8, at(memory::HOLE_START - 1)).unwrap();
-    memory.write_obj(1_u8, at(memory::HOLE_END)).unwrap();
+    let page = u32::try_from(layout::HOLE_START / PAGE as u64).unwrap();
+    memory.write_obj(1_u8, at(layout::HOLE_START - 1)).unwrap();
+    memory.write_obj(1_u8, at(layout::HOLE_END)).unwrap();
     let mut guest = Guest::new();
     guest.memory = memory;
     let (mut drivers, _, mut device) = active(&guest);
-    let hole_end = u32::try_from(memory::HOLE_END / PAGE as u64).unwrap();
+    let hole_end = u32::try_from(layout::HOLE_END / PAGE as u64).unwrap();
     let last = guest.memory.last_addr().raw_value() / PAGE as u64;
     let last = u32::try_from(last).unwrap();
     let numbers = [page - 1, page, page + 1, hole_end - 1, hole_end, last, last + 1];
     drivers[INFLATE].add(&[Part::Read(&page_numbers(&numbers))]);
     device.notify(INFLATE).unwrap();
     assert!(drivers[INFLATE].used().is_some());
-    assert_eq!(guest.memory.read_obj::<u8>(at(memory::HOLE_START - 1)).unwrap(), 0);
-    assert_eq!(guest.memory.read_obj::<u8>(at(memory::HOLE_END)).unwrap_or(0), 0);
+    assert_eq!(guest.memory.read_obj::<u8>(at(layout::HOLE_START - 1)).unwrap(), 0);
+    assert_eq!(guest.memory.read_obj::<u8>(at(layout::HOLE_END)).unwrap_or(0), 0);
 }
 
 #[test]

@@ -4,8 +4,8 @@ use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::acpi;
-use super::kernel::{Initrd, Kernel};
+use super::{acpi, layout};
+use crate::boot::kernel::{Initrd, Kernel};
 use crate::memory::{self, MemoryMap};
 
 /// The zero page.
@@ -16,7 +16,7 @@ const CMDLINE: u64 = 0x2_0000;
 /// (`COMMAND_LINE_SIZE` in arch/x86/include/asm/setup.h).
 pub const MAX_CMDLINE: usize = 2047;
 /// What the monitor knows better than a kernel that would probe for it: how PCI is reached, namely
-/// by [`crate::device::pci`], and that looking for quirks of PCI devices early is in vain. It goes
+/// by [`super::pci`], and that looking for quirks of PCI devices early is in vain. It goes
 /// before the spec's own arguments, so that those win.
 const MACHINE_ARGUMENTS: &str = "pci=conf1,noearly";
 /// `type_of_loader` for a boot loader without a number of its own.
@@ -81,14 +81,14 @@ pub fn write(
 fn e820(memory: &MemoryMap) -> Vec<(u64, u64, u32)> {
     let low_end = memory::low_end(memory);
     let mut map = vec![
-        (0, memory::LOW_END, E820_RAM),
-        (memory::ACPI_START, memory::HIGH_START - memory::ACPI_START, E820_RESERVED),
-        (memory::HIGH_START, low_end - memory::HIGH_START, E820_RAM),
+        (0, layout::LOW_END, E820_RAM),
+        (layout::ACPI_START, layout::HIGH_START - layout::ACPI_START, E820_RESERVED),
+        (layout::HIGH_START, low_end - layout::HIGH_START, E820_RAM),
     ];
     let total: u64 =
         vm_memory::GuestMemory::iter(memory).map(vm_memory::GuestMemoryRegion::len).sum();
     if total > low_end {
-        map.push((memory::HOLE_END, total - low_end, E820_RAM));
+        map.push((layout::HOLE_END, total - low_end, E820_RAM));
     }
     map
 }
@@ -102,10 +102,9 @@ const fn split(value: u64) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory;
 
     fn kernel() -> Kernel {
-        Kernel { entry: 0, end: memory::HIGH_START, header: Default::default() }
+        Kernel { entry: 0, end: layout::HIGH_START, header: Default::default() }
     }
 
     #[test]
@@ -132,8 +131,8 @@ mod tests {
         let memory = memory::allocate(6144).unwrap();
         let map = e820(&memory);
         let usable: u64 = map.iter().filter(|part| part.2 == E820_RAM).map(|part| part.1).sum();
-        assert_eq!(usable, (6144 << 20) - (memory::HIGH_START - memory::LOW_END));
-        assert_eq!(map[2].0 + map[2].1, memory::HOLE_START);
-        assert_eq!(map[3].0, memory::HOLE_END);
+        assert_eq!(usable, (6144 << 20) - (layout::HIGH_START - layout::LOW_END));
+        assert_eq!(map[2].0 + map[2].1, layout::HOLE_START);
+        assert_eq!(map[3].0, layout::HOLE_END);
     }
 }

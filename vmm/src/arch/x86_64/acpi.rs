@@ -17,8 +17,9 @@ use acpi_tables::{Aml, aml};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::device::{power, serial};
-use crate::memory::{ACPI_END, ACPI_START, IOAPIC_START, LAPIC_START, MemoryMap, VIRTIO_MMIO_SIZE};
+use super::layout::{ACPI_END, ACPI_START, IOAPIC_START, LAPIC_START, VIRTIO_MMIO_SIZE};
+use super::{console, power};
+use crate::memory::MemoryMap;
 
 /// Where the root pointer lies.
 pub const RSDP: u64 = ACPI_START;
@@ -50,8 +51,8 @@ pub enum AcpiError {
 pub struct MmioDevice {
     /// Its first register.
     pub address: u32,
-    /// The IOAPIC pin of its interrupt.
-    pub gsi: u32,
+    /// Its interrupt line.
+    pub line: u32,
 }
 
 /// Writes all tables into the BIOS area.
@@ -153,8 +154,8 @@ impl Aml for SerialPort {
                 &Name::new(
                     "_CRS".into(),
                     &ResourceTemplate::new(vec![
-                        &IO::new(serial::PORT, serial::PORT, 0, serial::PORTS),
-                        &Interrupt::new(true, true, false, false, serial::GSI),
+                        &IO::new(console::PORT, console::PORT, 0, console::PORTS),
+                        &Interrupt::new(true, true, false, false, console::GSI),
                     ]),
                 ),
             ],
@@ -224,7 +225,7 @@ impl Aml for VirtioMmio {
                     &ResourceTemplate::new(vec![
                         &Memory32Fixed::new(true, self.device.address, VIRTIO_MMIO_SIZE),
                         // Level-triggered and shared.
-                        &Interrupt::new(true, false, false, true, self.device.gsi),
+                        &Interrupt::new(true, false, false, true, self.device.line),
                     ]),
                 ),
             ],

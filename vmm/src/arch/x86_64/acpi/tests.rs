@@ -1,6 +1,7 @@
 use vm_memory::GuestMemory;
 
 use super::*;
+use crate::arch::layout;
 use crate::memory;
 
 fn bytes_at(memory: &MemoryMap, address: u64, len: usize) -> Vec<u8> {
@@ -26,7 +27,7 @@ fn pointer(table: &[u8], at: usize) -> u64 {
 fn the_root_pointer_leads_to_every_table() {
     let memory = memory::allocate(64).unwrap();
     let devices: Vec<_> =
-        (0..19).map(|n| MmioDevice { address: 0xd000_0000 + n * 0x1000, gsi: 5 + n }).collect();
+        (0..19).map(|n| MmioDevice { address: 0xd000_0000 + n * 0x1000, line: 5 + n }).collect();
     write(&memory, 32, &devices).unwrap();
     let rsdp = bytes_at(&memory, RSDP, Rsdp::len());
     assert_eq!(&rsdp[..8], b"RSD PTR ");
@@ -46,8 +47,8 @@ fn the_root_pointer_leads_to_every_table() {
 #[test]
 fn tables_that_do_not_fit_are_refused() {
     let memory = memory::allocate(64).unwrap();
-    let devices = vec![MmioDevice { address: 0xd000_0000, gsi: 5 }; 4000];
+    let devices = vec![MmioDevice { address: 0xd000_0000, line: 5 }; 4000];
     assert!(matches!(write(&memory, 1, &devices), Err(AcpiError::TooLarge)));
-    assert!(memory.check_range(GuestAddress(memory::HIGH_START), 1));
-    assert_eq!(bytes_at(&memory, memory::HIGH_START, 16), [0; 16], "nothing past the area");
+    assert!(memory.check_range(GuestAddress(layout::HIGH_START), 1));
+    assert_eq!(bytes_at(&memory, layout::HIGH_START, 16), [0; 16], "nothing past the area");
 }

@@ -4,7 +4,8 @@
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::memory::{self, MemoryMap, SMBIOS_END, SMBIOS_START};
+use super::layout::{self, SMBIOS_END, SMBIOS_START};
+use crate::memory::MemoryMap;
 use crate::spec::MachineSpec;
 
 /// Length of the 64-bit entry point (5.2.2).
@@ -271,7 +272,7 @@ fn memory_structures(table: &mut Table, mib: u64) {
             // Speed and voltages are unknown.
             .bytes(&[0; 8]),
     );
-    for (start, len) in memory::ranges(bytes) {
+    for (start, len) in layout::ranges(bytes) {
         table.add(
             Structure::new(kind::MAPPED_ADDRESS)
                 // The addresses are in the extended fields.
