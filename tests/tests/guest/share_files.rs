@@ -224,7 +224,7 @@ fn files_can_be_mapped_shared() {
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         with_machines(&with_share(kit, share.path(), more), async |driver| {
             let m = &driver.machines()[0];
-            let run = "/mnt/program; echo $?";
+            let run = "status=0; /mnt/program || status=$?; echo $status";
             assert_eq!(output(m, run).await, status.to_string(), "{kit}{more}");
         });
         let text = fs::read_to_string(&file).unwrap();
