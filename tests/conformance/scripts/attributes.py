@@ -8,7 +8,7 @@
 import queue
 import subprocess
 from pathlib import Path
-from unittest.mock import Mock, call
+from unittest.mock import MagicMock, call
 
 from test_driver.errors import MachineError
 from test_driver.logger import AbstractLogger
@@ -132,7 +132,7 @@ with subtest("last_lines, wrongly: there are no more"):
     t.assertTrue(machine.last_lines.empty())
 
 with subtest("log_serial: as if the guest had printed it"):
-    heard = Mock(spec=AbstractLogger)
+    heard = MagicMock(spec=AbstractLogger)
     log.add_logger(heard)
     machine.log_serial("shown")
     t.assertIn(call("shown", machine.name), heard.log_serial.mock_calls)
