@@ -88,7 +88,7 @@ with subtest("copy_from_machine, wrongly: the host cannot take all of it"):
     t.assertEqual((a.out_dir / "big").stat().st_size, 100_000)
 
 with subtest("copy_from_machine, wrongly: there is no such file"):
-    with t.assertRaisesRegex(MachineError, "No such file"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "No such file"):
         a.copy_from_machine("/tmp/no-such")
 
 with subtest("join_all: waits until all are off"):
