@@ -12,7 +12,7 @@ from pathlib import Path
 NODE = """
 [nodes.machine]
 kernel = "{file}"
-initrd = "{file}"
+initrd = ["{file}"]
 cmdline = ""
 """
 

@@ -102,7 +102,7 @@ fn start_error(kernel: &Path, initrd: &Path) -> String {
     // The test file has been read when they are found to be bad.
     let (good_kernel, good_initrd) = (micro().vmlinux(), micro().initrd());
     let mut config = firn_tests::config(&format!(
-        "[nodes.m]\nkernel = {good_kernel:?}\ninitrd = {good_initrd:?}"
+        "[nodes.m]\nkernel = {good_kernel:?}\ninitrd = [{good_initrd:?}]"
     ));
     config.nodes[0].kernel = Some(kernel.to_owned());
     config.nodes[0].initrd = Some(vec![initrd.to_owned()]);
@@ -176,7 +176,7 @@ fn lost_agent(script: &str, wait: impl AsyncFnOnce(&Driver) -> Error) -> String 
     let dir = tempfile::tempdir().unwrap();
     let initrd = initrd_with(&dir, script);
     let mut said = String::new();
-    with_machines(&format!("[nodes.m]\ninitrd = {initrd:?}"), async |driver| {
+    with_machines(&format!("[nodes.m]\ninitrd = [{initrd:?}]"), async |driver| {
         let error = wait(driver).await;
         assert!(matches!(error, Error::Machine(MachineError::AgentLost { .. })), "{error:?}");
         // Nobody has to wait again, and the machine can still be ended.
