@@ -54,8 +54,8 @@ class BaseMachine(Machine):
             )
 
     def __repr__(self) -> str:
-        """Show its kind and name."""
-        return f"<{type(self).__name__} {self.name!r}>"
+        """Show its name."""
+        return f"<machine {self.name}>"
 
     @property
     def callbacks(self) -> list[Callable[[], object]]:
