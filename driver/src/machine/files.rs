@@ -74,8 +74,11 @@ impl Machine {
                 Ok(info) => info,
                 Err(error) => return Err(self.cannot_read(&source, error).await),
             };
-            let parent = without_dots(&self.out_dir().join(target_dir));
-            if parent.starts_with(without_dots(&self.out_dir())) {
+            let out = self.out_dir();
+            let parent = without_dots(&out.join(target_dir));
+            if parent.starts_with(without_dots(&out)) {
+                // A script may have named another one, which need not be there yet.
+                fs::create_dir_all(&out).await.map_err(MachineError::file("make", &out))?;
                 self.check_inside(&parent).await?;
             }
             fs::create_dir_all(&parent).await.map_err(MachineError::file("make", &parent))?;
