@@ -35,7 +35,7 @@ fn write_test(toml: &str) -> TempDir {
 
 /// A test that needs no kit.
 fn kitless() -> TempDir {
-    let nodes = "[nodes.m]\nkernel = 'k'\ninitrd = 'k'\ncmdline = ''";
+    let nodes = "[nodes.m]\nkernel = 'k'\ninitrd = ['k']\ncmdline = ''";
     let dir = write_test(&format!("test_script = ''\n{nodes}\n"));
     fs::write(dir.path().join("k"), "no kernel").unwrap();
     dir
