@@ -25,11 +25,13 @@ use crate::device::boot_timer::{BootTimer, Mark};
 use crate::device::serial::{InputFull, SerialPort};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
+use crate::screen::Screen;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, DeadWatch, Ending, Group, Vcpu};
 use crate::virtio::RestoreError;
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::build::{BuildError, Connect, Handle};
+use crate::virtio::input::{self, InputHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
 pub use state::VmState;
 
@@ -417,7 +419,32 @@ impl Vm {
     pub fn balloon(&self) -> Option<&BalloonHandle> {
         self.handles.iter().find_map(|handle| match handle {
             Handle::Balloon(balloon) => Some(balloon),
-            Handle::None => None,
+            _ => None,
+        })
+    }
+
+    /// The screen, if the spec has one. It can be looked at for longer than the machine runs.
+    pub fn screen(&self) -> Option<Arc<dyn Screen>> {
+        self.handles.iter().find_map(|handle| match handle {
+            Handle::Screen(screen) => Some(screen.clone()),
+            _ => None,
+        })
+    }
+
+    /// The host's hand on the keyboard, if the spec has one.
+    pub fn keyboard(&self) -> Option<InputHandle> {
+        self.input(input::Kind::Keyboard)
+    }
+
+    /// The host's hand on the tablet, if the spec has one.
+    pub fn tablet(&self) -> Option<InputHandle> {
+        self.input(input::Kind::Tablet)
+    }
+
+    fn input(&self, wanted: input::Kind) -> Option<InputHandle> {
+        self.handles.iter().find_map(|handle| match handle {
+            Handle::Input(kind, input) if *kind == wanted => Some(input.clone()),
+            _ => None,
         })
     }
 
