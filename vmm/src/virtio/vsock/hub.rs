@@ -10,7 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::VsockError;
 use super::connection::{Connection, Fate, MAX_DATA, Ports};
 use super::packet::{self, HOST_CID, Header, TYPE_STREAM, op};
-use super::socket::{Listener, connect_to};
+use crate::socket::{Listener, connect_to};
 use crate::memory::MemoryMap;
 use crate::spec::VsockSpec;
 use crate::virtio::queue::{Chain, GuestSlice, Served};

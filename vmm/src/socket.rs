@@ -1,4 +1,4 @@
-//! The host's side: a Unix socket that listens, and connections to others.
+//! UNIX sockets on the host that have a place in the file system.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -13,7 +13,36 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, fchmod};
 
-use super::VsockError;
+use thiserror::Error;
+
+/// A socket cannot be listened at.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SocketError {
+    /// Another process listens there.
+    #[error("socket {path} is in use by another process")]
+    InUse {
+        /// Where.
+        path: PathBuf,
+    },
+    /// There is a file that is not a socket; it is left alone.
+    #[error("{path} is in the way of a socket and is not a socket itself")]
+    NotASocket {
+        /// Where.
+        path: PathBuf,
+    },
+    /// The socket's file cannot be made or replaced.
+    #[error("cannot {operation} socket {path}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
 
 /// A listening socket, and its file. Dropping it removes the file.
 pub struct Listener {
@@ -28,12 +57,12 @@ impl Listener {
     ///
     /// # Errors
     /// Something else is there, or no file can be made there.
-    pub fn bind(path: &Path) -> Result<Listener, VsockError> {
+    pub fn bind(path: &Path) -> Result<Listener, SocketError> {
         let failed =
-            |operation| move |source| VsockError::Socket { operation, path: path.into(), source };
+            |operation| move |source| SocketError::Io { operation, path: path.into(), source };
         match fs::symlink_metadata(path) {
             Ok(found) if found.file_type().is_socket() => remove_stale(path)?,
-            Ok(_) => return Err(VsockError::NoSocket { path: path.into() }),
+            Ok(_) => return Err(SocketError::NotASocket { path: path.into() }),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(failed("look at")(error)),
         }
@@ -84,7 +113,7 @@ impl Drop for Listener {
             fs::symlink_metadata(&self.path).is_ok_and(|file| identity(&file) == self.identity);
         if ours && let Err(error) = fs::remove_file(&self.path) {
             let path = self.path.display();
-            tracing::warn!(%path, %error, "cannot remove a vsock device's socket");
+            tracing::warn!(%path, %error, "cannot remove a socket");
         }
     }
 }
@@ -105,14 +134,14 @@ fn bind_closed(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Removes the socket at `path` unless somebody listens at it.
-fn remove_stale(path: &Path) -> Result<(), VsockError> {
+fn remove_stale(path: &Path) -> Result<(), SocketError> {
     let failed =
-        |operation| move |source| VsockError::Socket { operation, path: path.into(), source };
+        |operation| move |source| SocketError::Io { operation, path: path.into(), source };
     match connect_to(path) {
         // Who has no room for a connection listens, too.
-        Ok(_) => Err(VsockError::InUse { path: path.into() }),
+        Ok(_) => Err(SocketError::InUse { path: path.into() }),
         Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            Err(VsockError::InUse { path: path.into() })
+            Err(SocketError::InUse { path: path.into() })
         }
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(failed("remove stale"))
