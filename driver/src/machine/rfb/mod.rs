@@ -198,7 +198,7 @@ impl Viewer {
                 }
             }
             Message::ScanCode { code, down } => {
-                if let Some(code) = keyboard::by_scan_code(code) {
+                if let Some(code) = u8::try_from(code).ok().and_then(keyboard::scan_code) {
                     self.key(code, down);
                 }
             }

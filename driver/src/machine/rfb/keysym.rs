@@ -1,14 +1,7 @@
 //! Keys by their names in the X Window System (X11/keysymdef.h), by which viewers call them, as Linux numbers them
 //! (linux/input-event-codes.h).
 
-/// Rows of an American keyboard: the number of the first key, and what the keys type without and with shift.
-const ROWS: [(u16, &str, &str); 5] = [
-    (2, "1234567890-=", "!@#$%^&*()_+"),
-    (16, "qwertyuiop[]", "QWERTYUIOP{}"),
-    (30, "asdfghjkl;'`", "ASDFGHJKL:\"~"),
-    (43, "\\zxcvbnm,./", "|ZXCVBNM<>?"),
-    (57, " ", " "),
-];
+use crate::machine::keyboard;
 
 /// Keys that type nothing, and those of the keypad: the first symbol of a run, and the keys from there on.
 const RUNS: [(u32, &[u16]); 13] = [
@@ -47,10 +40,8 @@ pub(super) fn code(symbol: u32) -> Option<u16> {
     // The symbols of ASCII are its codes.
     let typed = || {
         let character = char::from_u32(symbol)?;
-        ROWS.iter().find_map(|(first, plain, shifted)| {
-            let place = plain.find(character).or_else(|| shifted.find(character))?;
-            Some(first + u16::try_from(place).ok()?)
-        })
+        let name = keyboard::of_character(character).unwrap_or_else(|| character.to_string());
+        keyboard::chord(&name).ok()?.pop()
     };
-    named.or_else(typed).filter(|code| *code != 0)
+    named.filter(|code| *code != 0).or_else(typed)
 }
