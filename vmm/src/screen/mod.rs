@@ -1,5 +1,7 @@
 //! Screens: what a guest shows, as pictures.
 
+pub mod plain;
+
 /// What is on a screen at one moment.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Picture {
@@ -23,4 +25,10 @@ pub trait Screen: Send + Sync {
     fn picture(&self) -> Option<Picture>;
     /// Another number whenever the picture may be another.
     fn version(&self) -> u64;
+}
+
+/// Adds `pixels` of four bytes each, in which red, green and blue are where `order` says, to `rgb`.
+pub(crate) fn rgb(pixels: &[u8], order: [usize; 3], rgb: &mut Vec<u8>) {
+    let pixels = pixels.as_chunks::<4>().0;
+    rgb.extend(pixels.iter().flat_map(|pixel| order.map(|at| pixel[at])));
 }

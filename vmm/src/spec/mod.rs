@@ -68,6 +68,14 @@ pub struct MachineSpec {
     pub tablet: bool,
 }
 
+impl MachineSpec {
+    /// The screen, if it is a plain one.
+    #[must_use]
+    pub fn plain_screen(&self) -> Option<&ScreenSpec> {
+        self.screen.as_ref().filter(|screen| screen.kind == ScreenKind::Plain)
+    }
+}
+
 const fn yes() -> bool {
     true
 }

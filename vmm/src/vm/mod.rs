@@ -26,6 +26,7 @@ use crate::device::serial::{InputFull, SerialPort};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
 use crate::screen::Screen;
+use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, DeadWatch, Ending, Group, Vcpu};
 use crate::virtio::RestoreError;
@@ -200,6 +201,7 @@ pub struct Vm {
     // Last, so that they are dropped last: the vCPUs and devices above use them.
     vm: Arc<VmFd>,
     memory: Memory,
+    frame_buffer: Option<Arc<FrameBuffer>>,
 }
 
 impl Vm {
@@ -211,7 +213,8 @@ impl Vm {
         build::check(spec)?;
         let memory = memory::allocate(spec.memory.get())?;
         let entry = build::load_kernel(spec, &memory)?;
-        let vm = Vm::assemble(spec, host_side, memory)?;
+        let frame_buffer = build::frame_buffer(spec)?;
+        let vm = Vm::assemble(spec, host_side, memory, frame_buffer)?;
         vm.prepare_entry(entry)?;
         Ok(vm)
     }
@@ -221,10 +224,11 @@ impl Vm {
         spec: &MachineSpec,
         mut host_side: HostSide,
         memory: Memory,
+        frame_buffer: Option<Arc<FrameBuffer>>,
     ) -> Result<Vm, VmError> {
         let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
         let vm = Arc::new(vcpu::create_vm(&kvm_fd)?);
-        build::attach_memory(&vm, &memory)?;
+        build::attach_memory(&vm, &build::memories(&memory, frame_buffer.as_ref()))?;
         let group = Arc::new(Group::default());
         let timer = Arc::new(BootTimer::default());
         let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(host_side.events);
@@ -266,6 +270,7 @@ impl Vm {
             kvm: kvm_fd,
             vm,
             memory,
+            frame_buffer,
         })
     }
 
@@ -385,7 +390,9 @@ impl Vm {
             transport.reset();
         }
         self.serial.reset();
-        memory::clear(&self.memory).map_err(host("cannot clear guest memory"))?;
+        for memory in build::memories(&self.memory, self.frame_buffer.as_ref()) {
+            memory::clear(memory).map_err(host("cannot clear guest memory"))?;
+        }
         let entry = build::load_kernel(&self.spec, &self.memory)?;
         self.power_on_state()?;
         self.prepare_entry(entry)?;
@@ -425,9 +432,12 @@ impl Vm {
 
     /// The screen, if the spec has one. It can be looked at for longer than the machine runs.
     pub fn screen(&self) -> Option<Arc<dyn Screen>> {
-        self.handles.iter().find_map(|handle| match handle {
-            Handle::Screen(screen) => Some(screen.clone()),
-            _ => None,
+        let plain = self.frame_buffer.clone().map(|screen| screen as Arc<dyn Screen>);
+        plain.or_else(|| {
+            self.handles.iter().find_map(|handle| match handle {
+                Handle::Screen(screen) => Some(screen.clone()),
+                _ => None,
+            })
         })
     }
 

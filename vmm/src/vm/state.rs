@@ -11,11 +11,11 @@ use crate::arch::state::{IrqchipState, Tsc, VcpuState, msr_indices};
 use crate::arch::vcpu;
 use crate::device::serial::SerialPortState;
 use crate::memory;
-use crate::spec::MachineSpec;
+use crate::spec::{MachineSpec, ScreenSpec};
 use crate::virtio::transport::mmio::MmioState;
 
 /// Layout version of [`VmState`].
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// Everything but memory that a machine is made of when it is paused: plain data, for serde.
 #[derive(Serialize, Deserialize)]
@@ -29,12 +29,14 @@ pub struct VmState {
     irqchip: IrqchipState,
     vcpus: Vec<VcpuState>,
     serial: SerialPortState,
+    /// The plain screen, whose pixels are behind the memory.
+    screen: Option<ScreenSpec>,
     /// In the order of the devices.
     transports: Vec<MmioState>,
 }
 
 impl Vm {
-    /// The state of a paused machine. Its memory is written to `memory`, an empty file, in which
+    /// The state of a paused machine. Its memory, with the pixels of a plain screen, is written to `memory`, an empty file, in which
     /// pages that hold nothing become holes. The machine can go on, or be dropped; disks belong to
     /// the state as they are then.
     ///
@@ -54,9 +56,11 @@ impl Vm {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             irqchip: IrqchipState::save(&self.vm)?,
             serial: self.serial.save(),
+            screen: self.spec.plain_screen().copied(),
             transports: self.transports.iter().map(|transport| transport.save()).collect(),
         };
-        memory::save(&self.memory, memory).map_err(host("cannot write guest memory"))?;
+        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+        memory::save(&memories, memory).map_err(host("cannot write guest memory"))?;
         Ok(state)
     }
 
@@ -73,8 +77,10 @@ impl Vm {
     ) -> Result<Vm, VmError> {
         build::check(spec)?;
         let guest_memory = memory::allocate(spec.memory.get())?;
-        memory::load(&guest_memory, memory).map_err(host("cannot read guest memory"))?;
-        let vm = Vm::assemble(spec, host_side, guest_memory)?;
+        let frame_buffer = build::frame_buffer(spec)?;
+        let memories = build::memories(&guest_memory, frame_buffer.as_ref());
+        memory::load(&memories, memory).map_err(host("cannot read guest memory"))?;
+        let vm = Vm::assemble(spec, host_side, guest_memory, frame_buffer)?;
         vm.apply(state)?;
         Ok(vm)
     }
@@ -89,6 +95,9 @@ impl Vm {
         if state.vcpus.len() != self.vcpus.len() || state.transports.len() != self.transports.len()
         {
             return Err(self.misfit("its state has other vCPUs or devices than its spec"));
+        }
+        if state.screen.as_ref() != self.spec.plain_screen() {
+            return Err(self.misfit("its state has another screen than its spec"));
         }
         let khz = self.tsc_khz();
         if state.tsc_khz != khz {
