@@ -149,6 +149,9 @@ pub fn device_specs(machine: &MachineSpec) -> Vec<&dyn DeviceSpec> {
     if machine.balloon {
         specs.push(&BalloonSpec);
     }
+    if machine.plain_screen().is_none() {
+        specs.extend(machine.screen.iter().map(|spec| spec as &dyn DeviceSpec));
+    }
     if machine.keyboard {
         specs.push(&input::Kind::Keyboard);
     }
