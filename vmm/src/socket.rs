@@ -93,6 +93,14 @@ impl Listener {
         }
     }
 
+    /// The socket itself, for those who wait for clients by other means. It does not block.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn try_clone(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
     /// The socket that programs on the host listen at for connections to `port`.
     pub fn path_of_port(&self, port: u32) -> PathBuf {
         let mut path = self.path.clone().into_os_string();

@@ -28,6 +28,7 @@ mod keyboard;
 mod network;
 mod power;
 mod qmp;
+mod rfb;
 mod screen;
 mod serial;
 mod session;

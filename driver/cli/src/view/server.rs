@@ -23,6 +23,9 @@ const CHUNK: usize = 64 << 10;
 /// The longest message of a viewer, in bytes; its keys and moves are much shorter.
 const MAX_MESSAGE: usize = 64 << 10;
 
+/// The page needs nothing from elsewhere.
+const POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'";
+
 const PAGE: &str = include_str!("page.html");
 
 struct Site {
@@ -76,6 +79,7 @@ async fn guard(
     // The address must not reach others.
     headers.insert(header::REFERRER_POLICY, header::HeaderValue::from_static("no-referrer"));
     headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+    headers.insert(header::CONTENT_SECURITY_POLICY, header::HeaderValue::from_static(POLICY));
     response
 }
 
@@ -93,9 +97,7 @@ async fn screen(
     let Some(machine) = machines.into_iter().find(|machine| machine.id() == which.machine) else {
         return Err(Failure(StatusCode::NOT_FOUND, format!("there is no machine {}\n", which.machine)));
     };
-    let stream = machine.connect()?;
-    stream.set_nonblocking(true)?;
-    let stream = UnixStream::from_std(stream)?;
+    let stream = UnixStream::from_std(machine.connect()?)?;
     Ok(upgrade.max_message_size(MAX_MESSAGE).on_upgrade(|socket| pass(socket, stream)))
 }
 

@@ -15,12 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use firn_vmm::screen::{Picture, Screen};
+use firn_vmm::socket::Listener;
 use firn_vmm::virtio::input::{InputHandle, MAX_POSITION};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use crate::machine::keyboard;
 use area::Area;
@@ -41,34 +42,33 @@ const RAW: i32 = 0;
 
 /// What a viewer is shown, and may touch.
 #[derive(Clone)]
-pub(crate) struct Display {
+pub(super) struct Display {
     /// The machine's name.
-    pub(crate) name: String,
-    pub(crate) screen: Arc<dyn Screen>,
-    pub(crate) keyboard: Option<InputHandle>,
-    pub(crate) tablet: Option<InputHandle>,
+    pub(super) name: String,
+    pub(super) screen: Arc<dyn Screen>,
+    pub(super) keyboard: Option<InputHandle>,
+    pub(super) tablet: Option<InputHandle>,
 }
 
-/// Serves viewers until it is dropped.
-pub(crate) async fn serve(listener: UnixListener, display: Display) {
+/// Serves viewers until it is dropped, or fails.
+pub(super) async fn serve(listener: Listener, display: Display) -> io::Result<()> {
+    let clients = UnixListener::from_std(listener.try_clone()?)?;
     let mut viewers = JoinSet::new();
     loop {
         tokio::select! {
-            accepted = listener.accept(), if viewers.len() < MAX_VIEWERS => match accepted {
-                Ok((stream, _)) => {
-                    let display = display.clone();
-                    viewers.spawn(async move {
-                        if let Err(error) = attend(stream, display).await {
-                            tracing::debug!(%error, "a viewer has left");
-                        }
-                    });
-                }
-                // Out of descriptors, most likely: others will end.
-                Err(error) => {
-                    tracing::debug!(%error, "no viewer is let in");
-                    tokio::time::sleep(PERIOD).await;
-                }
-            },
+            accepted = clients.accept(), if viewers.len() < MAX_VIEWERS => {
+                let Ok((stream, _)) = accepted else {
+                    // Out of descriptors, most likely.
+                    sleep(PERIOD).await;
+                    continue;
+                };
+                let display = display.clone();
+                viewers.spawn(async move {
+                    if let Err(error) = attend(stream, display).await {
+                        tracing::debug!(%error, "a viewer has left");
+                    }
+                });
+            }
             Some(_) = viewers.join_next() => {}
         }
     }
@@ -77,8 +77,7 @@ pub(crate) async fn serve(listener: UnixListener, display: Display) {
 /// Serves one viewer until it leaves.
 async fn attend(stream: UnixStream, display: Display) -> io::Result<()> {
     let (mut from, mut to) = stream.into_split();
-    let picture = display.screen.picture().unwrap_or_else(blank);
-    timeout(PATIENCE, greet(&mut from, &mut to, &display.name, &picture)).await??;
+    let picture = timeout(PATIENCE, greet(&mut from, &mut to, &display)).await??;
 
     // A message may be read half: what reads them must not be interrupted.
     let (heard, mut messages) = mpsc::channel(16);
@@ -110,13 +109,12 @@ async fn attend(stream: UnixStream, display: Display) -> io::Result<()> {
     }
 }
 
-/// The beginning of the protocol (RFC 6143, 7.1 to 7.3).
+/// The beginning of the protocol (RFC 6143, 7.1 to 7.3). Answers the picture whose size the viewer was told.
 async fn greet(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
-    name: &str,
-    picture: &Picture,
-) -> io::Result<()> {
+    display: &Display,
+) -> io::Result<Picture> {
     to.write_all(VERSION).await?;
     let mut version = [0; VERSION.len()];
     from.read_exact(&mut version).await?;
@@ -129,6 +127,8 @@ async fn greet(
     }
     to.write_u32(0).await?;
     let _shared = from.read_u8().await?;
+    let picture = display.screen.picture().unwrap_or_else(blank);
+    let name = &display.name;
     let mut init = Vec::new();
     for pixels in [picture.width, picture.height] {
         init.extend(u16::try_from(pixels).unwrap_or(u16::MAX).to_be_bytes());
@@ -136,7 +136,8 @@ async fn greet(
     init.extend(PixelFormat::DEFAULT.to_bytes());
     init.extend(u32::try_from(name.len()).unwrap_or(0).to_be_bytes());
     init.extend(name.as_bytes());
-    to.write_all(&init).await
+    to.write_all(&init).await?;
+    Ok(picture)
 }
 
 /// What a screen looks like that shows nothing.
