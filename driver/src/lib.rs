@@ -1,8 +1,6 @@
 //! firn: drives virtual machines from a test script.
 #![forbid(unsafe_code)]
 
-pub mod agent;
-pub mod clock;
 pub mod config;
 mod descriptors;
 pub mod driver;

@@ -9,13 +9,13 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{Mutex, watch};
 
-use crate::clock::Clock;
 use crate::config::{NodeConfig, Variables};
 use crate::descriptors::Part;
 use crate::error::{End, Error, MachineError, Result, Tail};
 use crate::log::{Logger, Step};
 use crate::private;
 use crate::vlan::Vlan;
+use firn_agent_client::Clock;
 
 mod access;
 mod backend;
