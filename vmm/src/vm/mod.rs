@@ -22,6 +22,7 @@ use crate::arch::{board, entry, firmware, params, vcpu};
 use crate::boot::kernel;
 use crate::bus::Overlap;
 use crate::device::boot_timer::{BootTimer, Mark};
+use crate::device::panic::PanicDevice;
 use crate::device::serial::{InputFull, SerialPort};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
@@ -41,8 +42,8 @@ pub enum Event {
     Booting,
     /// Its kernel has panicked.
     Panic {
-        /// The kernel's reason.
-        message: String,
+        /// The kernel's reason, if the serial console has shown it yet; else another event may follow.
+        reason: Option<String>,
     },
     /// It has asked to be started again; its vCPUs have ended.
     Reset,
@@ -188,6 +189,7 @@ pub struct Vm {
     vcpus: Vec<Arc<Vcpu>>,
     group: Arc<Group>,
     serial: Arc<SerialPort>,
+    panic: Arc<PanicDevice>,
     transports: Vec<Arc<MmioTransport>>,
     /// What the guest is told of.
     announced: Vec<firmware::MmioDevice>,
@@ -228,8 +230,12 @@ impl Vm {
         let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(host_side.events);
 
         let mut buses = Buses::default();
-        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, events.clone())?;
-        build::attach_board(&mut buses, timer.clone(), group.clone(), events.clone())?;
+        let on_panic = events.clone();
+        let panic = PanicDevice::new(move |reason| on_panic(Event::Panic { reason }));
+        let panic = Arc::new(panic);
+        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, panic.clone())?;
+        let (on_request, marks) = (events.clone(), timer.clone());
+        build::attach_board(&mut buses, marks, panic.clone(), group.clone(), on_request)?;
         let devices =
             build::build_devices(spec, host_side.connect.as_mut(), host_side.descriptors)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
@@ -256,6 +262,7 @@ impl Vm {
             vcpus,
             group,
             serial,
+            panic,
             transports: attached.transports,
             announced: attached.announced,
             handles: attached.handles,
@@ -383,6 +390,7 @@ impl Vm {
             transport.reset();
         }
         self.serial.reset();
+        self.panic.reset();
         memory::clear(&self.memory).map_err(host("cannot clear guest memory"))?;
         let entry = build::load_kernel(&self.spec, &self.memory)?;
         self.power_on_state()?;

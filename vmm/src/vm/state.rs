@@ -9,13 +9,14 @@ use serde::{Deserialize, Serialize};
 use super::{HostSide, Phase, Vm, VmError, build, host, kvm};
 use crate::arch::state::{IrqchipState, Tsc, VcpuState, msr_indices};
 use crate::arch::vcpu;
+use crate::device::panic::PanicState;
 use crate::device::serial::SerialPortState;
 use crate::memory;
 use crate::spec::MachineSpec;
 use crate::virtio::transport::mmio::MmioState;
 
 /// Layout version of [`VmState`].
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// Everything but memory that a machine is made of when it is paused: plain data, for serde.
 #[derive(Serialize, Deserialize)]
@@ -29,6 +30,7 @@ pub struct VmState {
     irqchip: IrqchipState,
     vcpus: Vec<VcpuState>,
     serial: SerialPortState,
+    panic: PanicState,
     /// In the order of the devices.
     transports: Vec<MmioState>,
 }
@@ -54,6 +56,7 @@ impl Vm {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             irqchip: IrqchipState::save(&self.vm)?,
             serial: self.serial.save(),
+            panic: self.panic.save(),
             transports: self.transports.iter().map(|transport| transport.save()).collect(),
         };
         memory::save(&self.memory, memory).map_err(host("cannot write guest memory"))?;
@@ -107,6 +110,7 @@ impl Vm {
             vcpu.tell_of_pause();
         }
         self.serial.restore(&state.serial);
+        self.panic.restore(state.panic);
         for (transport, state) in self.transports.iter().zip(&state.transports) {
             transport.restore(state).map_err(|source| VmError::SavedDevice {
                 machine: self.spec.name.clone(),
