@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use crate::arch::state::StateError;
 use crate::arch::{board, entry, firmware, params, vcpu};
-use crate::boot::kernel;
+use crate::boot::image::ImageError;
 use crate::bus::Overlap;
 use crate::device::boot_timer::{BootTimer, Mark};
 use crate::device::panic::PanicDevice;
@@ -108,7 +108,7 @@ pub enum VmError {
     Memory(#[from] memory::MemoryError),
     /// A kernel or initrd cannot be used.
     #[error(transparent)]
-    Image(#[from] kernel::ImageError),
+    Image(#[from] ImageError),
     /// The boot parameters are wrong.
     #[error(transparent)]
     Params(#[from] params::ParamsError),

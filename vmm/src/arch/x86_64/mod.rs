@@ -2,10 +2,12 @@
 
 mod acpi;
 pub mod board;
+mod bzimage;
 mod console;
 mod cpuid;
 pub mod entry;
 pub mod firmware;
+pub mod kernel;
 pub mod layout;
 pub mod params;
 mod pci;
