@@ -17,8 +17,7 @@ use std::thread::{Builder, JoinHandle};
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
-use crate::arch::state::StateError;
-use crate::arch::{board, entry, firmware, params, vcpu};
+use crate::arch::{ArchError, board, entry, firmware, params, vcpu};
 use crate::boot::image::ImageError;
 use crate::bus::Overlap;
 use crate::device::boot_timer::{BootTimer, Mark};
@@ -115,9 +114,9 @@ pub enum VmError {
     /// What firmware would have left cannot be written.
     #[error(transparent)]
     Firmware(#[from] firmware::FirmwareError),
-    /// A vCPU cannot be set up.
-    #[error("vCPU")]
-    Entry(#[from] entry::EntryError),
+    /// A processor cannot be set up.
+    #[error(transparent)]
+    Processor(#[from] ArchError),
     /// Two devices want the same addresses.
     #[error(transparent)]
     Bus(#[from] Overlap),
@@ -126,7 +125,7 @@ pub enum VmError {
     Device(#[from] BuildError),
     /// The state of the processors cannot be read or written.
     #[error("cannot save or restore processors")]
-    State(#[from] StateError),
+    State(#[source] ArchError),
     /// A saved machine does not fit.
     #[error("machine {machine}: cannot be restored: {problem}")]
     Saved {
@@ -278,7 +277,7 @@ impl Vm {
     fn prepare_entry(&self, entry: u64) -> Result<(), VmError> {
         firmware::write(&self.memory, &self.spec, &self.announced)?;
         if let Some(first) = self.vcpus.first() {
-            entry::set_registers(&first.fd(), entry, params::ZERO_PAGE)?;
+            entry::set_registers(&first.fd(), entry)?;
         }
         Ok(())
     }

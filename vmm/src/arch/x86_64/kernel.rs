@@ -38,6 +38,13 @@ impl Kernel {
     pub fn initrd_end(&self) -> u64 {
         u64::from(self.header.initrd_addr_max) + 1
     }
+
+    /// One that is not there, and would need memory up to `end`.
+    #[cfg(test)]
+    pub fn unloaded(end: u64) -> Self {
+        let header = setup_header { initrd_addr_max: 0x7fff_ffff, ..Default::default() };
+        Self { entry: 0, end, header }
+    }
 }
 
 /// Loads `file`, which was opened at `path`, into guest memory.

@@ -14,13 +14,8 @@ fn file(content: &[u8]) -> NamedTempFile {
     file
 }
 
-/// A kernel of which only the room that it takes matters.
 fn kernel() -> Kernel {
-    let header = linux_loader::bootparam::setup_header {
-        initrd_addr_max: 0x7fff_ffff,
-        ..Default::default()
-    };
-    Kernel { entry: 0, end: layout::HIGH_START + (1 << 20), header }
+    Kernel::unloaded(layout::HIGH_START + (1 << 20))
 }
 
 #[test]
