@@ -19,6 +19,8 @@ use crate::private;
 pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
 /// A kernel that panicked goes on to print why.
 const PRINT_AFTER_PANIC: Duration = Duration::from_millis(300);
+/// What is said of a panic whose reason is not on the serial console.
+const UNKNOWN_REASON: &str = "its kernel printed no reason on the serial console";
 
 /// What the supervisor of a machine holds between its start and its end.
 struct Launched {
@@ -415,12 +417,18 @@ impl Machine {
                 Event::Booting => {}
                 Event::Warning(what) => self.inner.log.warning(what),
                 Event::Ended(end) => return end,
-                Event::Panicked(message) => {
+                Event::Panicked(mut reason) => {
                     let end = async {
-                        while !matches!(events.recv().await, None | Some(Event::Ended(_))) {}
+                        loop {
+                            match events.recv().await {
+                                None | Some(Event::Ended(_)) => break,
+                                Some(Event::Panicked(later)) => reason = reason.take().or(later),
+                                Some(_) => {}
+                            }
+                        }
                     };
                     self.inner.clock.timeout(PRINT_AFTER_PANIC, end).await;
-                    return End::Panicked(message);
+                    return End::Panicked(reason.unwrap_or_else(|| UNKNOWN_REASON.to_owned()));
                 }
             }
         }

@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     fn kernel() -> Kernel {
-        Kernel { entry: 0, end: layout::HIGH_START, header: Default::default() }
+        Kernel::unloaded(layout::HIGH_START)
     }
 
     #[test]
