@@ -59,7 +59,7 @@ lint: build
 		vmm/src --include='*.rs' --exclude-dir=arch
 	! grep -rnwE '(kvm|get|set)_s?regs|rflags|rip|rdtsc|tsc_khz|triple fault' \
 		vmm/src --include='*.rs' --exclude-dir=arch
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --release --workspace --all-targets -- -D warnings
 	$(VENV)/pip install -q mypy ruff types-pexpect
 	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
 	# The stub says what the extension module is, which has to be there.
