@@ -13,6 +13,7 @@ mod event_loop;
 pub mod interrupt;
 pub mod memory;
 pub mod probe;
+pub mod screen;
 #[cfg(test)]
 #[path = "../../tests/src/skip.rs"]
 mod skip;

@@ -228,6 +228,9 @@ impl Source {
             balloon: node.balloon,
             vsock: node.vsock.clone(),
             oem_strings,
+            screen: None,
+            keyboard: false,
+            tablet: false,
         })
     }
 }

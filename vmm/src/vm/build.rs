@@ -17,7 +17,8 @@ use crate::device::serial::SerialPort;
 use crate::error::chain;
 use crate::event_loop::new_event;
 use crate::interrupt::SharedLine;
-use crate::memory::Memory;
+use crate::memory::{Memory, MemoryMap};
+use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Group};
 use crate::virtio::build::{Built, Connect, Handle, Host, device_specs};
@@ -31,7 +32,7 @@ const MAX_DEVICES: usize = 128;
 pub(super) fn load_kernel(spec: &MachineSpec, memory: &Memory) -> Result<u64, VmError> {
     let kernel = kernel::load_kernel(memory, &spec.kernel)?;
     let initrd = kernel::load_initrd(memory, &spec.initrd, &kernel)?;
-    params::write(memory, &kernel, initrd, &spec.cmdline)?;
+    params::write(memory, &kernel, initrd, &spec.cmdline, spec.plain_screen())?;
     Ok(kernel.entry)
 }
 
@@ -58,8 +59,23 @@ pub(super) fn check(spec: &MachineSpec) -> Result<(), VmError> {
     Ok(firmware::check(spec)?)
 }
 
-pub(super) fn attach_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
-    for (slot, region) in (0..).zip(memory.iter()) {
+/// The pixels of its screen, if it is a plain one.
+pub(super) fn frame_buffer(spec: &MachineSpec) -> Result<Option<Arc<FrameBuffer>>, VmError> {
+    let screen = spec.plain_screen().map(FrameBuffer::new).transpose()?;
+    Ok(screen.map(Arc::new))
+}
+
+/// Everything that lies in a guest as memory: its own, and the pixels of a plain screen.
+pub(super) fn memories<'a>(
+    memory: &'a Memory,
+    frame_buffer: Option<&'a Arc<FrameBuffer>>,
+) -> Vec<&'a MemoryMap> {
+    let screen = frame_buffer.map(|frame_buffer| frame_buffer.memory());
+    std::iter::once(&**memory).chain(screen).collect()
+}
+
+pub(super) fn attach_memory(vm: &VmFd, memories: &[&MemoryMap]) -> Result<(), VmError> {
+    for (slot, region) in (0..).zip(memories.iter().flat_map(|memory| memory.iter())) {
         let region = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: region.start_addr().raw_value(),
