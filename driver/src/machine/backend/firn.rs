@@ -9,9 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use firn_gateway::{Forward, Gateway, GatewaySpec};
 use firn_net_switch::{NetPort, SwitchPort};
 use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::screen::Screen;
 use firn_vmm::spec::{ConsolePortSpec, Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::balloon::BalloonHandle;
 use firn_vmm::virtio::build::Connect;
+use firn_vmm::virtio::input::InputHandle;
 use firn_vmm::vm::{self, HostSide, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
@@ -284,6 +286,18 @@ impl Backend for Firn {
             let pages = u32::try_from(pages).unwrap_or(u32::MAX);
             running.vm.balloon().map(|balloon| balloon.set_target(pages)).is_some()
         }))
+    }
+
+    fn keyboard(&self) -> BoxFuture<'_, Result<Option<InputHandle>>> {
+        Box::pin(self.with(|running| running.vm.keyboard()))
+    }
+
+    fn tablet(&self) -> BoxFuture<'_, Result<Option<InputHandle>>> {
+        Box::pin(self.with(|running| running.vm.tablet()))
+    }
+
+    fn screen(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Screen>>>> {
+        Box::pin(self.with(|running| running.vm.screen()))
     }
 
     fn boot_marks(&self) -> Vec<Mark> {

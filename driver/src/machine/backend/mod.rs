@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use firn_gateway::Forward;
 use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::screen::Screen;
+use firn_vmm::virtio::input::InputHandle;
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
@@ -56,6 +58,15 @@ pub(super) trait Backend: Send + Sync {
 
     /// Has the balloon leave the guest so many bytes; false if there is none.
     fn set_memory(&self, bytes: u64) -> BoxFuture<'_, Result<bool>>;
+
+    /// The host's hand on its keyboard; None if it has none.
+    fn keyboard(&self) -> BoxFuture<'_, Result<Option<InputHandle>>>;
+
+    /// The host's hand on its tablet; None if it has none.
+    fn tablet(&self) -> BoxFuture<'_, Result<Option<InputHandle>>>;
+
+    /// Its screen, which can be looked at for longer than the machine runs; None if it has none.
+    fn screen(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Screen>>>>;
 
     /// When its last boot, if that has ended, reached which stage.
     fn boot_marks(&self) -> Vec<Mark>;
