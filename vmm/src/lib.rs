@@ -22,5 +22,3 @@ pub mod spec;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
-
-pub use arch::tsc;

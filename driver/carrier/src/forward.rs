@@ -4,8 +4,8 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
-use firn::agent::{Exec, ExecEvent, ExecStdin, Exit, Stream};
 use firn::kit::KitName;
+use firn_agent_client::{Exec, ExecEvent, ExecStdin, Exit, Stream};
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, sleep_until};
 

@@ -23,11 +23,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use firn::agent::{AgentClient, AgentError, Exec, ExecRequest};
 use firn::error::chain;
 use firn::kit::{Kit, KitName};
+use firn_agent_client::{AgentClient, AgentError, Exec, ExecRequest};
 use firn_kits::BuildError;
-use firn_vmm::tsc;
+use firn_vmm::arch::tsc;
 use thiserror::Error;
 use tokio::net::UnixStream;
 

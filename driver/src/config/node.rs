@@ -5,7 +5,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use firn_vmm::spec::{
-    Cores, CredentialName, DiskSpec, Mac, MemoryMib, Number, ScreenSpec, ShareSpec, Tag, ValueError, VsockSpec,
+    Cores, CredentialName, DiskSpec, Mac, MemoryMib, Number, ScreenSpec, ShareSpec, Tag,
+    ValueError, VsockSpec,
 };
 use serde::Deserialize;
 
@@ -13,8 +14,8 @@ use crate::kit::{KitName, STORE_TAG};
 
 use super::document::{Key, Problem};
 use super::network::{PortForward, UserNetwork, user_network};
-use super::screen::{Needs, ScreenChoice};
 use super::qemu_options::{self, BadOption};
+use super::screen::{Needs, ScreenChoice};
 use super::{EXCHANGE_TAG, SHARED_TAG, variable_name};
 
 /// A machine of a test. What is `None` comes from the guest kit.

@@ -87,7 +87,8 @@ fn screen(kind: ScreenKind) -> ScreenChoice {
 fn add(overrides: &mut Overrides, device: &str) -> Result<Option<()>, BadOption> {
     let mut words = device.split(',');
     // What it is plugged into, and its name in QEMU, are nothing that a guest sees.
-    let own = |word: &&str| !["id=", "bus=", "addr=", "port="].iter().any(|key| word.starts_with(key));
+    let own =
+        |word: &&str| !["id=", "bus=", "addr=", "port="].iter().any(|key| word.starts_with(key));
     let kind = match words.next().unwrap_or_default() {
         "VGA" | "bochs-display" => ScreenKind::Plain,
         "virtio-gpu" | "virtio-gpu-pci" | "virtio-gpu-device" | "virtio-vga" => ScreenKind::Gpu,

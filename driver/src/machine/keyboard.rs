@@ -44,15 +44,19 @@ const DIGITS: &str = "!@#$%^&*()";
 
 /// A key that is none.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum BadKey {
+pub(in crate::machine) enum BadKey {
     #[error("there is no key `{name}`{}", close(close_to))]
     Unknown { name: String, close_to: Vec<&'static str> },
-    #[error("`{0}` has an empty name: `-` stands between the names of keys, and the key itself is `minus`")]
+    #[error(
+        "`{0}` has an empty name: `-` stands between the names of keys, and the key itself is `minus`"
+    )]
     Empty(String),
     #[error("`{0}` has more than {MAX_CHORD} keys")]
     TooMany(String),
-    #[error("there is no key with the scan code {0}: they go from 0x01 to 0xff, with 0x80 and the second byte for an \
-             extended one")]
+    #[error(
+        "there is no key with the scan code {0}: they go from 0x01 to 0xff, with 0x80 and the second byte for an \
+             extended one"
+    )]
     Scan(String),
     #[error("an American keyboard has no key for {0:?}")]
     Character(char),
@@ -103,7 +107,8 @@ fn unknown(name: &str) -> BadKey {
         .map(|key| {
             let distance = strsim::osa_distance(&lower, key.name);
             // `page_up` and `up` both have it in them.
-            let part = lower.len() > 1 && (key.name.contains(&lower) || lower.contains(key.name) && key.name.len() > 2);
+            let part = lower.len() > 1
+                && (key.name.contains(&lower) || lower.contains(key.name) && key.name.len() > 2);
             (if part { distance.min(2) } else { distance }, key.name)
         })
         .filter(|(distance, key)| *distance <= 2 && *distance < key.len().max(2))

@@ -9,13 +9,13 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{Mutex, watch};
 
-use crate::clock::Clock;
 use crate::config::{NodeConfig, Variables};
 use crate::descriptors::Part;
 use crate::error::{End, Error, MachineError, Result, Tail};
 use crate::log::{Logger, Step};
 use crate::private;
 use crate::vlan::Vlan;
+use firn_agent_client::Clock;
 
 mod access;
 mod backend;
@@ -39,6 +39,7 @@ mod waits;
 pub use console::Tap;
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
 pub use keyboard::{DEFAULT_DELAY, characters};
+pub use screen::Format;
 pub(crate) use setup::{Boot, Source, hosts};
 
 use access::Access;

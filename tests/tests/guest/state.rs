@@ -8,8 +8,8 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use firn::agent::{AgentClient, ExecRequest};
 use firn::kit::{Interface, MachineConfig, Mount, machine_overlay};
+use firn_agent_client::{AgentClient, ExecRequest};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
 use firn_vmm::spec::{ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec};

@@ -12,7 +12,7 @@ use super::{Event, VmError, host, kvm};
 use crate::arch::{board, firmware, layout, params};
 use crate::boot::kernel;
 use crate::device::boot_timer::BootTimer;
-use crate::device::panic::PanicWatch;
+use crate::device::panic::PanicDevice;
 use crate::device::serial::SerialPort;
 use crate::error::chain;
 use crate::event_loop::new_event;
@@ -94,12 +94,11 @@ pub(super) fn attach_serial(
     vm: &VmFd,
     buses: &mut Buses,
     output: Box<dyn Write + Send>,
-    events: Arc<dyn Fn(Event) + Send + Sync>,
+    panic: Arc<PanicDevice>,
 ) -> Result<Arc<SerialPort>, VmError> {
     let interrupt = new_event().map_err(host("cannot make an eventfd"))?;
     board::connect_console(vm, &interrupt).map_err(kvm("KVM_IRQFD"))?;
-    let output = PanicWatch::new(output, move |message| events(Event::Panic { message }));
-    let serial = Arc::new(SerialPort::new(interrupt, Box::new(output)));
+    let serial = Arc::new(SerialPort::new(interrupt, output, panic));
     board::attach_console(buses, serial.clone())?;
     Ok(serial)
 }
@@ -107,10 +106,11 @@ pub(super) fn attach_serial(
 pub(super) fn attach_board(
     buses: &mut Buses,
     timer: Arc<BootTimer>,
+    panic: Arc<PanicDevice>,
     group: Arc<Group>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<(), VmError> {
-    board::attach(buses, timer, move |request| {
+    board::attach(buses, timer, panic, move |request| {
         group.request_stop();
         events(match request {
             board::Request::PowerOff => Event::PowerOff,

@@ -17,11 +17,11 @@ use std::thread::{Builder, JoinHandle};
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
-use crate::arch::state::StateError;
-use crate::arch::{board, entry, firmware, params, vcpu};
-use crate::boot::kernel;
+use crate::arch::{ArchError, board, entry, firmware, params, vcpu};
+use crate::boot::image::ImageError;
 use crate::bus::Overlap;
 use crate::device::boot_timer::{BootTimer, Mark};
+use crate::device::panic::PanicDevice;
 use crate::device::serial::{InputFull, SerialPort};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
@@ -44,8 +44,8 @@ pub enum Event {
     Booting,
     /// Its kernel has panicked.
     Panic {
-        /// The kernel's reason.
-        message: String,
+        /// The kernel's reason, if the serial console has shown it yet; else another event may follow.
+        reason: Option<String>,
     },
     /// It has asked to be started again; its vCPUs have ended.
     Reset,
@@ -110,16 +110,16 @@ pub enum VmError {
     Memory(#[from] memory::MemoryError),
     /// A kernel or initrd cannot be used.
     #[error(transparent)]
-    Image(#[from] kernel::ImageError),
+    Image(#[from] ImageError),
     /// The boot parameters are wrong.
     #[error(transparent)]
     Params(#[from] params::ParamsError),
     /// What firmware would have left cannot be written.
     #[error(transparent)]
     Firmware(#[from] firmware::FirmwareError),
-    /// A vCPU cannot be set up.
-    #[error("vCPU")]
-    Entry(#[from] entry::EntryError),
+    /// A processor cannot be set up.
+    #[error(transparent)]
+    Processor(#[from] ArchError),
     /// Two devices want the same addresses.
     #[error(transparent)]
     Bus(#[from] Overlap),
@@ -128,7 +128,7 @@ pub enum VmError {
     Device(#[from] BuildError),
     /// The state of the processors cannot be read or written.
     #[error("cannot save or restore processors")]
-    State(#[from] StateError),
+    State(#[source] ArchError),
     /// A saved machine does not fit.
     #[error("machine {machine}: cannot be restored: {problem}")]
     Saved {
@@ -191,6 +191,7 @@ pub struct Vm {
     vcpus: Vec<Arc<Vcpu>>,
     group: Arc<Group>,
     serial: Arc<SerialPort>,
+    panic: Arc<PanicDevice>,
     transports: Vec<Arc<MmioTransport>>,
     /// What the guest is told of.
     announced: Vec<firmware::MmioDevice>,
@@ -234,8 +235,12 @@ impl Vm {
         let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(host_side.events);
 
         let mut buses = Buses::default();
-        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, events.clone())?;
-        build::attach_board(&mut buses, timer.clone(), group.clone(), events.clone())?;
+        let on_panic = events.clone();
+        let panic = PanicDevice::new(move |reason| on_panic(Event::Panic { reason }));
+        let panic = Arc::new(panic);
+        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, panic.clone())?;
+        let (on_request, marks) = (events.clone(), timer.clone());
+        build::attach_board(&mut buses, marks, panic.clone(), group.clone(), on_request)?;
         let devices =
             build::build_devices(spec, host_side.connect.as_mut(), host_side.descriptors)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
@@ -262,6 +267,7 @@ impl Vm {
             vcpus,
             group,
             serial,
+            panic,
             transports: attached.transports,
             announced: attached.announced,
             handles: attached.handles,
@@ -278,7 +284,7 @@ impl Vm {
     fn prepare_entry(&self, entry: u64) -> Result<(), VmError> {
         firmware::write(&self.memory, &self.spec, &self.announced)?;
         if let Some(first) = self.vcpus.first() {
-            entry::set_registers(&first.fd(), entry, params::ZERO_PAGE)?;
+            entry::set_registers(&first.fd(), entry)?;
         }
         Ok(())
     }
@@ -390,6 +396,7 @@ impl Vm {
             transport.reset();
         }
         self.serial.reset();
+        self.panic.reset();
         for memory in build::memories(&self.memory, self.frame_buffer.as_ref()) {
             memory::clear(memory).map_err(host("cannot clear guest memory"))?;
         }

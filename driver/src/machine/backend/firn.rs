@@ -373,7 +373,7 @@ fn passed_on(
             vm::Event::VcpuDied { vcpu, reason } => Event::Ended(End::VcpuDied { vcpu, reason }),
             // A guest could break and reset its devices for ever.
             _ if count.fetch_add(1, Ordering::Relaxed) >= MAX_EVENTS => return,
-            vm::Event::Panic { message } => Event::Panicked(message),
+            vm::Event::Panic { reason } => Event::Panicked(reason),
             vm::Event::DeviceFailed { device, reason } => {
                 Event::Warning(format!("the guest lost {device}: {reason}"))
             }

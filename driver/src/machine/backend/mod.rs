@@ -87,8 +87,8 @@ pub(super) struct Started {
 pub(super) enum Event {
     /// The guest has been started; whatever was told before is an earlier boot's.
     Booting,
-    /// Its kernel has panicked, for this reason. Its end may follow.
-    Panicked(String),
+    /// Its kernel has panicked, for this reason. Its end may follow, and so may the reason if it is not known yet.
+    Panicked(Option<String>),
     /// It has ended.
     Ended(End),
     /// Something that people may want to know.

@@ -14,7 +14,8 @@ fn all_names_and_scan_codes_are_keys() {
         }
     }
     // Numbers of linux/input-event-codes.h that a table of another kind would miss.
-    for (name, code) in [("less", 86), ("<", 86), ("alt_r", 100), ("menu", 127), ("compose", 127), ("kp_enter", 96)]
+    for (name, code) in
+        [("less", 86), ("<", 86), ("alt_r", 100), ("menu", 127), ("compose", 127), ("kp_enter", 96)]
     {
         assert_eq!(key(name), Ok(code), "{name}");
     }
@@ -40,8 +41,15 @@ fn chords() {
 
 #[test]
 fn a_key_that_is_none_has_others_near_it() {
-    for (name, near) in [("enter", "kp_enter"), ("retn", "ret"), ("Delete", "delete"), ("control", "ctrl"), ("page", "pgup"), ("capslock", "caps_lock"), ("f99", "f9")]
-    {
+    for (name, near) in [
+        ("enter", "kp_enter"),
+        ("retn", "ret"),
+        ("Delete", "delete"),
+        ("control", "ctrl"),
+        ("page", "pgup"),
+        ("capslock", "caps_lock"),
+        ("f99", "f9"),
+    ] {
         let Err(BadKey::Unknown { close_to, .. }) = chord(name) else { panic!("{name} is one") };
         assert!(close_to.contains(&near), "{name}: {close_to:?}");
         assert!(close_to.len() <= SUGGESTIONS);
@@ -58,9 +66,17 @@ fn a_key_that_is_none_has_others_near_it() {
 #[test]
 fn characters_of_an_american_keyboard() {
     let all = characters();
-    for (typed, chord) in
-        [(' ', "spc"), ('\n', "ret"), ('A', "shift-a"), ('-', "0x0C"), ('_', "shift-0x0C"), ('~', "shift-0x29"), ('|', "shift-0x2B"), ('!', "shift-0x02"), (')', "shift-0x0B")]
-    {
+    for (typed, chord) in [
+        (' ', "spc"),
+        ('\n', "ret"),
+        ('A', "shift-a"),
+        ('-', "0x0C"),
+        ('_', "shift-0x0C"),
+        ('~', "shift-0x29"),
+        ('|', "shift-0x2B"),
+        ('!', "shift-0x02"),
+        (')', "shift-0x0B"),
+    ] {
         assert!(all.contains(&(typed, chord.to_owned())), "{typed} in {all:?}");
     }
     // Everything that can be printed is typed by one key, alone or with shift, and no two by the same.
@@ -79,9 +95,13 @@ fn characters_of_an_american_keyboard() {
 
 #[test]
 fn texts_are_shown_as_in_python() {
-    for (text, shown) in
-        [("a\n", r"'a\n'"), ("it's", "\"it's\""), ("'\"", r#"'\'"'"#), ("\\", r"'\\'"), ("é", "'é'")]
-    {
+    for (text, shown) in [
+        ("a\n", r"'a\n'"),
+        ("it's", "\"it's\""),
+        ("'\"", r#"'\'"'"#),
+        ("\\", r"'\\'"),
+        ("é", "'é'"),
+    ] {
         assert_eq!(quoted(text), shown);
     }
 }

@@ -11,11 +11,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OnceCell;
 
 use super::{Command, KILL_AFTER, MAX_OUTPUT, Result, SessionError};
-use crate::agent::{
+use firn_agent_client::Clock;
+use firn_agent_client::{
     ANSWER_WITHIN, AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest, Exit,
     FileInfo, Lost, StderrMode, Stream,
 };
-use crate::clock::Clock;
 
 /// Signals, by number.
 const SIGTERM: i32 = 15;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::agent::{AgentError, Entry, FileInfo, Lost, ProtocolError};
+use firn_agent_client::{AgentError, Entry, FileInfo, Lost, ProtocolError};
 
 mod agent;
 mod shell;

@@ -20,11 +20,11 @@ use tokio::sync::{Mutex, mpsc, watch};
 
 use super::agent::cloned;
 use super::{Command, KILL_AFTER, MAX_OUTPUT, Result, SessionError};
-use crate::agent::{
+use crate::machine::exec;
+use firn_agent_client::Clock;
+use firn_agent_client::{
     ANSWER_WITHIN, AgentError, BytePath, Entry, FileInfo, FileKind, MAX_FILE, MAX_LISTING,
 };
-use crate::clock::Clock;
-use crate::machine::exec;
 
 #[cfg(test)]
 mod tests;

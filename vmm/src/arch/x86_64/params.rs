@@ -144,7 +144,7 @@ mod tests {
     use crate::spec::Pixels;
 
     fn kernel() -> Kernel {
-        Kernel { entry: 0, end: layout::HIGH_START, header: Default::default() }
+        Kernel::unloaded(layout::HIGH_START)
     }
 
     #[test]

@@ -16,8 +16,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
 use super::request::Request;
-use super::{ANSWER_WITHIN, AgentError, HEARTBEAT, Lost, SILENCE};
-use crate::clock::Clock;
+use super::{ANSWER_WITHIN, AgentError, Clock, HEARTBEAT, Lost, SILENCE};
 
 /// Bytes read at a time.
 const BUFFER: usize = 64 * 1024;
