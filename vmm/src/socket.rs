@@ -143,8 +143,7 @@ fn bind_closed(path: &Path) -> io::Result<UnixListener> {
 
 /// Removes the socket at `path` unless somebody listens at it.
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
-    let failed =
-        |operation| move |source| SocketError::Io { operation, path: path.into(), source };
+    let failed = |operation| move |source| SocketError::Io { operation, path: path.into(), source };
     match connect_to(path) {
         // Who has no room for a connection listens, too.
         Ok(_) => Err(SocketError::InUse { path: path.into() }),

@@ -63,7 +63,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     command.push(program.into());
     command.extend(["run", "--accel", "kvm", "--"].map(Into::into));
     command.push(std::path::absolute(&args.file)?.into());
-    let options = Options { writable, terminal: true, ..Options::default() };
+    let options = Options {
+        writable,
+        terminal: true,
+        viewers: std::env::current_exe().ok(),
+        ..Options::default()
+    };
     Ok(run_again(&options, command)?.into())
 }
 

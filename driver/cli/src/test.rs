@@ -50,7 +50,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return Err(super::become_command(&runner));
     }
     let writable = test.writable().into_iter().chain([args.output_dir.clone()]).collect();
-    let options = Options { writable, ..Options::default() };
+    let options = Options { writable, viewers: std::env::current_exe().ok(), ..Options::default() };
     Ok(run_again(&options, runner)?.into())
 }
 

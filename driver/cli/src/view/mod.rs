@@ -11,6 +11,7 @@ use tokio::net::TcpListener;
 
 use super::run::runtime;
 
+mod pipe;
 mod server;
 
 /// Watch the screens of machines in a browser, and use their keyboards and pointers
@@ -36,11 +37,18 @@ pub struct Args {
     /// The port of the page; by default one that is free
     #[arg(long, default_value_t = 0)]
     port: u16,
+    /// Connect standard input and output to the machine whose id is the first line of input, or list them
+    #[arg(long, hide = true, conflicts_with_all = ["no_open", "port"])]
+    pipe: bool,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let dir = args.dir.clone().unwrap_or_else(std::env::temp_dir);
-    let machines = viewers::find(&dir).with_context(|| format!("cannot look for machines in {}", dir.display()))?;
+    if args.pipe {
+        return pipe::run(&dir);
+    }
+    let machines = viewers::find(&dir)
+        .with_context(|| format!("cannot look for machines in {}", dir.display()))?;
     if machines.is_empty() {
         eprintln!("no machine with a screen runs yet: the page will show them when they start");
     }
@@ -52,7 +60,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         let token = server::token()?;
         let address = format!("http://{}/?token={token}", listener.local_addr()?);
         println!("{address}");
-        if !args.no_open && let Err(error) = open::that_detached(&address) {
+        if !args.no_open
+            && let Err(error) = open::that_detached(&address)
+        {
             eprintln!("cannot open a browser ({error}): open the address yourself");
         }
         tokio::select! {

@@ -17,6 +17,7 @@ use futures_util::{SinkExt, StreamExt};
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixStream};
+use tokio::task::spawn_blocking;
 
 /// How much of a machine's answer goes through at once, in bytes.
 const CHUNK: usize = 64 << 10;
@@ -24,7 +25,8 @@ const CHUNK: usize = 64 << 10;
 const MAX_MESSAGE: usize = 64 << 10;
 
 /// The page needs nothing from elsewhere.
-const POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'";
+const POLICY: &str =
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'";
 
 const PAGE: &str = include_str!("page.html");
 
@@ -83,9 +85,15 @@ async fn guard(
     response
 }
 
+/// The machines that are there now.
+async fn find(site: &Site) -> io::Result<Vec<viewers::Found>> {
+    let dir = site.dir.clone();
+    spawn_blocking(move || viewers::find(&dir)).await.map_err(io::Error::other)?
+}
+
 async fn machines(State(site): State<Arc<Site>>) -> Result<Json<Vec<String>>, Failure> {
-    let machines = viewers::find(&site.dir)?;
-    Ok(Json(machines.into_iter().map(|machine| machine.id()).collect()))
+    let machines = find(&site).await?;
+    Ok(Json(machines.iter().map(viewers::Found::id).collect()))
 }
 
 async fn screen(
@@ -93,9 +101,12 @@ async fn screen(
     Query(which): Query<Which>,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Failure> {
-    let machines = viewers::find(&site.dir)?;
+    let machines = find(&site).await?;
     let Some(machine) = machines.into_iter().find(|machine| machine.id() == which.machine) else {
-        return Err(Failure(StatusCode::NOT_FOUND, format!("there is no machine {}\n", which.machine)));
+        return Err(Failure(
+            StatusCode::NOT_FOUND,
+            format!("there is no machine {}\n", which.machine),
+        ));
     };
     let stream = UnixStream::from_std(machine.connect()?)?;
     Ok(upgrade.max_message_size(MAX_MESSAGE).on_upgrade(|socket| pass(socket, stream)))
@@ -116,7 +127,9 @@ async fn pass(socket: WebSocket, machine: UnixStream) {
     };
     let up = async {
         while let Some(Ok(message)) = from_viewer.next().await {
-            if let Message::Binary(bytes) = message && to_machine.write_all(&bytes).await.is_err() {
+            if let Message::Binary(bytes) = message
+                && to_machine.write_all(&bytes).await.is_err()
+            {
                 return;
             }
         }

@@ -25,9 +25,9 @@ use crate::config::{NodeConfig, PortForward};
 use crate::descriptors::Part;
 use crate::error::{End, MachineError, Result, chain};
 use crate::log::Logger;
+use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
 use crate::machine::rfb::{self, Display};
-use crate::machine::{Dirs};
 use crate::machine::setup::Source;
 use crate::viewers;
 

@@ -64,7 +64,9 @@ impl Area {
                     continue;
                 }
                 match changed.last_mut() {
-                    Some(last) if last.y == y && last.x + last.width == x => last.width += tile.width,
+                    Some(last) if last.y == y && last.x + last.width == x => {
+                        last.width += tile.width
+                    }
                     _ => changed.push(tile),
                 }
             }

@@ -22,26 +22,13 @@ pub(super) enum Message {
     /// The viewer understands these encodings.
     Encodings(Vec<i32>),
     /// It wants to know what is in this area; if `changed`, once something there is not as it was told last.
-    Update {
-        changed: bool,
-        area: Area,
-    },
+    Update { changed: bool, area: Area },
     /// A key of the X Window System's names went down or up.
-    Symbol {
-        symbol: u32,
-        down: bool,
-    },
+    Symbol { symbol: u32, down: bool },
     /// A key with this scan code (set 1, 0xe0 as 0x80) went down or up.
-    ScanCode {
-        code: u32,
-        down: bool,
-    },
+    ScanCode { code: u32, down: bool },
     /// The pointer is there, and these buttons are down: left, middle, right, wheel up, wheel down.
-    Pointer {
-        buttons: u8,
-        x: u16,
-        y: u16,
-    },
+    Pointer { buttons: u8, x: u16, y: u16 },
     /// Nothing that matters here.
     Other,
 }
@@ -149,9 +136,12 @@ impl PixelFormat {
     }
 
     fn from_bytes(bytes: &[u8; Self::SIZE]) -> io::Result<Self> {
-        let [bits, _depth, big_endian, true_colour, r0, r1, g0, g1, b0, b1, rs, gs, bs, ..] = *bytes;
+        let [bits, _depth, big_endian, true_colour, r0, r1, g0, g1, b0, b1, rs, gs, bs, ..] =
+            *bytes;
         if true_colour == 0 || !matches!(bits, 8 | 16 | 32) {
-            return Err(invalid("pixels of 8, 16 or 32 bits without a palette are there, no others"));
+            return Err(invalid(
+                "pixels of 8, 16 or 32 bits without a palette are there, no others",
+            ));
         }
         let channels = [([r0, r1], rs), ([g0, g1], gs), ([b0, b1], bs)]
             .map(|(max, shift)| (u16::from_be_bytes(max), shift));

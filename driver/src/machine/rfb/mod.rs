@@ -211,7 +211,11 @@ impl Viewer {
     fn key(&mut self, code: u16, down: bool) {
         let Some(keyboard) = &self.display.keyboard else { return };
         keyboard.key(code, down);
-        if down { self.held.insert(code) } else { self.held.remove(&code) };
+        if down {
+            self.held.insert(code)
+        } else {
+            self.held.remove(&code)
+        };
     }
 
     fn pointer(&mut self, buttons: u8, x: u16, y: u16) {

@@ -64,7 +64,10 @@ impl Session {
         assert_eq!(session.take(4).await, [0; 4]);
         session.say(&[1]).await;
         let size = [session.u16().await, session.u16().await];
-        assert_eq!(session.take(16).await, [32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0]);
+        assert_eq!(
+            session.take(16).await,
+            [32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0]
+        );
         assert_eq!(session.take(11).await, b"\0\0\0\x07machine");
         (session, size)
     }
@@ -107,7 +110,8 @@ impl Session {
                 *number = self.u16().await;
             }
             let encoding = i32::from_be_bytes(self.take(4).await.try_into().unwrap());
-            let size = if encoding == RAW { usize::from(area[2]) * usize::from(area[3]) } else { 0 };
+            let size =
+                if encoding == RAW { usize::from(area[2]) * usize::from(area[3]) } else { 0 };
             rectangles.push((area, encoding, self.take(pixel * size).await));
         }
         rectangles
@@ -130,7 +134,9 @@ async fn a_viewer_is_told_everything_once_and_then_what_changes() {
     let quiet = session.stream.try_read(&mut byte).unwrap_err();
     assert_eq!(quiet.kind(), io::ErrorKind::WouldBlock, "nothing has changed");
     session.screen.paint(|picture| dot(picture, 40, 40, [255, 0, 0]));
-    let [([32, 32, 32, 18], RAW, pixels)] = &session.update(4).await[..] else { panic!("one tile") };
+    let [([32, 32, 32, 18], RAW, pixels)] = &session.update(4).await[..] else {
+        panic!("one tile")
+    };
     assert_eq!(pixels[4 * (8 * 32 + 8)..][..4], [0, 0, 255, 0]);
 
     // Beyond the screen there is nothing, and beside it what was asked for.
