@@ -24,6 +24,8 @@ const HOLD: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(10
 pub const DEFAULT_DELAY: Duration = Duration::from_millis(10);
 /// Names of keys that are shown to who uses one that is none.
 const SUGGESTIONS: usize = 6;
+/// How like the name that was used they are: from 0 to 1, by Jaro and Winkler.
+const ALIKE: f64 = 0.8;
 
 /// Scan codes of keys whose names differ with the layout, with what they type plain and with shift.
 const SYMBOLS: [(u8, [char; 2]); 11] = [
@@ -102,23 +104,16 @@ pub(super) fn scan_code(scan: u8) -> Option<u16> {
 
 fn unknown(name: &str) -> BadKey {
     let lower = name.to_lowercase();
-    let mut ranked: Vec<(usize, &'static str)> = KEYS
-        .iter()
-        .map(|key| {
-            let distance = strsim::osa_distance(&lower, key.name);
-            // `page_up` and `up` both have it in them.
-            let part = lower.len() > 1
-                && (key.name.contains(&lower) || lower.contains(key.name) && key.name.len() > 2);
-            (if part { distance.min(2) } else { distance }, key.name)
-        })
-        .filter(|(distance, key)| *distance <= 2 && *distance < key.len().max(2))
-        .collect();
-    ranked.sort_unstable();
-    ranked.truncate(SUGGESTIONS);
-    BadKey::Unknown {
-        name: name.to_owned(),
-        close_to: ranked.into_iter().map(|(_, name)| name).collect(),
-    }
+    let likeness = |key: &str| match lower.len() > 1 && key.contains(&lower) {
+        true => 1.0,
+        false => strsim::jaro_winkler(&lower, key),
+    };
+    let keys = KEYS.iter().map(|key| (likeness(key.name), key.name));
+    let mut close: Vec<_> = keys.filter(|(likeness, _)| *likeness > ALIKE).collect();
+    close.sort_by(|a, b| b.0.total_cmp(&a.0));
+    close.truncate(SUGGESTIONS);
+    let close_to = close.into_iter().map(|(_, name)| name).collect();
+    BadKey::Unknown { name: name.to_owned(), close_to }
 }
 
 /// The chord that types a character; None if that is not another name than its own.

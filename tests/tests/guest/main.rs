@@ -11,6 +11,7 @@ mod files;
 mod network;
 mod power;
 mod run;
+mod screen;
 mod share_files;
 mod shares;
 mod state;
