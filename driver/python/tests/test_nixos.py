@@ -654,7 +654,12 @@ def as_another_user(port: int, text: str) -> str:
     talk = f'exec 3<>/dev/tcp/127.0.0.1/{port}; printf "$1" >&3; cat <&3'
     become = ["setpriv", "--reuid=65533", "--clear-groups", "bash", "-c", talk, "bash"]
     done = subprocess.run(
-        [*become, text], stdout=subprocess.PIPE, text=True, check=False, timeout=60
+        [*become, text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
+        timeout=60,
     )
     return done.stdout
 
