@@ -39,13 +39,12 @@ const HUGE_PAGE: usize = 2 << 20;
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// mmap failed.
-    #[error("cannot map {mib} MiB of guest memory")]
+    #[error("cannot map {mib} MiB of guest memory: {problem}")]
     Map {
         /// The amount asked for.
         mib: u64,
         /// Why it failed.
-        #[source]
-        source: FromRangesError,
+        problem: FromRangesError,
     },
     /// madvise failed.
     #[error("cannot keep guest memory out of child processes")]
@@ -66,14 +65,14 @@ pub fn allocate(mib: u64) -> Result<Memory, MemoryError> {
         let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
         parts.push((GuestAddress(start), len));
     }
-    let map = |source| MemoryError::Map { mib, source };
+    let map = |problem| MemoryError::Map { mib, problem };
     let mut regions = Vec::new();
     for (start, len) in parts {
         let region = aligned_region(start, len).map_err(map)?;
         keep_from_children(&region).map_err(MemoryError::DontFork)?;
         regions.push(region);
     }
-    let memory = MemoryMap::from_regions(regions).map_err(|source| map(source.into()))?;
+    let memory = MemoryMap::from_regions(regions).map_err(|problem| map(problem.into()))?;
     Ok(Arc::new(memory))
 }
 
