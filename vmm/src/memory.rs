@@ -39,13 +39,12 @@ const HUGE_PAGE: usize = 2 << 20;
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// mmap failed.
-    #[error("cannot map {mib} MiB of guest memory")]
+    #[error("cannot map {mib} MiB of guest memory: {problem}")]
     Map {
         /// The amount asked for.
         mib: u64,
         /// Why it failed.
-        #[source]
-        source: FromRangesError,
+        problem: FromRangesError,
     },
     /// madvise failed.
     #[error("cannot keep guest memory out of child processes")]
@@ -61,6 +60,7 @@ pub enum MemoryError {
 /// The host has not that much address space or memory.
 pub fn allocate(mib: u64) -> Result<Memory, MemoryError> {
     let bytes = mib.checked_mul(1 << 20).ok_or(MemoryError::TooLarge(mib))?;
+<<<<<<< HEAD
     map(&layout::ranges(bytes), mib)
 }
 
@@ -76,6 +76,14 @@ pub fn allocate_at(start: u64, bytes: u64) -> Result<Memory, MemoryError> {
 /// Maps `ranges` of addresses and lengths, `mib` MiB altogether.
 fn map(ranges: &[(u64, u64)], mib: u64) -> Result<Memory, MemoryError> {
     let map = |source| MemoryError::Map { mib, source };
+=======
+    let mut parts = Vec::new();
+    for (start, len) in layout::ranges(bytes) {
+        let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
+        parts.push((GuestAddress(start), len));
+    }
+    let map = |problem| MemoryError::Map { mib, problem };
+>>>>>>> seam
     let mut regions = Vec::new();
     for &(start, len) in ranges {
         let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
@@ -83,7 +91,7 @@ fn map(ranges: &[(u64, u64)], mib: u64) -> Result<Memory, MemoryError> {
         keep_from_children(&region).map_err(MemoryError::DontFork)?;
         regions.push(region);
     }
-    let memory = MemoryMap::from_regions(regions).map_err(|source| map(source.into()))?;
+    let memory = MemoryMap::from_regions(regions).map_err(|problem| map(problem.into()))?;
     Ok(Arc::new(memory))
 }
 

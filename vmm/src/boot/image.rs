@@ -57,13 +57,12 @@ pub enum ImageError {
         expected: u64,
     },
     /// The loader could not place it.
-    #[error("cannot load kernel {}", path.display())]
+    #[error("cannot load kernel {}: {problem}", path.display())]
     Load {
         /// The file.
         path: PathBuf,
         /// Why.
-        #[source]
-        source: loader::Error,
+        problem: loader::Error,
     },
     /// It is empty.
     #[error("initrd {} is empty", .0.display())]

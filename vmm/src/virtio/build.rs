@@ -82,7 +82,6 @@ pub enum BuildError {
         /// The key of its spec.
         key: &'static str,
         /// What is wrong with its value.
-        #[source]
         problem: ValueError,
     },
     /// A console cannot be served.

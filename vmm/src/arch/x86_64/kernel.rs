@@ -81,7 +81,7 @@ fn read_head(file: &mut ImageFile) -> io::Result<Vec<u8>> {
 
 fn load_elf(memory: &MemoryMap, path: &Path, file: &mut ImageFile) -> Result<Kernel, ImageError> {
     let loaded = Elf::load(memory, None, file, Some(GuestAddress(HIGH_START)))
-        .map_err(|source| ImageError::Load { path: path.to_owned(), source })?;
+        .map_err(|problem| ImageError::Load { path: path.to_owned(), problem })?;
     // What a bzImage would have said of itself; the kernel checks no more than the magic.
     let header = setup_header {
         boot_flag: bzimage::BOOT_FLAG,
@@ -116,7 +116,7 @@ fn load_bzimage(
         return Err(ImageError::too_large("kernel", end - start, room));
     }
     let loaded = BzImage::load(memory, Some(GuestAddress(start)), file, None)
-        .map_err(|source| ImageError::Load { path: path.to_owned(), source })?;
+        .map_err(|problem| ImageError::Load { path: path.to_owned(), problem })?;
     Ok(Kernel {
         entry: loaded.kernel_load.0 + ENTRY_64_OFFSET,
         end,
