@@ -60,7 +60,6 @@ pub enum MemoryError {
 /// The host has not that much address space or memory.
 pub fn allocate(mib: u64) -> Result<Memory, MemoryError> {
     let bytes = mib.checked_mul(1 << 20).ok_or(MemoryError::TooLarge(mib))?;
-<<<<<<< HEAD
     map(&layout::ranges(bytes), mib)
 }
 
@@ -75,15 +74,7 @@ pub fn allocate_at(start: u64, bytes: u64) -> Result<Memory, MemoryError> {
 
 /// Maps `ranges` of addresses and lengths, `mib` MiB altogether.
 fn map(ranges: &[(u64, u64)], mib: u64) -> Result<Memory, MemoryError> {
-    let map = |source| MemoryError::Map { mib, source };
-=======
-    let mut parts = Vec::new();
-    for (start, len) in layout::ranges(bytes) {
-        let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
-        parts.push((GuestAddress(start), len));
-    }
     let map = |problem| MemoryError::Map { mib, problem };
->>>>>>> seam
     let mut regions = Vec::new();
     for &(start, len) in ranges {
         let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
