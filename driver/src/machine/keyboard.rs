@@ -135,6 +135,11 @@ pub(super) fn of_character(character: char) -> Option<String> {
     })
 }
 
+/// All names of keys, with Linux's numbers of them; some keys have two names.
+pub fn keys() -> impl Iterator<Item = (&'static str, u16)> {
+    KEYS.iter().map(|key| (key.name, key.code))
+}
+
 /// All characters whose keys have other names than they, with the chords that type them.
 #[must_use]
 pub fn characters() -> Vec<(char, String)> {
