@@ -127,7 +127,9 @@ with subtest("send_monitor_command: sendkey and screendump"):
     t.assertTrue((machine.out_dir / "shown.ppm").read_bytes().startswith(b"P6\n640 400\n255\n"))
 
 with subtest("send_monitor_command, wrongly: no such key"):
-    with t.assertRaisesRegex(MachineError, "sendkey: there is no key `ent`; close to it: .*kp_enter"):
+    with t.assertRaisesRegex(
+        MachineError, "sendkey: there is no key `ent`; close to it: .*kp_enter"
+    ):
         machine.send_monitor_command("sendkey ent")
 
 # What runs in the guest is what counts for these three; an X server is in a kit of its own.
