@@ -25,7 +25,20 @@ pub const DEFAULT_DELAY: Duration = Duration::from_millis(10);
 /// Names of keys that are shown to who uses one that is none.
 const SUGGESTIONS: usize = 6;
 /// How like the name that was used they are: from 0 to 1, by Jaro and Winkler.
-const ALIKE: f64 = 0.8;
+const ALIKE: f64 = 0.75;
+/// What others call keys.
+const ELSEWHERE: [(&str, &str); 10] = [
+    ("control", "ctrl"),
+    ("del", "delete"),
+    ("enter", "ret"),
+    ("escape", "esc"),
+    ("pagedown", "pgdn"),
+    ("pageup", "pgup"),
+    ("return", "ret"),
+    ("space", "spc"),
+    ("super", "meta_l"),
+    ("windows", "meta_l"),
+];
 
 /// Scan codes of keys whose names differ with the layout, with what they type plain and with shift.
 const SYMBOLS: [(u8, [char; 2]); 11] = [
@@ -104,8 +117,11 @@ pub(super) fn scan_code(scan: u8) -> Option<u16> {
 
 fn unknown(name: &str) -> BadKey {
     let lower = name.to_lowercase();
-    let likeness = |key: &str| match lower.len() > 1 && key.contains(&lower) {
-        true => 1.0,
+    let likeness = |key: &str| match ELSEWHERE.contains(&(&*lower, key)) {
+        true => 2.0,
+        false if lower.len() > 1 && key.contains(&lower) => 1.0,
+        // One letter is like too much.
+        false if key.len() == 1 => 0.0,
         false => strsim::jaro_winkler(&lower, key),
     };
     let keys = KEYS.iter().map(|key| (likeness(key.name), key.name));
@@ -133,6 +149,11 @@ pub(super) fn of_character(character: char) -> Option<String> {
         true => format!("0x{scan:02X}"),
         false => shifted(*scan),
     })
+}
+
+/// All names of keys, with Linux's numbers of them; some keys have two names.
+pub fn keys() -> impl Iterator<Item = (&'static str, u16)> {
+    KEYS.iter().map(|key| (key.name, key.code))
 }
 
 /// All characters whose keys have other names than they, with the chords that type them.

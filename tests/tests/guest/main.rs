@@ -17,6 +17,7 @@ mod shares;
 mod state;
 mod systemd;
 mod trouble;
+mod typing;
 mod usernet;
 mod vsock;
 mod waits;

@@ -262,7 +262,7 @@ fn qemus_variables() {
     let network = changed.user_network.expect("there is one");
     assert!(!network.restrict && network.forward_ports.len() == 2);
     for (options, net_options, message) in [
-        ("-vga qxl", "", ["`qemu_opts`: `-vga std` is not for firn", "allowed: `-m SIZE`"]),
+        ("-vga qxl", "", ["`qemu_opts`: `-vga qxl` is not for firn", "allowed: `-m SIZE`"]),
         ("-m 1", "", ["`qemu_opts`: -m 1 cannot be used", "allowed: 64 to "]),
         ("-smp 33", "", ["`qemu_opts`: -smp 33 cannot be used", "allowed: 1 to 32 processors"]),
         ("", "x=y", ["`user_network.qemu_net_opts`: `x=y` is not for firn", "allowed: `hostfwd="]),

@@ -43,6 +43,8 @@ fn chords() {
 fn a_key_that_is_none_has_others_near_it() {
     for (name, near) in [
         ("enter", "kp_enter"),
+        ("Enter", "ret"),
+        ("windows", "meta_l"),
         ("retn", "ret"),
         ("Delete", "delete"),
         ("control", "ctrl"),
