@@ -25,9 +25,6 @@ use crate::private;
 const MAX_IMAGE: u64 = 256 << 20;
 /// How long an entry stays that nobody uses.
 const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
-/// "HdrS" in the setup header (Documentation/arch/x86/boot.rst), and where.
-const MAGIC: &[u8] = b"HdrS";
-const MAGIC_AT: usize = 0x202;
 
 /// Why a kernel was not unpacked.
 #[derive(Debug, Error)]
@@ -138,8 +135,8 @@ fn identity(file: &Metadata) -> String {
 fn read_bzimage(path: &Path) -> io::Result<Option<Vec<u8>>> {
     let file = File::open(path)?;
     let mut image = Vec::new();
-    (&file).take((MAGIC_AT + MAGIC.len()) as u64).read_to_end(&mut image)?;
-    if image.get(MAGIC_AT..) != Some(MAGIC) {
+    (&file).take(unpack::HEAD as u64).read_to_end(&mut image)?;
+    if !unpack::is_packed(&image) {
         return Ok(None);
     }
     file.take(MAX_IMAGE).read_to_end(&mut image)?;
@@ -165,7 +162,7 @@ mod tests {
         let mut image = vec![0; 1024];
         image[0x1f1] = 1;
         image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
-        image[MAGIC_AT..MAGIC_AT + 4].copy_from_slice(MAGIC);
+        image[0x202..0x206].copy_from_slice(b"HdrS");
         image[0x206..0x208].copy_from_slice(&0x20c_u16.to_le_bytes());
         let length = u32::try_from(kernel.len()).expect("it is small");
         image[0x24c..0x250].copy_from_slice(&length.to_le_bytes());

@@ -9,6 +9,8 @@ mod kernels;
 pub mod kit;
 pub mod log;
 pub mod machine;
+pub mod ocr;
+pub mod picture;
 pub mod private;
 pub mod retry;
 pub mod scratch;

@@ -13,6 +13,7 @@ mod event_loop;
 pub mod interrupt;
 pub mod memory;
 pub mod probe;
+pub mod screen;
 #[cfg(test)]
 #[path = "../../tests/src/skip.rs"]
 mod skip;
@@ -20,5 +21,3 @@ pub mod spec;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
-
-pub use arch::tsc;

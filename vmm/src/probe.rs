@@ -8,18 +8,19 @@ use std::path::Path;
 use std::time::Duration;
 
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuFd};
 use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
+use vm_memory::{GuestMemory, GuestMemoryRegion};
 
-use crate::arch::{entry, layout};
+use crate::arch::{ArchError, probe};
+use crate::error::chain;
 use crate::memory;
 
 /// Where KVM is found.
 pub const KVM_PATH: &str = "/dev/kvm";
 
-/// Rounds of the probe's two-instruction loop, enough that entering and leaving the guest count
+/// Rounds of the probe's loop, enough that entering and leaving the guest count
 /// little.
 const ROUNDS: u32 = 10_000;
 /// How often it runs at most: an interpreter is told in 100 ms, a good KVM by the first run that
@@ -28,9 +29,6 @@ const RUNS: usize = 8;
 /// How many times slower than this program's own loop the guest's may be. With hardware it is as
 /// fast, with emulated AMD-V a few times slower; interpreters take thousands of times as long.
 const MAX_TIMES: u32 = 100;
-
-/// Where the probe's code lies; below are the tables of the entry.
-const CODE: u64 = 0x1_0000;
 
 /// What KVM is good for here.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,7 +98,7 @@ pub fn kvm_at(path: &Path) -> KvmStatus {
         },
         Ok(_) => match measure(path) {
             Ok(measured) => measured.verdict(),
-            Err(error) => KvmStatus::Broken { reason: error.to_string() },
+            Err(error) => KvmStatus::Broken { reason: chain(&error) },
         },
     }
 }
@@ -109,14 +107,12 @@ pub fn kvm_at(path: &Path) -> KvmStatus {
 enum ProbeError {
     #[error("{path} is not a path for KVM")]
     Path { path: String },
-    #[error("{operation}: {source}")]
+    #[error("{operation}")]
     Kvm { operation: &'static str, source: kvm_ioctls::Error },
-    #[error("memory: {0}")]
+    #[error(transparent)]
     Memory(#[from] memory::MemoryError),
-    #[error("memory: {0}")]
-    Access(#[from] vm_memory::GuestMemoryError),
-    #[error("registers: {0}")]
-    Entry(#[from] entry::EntryError),
+    #[error(transparent)]
+    Processor(#[from] ArchError),
     #[error("the probe's guest ended with {0}")]
     Exit(String),
 }
@@ -137,7 +133,7 @@ impl Measured {
     }
 
     fn verdict(self) -> KvmStatus {
-        let per_second = 2.0 * f64::from(ROUNDS) / self.guest.as_secs_f64();
+        let per_second = f64::from(probe::INSTRUCTIONS * ROUNDS) / self.guest.as_secs_f64();
         match self.interprets() {
             true => KvmStatus::Interpreting { per_second },
             false => KvmStatus::Usable { per_second },
@@ -151,7 +147,6 @@ fn measure(path: &Path) -> Result<Measured, ProbeError> {
         .map_err(|_| ProbeError::Path { path: path.display().to_string() })?;
     let kvm = Kvm::new_with_path(name).map_err(call("open"))?;
     let vm = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-    let _ = vm.set_tss_address(layout::KVM_TSS_START);
     let memory = memory::allocate(2)?;
     for region in memory.iter() {
         let slot = kvm_userspace_memory_region {
@@ -163,13 +158,7 @@ fn measure(path: &Path) -> Result<Measured, ProbeError> {
         // SAFETY: `memory` is declared before the vCPU and outlives every KVM_RUN below.
         unsafe { vm.set_user_memory_region(slot) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
     }
-    // start: mov ecx, ebx; again: dec ecx; jnz again; out 0x80, al; jmp start
-    let code = [0x89, 0xd9, 0xff, 0xc9, 0x75, 0xfc, 0xe6, 0x80, 0xeb, 0xf6];
-    memory.write_slice(&code, GuestAddress(CODE))?;
-    entry::write_tables(&memory)?;
-    let mut vcpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
-    entry::set_registers(&vcpu, CODE, 0)?;
-
+    let mut vcpu = probe::prepare(&vm, &memory)?;
     // The first entry pays for page faults that say nothing of the speed.
     run_loop(&mut vcpu, 1)?;
     let here = (0..RUNS).map(|_| run_here()).min().unwrap_or_default();
@@ -185,14 +174,11 @@ fn measure(path: &Path) -> Result<Measured, ProbeError> {
 
 /// Runs so many rounds of the loop and gives the processor time they took.
 fn run_loop(vcpu: &mut VcpuFd, rounds: u32) -> Result<Duration, ProbeError> {
-    let call = |operation| move |source| ProbeError::Kvm { operation, source };
-    let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
-    regs.rbx = u64::from(rounds);
-    vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
+    probe::set_rounds(vcpu, rounds)?;
     let started = processor_time();
     loop {
         match vcpu.run() {
-            Ok(VcpuExit::IoOut(..)) => break,
+            Ok(exit) if probe::is_end(&exit) => break,
             Ok(exit) => return Err(ProbeError::Exit(format!("{exit:?}"))),
             Err(error) if error.errno() == libc::EINTR => {}
             Err(source) => return Err(ProbeError::Kvm { operation: "KVM_RUN", source }),

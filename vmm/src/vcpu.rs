@@ -22,7 +22,7 @@ use crate::device::boot_timer::{BootTimer, stage};
 /// What all vCPUs of a machine dispatch their exits to.
 #[derive(Default)]
 pub struct Buses {
-    /// Port addresses.
+    /// Port addresses, for processors that have them.
     pub ports: Bus,
     /// Physical memory addresses without memory.
     pub mmio: Bus,
@@ -361,7 +361,7 @@ impl Vcpu {
                 fd.set_kvm_immediate_exit(0);
                 return Ok(());
             }
-            Ok(VcpuExit::Shutdown) => "triple fault".to_owned(),
+            Ok(VcpuExit::Shutdown) => arch::vcpu::SHUTDOWN.to_owned(),
             Ok(VcpuExit::InternalError) => internal_error(fd),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
                 format!("the processor refused to enter the guest: reason {reason:#x}, CPU {cpu}")

@@ -27,7 +27,7 @@ use firn::error::chain;
 use firn::kit::{Kit, KitName};
 use firn_agent_client::{AgentClient, AgentError, Exec, ExecRequest};
 use firn_kits::BuildError;
-use firn_vmm::tsc;
+use firn_vmm::arch::tsc;
 use thiserror::Error;
 use tokio::net::UnixStream;
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -73,7 +73,8 @@ def run(options: Options) -> None:
     try:
         test = options.load(None)
         end_by_raising()
-        driver = Driver(test, log, options.settings, debug)
+        settings = replace(options.settings, interactive=options.interactive)
+        driver = Driver(test, log, settings, debug)
         try:
             if options.interactive:
                 from firn.interactive import interact  # noqa: PLC0415 - IPython is slow

@@ -24,9 +24,11 @@ mod console;
 mod exec;
 mod files;
 mod inputs;
+mod keyboard;
 mod network;
 mod power;
 mod qmp;
+mod screen;
 mod serial;
 mod session;
 mod setup;
@@ -35,6 +37,8 @@ mod waits;
 
 pub use console::Tap;
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
+pub use keyboard::{DEFAULT_DELAY, characters};
+pub use screen::Format;
 pub(crate) use setup::{Boot, Source, hosts};
 
 use access::Access;

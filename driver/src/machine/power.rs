@@ -19,6 +19,8 @@ use crate::private;
 pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
 /// A kernel that panicked goes on to print why.
 const PRINT_AFTER_PANIC: Duration = Duration::from_millis(300);
+/// What is said of a panic whose reason is not on the serial console.
+const UNKNOWN_REASON: &str = "its kernel printed no reason on the serial console";
 
 /// What the supervisor of a machine holds between its start and its end.
 struct Launched {
@@ -168,12 +170,20 @@ impl Machine {
         self.connect().await
     }
 
-    /// Has the guest restart, and waits until it does; the guest may still come up when this returns.
+    /// Has the guest restart, and waits until it does; the guest may still come up when this returns. Where there is a
+    /// keyboard that is asked for by Ctrl+Alt+Delete.
     ///
     /// # Errors
     /// [`MachineError::Usage`] if it was started without `allow_reboot`; else as [`Self::shutdown`].
     pub async fn reboot(&self) -> Result<()> {
-        let session = self.session().await?;
+        let keyboard = match self.booted() {
+            true => self.inner.backend.keyboard().await?,
+            false => None,
+        };
+        let session = match keyboard {
+            Some(_) => None,
+            None => Some(self.session().await?),
+        };
         let Run { boots, allow_reboot, .. } = self.run()?;
         if !allow_reboot {
             return Err(MachineError::Usage(format!(
@@ -183,11 +193,15 @@ impl Machine {
             .into());
         }
         let again = async {
-            // It may restart before it has answered.
-            if let Err(error) = session.reboot().await
-                && !error.lost()
-            {
-                return Err(self.session_error("cannot reboot".to_owned(), error).await);
+            match session {
+                None => self.send_key("ctrl-alt-delete", None, true).await?,
+                // It may restart before it has answered.
+                Some(session) => match session.reboot().await {
+                    Err(error) if !error.lost() => {
+                        return Err(self.session_error("cannot reboot".to_owned(), error).await);
+                    }
+                    _ => {}
+                },
             }
             let mut state = self.inner.state.subscribe();
             let booted = |state: &State| state.run().is_some_and(|run| run.boots > boots);
@@ -406,12 +420,18 @@ impl Machine {
                 Event::Booting => {}
                 Event::Warning(what) => self.inner.log.warning(what),
                 Event::Ended(end) => return end,
-                Event::Panicked(message) => {
+                Event::Panicked(mut reason) => {
                     let end = async {
-                        while !matches!(events.recv().await, None | Some(Event::Ended(_))) {}
+                        loop {
+                            match events.recv().await {
+                                None | Some(Event::Ended(_)) => break,
+                                Some(Event::Panicked(later)) => reason = reason.take().or(later),
+                                Some(_) => {}
+                            }
+                        }
                     };
                     self.inner.clock.timeout(PRINT_AFTER_PANIC, end).await;
-                    return End::Panicked(message);
+                    return End::Panicked(reason.unwrap_or_else(|| UNKNOWN_REASON.to_owned()));
                 }
             }
         }

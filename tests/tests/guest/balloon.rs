@@ -60,6 +60,9 @@ fn the_host_sets_the_size_and_the_guest_follows() {
         balloon: true,
         vsock: None,
         oem_strings: vec![],
+        screen: None,
+        keyboard: false,
+        tablet: false,
     };
     let host_side = HostSide {
         events: Box::new(|_| {}),

@@ -82,6 +82,9 @@ fn spec(dir: &Path, index: usize) -> MachineSpec {
         balloon: true,
         vsock: None,
         oem_strings: vec![],
+        screen: None,
+        keyboard: false,
+        tablet: false,
     }
 }
 

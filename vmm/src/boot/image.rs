@@ -8,8 +8,10 @@
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use linux_loader::loader;
+use thiserror::Error;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
     FileOffset, MmapRegion, ReadVolatile, VolatileMemory, VolatileMemoryError, VolatileSlice,
@@ -19,6 +21,73 @@ use vm_memory::{
 const WRITABLE: u32 = 0o222;
 const PAGE: usize = 4096;
 static ZEROS: [u8; PAGE] = [0; PAGE];
+
+/// A kernel or initrd cannot be used.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// It cannot be read.
+    #[error("cannot read {what} {}", path.display())]
+    Read {
+        /// "kernel" or "initrd".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is something else.
+    #[error("{} is no kernel: {detail}", path.display())]
+    NotAKernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: &'static str,
+    },
+    /// It ends too early.
+    #[error("{what} {} is truncated: {found} bytes of at least {expected}", path.display())]
+    Truncated {
+        /// "kernel" or "initrd".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        found: u64,
+        /// The size that its header implies.
+        expected: u64,
+    },
+    /// The loader could not place it.
+    #[error("cannot load kernel {}", path.display())]
+    Load {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: loader::Error,
+    },
+    /// It is empty.
+    #[error("initrd {} is empty", .0.display())]
+    EmptyInitrd(PathBuf),
+    /// There is not enough memory for it.
+    #[error(
+        "{what} of {needed} MiB does not fit into {available} MiB of memory below the device hole"
+    )]
+    TooLarge {
+        /// "kernel" or "initrd".
+        what: &'static str,
+        /// Its size, rounded up.
+        needed: u64,
+        /// The room there is.
+        available: u64,
+    },
+}
+
+impl ImageError {
+    /// For `needed` bytes where there are `available`.
+    pub(crate) fn too_large(what: &'static str, needed: u64, available: u64) -> Self {
+        Self::TooLarge { what, needed: needed.div_ceil(1 << 20), available: available >> 20 }
+    }
+}
 
 /// A file whose content goes to fresh guest memory, by the loaders of linux-loader or directly.
 pub struct ImageFile {

@@ -10,10 +10,17 @@ use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::panic::PanicDevice;
 use crate::bus::BusDevice;
 
 /// How much input may wait for a guest that does not read.
 const MAX_PENDING: usize = 64 << 10;
+
+/// The data register, as long as bit 7 of the line control register leaves it that.
+const DATA: u8 = 0;
+const DIVISOR_LATCH: u8 = 1 << 7;
+/// Interrupt enable register: interrupt when the transmitter is empty.
+const TRANSMITTER_EMPTY: u8 = 1 << 1;
 
 /// The guest does not read its serial console.
 #[derive(Debug, Error)]
@@ -67,14 +74,21 @@ pub struct SerialPort {
     state: Mutex<State>,
     line: Line,
     output: Output,
+    panic: Arc<PanicDevice>,
 }
 
 impl SerialPort {
-    /// A port that raises `interrupt` and writes what the guest sends to `output`.
-    pub fn new(interrupt: EventFd, output: Box<dyn Write + Send>) -> SerialPort {
+    /// A port that raises `interrupt` and writes what the guest sends to `output`. `panic` hears what the kernel itself
+    /// sends.
+    pub fn new(
+        interrupt: EventFd,
+        output: Box<dyn Write + Send>,
+        panic: Arc<PanicDevice>,
+    ) -> SerialPort {
         let (line, output) = (Line(Arc::new(interrupt)), Output(Arc::new(Mutex::new(output))));
         let uart = Serial::new(line.clone(), output.clone());
-        SerialPort { state: Mutex::new(State { uart, pending: VecDeque::new() }), line, output }
+        let state = Mutex::new(State { uart, pending: VecDeque::new() });
+        SerialPort { state, line, output, panic }
     }
 
     /// Back to the state after power-on.
@@ -160,6 +174,15 @@ impl SerialPort {
 }
 
 impl State {
+    /// Whether a byte for the register at `offset` is sent by a kernel that waits until it has gone, as Linux does with
+    /// its own messages. What programs send comes by interrupts.
+    fn polled(&self, offset: u8) -> bool {
+        let registers = self.uart.state();
+        offset == DATA
+            && registers.line_control & DIVISOR_LATCH == 0
+            && registers.interrupt_enable & TRANSMITTER_EMPTY == 0
+    }
+
     fn refill(&mut self) {
         let room = self.uart.fifo_capacity();
         if room == 0 || self.pending.is_empty() {
@@ -191,6 +214,10 @@ impl BusDevice for SerialPort {
             // reports its own trouble.
             if let Err(error) = state.uart.write(offset, byte) {
                 tracing::debug!(?error, "serial output");
+            }
+            // Afterwards: whoever hears of a panic finds its line in the output.
+            if state.polled(offset) {
+                self.panic.printed(byte);
             }
         }
     }

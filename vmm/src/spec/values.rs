@@ -143,6 +143,18 @@ number! {
     Cid(u32) = 3..=u32::MAX - 1, ""
 }
 number! {
+    /// The width or height of a screen.
+    Pixels(u16) = 64..=4096, " pixels"
+}
+
+impl Pixels {
+    /// The width of a screen of which nothing else is said.
+    pub const WIDTH: Self = Self(1024);
+    /// The height of a screen of which nothing else is said.
+    pub const HEIGHT: Self = Self(768);
+}
+
+number! {
     /// The number of a vlan or of a node: a byte of a MAC and of an IPv4 address.
     Number(u8) = 1..=254, ""
 }

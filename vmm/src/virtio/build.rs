@@ -11,8 +11,10 @@ use firn_net_switch::NetPort;
 use thiserror::Error;
 
 use super::balloon::{BalloonHandle, BalloonSpec};
+use super::input::{self, InputHandle};
 use super::rng::RngSpec;
 use super::{VirtioDevice, blk, console, fs, vsock};
+use crate::screen::Screen;
 use crate::spec::{ConsolePortSpec, MachineSpec, NetSpec, ValueError};
 
 /// Connects a machine's devices to what is outside: it is asked for the other end of each as the device is built. What
@@ -59,6 +61,10 @@ pub enum Handle {
     None,
     /// Set the size of the balloon.
     Balloon(BalloonHandle),
+    /// Press keys, or move the pointer.
+    Input(input::Kind, InputHandle),
+    /// Look at the screen.
+    Screen(Arc<dyn Screen>),
 }
 
 /// A device and the host's hand on it.
@@ -142,6 +148,15 @@ pub fn device_specs(machine: &MachineSpec) -> Vec<&dyn DeviceSpec> {
     specs.extend(machine.vsock.iter().map(|spec| spec as &dyn DeviceSpec));
     if machine.balloon {
         specs.push(&BalloonSpec);
+    }
+    if machine.plain_screen().is_none() {
+        specs.extend(machine.screen.iter().map(|spec| spec as &dyn DeviceSpec));
+    }
+    if machine.keyboard {
+        specs.push(&input::Kind::Keyboard);
+    }
+    if machine.tablet {
+        specs.push(&input::Kind::Tablet);
     }
     specs
 }

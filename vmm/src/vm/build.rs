@@ -12,12 +12,13 @@ use super::{Event, VmError, host, kvm};
 use crate::arch::{board, firmware, layout, params};
 use crate::boot::kernel;
 use crate::device::boot_timer::BootTimer;
-use crate::device::panic::PanicWatch;
+use crate::device::panic::PanicDevice;
 use crate::device::serial::SerialPort;
 use crate::error::chain;
 use crate::event_loop::new_event;
 use crate::interrupt::SharedLine;
-use crate::memory::Memory;
+use crate::memory::{Memory, MemoryMap};
+use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Group};
 use crate::virtio::build::{Built, Connect, Handle, Host, device_specs};
@@ -31,7 +32,7 @@ const MAX_DEVICES: usize = 128;
 pub(super) fn load_kernel(spec: &MachineSpec, memory: &Memory) -> Result<u64, VmError> {
     let kernel = kernel::load_kernel(memory, &spec.kernel)?;
     let initrd = kernel::load_initrd(memory, &spec.initrd, &kernel)?;
-    params::write(memory, &kernel, initrd, &spec.cmdline)?;
+    params::write(memory, &kernel, initrd, &spec.cmdline, spec.plain_screen())?;
     Ok(kernel.entry)
 }
 
@@ -58,8 +59,23 @@ pub(super) fn check(spec: &MachineSpec) -> Result<(), VmError> {
     Ok(firmware::check(spec)?)
 }
 
-pub(super) fn attach_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
-    for (slot, region) in (0..).zip(memory.iter()) {
+/// The pixels of its screen, if it is a plain one.
+pub(super) fn frame_buffer(spec: &MachineSpec) -> Result<Option<Arc<FrameBuffer>>, VmError> {
+    let screen = spec.plain_screen().map(FrameBuffer::new).transpose()?;
+    Ok(screen.map(Arc::new))
+}
+
+/// Everything that lies in a guest as memory: its own, and the pixels of a plain screen.
+pub(super) fn memories<'a>(
+    memory: &'a Memory,
+    frame_buffer: Option<&'a Arc<FrameBuffer>>,
+) -> Vec<&'a MemoryMap> {
+    let screen = frame_buffer.map(|frame_buffer| frame_buffer.memory());
+    std::iter::once(&**memory).chain(screen).collect()
+}
+
+pub(super) fn attach_memory(vm: &VmFd, memories: &[&MemoryMap]) -> Result<(), VmError> {
+    for (slot, region) in (0..).zip(memories.iter().flat_map(|memory| memory.iter())) {
         let region = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: region.start_addr().raw_value(),
@@ -78,12 +94,11 @@ pub(super) fn attach_serial(
     vm: &VmFd,
     buses: &mut Buses,
     output: Box<dyn Write + Send>,
-    events: Arc<dyn Fn(Event) + Send + Sync>,
+    panic: Arc<PanicDevice>,
 ) -> Result<Arc<SerialPort>, VmError> {
     let interrupt = new_event().map_err(host("cannot make an eventfd"))?;
     board::connect_console(vm, &interrupt).map_err(kvm("KVM_IRQFD"))?;
-    let output = PanicWatch::new(output, move |message| events(Event::Panic { message }));
-    let serial = Arc::new(SerialPort::new(interrupt, Box::new(output)));
+    let serial = Arc::new(SerialPort::new(interrupt, output, panic));
     board::attach_console(buses, serial.clone())?;
     Ok(serial)
 }
@@ -91,10 +106,11 @@ pub(super) fn attach_serial(
 pub(super) fn attach_board(
     buses: &mut Buses,
     timer: Arc<BootTimer>,
+    panic: Arc<PanicDevice>,
     group: Arc<Group>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<(), VmError> {
-    board::attach(buses, timer, move |request| {
+    board::attach(buses, timer, panic, move |request| {
         group.request_stop();
         events(match request {
             board::Request::PowerOff => Event::PowerOff,

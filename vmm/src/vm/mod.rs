@@ -17,19 +17,22 @@ use std::thread::{Builder, JoinHandle};
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
-use crate::arch::state::StateError;
-use crate::arch::{board, entry, firmware, params, vcpu};
-use crate::boot::kernel;
+use crate::arch::{ArchError, board, entry, firmware, params, vcpu};
+use crate::boot::image::ImageError;
 use crate::bus::Overlap;
 use crate::device::boot_timer::{BootTimer, Mark};
+use crate::device::panic::PanicDevice;
 use crate::device::serial::{InputFull, SerialPort};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
+use crate::screen::Screen;
+use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, DeadWatch, Ending, Group, Vcpu};
 use crate::virtio::RestoreError;
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::build::{BuildError, Connect, Handle};
+use crate::virtio::input::{self, InputHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
 pub use state::VmState;
 
@@ -41,8 +44,8 @@ pub enum Event {
     Booting,
     /// Its kernel has panicked.
     Panic {
-        /// The kernel's reason.
-        message: String,
+        /// The kernel's reason, if the serial console has shown it yet; else another event may follow.
+        reason: Option<String>,
     },
     /// It has asked to be started again; its vCPUs have ended.
     Reset,
@@ -107,16 +110,16 @@ pub enum VmError {
     Memory(#[from] memory::MemoryError),
     /// A kernel or initrd cannot be used.
     #[error(transparent)]
-    Image(#[from] kernel::ImageError),
+    Image(#[from] ImageError),
     /// The boot parameters are wrong.
     #[error(transparent)]
     Params(#[from] params::ParamsError),
     /// What firmware would have left cannot be written.
     #[error(transparent)]
     Firmware(#[from] firmware::FirmwareError),
-    /// A vCPU cannot be set up.
-    #[error("vCPU")]
-    Entry(#[from] entry::EntryError),
+    /// A processor cannot be set up.
+    #[error(transparent)]
+    Processor(#[from] ArchError),
     /// Two devices want the same addresses.
     #[error(transparent)]
     Bus(#[from] Overlap),
@@ -125,7 +128,7 @@ pub enum VmError {
     Device(#[from] BuildError),
     /// The state of the processors cannot be read or written.
     #[error("cannot save or restore processors")]
-    State(#[from] StateError),
+    State(#[source] ArchError),
     /// A saved machine does not fit.
     #[error("machine {machine}: cannot be restored: {problem}")]
     Saved {
@@ -188,6 +191,7 @@ pub struct Vm {
     vcpus: Vec<Arc<Vcpu>>,
     group: Arc<Group>,
     serial: Arc<SerialPort>,
+    panic: Arc<PanicDevice>,
     transports: Vec<Arc<MmioTransport>>,
     /// What the guest is told of.
     announced: Vec<firmware::MmioDevice>,
@@ -198,6 +202,7 @@ pub struct Vm {
     // Last, so that they are dropped last: the vCPUs and devices above use them.
     vm: Arc<VmFd>,
     memory: Memory,
+    frame_buffer: Option<Arc<FrameBuffer>>,
 }
 
 impl Vm {
@@ -209,7 +214,8 @@ impl Vm {
         build::check(spec)?;
         let memory = memory::allocate(spec.memory.get())?;
         let entry = build::load_kernel(spec, &memory)?;
-        let vm = Vm::assemble(spec, host_side, memory)?;
+        let frame_buffer = build::frame_buffer(spec)?;
+        let vm = Vm::assemble(spec, host_side, memory, frame_buffer)?;
         vm.prepare_entry(entry)?;
         Ok(vm)
     }
@@ -219,17 +225,22 @@ impl Vm {
         spec: &MachineSpec,
         mut host_side: HostSide,
         memory: Memory,
+        frame_buffer: Option<Arc<FrameBuffer>>,
     ) -> Result<Vm, VmError> {
         let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
         let vm = Arc::new(vcpu::create_vm(&kvm_fd)?);
-        build::attach_memory(&vm, &memory)?;
+        build::attach_memory(&vm, &build::memories(&memory, frame_buffer.as_ref()))?;
         let group = Arc::new(Group::default());
         let timer = Arc::new(BootTimer::default());
         let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(host_side.events);
 
         let mut buses = Buses::default();
-        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, events.clone())?;
-        build::attach_board(&mut buses, timer.clone(), group.clone(), events.clone())?;
+        let on_panic = events.clone();
+        let panic = PanicDevice::new(move |reason| on_panic(Event::Panic { reason }));
+        let panic = Arc::new(panic);
+        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, panic.clone())?;
+        let (on_request, marks) = (events.clone(), timer.clone());
+        build::attach_board(&mut buses, marks, panic.clone(), group.clone(), on_request)?;
         let devices =
             build::build_devices(spec, host_side.connect.as_mut(), host_side.descriptors)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
@@ -256,6 +267,7 @@ impl Vm {
             vcpus,
             group,
             serial,
+            panic,
             transports: attached.transports,
             announced: attached.announced,
             handles: attached.handles,
@@ -264,6 +276,7 @@ impl Vm {
             kvm: kvm_fd,
             vm,
             memory,
+            frame_buffer,
         })
     }
 
@@ -271,7 +284,7 @@ impl Vm {
     fn prepare_entry(&self, entry: u64) -> Result<(), VmError> {
         firmware::write(&self.memory, &self.spec, &self.announced)?;
         if let Some(first) = self.vcpus.first() {
-            entry::set_registers(&first.fd(), entry, params::ZERO_PAGE)?;
+            entry::set_registers(&first.fd(), entry)?;
         }
         Ok(())
     }
@@ -383,7 +396,10 @@ impl Vm {
             transport.reset();
         }
         self.serial.reset();
-        memory::clear(&self.memory).map_err(host("cannot clear guest memory"))?;
+        self.panic.reset();
+        for memory in build::memories(&self.memory, self.frame_buffer.as_ref()) {
+            memory::clear(memory).map_err(host("cannot clear guest memory"))?;
+        }
         let entry = build::load_kernel(&self.spec, &self.memory)?;
         self.power_on_state()?;
         self.prepare_entry(entry)?;
@@ -417,7 +433,35 @@ impl Vm {
     pub fn balloon(&self) -> Option<&BalloonHandle> {
         self.handles.iter().find_map(|handle| match handle {
             Handle::Balloon(balloon) => Some(balloon),
-            Handle::None => None,
+            _ => None,
+        })
+    }
+
+    /// The screen, if the spec has one. It can be looked at for longer than the machine runs.
+    pub fn screen(&self) -> Option<Arc<dyn Screen>> {
+        let plain = self.frame_buffer.clone().map(|screen| screen as Arc<dyn Screen>);
+        plain.or_else(|| {
+            self.handles.iter().find_map(|handle| match handle {
+                Handle::Screen(screen) => Some(screen.clone()),
+                _ => None,
+            })
+        })
+    }
+
+    /// The host's hand on the keyboard, if the spec has one.
+    pub fn keyboard(&self) -> Option<InputHandle> {
+        self.input(input::Kind::Keyboard)
+    }
+
+    /// The host's hand on the tablet, if the spec has one.
+    pub fn tablet(&self) -> Option<InputHandle> {
+        self.input(input::Kind::Tablet)
+    }
+
+    fn input(&self, wanted: input::Kind) -> Option<InputHandle> {
+        self.handles.iter().find_map(|handle| match handle {
+            Handle::Input(kind, input) if *kind == wanted => Some(input.clone()),
+            _ => None,
         })
     }
 

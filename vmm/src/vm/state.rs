@@ -1,21 +1,22 @@
 //! What a machine is at one moment, to go on from there in another process.
 
 use std::fs::File;
+use std::sync::MutexGuard;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
-use super::{HostSide, Phase, Vm, VmError, build, host, kvm};
-use crate::arch::state::{IrqchipState, Tsc, VcpuState, msr_indices};
-use crate::arch::vcpu;
+use super::{HostSide, Phase, Vm, VmError, build, host};
+use crate::arch::state::{ProcessorState, power_on};
+use crate::device::panic::PanicState;
 use crate::device::serial::SerialPortState;
 use crate::memory;
-use crate::spec::MachineSpec;
+use crate::spec::{MachineSpec, ScreenSpec};
 use crate::virtio::transport::mmio::MmioState;
 
 /// Layout version of [`VmState`].
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// Everything but memory that a machine is made of when it is paused: plain data, for serde.
 #[derive(Serialize, Deserialize)]
@@ -23,18 +24,17 @@ pub struct VmState {
     version: u16,
     /// The host's clock, in nanoseconds since 1970.
     saved_at: u64,
-    /// kvm-clock, in nanoseconds.
-    clock: u64,
-    tsc_khz: u32,
-    irqchip: IrqchipState,
-    vcpus: Vec<VcpuState>,
+    processors: ProcessorState,
     serial: SerialPortState,
+    panic: PanicState,
+    /// The plain screen, whose pixels are behind the memory.
+    screen: Option<ScreenSpec>,
     /// In the order of the devices.
     transports: Vec<MmioState>,
 }
 
 impl Vm {
-    /// The state of a paused machine. Its memory is written to `memory`, an empty file, in which
+    /// The state of a paused machine. Its memory, with the pixels of a plain screen, is written to `memory`, an empty file, in which
     /// pages that hold nothing become holes. The machine can go on, or be dropped; disks belong to
     /// the state as they are then.
     ///
@@ -44,19 +44,18 @@ impl Vm {
         if self.phase != Phase::Paused {
             return Err(self.misfit("only a paused machine can be saved"));
         }
-        let msrs = msr_indices(&self.kvm)?;
-        let vcpus = self.vcpus.iter().map(|vcpu| VcpuState::save(&vcpu.fd(), &msrs));
+        let processors = ProcessorState::save(&self.kvm, &self.vm, &self.vcpu_fds());
         let state = VmState {
             version: VERSION,
             saved_at: now(),
-            clock: self.vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?.clock,
-            tsc_khz: self.tsc_khz(),
-            vcpus: vcpus.collect::<Result<_, _>>()?,
-            irqchip: IrqchipState::save(&self.vm)?,
+            processors: processors.map_err(VmError::State)?,
             serial: self.serial.save(),
+            panic: self.panic.save(),
+            screen: self.spec.plain_screen().copied(),
             transports: self.transports.iter().map(|transport| transport.save()).collect(),
         };
-        memory::save(&self.memory, memory).map_err(host("cannot write guest memory"))?;
+        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+        memory::save(&memories, memory).map_err(host("cannot write guest memory"))?;
         Ok(state)
     }
 
@@ -73,8 +72,10 @@ impl Vm {
     ) -> Result<Vm, VmError> {
         build::check(spec)?;
         let guest_memory = memory::allocate(spec.memory.get())?;
-        memory::load(&guest_memory, memory).map_err(host("cannot read guest memory"))?;
-        let vm = Vm::assemble(spec, host_side, guest_memory)?;
+        let frame_buffer = build::frame_buffer(spec)?;
+        let memories = build::memories(&guest_memory, frame_buffer.as_ref());
+        memory::load(&memories, memory).map_err(host("cannot read guest memory"))?;
+        let vm = Vm::assemble(spec, host_side, guest_memory, frame_buffer)?;
         vm.apply(state)?;
         Ok(vm)
     }
@@ -86,27 +87,23 @@ impl Vm {
                 state.version
             )));
         }
-        if state.vcpus.len() != self.vcpus.len() || state.transports.len() != self.transports.len()
+        if state.processors.vcpus() != self.vcpus.len()
+            || state.transports.len() != self.transports.len()
         {
             return Err(self.misfit("its state has other vCPUs or devices than its spec"));
         }
-        let khz = self.tsc_khz();
-        if state.tsc_khz != khz {
-            return Err(self.misfit("this processor's time stamp counter has another frequency"));
+        if state.screen.as_ref() != self.spec.plain_screen() {
+            return Err(self.misfit("its state has another screen than its spec"));
         }
         let passed = now().saturating_sub(state.saved_at);
-        let clock =
-            kvm_clock_data { clock: state.clock.saturating_add(passed), ..Default::default() };
-        self.vm.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
-        let ticks = u128::from(passed) * u128::from(khz) / 1_000_000;
-        let ticks = Tsc::Advance(u64::try_from(ticks).unwrap_or(u64::MAX));
-        // In this order, see `IrqchipState::restore`; devices may raise interrupts.
-        state.irqchip.restore(&self.vm)?;
-        for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
-            state.restore(&vcpu.fd(), ticks)?;
+        // Before the devices: they may raise interrupts.
+        let restored = state.processors.restore(&self.vm, &self.vcpu_fds(), passed);
+        restored.map_err(VmError::State)?;
+        for vcpu in &self.vcpus {
             vcpu.tell_of_pause();
         }
         self.serial.restore(&state.serial);
+        self.panic.restore(state.panic);
         for (transport, state) in self.transports.iter().zip(&state.transports) {
             transport.restore(state).map_err(|source| VmError::SavedDevice {
                 machine: self.spec.name.clone(),
@@ -117,22 +114,14 @@ impl Vm {
         Ok(())
     }
 
-    /// Puts vCPUs and interrupt controllers into the state after power-on, which KVM tells only of
-    /// new ones.
+    /// Puts the processors into the state after power-on.
     pub(super) fn power_on_state(&self) -> Result<(), VmError> {
-        let msrs = msr_indices(&self.kvm)?;
-        let fresh = vcpu::create_vm(&self.kvm)?;
-        let fds = vcpu::create_vcpus(&self.kvm, &fresh, self.spec.cores.get())?;
-        IrqchipState::save(&fresh)?.restore(&self.vm)?;
-        for (vcpu, fd) in self.vcpus.iter().zip(&fds) {
-            VcpuState::save(fd, &msrs)?.restore(&vcpu.fd(), Tsc::Keep)?;
-        }
-        Ok(())
+        power_on(&self.kvm, &self.vm, &self.vcpu_fds()).map_err(VmError::State)
     }
 
-    /// In kHz; 0 if unknown.
-    fn tsc_khz(&self) -> u32 {
-        self.vcpus.first().map_or(0, |vcpu| vcpu.fd().get_tsc_khz().unwrap_or(0))
+    /// KVM's hands on all vCPUs, none of which may run.
+    fn vcpu_fds(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
+        self.vcpus.iter().map(|vcpu| vcpu.fd()).collect()
     }
 
     fn misfit(&self, problem: &str) -> VmError {

@@ -24,6 +24,9 @@ fn spec(dir: &Path, disks: usize) -> MachineSpec {
         balloon: false,
         vsock: None,
         oem_strings: Vec::new(),
+        screen: None,
+        keyboard: false,
+        tablet: false,
     }
 }
 

@@ -9,9 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use firn_gateway::{Forward, Gateway, GatewaySpec};
 use firn_net_switch::NetPort;
 use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::screen::Screen;
 use firn_vmm::spec::{ConsolePortSpec, Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::balloon::BalloonHandle;
 use firn_vmm::virtio::build::Connect;
+use firn_vmm::virtio::input::InputHandle;
 use firn_vmm::vm::{self, HostSide, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
@@ -269,6 +271,18 @@ impl Backend for Firn {
         }))
     }
 
+    fn keyboard(&self) -> BoxFuture<'_, Result<Option<InputHandle>>> {
+        Box::pin(self.with(|running| running.vm.keyboard()))
+    }
+
+    fn tablet(&self) -> BoxFuture<'_, Result<Option<InputHandle>>> {
+        Box::pin(self.with(|running| running.vm.tablet()))
+    }
+
+    fn screen(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Screen>>>> {
+        Box::pin(self.with(|running| running.vm.screen()))
+    }
+
     fn boot_marks(&self) -> Vec<Mark> {
         lock(&self.boot_marks).clone()
     }
@@ -314,7 +328,7 @@ fn passed_on(
             vm::Event::VcpuDied { vcpu, reason } => Event::Ended(End::VcpuDied { vcpu, reason }),
             // A guest could break and reset its devices for ever.
             _ if count.fetch_add(1, Ordering::Relaxed) >= MAX_EVENTS => return,
-            vm::Event::Panic { message } => Event::Panicked(message),
+            vm::Event::Panic { reason } => Event::Panicked(reason),
             vm::Event::DeviceFailed { device, reason } => {
                 Event::Warning(format!("the guest lost {device}: {reason}"))
             }

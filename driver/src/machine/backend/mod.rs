@@ -7,6 +7,8 @@ use std::sync::Arc;
 use firn_gateway::Forward;
 use firn_net_switch::SwitchPort;
 use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::screen::Screen;
+use firn_vmm::virtio::input::InputHandle;
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
@@ -76,6 +78,15 @@ pub(super) trait Backend: Send + Sync {
     /// Has the balloon leave the guest so many bytes; false if there is none.
     fn set_memory(&self, bytes: u64) -> BoxFuture<'_, Result<bool>>;
 
+    /// The host's hand on its keyboard; None if it has none.
+    fn keyboard(&self) -> BoxFuture<'_, Result<Option<InputHandle>>>;
+
+    /// The host's hand on its tablet; None if it has none.
+    fn tablet(&self) -> BoxFuture<'_, Result<Option<InputHandle>>>;
+
+    /// Its screen, which can be looked at for longer than the machine runs; None if it has none.
+    fn screen(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Screen>>>>;
+
     /// When its last boot, if that has ended, reached which stage.
     fn boot_marks(&self) -> Vec<Mark>;
 }
@@ -95,8 +106,8 @@ pub(super) struct Started {
 pub(super) enum Event {
     /// The guest has been started; whatever was told before is an earlier boot's.
     Booting,
-    /// Its kernel has panicked, for this reason. Its end may follow.
-    Panicked(String),
+    /// Its kernel has panicked, for this reason. Its end may follow, and so may the reason if it is not known yet.
+    Panicked(Option<String>),
     /// It has ended.
     Ended(End),
     /// Something that people may want to know.

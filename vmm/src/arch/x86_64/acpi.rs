@@ -18,7 +18,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout::{ACPI_END, ACPI_START, IOAPIC_START, LAPIC_START, VIRTIO_MMIO_SIZE};
-use super::{console, power};
+use super::{board, console, power};
 use crate::memory::MemoryMap;
 
 /// Where the root pointer lies.
@@ -134,7 +134,7 @@ fn dsdt(devices: &[MmioDevice]) -> Vec<u8> {
         &Package::new(vec![&power::SLEEP_TYPE_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]),
     );
     table.append_slice(&bytes(&sleep_type));
-    table.append_slice(&bytes(&Scope::new("_SB_".into(), vec![&SerialPort, &PowerButton])));
+    table.append_slice(&bytes(&Scope::new("_SB_".into(), vec![&SerialPort, &PowerButton, &Panic])));
     for (index, device) in devices.iter().enumerate() {
         let device = VirtioMmio { index, device: *device };
         table.append_slice(&bytes(&Scope::new("_SB_".into(), vec![&device])));
@@ -198,6 +198,25 @@ impl Aml for PowerButton {
                 ),
                 // The argument is the interrupt, and there is one only.
                 &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&button, &PRESSED)]),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The pvpanic device, as QEMU announces it.
+struct Panic;
+
+impl Aml for Panic {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        Device::new(
+            "PEVT".into(),
+            vec![
+                &Name::new("_HID".into(), &"QEMU0001"),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&IO::new(board::PANIC, board::PANIC, 0, 1)]),
+                ),
             ],
         )
         .to_aml_bytes(sink);

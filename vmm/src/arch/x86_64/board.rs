@@ -13,6 +13,8 @@ pub use power::Request;
 
 /// The port that a guest writes the stages of its boot to.
 const BOOT_TIMER: u64 = 0x608;
+/// The port of the pvpanic device (QEMU's docs/specs/pvpanic.rst).
+pub(super) const PANIC: u16 = 0x505;
 
 /// Attaches those that every machine has. `on_request` runs on a vCPU's thread.
 ///
@@ -21,10 +23,12 @@ const BOOT_TIMER: u64 = 0x608;
 pub fn attach(
     buses: &mut Buses,
     boot_timer: Arc<dyn BusDevice>,
+    panic: Arc<dyn BusDevice>,
     on_request: impl Fn(Request) + Send + Sync + 'static,
 ) -> Result<(), Overlap> {
     power::attach(&mut buses.ports, on_request)?;
     pci::attach(&mut buses.ports)?;
+    buses.ports.claim(u64::from(PANIC), 1, panic)?;
     buses.ports.claim(BOOT_TIMER, 1, boot_timer)
 }
 

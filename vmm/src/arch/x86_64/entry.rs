@@ -3,11 +3,12 @@
 
 use kvm_bindings::{Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
-use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use super::error::kvm;
 use super::layout::RESET_VECTOR;
-use super::power;
+use super::params::ZERO_PAGE;
+use super::{ArchError, power};
 use crate::memory::MemoryMap;
 
 const GDT: u64 = 0x500;
@@ -40,30 +41,6 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// `IA32_MTRR_DEF_TYPE`: MTRRs on, all memory write-back unless something says otherwise.
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
-
-/// A vCPU could not be put into its first state.
-#[derive(Debug, Error)]
-pub enum EntryError {
-    /// Guest memory is too small for the tables.
-    #[error("cannot write the entry's page tables")]
-    Memory(#[from] GuestMemoryError),
-    /// KVM refuses.
-    #[error("{operation}")]
-    Kvm {
-        /// The call.
-        operation: &'static str,
-        /// Why.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// KVM did not take one of the MSRs.
-    #[error("KVM does not take MSR {0:#x}")]
-    Msr(u32),
-}
-
-fn kvm(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> EntryError {
-    move |source| EntryError::Kvm { operation, source }
-}
 
 /// Writes the page tables and the descriptor table that the first vCPU is entered with.
 ///
@@ -98,12 +75,12 @@ pub fn write_reset_vector(memory: &MemoryMap) -> Result<(), GuestMemoryError> {
     memory.write_slice(&code, GuestAddress(RESET_VECTOR))
 }
 
-/// Sets the registers of the first vCPU: it starts at `ip` with RSI pointing at `zero_page`. The
+/// Sets the registers of the first vCPU: it starts at `ip`, with RSI pointing at the zero page. The
 /// others wait for the first one to start them.
 ///
 /// # Errors
 /// KVM refuses.
-pub fn set_registers(vcpu: &VcpuFd, ip: u64, zero_page: u64) -> Result<(), EntryError> {
+pub fn set_registers(vcpu: &VcpuFd, ip: u64) -> Result<(), ArchError> {
     let mut sregs = vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
     sregs.gdt = kvm_dtable { base: GDT, limit: 5 * 8 - 1, ..Default::default() };
     sregs.cs = code();
@@ -115,7 +92,7 @@ pub fn set_registers(vcpu: &VcpuFd, ip: u64, zero_page: u64) -> Result<(), Entry
     sregs.cr0 |= CR0_PE | CR0_ET | CR0_PG;
     sregs.efer |= EFER_LME | EFER_LMA;
     vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))?;
-    let regs = kvm_regs { rip: ip, rsi: zero_page, rflags: RFLAGS, ..Default::default() };
+    let regs = kvm_regs { rip: ip, rsi: ZERO_PAGE, rflags: RFLAGS, ..Default::default() };
     vcpu.set_regs(&regs).map_err(kvm("KVM_SET_REGS"))
 }
 
@@ -123,16 +100,16 @@ pub fn set_registers(vcpu: &VcpuFd, ip: u64, zero_page: u64) -> Result<(), Entry
 ///
 /// # Errors
 /// KVM refuses.
-pub fn set_msrs(vcpu: &VcpuFd) -> Result<(), EntryError> {
+pub fn set_msrs(vcpu: &VcpuFd) -> Result<(), ArchError> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     let entries = [
         entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
         entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK),
     ];
     for entry in entries {
-        let msrs = Msrs::from_entries(&[entry]).map_err(|_| EntryError::Msr(entry.index))?;
+        let msrs = Msrs::from_entries(&[entry]).map_err(|_| ArchError::Msr(entry.index))?;
         if vcpu.set_msrs(&msrs).map_err(kvm("KVM_SET_MSRS"))? != 1 {
-            return Err(EntryError::Msr(entry.index));
+            return Err(ArchError::Msr(entry.index));
         }
     }
     Ok(())

@@ -1,13 +1,17 @@
-//! Everything KVM knows of a vCPU and of the interrupt controllers, as plain data.
+//! Everything KVM knows of vCPUs, their clocks and the interrupt controllers, as plain data.
+
+use std::ops::Deref;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_debugregs,
-    kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data,
+    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
+
+use super::error::kvm;
+use super::{ArchError, vcpu};
 
 /// `IA32_TIME_STAMP_COUNTER` and `IA32_TSC_ADJUST` (Intel SDM 4, table 2-2).
 const MSR_TSC: u32 = 0x10;
@@ -18,21 +22,101 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Most MSRs that KVM handles in one call (`MAX_IO_MSRS` in arch/x86/kvm/x86.c).
 const MAX_MSRS: usize = 256;
 
-/// KVM refused a part of the state.
-#[derive(Debug, Error)]
-#[error("{operation}")]
-pub struct StateError {
-    operation: &'static str,
-    source: kvm_ioctls::Error,
+/// A machine's processors while none of them runs.
+#[derive(Serialize, Deserialize)]
+pub struct ProcessorState {
+    /// kvm-clock, in nanoseconds.
+    clock: u64,
+    tsc_khz: u32,
+    irqchip: IrqchipState,
+    vcpus: Vec<VcpuState>,
 }
 
-fn kvm(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
-    move |source| StateError { operation, source }
+impl ProcessorState {
+    /// Reads the state of all vCPUs of `vm`.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn save(
+        kvm_fd: &Kvm,
+        vm: &VmFd,
+        vcpus: &[impl Deref<Target = VcpuFd>],
+    ) -> Result<Self, ArchError> {
+        let msrs = msr_indices(kvm_fd)?;
+        Ok(Self {
+            clock: vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?.clock,
+            tsc_khz: tsc_khz(vcpus),
+            vcpus: vcpus
+                .iter()
+                .map(|vcpu| VcpuState::save(vcpu, &msrs))
+                .collect::<Result<_, _>>()?,
+            irqchip: IrqchipState::save(vm)?,
+        })
+    }
+
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Gives this state to as many vCPUs, of `vm`, whose clocks go on as if `passed_ns` nanoseconds had passed since.
+    ///
+    /// # Errors
+    /// KVM refuses, or the host's clock has another frequency.
+    pub fn restore(
+        &self,
+        vm: &VmFd,
+        vcpus: &[impl Deref<Target = VcpuFd>],
+        passed_ns: u64,
+    ) -> Result<(), ArchError> {
+        let khz = tsc_khz(vcpus);
+        if self.tsc_khz != khz {
+            return Err(ArchError::TscFrequency { found: khz, saved: self.tsc_khz });
+        }
+        let clock =
+            kvm_clock_data { clock: self.clock.saturating_add(passed_ns), ..Default::default() };
+        vm.set_clock(&clock).map_err(kvm("KVM_SET_CLOCK"))?;
+        let ticks = u128::from(passed_ns) * u128::from(khz) / 1_000_000;
+        self.apply(vm, vcpus, Tsc::Advance(u64::try_from(ticks).unwrap_or(u64::MAX)))
+    }
+
+    fn apply(
+        &self,
+        vm: &VmFd,
+        vcpus: &[impl Deref<Target = VcpuFd>],
+        tsc: Tsc,
+    ) -> Result<(), ArchError> {
+        // In this order, see `IrqchipState::restore`.
+        self.irqchip.restore(vm)?;
+        vcpus.iter().zip(&self.vcpus).try_for_each(|(vcpu, state)| state.restore(vcpu, tsc))
+    }
+}
+
+/// Puts vCPUs and interrupt controllers into the state after power-on, which KVM tells only of new ones. Their clocks
+/// run on.
+///
+/// # Errors
+/// KVM refuses.
+pub fn power_on(
+    kvm_fd: &Kvm,
+    vm: &VmFd,
+    vcpus: &[impl Deref<Target = VcpuFd>],
+) -> Result<(), ArchError> {
+    let fresh = vcpu::create_vm(kvm_fd)?;
+    let cores = u8::try_from(vcpus.len()).unwrap_or(u8::MAX);
+    let fresh_vcpus = vcpu::create_vcpus(kvm_fd, &fresh, cores)?;
+    let fresh_vcpus: Vec<_> = fresh_vcpus.iter().collect();
+    ProcessorState::save(kvm_fd, &fresh, &fresh_vcpus)?.apply(vm, vcpus, Tsc::Keep)
+}
+
+/// In kHz; 0 if unknown.
+fn tsc_khz(vcpus: &[impl Deref<Target = VcpuFd>]) -> u32 {
+    vcpus.first().map_or(0, |vcpu| vcpu.get_tsc_khz().unwrap_or(0))
 }
 
 /// One vCPU.
 #[derive(Serialize, Deserialize)]
-pub struct VcpuState {
+struct VcpuState {
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -47,7 +131,7 @@ pub struct VcpuState {
 
 /// What becomes of a vCPU's time stamp counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tsc {
+enum Tsc {
     /// It runs on as it is: the saved one does not matter.
     Keep,
     /// It is the saved one and so many ticks more.
@@ -58,7 +142,7 @@ pub enum Tsc {
 ///
 /// # Errors
 /// KVM does not say.
-pub fn msr_indices(kvm_fd: &Kvm) -> Result<Vec<u32>, StateError> {
+fn msr_indices(kvm_fd: &Kvm) -> Result<Vec<u32>, ArchError> {
     let list = kvm_fd.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
     Ok(list.as_slice().to_vec())
 }
@@ -68,7 +152,7 @@ impl VcpuState {
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, StateError> {
+    fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, ArchError> {
         // The first, because it may change the others: it takes in INIT and SIPI that wait.
         let mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?;
         Ok(VcpuState {
@@ -88,7 +172,7 @@ impl VcpuState {
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn restore(&self, vcpu: &VcpuFd, tsc: Tsc) -> Result<(), StateError> {
+    fn restore(&self, vcpu: &VcpuFd, tsc: Tsc) -> Result<(), ArchError> {
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
         vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
@@ -105,7 +189,7 @@ impl VcpuState {
         vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
     }
 
-    fn write_msrs(&self, vcpu: &VcpuFd, tsc: Tsc) -> Result<(), StateError> {
+    fn write_msrs(&self, vcpu: &VcpuFd, tsc: Tsc) -> Result<(), ArchError> {
         let value = |&(index, value): &(u32, u64)| match (index, tsc) {
             (MSR_TSC | MSR_TSC_ADJUST, Tsc::Keep) => None,
             (MSR_TSC, Tsc::Advance(ticks)) => Some((index, value.wrapping_add(ticks))),
@@ -135,14 +219,11 @@ fn msr(index: u32, data: u64) -> kvm_msr_entry {
     kvm_msr_entry { index, data, ..Default::default() }
 }
 
-fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
-    Msrs::from_entries(entries).map_err(|_| StateError {
-        operation: "too many MSRs",
-        source: kvm_ioctls::Error::new(libc::E2BIG),
-    })
+fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, ArchError> {
+    Msrs::from_entries(entries).map_err(|_| ArchError::TooManyMsrs(entries.len()))
 }
 
-fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateError> {
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, ArchError> {
     let mut values = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
@@ -159,14 +240,14 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateErr
 
 /// The interrupt controllers that vCPUs share: both PICs and the IOAPIC.
 #[derive(Clone, Serialize, Deserialize)]
-pub struct IrqchipState(Vec<kvm_irqchip>);
+struct IrqchipState(Vec<kvm_irqchip>);
 
 impl IrqchipState {
     /// Reads the state while no vCPU runs.
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn save(vm: &VmFd) -> Result<IrqchipState, StateError> {
+    fn save(vm: &VmFd) -> Result<IrqchipState, ArchError> {
         // The order in which they are restored: with an interrupt pending in the slave of before,
         // the master would be given one that nobody raises.
         let chips = [KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_IOAPIC];
@@ -181,7 +262,7 @@ impl IrqchipState {
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn restore(&self, vm: &VmFd) -> Result<(), StateError> {
+    fn restore(&self, vm: &VmFd) -> Result<(), ArchError> {
         self.0.iter().try_for_each(|chip| vm.set_irqchip(chip)).map_err(kvm("KVM_SET_IRQCHIP"))
     }
 }

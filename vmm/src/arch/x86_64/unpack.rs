@@ -8,23 +8,16 @@ use std::io::{self, Read};
 
 use thiserror::Error;
 
+use super::bzimage;
+
 /// Largest kernel that is unpacked, in bytes. Debian's is about 64 MiB; one with debug information stays below this.
 pub const MAX_KERNEL_SIZE: usize = 1 << 30;
 
 /// Most memory a decoder may ask for its window, in KiB: the kernel's build uses at most 128 MiB (`zstd --ultra -22`).
 const MAX_WINDOW_KIB: u32 = 256 << 10;
 
-/// Setup header fields, from the start of the file (boot.rst, "Details of Header Fields").
-mod header {
-    pub const SETUP_SECTS: usize = 0x1f1;
-    pub const BOOT_FLAG: usize = 0x1fe;
-    pub const MAGIC: usize = 0x202;
-    pub const VERSION: usize = 0x206;
-    pub const PAYLOAD_OFFSET: usize = 0x248;
-    pub const PAYLOAD_LENGTH: usize = 0x24c;
-}
-
-const SECTOR: usize = 512;
+/// The first boot protocol that names the payload.
+const MIN_PROTOCOL: u16 = 0x208;
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 
 /// Why no ELF kernel came out of an image.
@@ -76,6 +69,14 @@ pub enum UnpackError {
     NotElf,
 }
 
+/// How many bytes from its start on say whether a file may be unpacked.
+pub const HEAD: usize = bzimage::HEAD;
+
+/// Whether the file that starts with `head` is a kernel that [`vmlinux`] may unpack.
+pub fn is_packed(head: &[u8]) -> bool {
+    bzimage::header(head).is_some()
+}
+
 /// Unpacks the ELF kernel of `bzimage`, a whole file.
 ///
 /// # Errors
@@ -105,26 +106,13 @@ pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>, UnpackError> {
 
 /// The compressed payload within a bzImage.
 fn payload(image: &[u8]) -> Result<&[u8], UnpackError> {
-    let flag = bytes(image, header::BOOT_FLAG);
-    if flag != Some([0x55, 0xaa]) || bytes(image, header::MAGIC) != Some(*b"HdrS") {
-        return Err(UnpackError::NotBzImage);
+    let header = bzimage::header(image).ok_or(UnpackError::NotBzImage)?;
+    if header.version < MIN_PROTOCOL {
+        return Err(UnpackError::OldProtocol(header.version));
     }
-    let version =
-        bytes(image, header::VERSION).map(u16::from_le_bytes).ok_or(UnpackError::NotBzImage)?;
-    if version < 0x208 {
-        return Err(UnpackError::OldProtocol(version));
-    }
-    let field = |at| {
-        let value = bytes(image, at).map(u32::from_le_bytes).ok_or(UnpackError::NotBzImage)?;
-        usize::try_from(value).map_err(|_| UnpackError::NotBzImage)
-    };
-    // Zero means four, for images older than the field (boot.rst, `setup_sects`). The boot sector comes on top.
-    let setup_sectors = match image.get(header::SETUP_SECTS) {
-        None | Some(0) => 4,
-        Some(&n) => usize::from(n),
-    };
-    let offset = ((setup_sectors + 1) * SECTOR).saturating_add(field(header::PAYLOAD_OFFSET)?);
-    let length = field(header::PAYLOAD_LENGTH)?;
+    let size = |field| usize::try_from(field).unwrap_or(usize::MAX);
+    let offset = bzimage::code_offset(&header).saturating_add(size(header.payload_offset));
+    let length = size(header.payload_length);
     image
         .get(offset..offset.saturating_add(length))
         .filter(|payload| payload.len() >= 8)
@@ -165,14 +153,11 @@ fn decoder(payload: &[u8]) -> Result<(&'static str, io::Result<Box<dyn Read + '_
                 .map_err(io::Error::other),
         ),
         _ => {
-            return Err(UnpackError::UnknownCompression(bytes(payload, 0).unwrap_or_default()));
+            return Err(UnpackError::UnknownCompression(
+                payload.first_chunk().copied().unwrap_or_default(),
+            ));
         }
     })
-}
-
-/// The `N` bytes of `image` at `at`, if it has them.
-fn bytes<const N: usize>(image: &[u8], at: usize) -> Option<[u8; N]> {
-    image.get(at..)?.first_chunk().copied()
 }
 
 #[cfg(test)]

@@ -4,11 +4,11 @@ use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::cpuid::{self, Place};
-use super::{entry, layout};
-use crate::vm::{VmError, kvm};
+use super::error::kvm;
+use super::{ArchError, entry, layout};
 
 /// A virtual machine without memory or vCPUs.
-pub(crate) fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, VmError> {
+pub(crate) fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, ArchError> {
     let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
     vm.set_tss_address(layout::KVM_TSS_START).map_err(kvm("KVM_SET_TSS_ADDR"))?;
     vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
@@ -16,7 +16,7 @@ pub(crate) fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, VmError> {
 }
 
 /// Makes the vCPUs as they are after power-on.
-pub(crate) fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, cores: u8) -> Result<Vec<VcpuFd>, VmError> {
+pub(crate) fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, cores: u8) -> Result<Vec<VcpuFd>, ArchError> {
     let supported = kvm_fd
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
@@ -36,6 +36,9 @@ pub(crate) fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, cores: u8) -> Result<Vec<Vcp
 
 /// The interrupt flag of RFLAGS.
 const INTERRUPTS_ON: u64 = 1 << 9;
+
+/// Why a vCPU has shut down, as KVM says without more (`VcpuExit::Shutdown`).
+pub(crate) const SHUTDOWN: &str = "triple fault";
 
 /// Whether a vCPU can execute nothing any more: it is halted with interrupts off, or was never
 /// started. (A non-maskable interrupt would wake it, but nothing here sends one.)

@@ -1,20 +1,25 @@
 use std::io::Write;
 
+use linux_loader::bootparam::setup_header;
+
 use super::*;
 
-/// A bzImage with `payload` at `payload_offset` 16, four setup sectors and protocol 2.15.
+fn header() -> setup_header {
+    setup_header {
+        setup_sects: 4,
+        boot_flag: bzimage::BOOT_FLAG,
+        header: bzimage::MAGIC,
+        version: 0x20f,
+        payload_offset: 16,
+        ..Default::default()
+    }
+}
+
+/// A bzImage with `payload` at `payload_offset` 16.
 fn image(payload: &[u8]) -> Vec<u8> {
-    let mut image = vec![0; 5 * SECTOR + 16];
-    image[header::SETUP_SECTS] = 4;
-    image[header::BOOT_FLAG..][..2].copy_from_slice(&[0x55, 0xaa]);
-    image[header::MAGIC..][..4].copy_from_slice(b"HdrS");
-    image[header::VERSION..][..2].copy_from_slice(&0x20f_u16.to_le_bytes());
-    image[header::PAYLOAD_OFFSET..][..4].copy_from_slice(&16_u32.to_le_bytes());
-    let length = u32::try_from(payload.len()).unwrap();
-    image[header::PAYLOAD_LENGTH..][..4].copy_from_slice(&length.to_le_bytes());
-    image.extend_from_slice(payload);
-    image.extend_from_slice(b"what follows the payload");
-    image
+    let payload_length = u32::try_from(payload.len()).unwrap();
+    let code = [&[0; 16], payload, b"what follows the payload"].concat();
+    bzimage::image(&setup_header { payload_length, ..header() }, &code)
 }
 
 /// Something that looks like an ELF kernel and takes several LZ4 blocks of 8 MiB.
@@ -77,9 +82,8 @@ fn unpacks_what_debian_and_others_use() {
 fn refuses_what_is_no_bzimage() {
     assert!(matches!(vmlinux(b""), Err(UnpackError::NotBzImage)));
     assert!(matches!(vmlinux(&kernel()), Err(UnpackError::NotBzImage)));
-    let mut old = image(&gzip(&kernel()));
-    old[header::VERSION] = 7;
-    let error = vmlinux(&old).unwrap_err();
+    let old = setup_header { version: 0x207, ..header() };
+    let error = vmlinux(&bzimage::image(&old, &gzip(&kernel()))).unwrap_err();
     assert_eq!(
         error.to_string(),
         "boot protocol 2.07 does not name the payload (2.08 or later is needed)"
@@ -101,10 +105,9 @@ fn refuses_every_truncation() {
 #[test]
 fn refuses_a_payload_outside_the_file() {
     for (offset, length) in [(u32::MAX, u32::MAX), (0, u32::MAX), (u32::MAX, 8), (16, 0), (16, 7)] {
-        let mut image = image(&gzip(&kernel()));
-        image[header::PAYLOAD_OFFSET..][..4].copy_from_slice(&offset.to_le_bytes());
-        image[header::PAYLOAD_LENGTH..][..4].copy_from_slice(&length.to_le_bytes());
-        assert!(matches!(vmlinux(&image), Err(UnpackError::Truncated { .. })), "{offset} {length}");
+        let outside = setup_header { payload_offset: offset, payload_length: length, ..header() };
+        let unpacked = vmlinux(&bzimage::image(&outside, &gzip(&kernel())));
+        assert!(matches!(unpacked, Err(UnpackError::Truncated { .. })), "{offset} {length}");
     }
 }
 
