@@ -43,7 +43,7 @@ pub use screen::Format;
 pub(crate) use setup::{Boot, Source, hosts};
 
 use access::Access;
-use backend::{Backend, Firn};
+use backend::{Backend, Parts, backend_for};
 use console::Console;
 use session::Session;
 
@@ -232,18 +232,18 @@ impl Machine {
         let ports = plugged.map(|vlan| vlan.plug(&node.name)).collect();
         let (node, source) = (Arc::new(node), Arc::new(source));
         let (log, clock) = (log.for_machine(&node.name), Clock::new());
-        let backend = Firn::new(
-            Arc::clone(&node),
-            Arc::clone(&source),
+        let backend = backend_for(Parts {
+            node: Arc::clone(&node),
+            source: Arc::clone(&source),
+            log: log.clone(),
+            descriptors: Arc::clone(&descriptors),
             ports,
-            Arc::clone(&descriptors),
-            log.clone(),
-        );
+        });
         Ok(Self {
             inner: Arc::new(Inner {
                 node,
                 source,
-                backend: Box::new(backend),
+                backend,
                 console: Arc::new(Console::new(clock.clone())),
                 clock,
                 dirs: dirs.into(),

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use firn_vmm::device::boot_timer::Mark;
 use serde_json::json;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
-use super::access::Access;
+use super::access::{Access, By};
 use super::backend::{Event, Started};
 use super::session::Session;
 use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State, Status};
@@ -28,15 +28,6 @@ struct Launched {
     /// The host's ends of the guest's console ports: hvc0, and the agent's.
     hvc0: Arc<UnixStream>,
     agent: Option<UnixStream>,
-    /// Tells who reads hvc0 that another shell will come.
-    left: Arc<Notify>,
-}
-
-impl Launched {
-    /// The ways into a guest that has just been started.
-    fn access(&self) -> Access {
-        Access::new(Arc::clone(&self.hvc0), Arc::clone(&self.left))
-    }
 }
 
 impl Machine {
@@ -72,16 +63,17 @@ impl Machine {
                 return Err(error);
             }
         };
-        let launched = Launched { events, hvc0: Arc::new(shell), agent, left: Arc::default() };
+        let launched = Launched { events, hvc0: Arc::new(shell), agent };
         let (stop, stopped) = watch::channel(false);
-        let access = launched.access();
+        let access = Access::new(Arc::clone(&launched.hvc0));
         self.inner.state.send_replace(State::Running(Run { stop, access, allow_reboot, boots: 1 }));
         tokio::spawn(self.clone().supervise(launched, stopped, allow_reboot));
         Ok(())
     }
 
     /// Has the guest stand still until [`Self::resume`]: its processors, its devices, and the time of all calls that
-    /// wait for it. Its own clock shows afterwards what time it is. Nothing if it is paused.
+    /// wait for it. Its own clock shows afterwards what time it is: over the backdoor's shell, where the guest's
+    /// `timeout` ends commands, one that ran meanwhile may be ended early. Nothing if it is paused.
     ///
     /// # Errors
     /// [`MachineError::NotRunning`] or [`MachineError::Ended`] if it does not run.
@@ -370,7 +362,7 @@ impl Machine {
                 break end;
             }
             self.log("rebooting");
-            if let Err(error) = self.reset(&mut launched).await {
+            if let Err(error) = self.reset(&launched).await {
                 break End::Failed(chain(&error));
             }
             again = true;
@@ -389,10 +381,9 @@ impl Machine {
     }
 
     /// Starts a machine again whose guest has reset it: the same one, with its disks and host's ends.
-    async fn reset(&self, launched: &mut Launched) -> Result<()> {
+    async fn reset(&self, launched: &Launched) -> Result<()> {
         // Whoever waits for the guest that is gone learns of it before the next one says anything.
-        launched.left = Arc::default();
-        let access = launched.access();
+        let access = Access::new(Arc::clone(&launched.hvc0));
         self.inner.state.send_if_modified(|state| {
             let Some(run) = state.run_mut() else { return false };
             run.access.close();
@@ -411,13 +402,13 @@ impl Machine {
         stopped: &mut watch::Receiver<bool>,
         again: bool,
     ) -> End {
-        let Launched { events, hvc0, agent, left, .. } = launched;
+        let Launched { events, hvc0, agent } = launched;
         tokio::select! {
             biased;
             _ = stopped.wait_for(|stop| *stop) => End::Stopped,
             end = self.attend_events(events) => end,
-            never = self.attend_backdoor(hvc0, left) => match never {},
-            never = self.attend_agent(agent.as_ref(), again) => match never {},
+            never = self.attend_way(By::Shell, Some(hvc0), again) => match never {},
+            never = self.attend_way(By::Agent, agent.as_ref(), again) => match never {},
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use firn_gateway::{Forward, Gateway, GatewaySpec};
-use firn_net_switch::{NetPort, SwitchPort};
+use firn_net_switch::NetPort;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
 use firn_vmm::socket::Listener;
@@ -20,15 +20,12 @@ use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, spawn_blocking};
 
-use super::{Backend, Event, Started};
-use crate::config::{NodeConfig, PortForward};
-use crate::descriptors::Part;
+use super::{Backend, Event, Parts, Started};
+use crate::config::PortForward;
 use crate::error::{End, MachineError, Result, chain};
-use crate::log::Logger;
 use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
 use crate::machine::rfb::{self, Display};
-use crate::machine::setup::Source;
 use crate::viewers;
 
 /// Most events of a machine, beside those that begin and end a boot, that are passed on.
@@ -39,14 +36,8 @@ const PAGE: u64 = 4096;
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// A machine of firn's own kind.
-pub(in crate::machine) struct Firn {
-    node: Arc<NodeConfig>,
-    source: Arc<Source>,
-    log: Logger,
-    /// How many files its guest may make this process open.
-    descriptors: Arc<Part>,
-    /// Where its cards on vlans are plugged in, in the order of the node's vlans.
-    ports: Vec<Arc<SwitchPort>>,
+pub(super) struct Firn {
+    parts: Parts,
     /// The user network of a machine that runs.
     gateway: Mutex<Option<Arc<Gateway>>>,
     running: Arc<Mutex<Option<Running>>>,
@@ -65,19 +56,9 @@ struct Running {
 }
 
 impl Firn {
-    pub(in crate::machine) fn new(
-        node: Arc<NodeConfig>,
-        source: Arc<Source>,
-        ports: Vec<Arc<SwitchPort>>,
-        descriptors: Arc<Part>,
-        log: Logger,
-    ) -> Self {
+    pub(super) fn new(parts: Parts) -> Self {
         Self {
-            node,
-            source,
-            log,
-            descriptors,
-            ports,
+            parts,
             gateway: Mutex::default(),
             running: Arc::default(),
             boot_marks: Mutex::default(),
@@ -85,7 +66,7 @@ impl Firn {
     }
 
     fn name(&self) -> String {
-        self.node.name.clone()
+        self.parts.node.name.clone()
     }
 
     fn start_error(&self, source: impl Into<Cause>) -> MachineError {
@@ -112,7 +93,7 @@ impl Firn {
     }
 
     async fn launch(&self, dirs: &Dirs, console: Arc<Console>) -> Result<Started> {
-        let spec = self.source.spec(&self.node, dirs, &self.log).await?;
+        let spec = self.parts.source.spec(&self.parts.node, dirs, &self.parts.log).await?;
         let (shell, shell_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
         let (agent, agent_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
         let (sender, events) = mpsc::unbounded_channel();
@@ -124,7 +105,7 @@ impl Firn {
                 agent: Some(agent_guest),
                 nets: spec.nets.iter().map(|card| card.mac).zip(self.nets()).collect(),
             }),
-            descriptors: self.descriptors.monitor(),
+            descriptors: self.parts.descriptors.monitor(),
         };
         let vm = blocking(move || start_vm(&spec, host)).await;
         let mut running = vm.map_err(|e| self.start_error(e))?;
@@ -145,7 +126,7 @@ impl Firn {
             Ok(listener) => Some(tokio::spawn(rfb::serve(listener, display)).abort_handle()),
             Err(error) => {
                 let error = chain(&error);
-                self.log.warning(format_args!("no viewer can see its screen: {error}"));
+                self.parts.log.warning(format_args!("no viewer can see its screen: {error}"));
                 None
             }
         }
@@ -156,14 +137,14 @@ impl Firn {
         if lock(&self.gateway).is_some() {
             return Ok(());
         }
-        let Some(network) = self.source.user_network(&self.node, dirs)? else {
+        let Some(network) = self.parts.source.user_network(&self.parts.node, dirs)? else {
             return Ok(());
         };
         let spec = GatewaySpec {
             host_name: self.name(),
             restrict: network.restrict,
             host_loopback: network.host_loopback,
-            descriptors: self.descriptors.network(),
+            descriptors: self.parts.descriptors.network(),
             ..GatewaySpec::default()
         };
         let failed = |source| self.network_error("cannot start its user network", source);
@@ -179,7 +160,9 @@ impl Firn {
             };
             if forward.host.port() == 0 {
                 let guest = forward.guest;
-                self.log.info(format_args!("{bound} leads to {} port {guest}", forward.protocol));
+                self.parts
+                    .log
+                    .info(format_args!("{bound} leads to {} port {guest}", forward.protocol));
             }
         }
         *lock(&self.gateway) = Some(Arc::new(gateway));
@@ -197,7 +180,7 @@ impl Firn {
     /// Where its cards are plugged in, in their order.
     fn nets(&self) -> Vec<Arc<dyn NetPort>> {
         let gateway = lock(&self.gateway).clone().map(|gateway| gateway as Arc<dyn NetPort>);
-        let vlans = self.ports.iter().map(|port| Arc::clone(port) as Arc<dyn NetPort>);
+        let vlans = self.parts.ports.iter().map(|port| Arc::clone(port) as Arc<dyn NetPort>);
         gateway.into_iter().chain(vlans).collect()
     }
 }
@@ -280,11 +263,11 @@ impl Backend for Firn {
     }
 
     fn links(&self) -> usize {
-        self.ports.len()
+        self.parts.ports.len()
     }
 
     fn set_link(&self, card: usize, up: bool) {
-        if let Some(port) = self.ports.get(card) {
+        if let Some(port) = self.parts.ports.get(card) {
             port.set_link(up);
         }
     }

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use firn_gateway::Forward;
+use firn_net_switch::SwitchPort;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
 use firn_vmm::virtio::input::InputHandle;
@@ -13,11 +14,29 @@ use tokio::sync::mpsc;
 
 use super::Dirs;
 use super::console::Console;
+use super::setup::Source;
+use crate::config::NodeConfig;
+use crate::descriptors::Part;
 use crate::error::{End, Result};
+use crate::log::Logger;
 
 mod firn;
 
-pub(super) use firn::Firn;
+/// What a machine gives to whatever runs it.
+pub(super) struct Parts {
+    pub(super) node: Arc<NodeConfig>,
+    pub(super) source: Arc<Source>,
+    pub(super) log: Logger,
+    /// How many files its guest may make this process open.
+    pub(super) descriptors: Arc<Part>,
+    /// Where its cards on vlans are plugged in, in the order of the node's vlans.
+    pub(super) ports: Vec<Arc<SwitchPort>>,
+}
+
+/// Chooses what runs a machine, by what it was made from. All there is so far runs in firn's own monitor.
+pub(super) fn backend_for(parts: Parts) -> Box<dyn Backend> {
+    Box::new(firn::Firn::new(parts))
+}
 
 /// What runs a machine, from before its first start to after its last end. Which calls make sense when is the machine's
 /// to know: it starts what is off, and asks things of what runs.
