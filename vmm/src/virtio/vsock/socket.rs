@@ -19,15 +19,14 @@ use super::VsockError;
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the file, so that nobody else's is removed.
+    /// Device and inode of the file, so that only this one is removed.
     identity: (u64, u64),
 }
 
 impl Listener {
-    /// Listens at `path`, for this user only. A socket that nobody listens at any more is replaced.
+    /// Listens at `path`, for this user only. A stale socket without a listener is replaced.
     ///
-    /// # Errors
-    /// Something else is there, or no file can be made there.
+    /// # Errors The path is taken, or no file can be created there.
     pub fn bind(path: &Path) -> Result<Listener, VsockError> {
         let failed =
             |operation| move |source| VsockError::Socket { operation, path: path.into(), source };
