@@ -26,7 +26,7 @@ pub enum SocketError {
         path: PathBuf,
     },
     /// There is a file that is not a socket; it is left alone.
-    #[error("{path} is in the way of a socket and is not a socket itself")]
+    #[error("cannot make socket {path}: there is something that is not a socket")]
     NotASocket {
         /// Where.
         path: PathBuf,
@@ -48,15 +48,15 @@ pub enum SocketError {
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the file, so that nobody else's is removed.
+    /// Device and inode of the file, so that only this one is removed.
     identity: (u64, u64),
 }
 
 impl Listener {
-    /// Listens at `path`, for this user only. A socket that nobody listens at any more is replaced.
+    /// Listens at `path`, for this user only. A stale socket without a listener is replaced.
     ///
     /// # Errors
-    /// Something else is there, or no file can be made there.
+    /// The path is taken, or no file can be created there.
     pub fn bind(path: &Path) -> Result<Listener, SocketError> {
         let failed =
             |operation| move |source| SocketError::Io { operation, path: path.into(), source };

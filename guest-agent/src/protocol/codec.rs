@@ -26,7 +26,7 @@ pub enum ProtocolError {
         /// What postcard found.
         problem: postcard::Error,
     },
-    /// A frame's payload goes on after its message.
+    /// A frame's payload has more bytes than its message.
     #[error("{surplus} bytes too many after a message")]
     Surplus {
         /// The number of bytes left over.

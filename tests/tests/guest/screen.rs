@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use firn::agent::{AgentClient, ExecRequest};
 use firn::kit::{Kit, KitName, MachineConfig, STORE_TAG, machine_overlay};
+use firn_agent_client::{AgentClient, ExecRequest};
 use firn_tests::{micro, systemd};
 use firn_vmm::screen::{Picture, Screen};
 use firn_vmm::spec::{

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{value} cannot be used; allowed: {allowed}")]
 pub struct ValueError {
-    /// The value, as it is shown to people.
+    /// The value, as shown in messages.
     pub value: String,
     /// What would be right.
     pub allowed: String,
@@ -199,7 +199,7 @@ text! {
     "the name of a file, without `/`"
 }
 text! {
-    /// The name of a credential, as systemd takes it; it ends before the `=` behind it.
+    /// The name of a credential, as systemd accepts it: without the `=` that follows it.
     CredentialName,
     |name| {
         let fits = |c: char| (c == ' ' || c.is_ascii_graphic()) && !matches!(c, ':' | '=');

@@ -1,17 +1,15 @@
 //! Sockets between host and guest (virtio 1.2, 5.10), all in user space.
 //!
-//! The host's side is Unix sockets. Who connects to the device's own socket sends `CONNECT port\n`;
-//! when the guest has taken the connection it is answered `OK port\n`, with the port that the guest
-//! sees, and from then on both sides' bytes go through. If the guest refuses, the socket is closed.
-//! (Firecracker and cloud-hypervisor do the same, so systemd-ssh-proxy's `vsock-mux/` knows it.)
-//! A guest that connects to port N of the host is connected to who listens at the socket's path
-//! with `_N` behind it, or refused if nobody does.
+//! The host's side is Unix sockets. A client of the device's own socket sends `CONNECT port\n`; once the guest has
+//! accepted the connection the answer is `OK port\n`, with the port that the guest sees, and from then on bytes go
+//! both ways. If the guest refuses, the socket is closed. (Firecracker and cloud-hypervisor do the same, so
+//! systemd-ssh-proxy's `vsock-mux/` knows it.) A guest that connects to port N of the host reaches the listener at
+//! the socket's path with `_N` appended, or is refused if there is none.
 //!
-//! * Clients that come before the guest's driver is ready wait until it is.
+//! * Clients that connect before the guest's driver is ready wait until it is.
 //! * Each direction has flow control: what one side does not read, the other cannot send.
 //! * One direction can be closed while the other goes on, on both sides.
-//! * No connection outlives a restore: the guest is told to close its ends
-//!   (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
+//! * No connection outlives a restore: the guest is asked to close its ends (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
 
 mod connection;
 mod hub;
@@ -60,7 +58,7 @@ pub enum VsockError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The host refused a descriptor.
-    #[error("vsock descriptors")]
+    #[error("cannot open the descriptors of a vsock device")]
     Host(#[source] io::Error),
 }
 
@@ -77,7 +75,7 @@ pub struct Vsock<Q = ()> {
     again: Again,
     /// A driver runs that may have connections, or will think so after a restore.
     driver_connected: bool,
-    /// The guest has yet to hear that all connections are gone.
+    /// The guest still has to be informed that all connections are gone.
     owes_reset: bool,
     queues: Q,
 }
