@@ -23,13 +23,13 @@ RUNS = 1000000
 # What pip installs has these versions, whoever calls it.
 export PIP_CONSTRAINT := $(abspath tests/tools.txt)
 
-.PHONY: fuzz demo test conformance lint bench clean build setup kit
+.PHONY: fuzz demo test conformance lint bench clean build setup setup-tests kit
 
 demo: kit
 	$(FIRN) test tests/examples/ping/test.toml
 
 test: export FIRN_SKIPPED = $(SKIPPED)/list
-test: kit
+test: setup-tests kit
 	rm -rf $(SKIPPED)
 	mkdir -p $(SKIPPED)
 	tests/nix/evaluate.py
@@ -42,7 +42,7 @@ test: kit
 		--test ping --test guest -- --test-threads=1
 	@touch $$FIRN_SKIPPED; echo "skipped tests: $$(wc -l <$$FIRN_SKIPPED)"; cat $$FIRN_SKIPPED
 
-conformance: kit
+conformance: setup-tests kit
 	$(VENV)/python tests/conformance/conformance.py run --write
 
 fuzz: setup
@@ -53,7 +53,7 @@ bench: kit
 	$(FIRN) bench boot --runs 5 --machines 8
 	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench network
 
-lint: build
+lint: setup-tests build
 	cargo fmt --all --check
 	python3 tests/conformance/conformance.py table --check
 	python3 tests/links.py
@@ -90,6 +90,9 @@ build: setup $(VENV)/python
 
 setup:
 	@.ci/setup
+
+setup-tests:
+	@.ci/setup tests
 
 $(VENV)/python:
 	python3 -m venv .venv
