@@ -7,6 +7,7 @@
 pub mod arch;
 pub mod boot;
 pub mod bus;
+mod cancel;
 pub mod device;
 pub mod error;
 mod event_loop;
@@ -22,3 +23,5 @@ pub mod spec;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+
+pub use cancel::Cancel;

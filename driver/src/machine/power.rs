@@ -327,7 +327,10 @@ impl Machine {
 
     /// Ends it, without a word, and waits until nothing of it is left.
     pub(crate) async fn stop(&self) {
-        // One that is just being started is ended once it is.
+        // One that is just being started is ended once it is, or its start has failed.
+        if self.status() == Status::Starting {
+            self.inner.backend.cancel_start();
+        }
         let _changing = self.inner.changing.lock().await;
         self.request_stop();
         self.wait_for_end().await;

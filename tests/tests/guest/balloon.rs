@@ -5,6 +5,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use firn_tests::{micro, with_machines};
+use firn_vmm::Cancel;
 use firn_vmm::spec::{Cores, MachineSpec};
 use firn_vmm::virtio::balloon::PAGE_SIZE;
 use firn_vmm::vm::{HostSide, Vm};
@@ -69,6 +70,7 @@ fn the_host_sets_the_size_and_the_guest_follows() {
         serial: Box::new(io::sink()),
         connect: Box::new(()),
         descriptors: 10_000,
+        cancel: Cancel::default(),
     };
     let mut vm = Vm::new(&spec, host_side).unwrap();
     let balloon = vm.balloon().expect("the machine has one").clone();

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use firn::kit::{Kit, KitName, MachineConfig, STORE_TAG, machine_overlay};
 use firn_agent_client::{AgentClient, ExecRequest};
 use firn_tests::{micro, systemd};
+use firn_vmm::Cancel;
 use firn_vmm::screen::{Picture, Screen};
 use firn_vmm::spec::{
     CachePolicy, ConsolePortSpec, Cores, MachineSpec, ScreenKind, ScreenSpec, ShareSpec,
@@ -83,6 +84,7 @@ impl Guest {
             serial: Box::new(io::stderr()),
             connect: Box::new(Ends(vec![agent_guest, backdoor_guest])),
             descriptors: 10_000,
+            cancel: Cancel::default(),
         };
         let vm = make(host);
         let screen = vm.screen().expect("it has one");

@@ -12,6 +12,7 @@ use firn::kit::{Interface, MachineConfig, Mount, machine_overlay};
 use firn_agent_client::{AgentClient, ExecRequest};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
+use firn_vmm::Cancel;
 use firn_vmm::spec::{ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec};
 use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{HostSide, Vm};
@@ -111,6 +112,7 @@ fn host_side(switch: &Switch, name: &str) -> (HostSide, UnixStream) {
         serial: Box::new(io::stderr()),
         connect: Box::new(Ends { agent: Some(guest), port: Some(Arc::new(switch.add_port(name))) }),
         descriptors: 10_000,
+        cancel: Cancel::default(),
     };
     (host, agent)
 }

@@ -14,6 +14,7 @@ use super::balloon::{BalloonHandle, BalloonSpec};
 use super::input::{self, InputHandle};
 use super::rng::RngSpec;
 use super::{VirtioDevice, blk, console, fs, vsock};
+use crate::Cancel;
 use crate::screen::Screen;
 use crate::spec::{ConsolePortSpec, MachineSpec, NetSpec, ValueError};
 
@@ -44,6 +45,8 @@ impl Connect for () {}
 pub struct Host<'a> {
     /// Provides their other ends.
     pub connect: &'a mut dyn Connect,
+    /// Whether they shall still be built, for whatever takes long.
+    pub cancel: &'a Cancel,
     /// The machine's processors.
     pub cores: u8,
     /// How many descriptors a share may keep open for the guest.

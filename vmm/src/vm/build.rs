@@ -9,6 +9,7 @@ use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 
 use super::descriptors::Counts;
 use super::{Event, VmError, host, kvm};
+use crate::Cancel;
 use crate::arch::{board, firmware, layout, params};
 use crate::boot::kernel;
 use crate::device::boot_timer::BootTimer;
@@ -125,10 +126,12 @@ pub(super) fn build_devices(
     spec: &MachineSpec,
     connect: &mut dyn Connect,
     descriptors: u64,
+    cancel: &Cancel,
 ) -> Result<Vec<Built>, VmError> {
     let parts = Counts::of(spec).divide(descriptors);
     let mut host = Host {
         connect,
+        cancel,
         cores: spec.cores.get(),
         share_descriptors: parts.share,
         vsock_connections: parts.vsock,

@@ -17,6 +17,7 @@ use std::thread::{Builder, JoinHandle};
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
+use crate::Cancel;
 use crate::arch::{ArchError, board, entry, firmware, params, vcpu};
 use crate::boot::image::LoadError;
 use crate::bus::Overlap;
@@ -82,6 +83,8 @@ pub struct HostSide {
     /// and sockets, so that no guest starves other machines or the process itself. What [`Self::connect`] provides is
     /// not counted.
     pub descriptors: u64,
+    /// Ends [`Vm::new`] before it is done.
+    pub cancel: Cancel,
 }
 
 /// A machine could not be built or driven.
@@ -223,7 +226,7 @@ impl Vm {
     /// Everything but what is in memory and in the first vCPU's registers.
     fn assemble(
         spec: &MachineSpec,
-        mut host_side: HostSide,
+        host_side: HostSide,
         memory: Memory,
         frame_buffer: Option<Arc<FrameBuffer>>,
     ) -> Result<Vm, VmError> {
@@ -232,19 +235,19 @@ impl Vm {
         build::attach_memory(&vm, &build::memories(&memory, frame_buffer.as_ref()))?;
         let group = Arc::new(Group::default());
         let timer = Arc::new(BootTimer::default());
-        let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(host_side.events);
+        let HostSide { events, serial, mut connect, descriptors, cancel } = host_side;
+        let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(events);
 
         let mut buses = Buses::default();
         let on_panic = events.clone();
         let panic = PanicDevice::new(move |reason| on_panic(Event::Panic { reason }));
         let panic = Arc::new(panic);
-        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, panic.clone())?;
+        let serial = build::attach_serial(&vm, &mut buses, serial, panic.clone())?;
         let (on_request, marks) = (events.clone(), timer.clone());
         build::attach_board(&mut buses, marks, panic.clone(), group.clone(), on_request)?;
         // Before the devices: KVM may not have as many, and disks are made for a machine that can be.
         let vcpus = vcpu::create_vcpus(&kvm_fd, &vm, spec.cores.get())?;
-        let devices =
-            build::build_devices(spec, host_side.connect.as_mut(), host_side.descriptors)?;
+        let devices = build::build_devices(spec, connect.as_mut(), descriptors, &cancel)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
 
         let subscribers = attached

@@ -37,6 +37,7 @@ fn refused(dir: &Path, spec: &MachineSpec) -> String {
         serial: Box::new(io::sink()),
         connect: Box::new(()),
         descriptors: 1000,
+        cancel: Cancel::default(),
     };
     let error = Vm::new(spec, host_side).err().expect("it cannot be built");
     assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "{error}");

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use firn_gateway::{Forward, Gateway, GatewaySpec};
 use firn_net_switch::NetPort;
+use firn_vmm::Cancel;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
 use firn_vmm::socket::Listener;
@@ -41,6 +42,8 @@ pub(super) struct Firn {
     /// The user network of a machine that runs.
     gateway: Mutex<Option<Arc<Gateway>>>,
     running: Arc<Mutex<Option<Running>>>,
+    /// Ends the start that is under way, or was last.
+    cancel: Mutex<Cancel>,
     /// Of the last boot that has ended.
     boot_marks: Mutex<Vec<Mark>>,
 }
@@ -61,6 +64,7 @@ impl Firn {
             parts,
             gateway: Mutex::default(),
             running: Arc::default(),
+            cancel: Mutex::default(),
             boot_marks: Mutex::default(),
         }
     }
@@ -106,6 +110,7 @@ impl Firn {
                 nets: spec.nets.iter().map(|card| card.mac).zip(self.nets()).collect(),
             }),
             descriptors: self.parts.descriptors.monitor(),
+            cancel: lock(&self.cancel).clone(),
         };
         let vm = blocking(move || start_vm(&spec, host)).await;
         let mut running = vm.map_err(|e| self.start_error(e))?;
@@ -187,6 +192,7 @@ impl Firn {
 
 impl Backend for Firn {
     fn start(&self, dirs: Dirs, console: Arc<Console>) -> BoxFuture<'_, Result<Started>> {
+        *lock(&self.cancel) = Cancel::default();
         Box::pin(async move {
             self.open_user_network(&dirs).await?;
             let started = self.launch(&dirs, console).await;
@@ -195,6 +201,10 @@ impl Backend for Firn {
             }
             started
         })
+    }
+
+    fn cancel_start(&self) {
+        lock(&self.cancel).cancel();
     }
 
     fn restart(&self) -> BoxFuture<'_, Result<()>> {

@@ -44,6 +44,9 @@ pub(super) trait Backend: Send + Sync {
     /// Puts everything together and starts the guest, whose serial console is `console`.
     fn start(&self, dirs: Dirs, console: Arc<Console>) -> BoxFuture<'_, Result<Started>>;
 
+    /// Has a start that is under way fail soon.
+    fn cancel_start(&self);
+
     /// Starts a guest again that has reset itself: the same machine, with its disks and the host's ends of its ports.
     /// One that is paused stays so.
     fn restart(&self) -> BoxFuture<'_, Result<()>>;
