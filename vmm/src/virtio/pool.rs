@@ -99,6 +99,10 @@ impl<D: Pooled> DeviceConfig for Active<D> {
         self.device.name()
     }
 
+    fn identity(&self) -> String {
+        self.device.identity()
+    }
+
     fn features(&self) -> u64 {
         self.device.features()
     }

@@ -10,6 +10,7 @@
 //! ```
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,11 +22,13 @@ use super::queue::{Position, VirtQueue};
 use super::{Activation, Interrupt};
 use crate::memory::{Memory, MemoryMap};
 
-/// Descriptor flags (virtio 1.2, 2.7.5).
-pub const NEXT: u16 = 1;
-/// The device may write the buffer.
-pub const WRITE: u16 = 2;
-/// The buffer is a table of descriptors.
+#[path = "../../../tests/src/ring.rs"]
+pub mod ring;
+
+use ring::Ring;
+pub use ring::{NEXT, WRITE, descriptor as raw_descriptor};
+
+/// Flag of a descriptor: the buffer is a table of descriptors (virtio 1.2, 2.7.5).
 pub const INDIRECT: u16 = 4;
 
 /// Counts interrupts.
@@ -105,13 +108,15 @@ impl Guest {
         DriverQueue {
             guest: self.clone(),
             index,
-            size,
-            table: self.alloc(16 * entries),
-            avail: self.alloc(6 + 2 * entries),
-            used: self.alloc(6 + 8 * entries),
+            ring: Ring {
+                size,
+                table: self.alloc(16 * entries),
+                avail: self.alloc(6 + 2 * entries),
+                used: self.alloc(6 + 8 * entries),
+                next_avail: 0,
+            },
             free: (0..size).rev().collect(),
             chains: HashMap::new(),
-            next_avail: 0,
             next_used: 0,
         }
     }
@@ -173,18 +178,19 @@ pub struct Used {
 pub struct DriverQueue {
     guest: Guest,
     index: u16,
-    /// Number of entries.
-    pub size: u16,
-    /// Address of the descriptor table.
-    pub table: u64,
-    /// Address of the available ring.
-    pub avail: u64,
-    /// Address of the used ring.
-    pub used: u64,
+    /// Where its rings are.
+    pub ring: Ring,
     free: Vec<u16>,
     chains: HashMap<u16, Pending>,
-    next_avail: u16,
     next_used: u16,
+}
+
+impl Deref for DriverQueue {
+    type Target = Ring;
+
+    fn deref(&self) -> &Ring {
+        &self.ring
+    }
 }
 
 /// What the driver remembers of a chain it made available.
@@ -237,7 +243,7 @@ impl DriverQueue {
 
     /// The used ring's index: how many chains came back, also those that were not looked at yet.
     pub fn used_index(&self) -> u16 {
-        self.guest.memory.load(GuestAddress(self.used + 2), Ordering::Acquire).unwrap()
+        self.ring.used_index(&*self.guest.memory)
     }
 
     /// The next chain that came back.
@@ -268,22 +274,18 @@ impl DriverQueue {
 
     /// Writes one descriptor as it is, right or wrong.
     pub fn set_descriptor(&self, at: u16, address: u64, len: u32, flags: u16, next: u16) {
-        self.guest
-            .write(self.table + 16 * u64::from(at), &raw_descriptor(address, len, flags, next));
+        let descriptor = raw_descriptor(address, len, flags, next);
+        self.ring.set_descriptor(&*self.guest.memory, at, descriptor);
     }
 
     /// Puts a head into the available ring, right or wrong.
     pub fn offer(&mut self, head: u16) {
-        let entry = self.avail + 4 + 2 * u64::from(self.next_avail % self.size);
-        self.guest.write(entry, &head.to_le_bytes());
-        self.set_available(self.next_avail.wrapping_add(1));
+        self.ring.offer(&*self.guest.memory, head);
     }
 
     /// Sets the available ring's index, right or wrong.
     pub fn set_available(&mut self, index: u16) {
-        self.next_avail = index;
-        let at = GuestAddress(self.avail + 2);
-        self.guest.memory.store(index.to_le(), at, Ordering::Release).unwrap();
+        self.ring.set_available(&*self.guest.memory, index);
     }
 
     /// Sets the available ring's flags: 1 asks for no interrupts (virtio 1.2, 2.7.6).
@@ -315,16 +317,6 @@ impl DriverQueue {
             self.set_available(index);
         }
     }
-}
-
-/// One descriptor as bytes (virtio 1.2, 2.7.5).
-pub fn raw_descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
-    let mut raw = [0; 16];
-    raw[..8].copy_from_slice(&address.to_le_bytes());
-    raw[8..12].copy_from_slice(&len.to_le_bytes());
-    raw[12..14].copy_from_slice(&flags.to_le_bytes());
-    raw[14..].copy_from_slice(&next.to_le_bytes());
-    raw
 }
 
 /// Rings as only a hostile driver writes them.

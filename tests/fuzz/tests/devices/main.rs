@@ -5,6 +5,8 @@
 //! The host's side sends something now and then. In the end the device must serve a driver that does it right.
 
 mod rig;
+#[path = "../../../src/ring.rs"]
+mod ring;
 
 use std::fs;
 use std::io::Write;

@@ -17,6 +17,8 @@ use virtio_bindings::virtio_mmio::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::ring::{NEXT, Ring, WRITE, descriptor};
+
 /// The guest's memory.
 const MEMORY_MIB: u64 = 1;
 const MEMORY_END: u64 = MEMORY_MIB << 20;
@@ -38,10 +40,6 @@ const QUEUES: usize = 8;
 const STATUS: [u32; 4] = [0, 1, 3, 11];
 const DRIVER_OK: u32 = 15;
 const NEEDS_RESET: u32 = 64;
-/// Descriptor flags (virtio 1.2, 2.7.5).
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-
 /// What a driver may do.
 #[derive(Debug, TypeGenerator)]
 pub enum Step {
@@ -143,8 +141,7 @@ pub struct Rig {
     failures: Arc<Mutex<Vec<String>>>,
     /// Makes a request of bytes.
     request: fn(u16, &[u8]) -> Vec<u8>,
-    /// The available rings' indexes.
-    available: [u16; QUEUES],
+    rings: [Ring; QUEUES],
     buffers: u64,
 }
 
@@ -162,8 +159,8 @@ impl Rig {
         let mut events = EventManager::new().expect("descriptors");
         let subscriber = MmioEvents(Arc::clone(&transport));
         events.add_subscriber(Box::new(subscriber) as Box<dyn MutEventSubscriber>);
-        let available = [0; QUEUES];
-        Self { memory, transport, events, failures, request, available, buffers: 0 }
+        let rings = rings();
+        Self { memory, transport, events, failures, request, rings, buffers: 0 }
     }
 
     fn write(&self, register: u32, value: u32) {
@@ -249,18 +246,18 @@ impl Rig {
         }
         self.write(VIRTIO_MMIO_STATUS, STATUS[3]);
         self.poke(RINGS, &vec![0; 0x400 * QUEUES]);
-        self.available = Default::default();
+        self.rings = rings();
         for queue in 0..MAX_QUEUES {
             self.write(VIRTIO_MMIO_QUEUE_SEL, queue.into());
             if self.read(VIRTIO_MMIO_QUEUE_NUM_MAX) < ENTRIES.into() {
                 continue;
             }
             self.write(VIRTIO_MMIO_QUEUE_NUM, ENTRIES.into());
-            let base = ring(queue);
+            let Ring { table, avail, used, .. } = self.rings[usize::from(queue)];
             for (register, address) in [
-                (VIRTIO_MMIO_QUEUE_DESC_LOW, base),
-                (VIRTIO_MMIO_QUEUE_AVAIL_LOW, base + AVAILABLE),
-                (VIRTIO_MMIO_QUEUE_USED_LOW, base + USED),
+                (VIRTIO_MMIO_QUEUE_DESC_LOW, table),
+                (VIRTIO_MMIO_QUEUE_AVAIL_LOW, avail),
+                (VIRTIO_MMIO_QUEUE_USED_LOW, used),
             ] {
                 self.write(register, u32::try_from(address).expect("a small guest"));
                 self.write(register + 4, 0);
@@ -292,6 +289,7 @@ impl Rig {
         }
         let head = u16::from(chain.head) % ENTRIES;
         let last = descriptors.len() - 1;
+        let ring = &mut self.rings[usize::from(queue)];
         let index = |place: usize| (head + u16::try_from(place).expect("there are few")) % ENTRIES;
         for (place, (mut address, mut length, mut flags)) in descriptors.into_iter().enumerate() {
             let mut next = index(place + 1);
@@ -306,26 +304,18 @@ impl Rig {
                 Twist::Next(at, wrong) if is(*at) => next = *wrong,
                 _ => {}
             }
-            let mut raw = address.to_le_bytes().to_vec();
-            raw.extend(length.to_le_bytes());
-            raw.extend(flags.to_le_bytes());
-            raw.extend(next.to_le_bytes());
-            self.poke(ring(queue) + 16 * u64::from(index(place)), &raw);
+            let descriptor = descriptor(address, length, flags, next);
+            ring.set_descriptor(&*self.memory, index(place), descriptor);
         }
-        let available = &mut self.available[usize::from(queue)];
-        let entry = 4 + 2 * u64::from(*available % ENTRIES);
-        *available = match chain.twist {
-            Twist::Index(wrong) => wrong,
-            _ => available.wrapping_add(1),
-        };
-        let index = *available;
-        self.poke(ring(queue) + AVAILABLE + entry, &head.to_le_bytes());
-        self.poke(ring(queue) + AVAILABLE + 2, &index.to_le_bytes());
+        ring.offer(&*self.memory, head);
+        if let Twist::Index(wrong) = chain.twist {
+            ring.set_available(&*self.memory, wrong);
+        }
     }
 
     /// How many chains of queue 0 came back since it was set up.
     pub fn used(&self) -> u16 {
-        self.memory.read_obj(GuestAddress(RINGS + USED + 2)).expect("an address of the rig's")
+        self.rings[0].used_index(&*self.memory)
     }
 
     /// Starts the device once more, and looks whether it runs.
@@ -338,6 +328,11 @@ impl Rig {
     }
 }
 
-fn ring(queue: u16) -> u64 {
-    RINGS + u64::from(queue) * RING
+/// The queues of a driver that has just begun.
+fn rings() -> [Ring; QUEUES] {
+    std::array::from_fn(|queue| {
+        let table = RINGS + u64::try_from(queue).expect("there are few") * RING;
+        let (avail, used) = (table + AVAILABLE, table + USED);
+        Ring { size: ENTRIES, table, avail, used, next_avail: 0 }
+    })
 }

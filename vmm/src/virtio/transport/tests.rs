@@ -172,7 +172,7 @@ fn features_that_were_not_offered_are_refused() {
 fn a_queue_outside_memory_costs_the_guest_the_device_until_it_is_reset() {
     let fixture = Fixture::new();
     let mut queue = fixture.guest.driver(0, QUEUE_SIZE);
-    queue.used = u64::MAX - 3;
+    queue.ring.used = u64::MAX - 3;
     fixture.negotiate(0, VERSION_1);
     fixture.enable(&queue);
     fixture.go();

@@ -68,7 +68,7 @@ fn a_request_without_data_does_nothing() {
 }
 
 #[test]
-fn the_serial_number_is_told() {
+fn the_guest_reads_the_serial_number() {
     for serial in ["", "root", "exactly-20-bytes-long"] {
         let (_dir, mut spec) = fresh(DiskFormat::Raw, 1);
         let serial = &serial[..serial.len().min(SERIAL_LEN)];
@@ -78,6 +78,8 @@ fn the_serial_number_is_told() {
         assert_eq!(status, OK);
         assert_eq!(&id[..serial.len()], serial.as_bytes());
         assert!(id[serial.len()..].iter().all(|&byte| byte == 0));
+        // While the disk is active, too, its saved state says whose it is.
+        assert_eq!(rig.device.identity(), serial);
     }
 }
 
