@@ -119,7 +119,7 @@ impl Machine {
                 None => reader.text(&picture).await.map_err(|e| self.unreadable(&e)),
             }
         };
-        self.unless_ended(read).await
+        self.unless_ended(Box::pin(read)).await
     }
 
     /// What is written on the screen, read in several ways: the text of the text console that it shows, if it does, then
@@ -137,7 +137,7 @@ impl Machine {
             let read = reader.texts(picture).await.map_err(|e| self.unreadable(&e))?;
             Ok(exact.into_iter().chain(read).collect())
         };
-        self.unless_ended(read).await
+        self.unless_ended(Box::pin(read)).await
     }
 
     /// Waits until `find` finds something on the screen, in one of the ways in which it is read. `what` is for the log.
@@ -183,11 +183,11 @@ impl Machine {
         let found = async {
             tokio::select! {
                 biased;
-                found = exact => found,
-                found = retry(clock, read, timeout) => found,
+                found = Box::pin(exact) => found,
+                found = Box::pin(retry(clock, read, timeout)) => found,
             }
         };
-        self.unless_ended(found).await
+        self.unless_ended(Box::pin(found)).await
     }
 
     /// Reads a picture that is not known yet, and says whether something is found there.
@@ -228,7 +228,9 @@ impl Machine {
         let session = self.run().ok()?.access.session();
         let Some(Session::Agent(_)) = session else { return None };
         let options = ExecOptions { timeout: Some(CONSOLE_LIMIT), ..ExecOptions::default() };
-        let look = self.inner.clock.timeout(CONSOLE_LIMIT, self.execute(CONSOLE, options));
+        // It is large, and would be so several times in who waits for it.
+        let command = Box::pin(self.execute(CONSOLE, options));
+        let look = self.inner.clock.timeout(CONSOLE_LIMIT, command);
         let (0, output) = look.await?.ok()? else { return None };
         let (size, text) = output.split_once('\n')?;
         let columns: usize = size.split_whitespace().nth(1)?.parse().ok()?;

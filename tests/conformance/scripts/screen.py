@@ -1,7 +1,7 @@
 # The screen, the keyboard, and what is read.
 #: [nodes.machine]
 #: memory = 256
-#: screen = { width = 640, height = 400 }
+#: screen = { width = 320, height = 200 }
 #: [nodes.bare]
 #: memory = 256
 import re
@@ -21,7 +21,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def show(text: str) -> None:
-    machine.succeed(f"printf '\\033[2J\\033[H{text}' >/dev/tty1")
+    machine.succeed(f"printf '\\033[2J\\033[H\\033[?25l{text}' >/dev/tty1")
 
 
 with subtest("screenshot, wrongly: of what does not run"):
@@ -51,8 +51,8 @@ with subtest("get_screen_text_variants: that, and what is read"):
 with subtest("screenshot: the name as it is, or in the output directory"):
     machine.screenshot("shown")
     machine.screenshot(str(machine.out_dir / "shown.here"))
-    t.assertEqual(png_size(machine.out_dir / "shown.png"), (640, 400))
-    t.assertEqual(png_size(machine.out_dir / "shown.here"), (640, 400))
+    t.assertEqual(png_size(machine.out_dir / "shown.png"), (320, 200))
+    t.assertEqual(png_size(machine.out_dir / "shown.here"), (320, 200))
 
 with subtest("perform_ocr_on_screenshot: of a file"):
     texts = ocr.perform_ocr_variants_on_screenshot(machine.out_dir / "shown.png")
@@ -89,7 +89,7 @@ with subtest("send_chars, wrongly: what no key types"):
         machine.send_chars("caffé")
 
 with subtest("send_key: names, chords, scan codes and characters, as Linux numbers them"):
-    machine.execute("exec dd bs=24 if=/dev/input/event0 of=/tmp/events", check_output=False)
+    machine.execute("exec dd bs=24 if=/dev/input/event1 of=/tmp/events", check_output=False)
     machine.wait_until_succeeds("test -e /tmp/events", timeout=60)
     for key in ("f1", "ctrl-alt_r-a", "0x2b", "0xc8", "A"):
         machine.send_key(key)
@@ -112,7 +112,7 @@ with subtest("send_key, wrongly: a key that is none, and others near it"):
 
 with subtest("send_monitor_command: sendkey and screendump"):
     machine.succeed("rm /tmp/events; kill $(pidof dd)")
-    machine.execute("exec dd bs=24 if=/dev/input/event0 of=/tmp/events", check_output=False)
+    machine.execute("exec dd bs=24 if=/dev/input/event1 of=/tmp/events", check_output=False)
     machine.wait_until_succeeds("test -e /tmp/events", timeout=60)
     machine.send_monitor_command("sendkey ret 20")
     keys = [{"type": "qcode", "data": "a"}, {"type": "number", "data": 0x1D}]
@@ -124,7 +124,7 @@ with subtest("send_monitor_command: sendkey and screendump"):
     retry(lambda _last: machine.succeed(EVENTS) == lines, timeout=60)
     t.assertEqual(machine.succeed(EVENTS), lines)
     machine.send_monitor_command(f"screendump {machine.out_dir}/shown.ppm")
-    t.assertTrue((machine.out_dir / "shown.ppm").read_bytes().startswith(b"P6\n640 400\n255\n"))
+    t.assertTrue((machine.out_dir / "shown.ppm").read_bytes().startswith(b"P6\n320 200\n255\n"))
 
 with subtest("send_monitor_command, wrongly: no such key"):
     with t.assertRaisesRegex(

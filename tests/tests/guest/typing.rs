@@ -59,7 +59,7 @@ fn a_login_prompt_is_seen_read_and_typed_into() {
         return;
     }
     let nodes = "[nodes.machine]\nkit = 'systemd'\nkeyboard = true\ntablet = true\n\
-                 screen = { kind = 'gpu', width = 640, height = 400 }";
+                 screen = { kind = 'gpu', width = 320, height = 200 }";
     with_machines(nodes, async |driver| {
         let [machine] = driver.machines() else { panic!("one machine") };
         let early = machine.screenshot("early").await.unwrap_err();
@@ -77,7 +77,7 @@ fn a_login_prompt_is_seen_read_and_typed_into() {
         wait_for_text(machine, "passphrase").await;
         machine.screenshot("shown").await.unwrap();
         let shown = picture::read(&machine.out_dir().join("shown.png")).unwrap();
-        assert_eq!((shown.width, shown.height), (640, 400));
+        assert_eq!((shown.width, shown.height), (320, 200));
         let texts = Reader::find().unwrap().texts(shown.into()).await.unwrap();
         assert!(texts.iter().any(|text| text.contains("passphrase")), "{texts:?}");
 

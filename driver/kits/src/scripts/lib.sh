@@ -7,6 +7,7 @@ load_drivers() {
     case $device in
     0x0002) drivers=virtio_blk ;;
     0x0005) drivers=virtio_balloon ;;
+    0x0012) drivers='virtio_input evdev' ;;
     0x0013) drivers="vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport" ;;
     *) continue ;;
     esac
