@@ -20,6 +20,9 @@ SKIPPED := $(abspath target/skipped)
 
 RUNS = 1000000
 
+# What pip installs has these versions, whoever calls it.
+export PIP_CONSTRAINT := $(abspath tests/tools.txt)
+
 .PHONY: fuzz demo test conformance lint bench clean build setup kit
 
 demo: kit
@@ -31,7 +34,7 @@ test: kit
 	mkdir -p $(SKIPPED)
 	tests/nix/evaluate.py
 	cargo test --release --workspace --exclude firn-tests
-	$(VENV)/pip install -q mypy pexpect
+	$(VENV)/pip install -q mypy pexpect selenium
 	$(VENV)/python -m unittest discover -s driver/python/tests
 	$(VENV)/python tests/conformance/conformance.py run
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
@@ -54,13 +57,14 @@ lint: build
 	cargo fmt --all --check
 	python3 tests/conformance/conformance.py table --check
 	python3 tests/links.py
+	python3 tests/dependencies.py
 	# Only vmm/src/arch knows a processor: its registers, ports, tables and image formats.
 	! grep -rnwE 'x86(_64)?|IOAPIC|LAPIC|irqchip|gsi|GSI|COM1|cpuid|msrs?|acpi|smbios|e820|setup_header|zero_page' \
 		vmm/src --include='*.rs' --exclude-dir=arch
 	! grep -rnwE '(kvm|get|set)_s?regs|rflags|rip|rdtsc|tsc_khz|triple fault' \
 		vmm/src --include='*.rs' --exclude-dir=arch
 	cargo clippy --release --workspace --all-targets -- -D warnings
-	$(VENV)/pip install -q mypy ruff types-pexpect
+	$(VENV)/pip install -q mypy ruff selenium types-pexpect
 	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
 	# The stub says what the extension module is, which has to be there.
 	cd driver && ../$(VENV)/stubtest firn._firn --mypy-config-file pyproject.toml --ignore-disjoint-bases \
@@ -89,7 +93,7 @@ setup:
 
 $(VENV)/python:
 	python3 -m venv .venv
-	$(VENV)/pip install -q 'maturin>=1.9.4,<2'
+	$(VENV)/pip install -q maturin
 
 clean:
 	cargo clean

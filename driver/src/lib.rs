@@ -15,6 +15,7 @@ pub mod private;
 pub mod retry;
 pub mod scratch;
 pub mod ssh;
+pub mod viewers;
 pub mod vlan;
 
 pub use driver::{Driver, DriverOptions};

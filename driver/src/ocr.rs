@@ -87,6 +87,12 @@ impl Reader {
         Ok(FOUND.get_or_init(|| Self::new(program, LIMIT)))
     }
 
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     fn new(program: PathBuf, limit: Duration) -> Self {
         Self { program, neural: AtomicBool::new(false), limit }
     }

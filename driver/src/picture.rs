@@ -108,7 +108,7 @@ impl Grey {
         // As the eye weighs them (ITU-R BT.601), in parts of 256.
         let luma = |[r, g, b]: &[u8; 3]| {
             let sum = u32::from(*r) * 77 + u32::from(*g) * 150 + u32::from(*b) * 29;
-            (sum >> 8) as u8
+            shade(sum >> 8)
         };
         Self {
             width: picture.width as usize,
@@ -140,7 +140,7 @@ impl Grey {
                     |a: u8, b: u8, part: u32| u32::from(a) * (256 - part) + u32::from(b) * part;
                 let (above, below) =
                     (mix(top[left], top[right], along), mix(bottom[left], bottom[right], along));
-                ((above * (256 - down) + below * down) >> 16) as u8
+                shade((above * (256 - down) + below * down) >> 16)
             }));
         }
         Self { width, height, pixels }
@@ -168,9 +168,9 @@ impl Grey {
     /// Makes what is as dark as `dark` black, what is as bright as `bright` white, and what is between grey.
     fn ramp(&mut self, dark: u8, bright: u8) {
         let span = u32::from(bright - dark);
-        for shade in &mut self.pixels {
-            let above = u32::from(shade.saturating_sub(dark)).min(span);
-            *shade = (above * 255 / span) as u8;
+        for pixel in &mut self.pixels {
+            let above = u32::from(pixel.saturating_sub(dark)).min(span);
+            *pixel = shade(above * 255 / span);
         }
     }
 
@@ -192,13 +192,22 @@ impl Grey {
     }
 }
 
+/// A shade of grey, which is less than 256.
+fn shade(value: u32) -> u8 {
+    value.to_le_bytes()[0]
+}
+
 /// The pixels on both sides of a place in an enlarged picture, and how near the second is, in parts of 256.
 fn between(at: usize, factor: usize, count: usize) -> (usize, usize, u32) {
     // A pixel's middle is what has its shade.
     let place = (2 * at + 1).saturating_sub(factor);
     let (first, part) = (place / (2 * factor), place % (2 * factor));
     let first = first.min(count - 1);
-    (first, (first + 1).min(count - 1), (part * 256 / (2 * factor)) as u32)
+    (
+        first,
+        (first + 1).min(count - 1),
+        u32::try_from(part * 256 / (2 * factor)).unwrap_or_default(),
+    )
 }
 
 /// A text console's text, if it is what the picture shows: cells with characters have more than one colour, others one.

@@ -1,10 +1,9 @@
 //! A virtual Ethernet switch inside the process.
 //!
-//! Knows nothing of KVM: frames are slices of somebody's memory, ports are objects. A
-//! [`Switch`] joins the cards of one vlan; a card plugs its [`Receiver`] into a [`NetPort`] and
-//! sends through it. A frame is copied once, by whoever receives it, on the sender's thread,
-//! and keeps its offloads; [`without_offloads`] is for receivers that cannot take them and
-//! [`Backlog`] for those that have no room right now.
+//! Knows nothing of KVM: frames are borrowed slices, ports are objects. A [`Switch`] joins the cards of one vlan; a
+//! card plugs its [`Receiver`] into a [`NetPort`] and sends through it. A frame is copied once, by the receiver on
+//! the sender's thread, and keeps its offloads; [`without_offloads`] is for receivers that do not support them and
+//! [`Backlog`] for those without room at the moment.
 //!
 //! The user network's gateway, which leads to the host and beyond, is a crate of its own that plugs
 //! into the same ports: `firn-gateway`.

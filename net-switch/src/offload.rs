@@ -1,7 +1,7 @@
-//! Doing for a receiver what the sender left to its card: checksums and segmentation.
+//! Does for a receiver what the sender left to its card: checksums and segmentation.
 //!
-//! Everything here is written by a guest. Frames are copied before they are looked at, every
-//! offset is checked against the copy, and what does not add up is an error.
+//! All input is written by a guest. Frames are copied before they are parsed, every offset is checked against the
+//! copy, and inconsistencies are errors.
 
 use crate::backlog::OwnedFrame;
 use crate::checksum::{checksum, nonzero, sum};
@@ -62,7 +62,7 @@ pub enum OffloadError {
     /// The frame's own headers run past its end or contradict themselves or the offload header.
     #[error("malformed: {0}")]
     Malformed(&'static str),
-    /// A frame that is right but that nobody here segments.
+    /// A valid frame of a kind that is not supported.
     #[error("cannot segment {0}")]
     Unsupported(&'static str),
 }
@@ -83,7 +83,7 @@ pub struct Offloads {
 }
 
 impl Offloads {
-    /// Whether a frame with this header may be given to the receiver as it is.
+    /// Whether a frame with this header may be passed to the receiver unchanged.
     #[must_use]
     pub fn cover(self, header: &Header) -> bool {
         let kind = match header.gso_kind() {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use vm_memory::{VolatileSlice, WriteVolatile};
 
-/// The shortest frame in bytes: an Ethernet header and nothing behind it. Cards pad to 60, but
-/// that is the wire's need, not ours.
+/// The shortest frame in bytes: an Ethernet header and nothing after it. Cards pad to 60, but that is the wire's
+/// need, not ours.
 pub const MIN_FRAME: usize = 14;
 
 /// The longest frame in bytes: the largest IPv6 packet that is no jumbogram (RFC 8200, 3: 40 +
@@ -60,7 +60,7 @@ impl Header {
     }
 }
 
-/// A frame on its way: its bytes still lie in the sender's memory.
+/// A frame in transit: its bytes are still in the sender's memory.
 #[derive(Clone, Copy)]
 pub struct Frame<'a> {
     /// Offloads that the sender left to others.
@@ -123,8 +123,8 @@ pub trait Receiver: Send + Sync {
 pub trait NetPort: Send + Sync {
     /// Sends a frame into the network.
     fn send(&self, frame: &Frame<'_>) -> Delivery;
-    /// From now on frames for this port go to `receiver`. Takes the place of an earlier one, as
-    /// after [`Self::detach`]. Ask [`Self::link_up`] afterwards: only changes are told.
+    /// From now on frames for this port go to `receiver`. Takes the place of an earlier one, as after
+    /// [`Self::detach`]. Call [`Self::link_up`] afterwards: only changes are reported.
     fn attach(&self, receiver: Arc<dyn Receiver>);
     /// From now on frames for this port are dropped. On return no call to the receiver is running,
     /// so the caller must hold no lock that the receiver takes.

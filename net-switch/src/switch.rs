@@ -37,7 +37,7 @@ struct Inner {
     fabric: Mutex<Fabric>,
 }
 
-/// What is looked up for each frame. Never locked while something outside this crate is called.
+/// What each frame is looked up in. Never locked while code outside this crate is called.
 struct Fabric {
     /// Replaced as a whole when a port comes or goes, so that flooding can walk it unlocked.
     ports: Arc<[Arc<Port>]>,
@@ -79,7 +79,7 @@ impl Switch {
         }
     }
 
-    /// Adds a port, cable plugged, no card behind it yet. `name` is for the log.
+    /// Adds a port with the cable plugged and no card attached yet. `name` is for the log.
     #[must_use]
     pub fn add_port(&self, name: impl Into<String>) -> SwitchPort {
         let mut fabric = lock(&self.inner.fabric);
@@ -136,7 +136,7 @@ struct Port {
     id: PortId,
     name: String,
     up: AtomicBool,
-    /// Held while the link changes, so that the receiver hears of changes in their order.
+    /// Held while the link changes, so that the receiver sees changes in order.
     changing: Mutex<()>,
     attachment: Attachment,
     counters: Counters,
@@ -167,8 +167,7 @@ pub struct PortStats {
     /// Frames from the card that no card may send: shorter than [`MIN_FRAME`](crate::MIN_FRAME), longer than
     /// [`MAX_FRAME`](crate::MAX_FRAME), or with an offload header that contradicts itself.
     pub refused: u64,
-    /// Frames from the card that went nowhere: the cable was pulled, or the destination is
-    /// behind this very port.
+    /// Frames from the card that were dropped: the cable was pulled, or the destination is behind this very port.
     pub dropped_in: u64,
     /// Frames for the card that it did not get: cable pulled, no card, or no room.
     pub dropped_out: u64,
@@ -208,17 +207,17 @@ impl Port {
     }
 }
 
-/// One place at a [`Switch`]. Dropping it takes the port and what was learned of it away; like
-/// [`NetPort::detach`] that waits for a running call to the receiver.
+/// One place at a [`Switch`]. Dropping it removes the port and the addresses learned on it; like [`NetPort::detach`]
+/// it waits for a running call to the receiver.
 pub struct SwitchPort {
     switch: Switch,
     port: Arc<Port>,
 }
 
 impl SwitchPort {
-    /// Plugs or pulls the cable, and tells the receiver. With the cable pulled no frame enters
-    /// or leaves and nothing behind the port is remembered; a delivery that has begun ends as
-    /// it would have. Must not be called from within the receiver.
+    /// Plugs or pulls the cable and notifies the receiver. With the cable pulled no frame enters or leaves and
+    /// nothing behind the port is remembered; a delivery in progress is completed. Must not be called from within the
+    /// receiver.
     pub fn set_link(&self, up: bool) {
         let _changing = lock(&self.port.changing);
         if self.port.up.swap(up, Ordering::AcqRel) == up {

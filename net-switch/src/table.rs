@@ -26,10 +26,9 @@ fn is_group(mac: Mac) -> bool {
 
 /// The table of learned addresses. Times are those of the switch's clock.
 ///
-/// Bounded without a sweep: old entries are ignored when looked up, and go when their port, or
-/// the table, is full and needs the room. A port that is full loses its own oldest entry; a
-/// table that is full takes the oldest entry of the port that has the most. So a guest that
-/// sends from very many addresses forgets its own.
+/// Bounded without a sweep: old entries are ignored when looked up, and go when their port, or the table, is full and
+/// needs the room. A port that is full loses its own oldest entry; a table that is full takes the oldest entry of the
+/// port that has the most. So a guest that sends from very many addresses displaces only its own.
 pub(crate) struct MacTable {
     ageing: Duration,
     entries: HashMap<Mac, Entry>,
@@ -73,7 +72,7 @@ impl MacTable {
         known.map(|entry| entry.port).filter(|&from| from != port)
     }
 
-    /// The port that `mac` is behind, unless that is not known or long ago.
+    /// The port that `mac` was last seen on, unless that is unknown or too long ago.
     pub(crate) fn find(&self, mac: Mac, now: Duration) -> Option<PortId> {
         let entry = self.entries.get(&mac)?;
         (now.saturating_sub(entry.seen) < self.ageing).then_some(entry.port)

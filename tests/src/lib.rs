@@ -11,12 +11,16 @@ use std::thread;
 use std::time::Duration;
 
 use firn::config::TestConfig;
+use firn::error::chain;
 use firn::kit::{Kit, KitName};
 use firn::log::Logger;
-use firn::{Driver, DriverOptions};
+use firn::{Driver, DriverOptions, Machine};
 
 /// No test here takes as long, even in a carrier on a loaded machine.
 const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How long a test waits for what has to come, even in a carrier on a loaded machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The kit that guests boot by default. `make` has built it.
 pub fn micro() -> Kit {
@@ -74,6 +78,19 @@ pub fn with_config(config: &TestConfig, script: impl AsyncFnOnce(&Driver)) {
         driver.close().await;
         outcome.expect("the test takes too long");
     });
+}
+
+/// The machine of a test that has one.
+#[track_caller]
+pub fn only(driver: &Driver) -> &Machine {
+    let [machine] = driver.machines() else { panic!("one machine") };
+    machine
+}
+
+/// What a command that succeeds prints, without white space around it.
+pub async fn output(machine: &Machine, command: &str) -> String {
+    let printed = machine.succeed(&[command], None).await;
+    printed.unwrap_or_else(|error| panic!("{}", chain(&error))).trim().to_owned()
 }
 
 /// A file system that is soon full. It ends when this is dropped.

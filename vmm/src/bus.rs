@@ -15,7 +15,7 @@ pub trait BusDevice: Send + Sync {
 
 /// Two devices want the same addresses.
 #[derive(Debug, Error)]
-#[error("addresses {start:#x} to {end:#x} are taken or empty")]
+#[error("the address range {start:#x} to {end:#x} is taken or empty")]
 pub struct Overlap {
     start: u64,
     end: u64,
@@ -28,7 +28,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Gives `len` addresses from `start` on to `device`.
+    /// Reserves `len` addresses starting at `start` for `device`.
     ///
     /// # Errors
     /// Some of them are taken.

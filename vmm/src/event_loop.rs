@@ -46,7 +46,7 @@ impl MutEventSubscriber for StopSubscriber {
 }
 
 impl EventLoop {
-    /// A loop that serves `subscribers`.
+    /// A loop that runs `subscribers`.
     ///
     /// # Errors
     /// The process has no file descriptors left.

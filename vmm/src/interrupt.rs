@@ -10,8 +10,8 @@ use kvm_ioctls::VmFd;
 
 /// One device's end of an interrupt line.
 pub trait Pin: Send + Sync {
-    /// Makes the pin what `level` says. Calls for a line come one after the other, and each looks
-    /// anew: so the last one leaves it right, however they race with what `level` looks at.
+    /// Sets the pin to what `level` returns. Calls for one line are serialized and each asks `level` again, so the
+    /// last call leaves the pin right even if they race with a change of the level.
     fn follow(&self, level: &dyn Fn() -> bool);
 }
 

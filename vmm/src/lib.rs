@@ -18,6 +18,7 @@ pub mod screen;
 #[cfg(test)]
 #[path = "../../tests/src/skip.rs"]
 mod skip;
+pub mod socket;
 pub mod spec;
 pub mod vcpu;
 pub mod virtio;

@@ -1,4 +1,4 @@
-//! Guest physical memory; where it lies is [`crate::arch::layout`].
+//! Guest physical memory; [`crate::arch::layout`] says at which addresses.
 
 use std::fs::File;
 use std::io;
@@ -35,17 +35,16 @@ const CHUNK: usize = 256 * PAGE;
 /// Size of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Guest memory could not be had.
+/// Why there is no guest memory.
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// mmap failed.
-    #[error("cannot map {mib} MiB of guest memory")]
+    #[error("cannot map {mib} MiB of guest memory: {problem}")]
     Map {
         /// The amount asked for.
         mib: u64,
         /// Why it failed.
-        #[source]
-        source: FromRangesError,
+        problem: FromRangesError,
     },
     /// madvise failed.
     #[error("cannot keep guest memory out of child processes")]
@@ -55,10 +54,10 @@ pub enum MemoryError {
     TooLarge(u64),
 }
 
-/// Maps fresh, zeroed memory for a guest of `mib` MiB. Pages are taken when they are touched.
+/// Maps fresh, zeroed memory for a guest of `mib` MiB. Pages are allocated when they are first touched.
 ///
 /// # Errors
-/// The host has not that much address space or memory.
+/// The host does not have that much address space or memory.
 pub fn allocate(mib: u64) -> Result<Memory, MemoryError> {
     let bytes = mib.checked_mul(1 << 20).ok_or(MemoryError::TooLarge(mib))?;
     map(&layout::ranges(bytes), mib)
@@ -75,7 +74,7 @@ pub fn allocate_at(start: u64, bytes: u64) -> Result<Memory, MemoryError> {
 
 /// Maps `ranges` of addresses and lengths, `mib` MiB altogether.
 fn map(ranges: &[(u64, u64)], mib: u64) -> Result<Memory, MemoryError> {
-    let map = |source| MemoryError::Map { mib, source };
+    let map = |problem| MemoryError::Map { mib, problem };
     let mut regions = Vec::new();
     for &(start, len) in ranges {
         let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
@@ -83,12 +82,13 @@ fn map(ranges: &[(u64, u64)], mib: u64) -> Result<Memory, MemoryError> {
         keep_from_children(&region).map_err(MemoryError::DontFork)?;
         regions.push(region);
     }
-    let memory = MemoryMap::from_regions(regions).map_err(|source| map(source.into()))?;
+    let memory = MemoryMap::from_regions(regions).map_err(|problem| map(problem.into()))?;
     Ok(Arc::new(memory))
 }
 
-/// Maps `len` bytes for the guest's address `start`, a multiple of [`HUGE_PAGE`], at such a multiple too where that
-/// can be had: otherwise KVM maps no huge pages, and the guest exits for each 4 KiB that it touches for the first time.
+/// Maps `len` bytes for the guest's address `start`, a multiple of [`HUGE_PAGE`], at such a multiple on the host too
+/// if possible: otherwise KVM maps no huge pages, and the guest exits for each 4 KiB that it touches for the first
+/// time.
 fn aligned_region(start: GuestAddress, len: usize) -> Result<Region, FromRangesError> {
     // Another thread may take the gap. It is quick that way, not wrong.
     for _ in 0..4 {
@@ -218,7 +218,7 @@ pub fn load(memories: &[&MemoryMap], file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// The first page at `from` or behind it that is no hole of `file`.
+/// The first page of `file` from `from` on that is not a hole.
 fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     let offset = i64::try_from(from).map_err(io::Error::other)?;
     match lseek(file, offset, Whence::SeekData) {

@@ -1,5 +1,5 @@
-//! Finds out whether KVM can be used: that it opens says little, because there are software
-//! versions of it that interpret every instruction of a guest's kernel.
+//! Finds out whether KVM is usable. That it opens is not enough: some implementations interpret every instruction of
+//! a guest's kernel in software.
 
 use std::fs::OpenOptions;
 use std::hint::black_box;
@@ -23,14 +23,13 @@ pub const KVM_PATH: &str = "/dev/kvm";
 /// Rounds of the probe's loop, enough that entering and leaving the guest count
 /// little.
 const ROUNDS: u32 = 10_000;
-/// How often it runs at most: an interpreter is told in 100 ms, a good KVM by the first run that
-/// nothing disturbs.
+/// How often it runs at most. An interpreter shows within 100 ms, a good KVM at the first undisturbed run.
 const RUNS: usize = 8;
 /// How many times slower than this program's own loop the guest's may be. With hardware it is as
 /// fast, with emulated AMD-V a few times slower; interpreters take thousands of times as long.
 const MAX_TIMES: u32 = 100;
 
-/// What KVM is good for here.
+/// Whether KVM is usable here, and why not.
 #[derive(Clone, Debug, PartialEq)]
 pub enum KvmStatus {
     /// There is no KVM.
@@ -172,7 +171,7 @@ fn measure(path: &Path) -> Result<Measured, ProbeError> {
     Ok(best)
 }
 
-/// Runs so many rounds of the loop and gives the processor time they took.
+/// Runs `rounds` rounds of the loop and returns the processor time they took.
 fn run_loop(vcpu: &mut VcpuFd, rounds: u32) -> Result<Duration, ProbeError> {
     probe::set_rounds(vcpu, rounds)?;
     let started = processor_time();

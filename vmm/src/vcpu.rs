@@ -35,10 +35,10 @@ enum Target {
     Stop,
 }
 
-/// A look at all vCPUs: whether any of them can ever execute anything again.
-struct Look {
+/// A check of all vCPUs: can any of them ever execute anything again?
+struct Check {
     round: u64,
-    /// How many have yet to say.
+    /// How many have not reported yet.
     waiting: usize,
     dead: usize,
 }
@@ -54,7 +54,7 @@ pub enum Ending {
 
 struct Members {
     target: Target,
-    look: Option<Look>,
+    check: Option<Check>,
     rounds: u64,
     /// Threads that are in their loop, by pthread id.
     threads: Vec<libc::pthread_t>,
@@ -66,8 +66,7 @@ struct Members {
 pub struct Group {
     members: Mutex<Members>,
     changed: Condvar,
-    /// Set whenever the target is not `Run`, and during a look: what each vCPU reads between two
-    /// exits.
+    /// Set whenever the target is not `Run`, and during a check; each vCPU reads it between two exits.
     interrupted: AtomicBool,
 }
 
@@ -78,7 +77,7 @@ impl Default for Group {
         Group {
             members: Mutex::new(Members {
                 target: Target::Run,
-                look: None,
+                check: None,
                 rounds: 0,
                 threads: Vec::new(),
                 parked: 0,
@@ -119,7 +118,7 @@ impl Group {
         let mut members = self.members();
         if members.target != Target::Stop {
             members.target = target;
-            let interrupted = target != Target::Run || members.look.is_some();
+            let interrupted = target != Target::Run || members.check.is_some();
             self.interrupted.store(interrupted, Ordering::SeqCst);
         }
         self.kick(&members);
@@ -135,43 +134,43 @@ impl Group {
         self.changed.notify_all();
     }
 
-    /// Has all vCPUs say whether they are halted for good. KVM does not tell of that: with its own
-    /// interrupt controller a halted vCPU stays in KVM_RUN.
-    pub fn look(&self) {
+    /// Has all vCPUs report whether they are halted for good. KVM has no event for that: with its own interrupt
+    /// controller a halted vCPU stays in KVM_RUN.
+    pub fn check(&self) {
         let mut members = self.members();
-        if members.target != Target::Run || members.look.is_some() || members.threads.is_empty() {
+        if members.target != Target::Run || members.check.is_some() || members.threads.is_empty() {
             return;
         }
         members.rounds += 1;
         let (round, waiting) = (members.rounds, members.threads.len());
-        members.look = Some(Look { round, waiting, dead: 0 });
+        members.check = Some(Check { round, waiting, dead: 0 });
         self.interrupted.store(true, Ordering::SeqCst);
         self.kick(&members);
     }
 
-    /// The look that is going on, if it is a later one than `last`.
-    fn look_after(&self, last: u64) -> Option<u64> {
-        self.members().look.as_ref().map(|look| look.round).filter(|&round| round > last)
+    /// The current check, if it is later than `last`.
+    fn check_after(&self, last: u64) -> Option<u64> {
+        self.members().check.as_ref().map(|check| check.round).filter(|&round| round > last)
     }
 
-    /// A vCPU says how it is; true if it is the last one, and all are dead.
+    /// Reports one vCPU; true if it is the last one and all are dead.
     fn report(&self, round: u64, dead: bool) -> bool {
         let mut members = self.members();
-        let Some(look) = members.look.as_mut().filter(|look| look.round == round) else {
+        let Some(check) = members.check.as_mut().filter(|check| check.round == round) else {
             return false;
         };
-        look.waiting = look.waiting.saturating_sub(1);
-        look.dead += usize::from(dead);
-        if look.waiting > 0 {
+        check.waiting = check.waiting.saturating_sub(1);
+        check.dead += usize::from(dead);
+        if check.waiting > 0 {
             return false;
         }
-        let all_dead = look.dead == members.threads.len();
-        self.end_look(&mut members);
+        let all_dead = check.dead == members.threads.len();
+        self.end_check(&mut members);
         all_dead
     }
 
-    fn end_look(&self, members: &mut Members) {
-        members.look = None;
+    fn end_check(&self, members: &mut Members) {
+        members.check = None;
         self.interrupted.store(members.target != Target::Run, Ordering::SeqCst);
     }
 
@@ -186,7 +185,7 @@ impl Group {
         let mut members = self.members();
         members.threads.push(this);
         // It would lack this one's answer.
-        self.end_look(&mut members);
+        self.end_check(&mut members);
         Membership(self)
     }
 
@@ -214,34 +213,34 @@ impl Drop for Membership<'_> {
         let this = unsafe { libc::pthread_self() };
         let mut members = group.members();
         members.threads.retain(|&thread| thread != this);
-        group.end_look(&mut members);
+        group.end_check(&mut members);
         drop(members);
         group.changed.notify_all();
     }
 }
 
-/// Looks at the vCPUs now and then; see [`Group::look`]. There is no event for what it looks for.
-pub struct DeadWatch {
+/// Checks the vCPUs periodically; see [`Group::check`]. There is no event for a guest that halts.
+pub struct HaltWatch {
     timer: TimerFd,
     group: Arc<Group>,
 }
 
-/// How often vCPUs are looked at: it costs each of them an exit.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// How often vCPUs are checked: it costs each of them an exit.
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
-impl DeadWatch {
+impl HaltWatch {
     /// A watch on the vCPUs of `group`.
     ///
     /// # Errors
     /// The process has no file descriptors left.
-    pub fn new(group: Arc<Group>) -> io::Result<DeadWatch> {
+    pub fn new(group: Arc<Group>) -> io::Result<HaltWatch> {
         let mut timer = TimerFd::new()?;
-        timer.reset(LOOK_INTERVAL, Some(LOOK_INTERVAL))?;
-        Ok(DeadWatch { timer, group })
+        timer.reset(CHECK_INTERVAL, Some(CHECK_INTERVAL))?;
+        Ok(HaltWatch { timer, group })
     }
 }
 
-impl MutEventSubscriber for DeadWatch {
+impl MutEventSubscriber for HaltWatch {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         if let Err(error) = ops.add(Events::new(&self.timer, EventSet::IN)) {
             tracing::error!(?error, "cannot watch a timer");
@@ -251,7 +250,7 @@ impl MutEventSubscriber for DeadWatch {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         // How many times it has run out does not matter.
         let _ = self.timer.wait();
-        self.group.look();
+        self.group.check();
     }
 }
 
@@ -266,7 +265,7 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Takes vCPU number `index`.
+    /// vCPU number `index`.
     pub fn new(
         fd: VcpuFd,
         index: u8,
@@ -282,13 +281,12 @@ impl Vcpu {
         self.index
     }
 
-    /// KVM's hand on it; waits until it is parked, or its thread has ended.
+    /// Its KVM file descriptor. Waits until it is parked or its thread has ended.
     pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets the guest know that it has stood still, so that its watchdogs do not take that for a
-    /// lockup.
+    /// Tells the guest that it was paused, so that its watchdogs do not report a lockup.
     pub fn tell_of_pause(&self) {
         if let Err(error) = arch::vcpu::tell_of_pause(&self.fd()) {
             tracing::debug!(vcpu = self.index, %error, "the guest does not hear of the pause");
@@ -298,7 +296,7 @@ impl Vcpu {
     /// Runs on the calling thread until the group stops.
     ///
     /// # Errors
-    /// Why the vCPU cannot go on, as a sentence for people.
+    /// Why the vCPU cannot go on, for a message.
     pub fn run(&self) -> Result<Ending, String> {
         KVM_RUN.set(self.fd().get_kvm_run());
         let member = self.group.join();
@@ -313,14 +311,14 @@ impl Vcpu {
 
     fn run_loop(&self) -> Result<Ending, String> {
         let mut fd = self.fd();
-        let mut last_look = 0;
+        let mut last_check = 0;
         self.timer.mark(stage::RUN);
         let mut first_exit = true;
         loop {
             if self.group.interrupted.load(Ordering::SeqCst) {
                 finish_exit(&mut fd);
-                if let Some(round) = self.group.look_after(last_look) {
-                    last_look = round;
+                if let Some(round) = self.group.check_after(last_check) {
+                    last_check = round;
                     if self.group.report(round, arch::vcpu::is_dead(&fd)) {
                         return Ok(Ending::Halted);
                     }

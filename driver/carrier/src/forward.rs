@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
+use std::sync::Arc;
 use std::time::Duration;
 
 use firn::kit::KitName;
@@ -12,6 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{Carrier, CarrierError, HostCommand, Options, command};
 use crate::signals::Signals;
 use crate::terminal::RawTerminal;
+use crate::viewers::Door;
 
 /// How long a command may go on after the signal that shall end it.
 const GRACE: Duration = Duration::from_secs(1);
@@ -48,15 +50,17 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
             number = signals.next() => return Ok(128 + number),
         };
         let carrier = tokio::select! {
-            carrier = Carrier::start(&kit, &options) => carrier?,
+            carrier = Carrier::start(&kit, &options) => Arc::new(carrier?),
             number = signals.next() => return Ok(128 + number),
         };
+        let door = options.viewers.as_deref().and_then(|firn| Door::open(&carrier, firn));
         let raw = match options.terminal {
             true => RawTerminal::of_stdin().map_err(CarrierError::host("use the terminal"))?,
             false => None,
         };
         let with_input = raw.is_some() || !io::stdin().is_terminal();
         let status = run(&carrier, command, with_input, &mut signals).await?;
+        drop(door);
         carrier.shutdown().await?;
         Ok(status)
     });

@@ -29,6 +29,7 @@ mod python;
 mod run;
 mod ssh;
 mod test;
+mod view;
 
 /// Runs tests that boot virtual machines and drive them from a Python script.
 #[derive(Debug, Parser)]
@@ -76,6 +77,7 @@ enum Command {
     Test(test::Args),
     Run(run::Args),
     Ssh(ssh::Args),
+    View(view::Args),
     Check(check::Args),
     /// Say what this host can do and what is missing
     Doctor(doctor::Args),
@@ -92,6 +94,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Ssh(args) => ssh::run(&args),
+        Command::View(args) => view::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),

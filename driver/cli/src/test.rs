@@ -60,7 +60,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return Err(super::become_command(&runner));
     }
     let writable = test.writable().into_iter().chain([args.flags.output_dir.clone()]).collect();
-    let options = Options { writable, ..Options::default() };
+    let viewers = std::env::current_exe().ok();
+    let options = Options { writable, viewers, ..Options::default() };
     Ok(run_again(&options, runner)?.into())
 }
 

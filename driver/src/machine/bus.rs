@@ -47,10 +47,16 @@ pub(super) enum BusError {
     Agent(#[from] AgentError),
     #[error("the guest's bus cannot be reached")]
     Socket(#[from] std::io::Error),
-    #[error("the guest's bus failed")]
-    Bus(#[from] zbus::Error),
+    #[error("the guest's bus failed: {0}")]
+    Bus(zbus::Error),
     #[error("the guest's bus is gone")]
     Gone,
+}
+
+impl From<zbus::Error> for BusError {
+    fn from(error: zbus::Error) -> Self {
+        Self::Bus(error)
+    }
 }
 
 type Result<T> = std::result::Result<T, BusError>;

@@ -24,6 +24,21 @@ const HOLD: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(10
 pub const DEFAULT_DELAY: Duration = Duration::from_millis(10);
 /// Names of keys that are shown to who uses one that is none.
 const SUGGESTIONS: usize = 6;
+/// How like the name that was used they are: from 0 to 1, by Jaro and Winkler.
+const ALIKE: f64 = 0.75;
+/// What others call keys.
+const ELSEWHERE: [(&str, &str); 10] = [
+    ("control", "ctrl"),
+    ("del", "delete"),
+    ("enter", "ret"),
+    ("escape", "esc"),
+    ("pagedown", "pgdn"),
+    ("pageup", "pgup"),
+    ("return", "ret"),
+    ("space", "spc"),
+    ("super", "meta_l"),
+    ("windows", "meta_l"),
+];
 
 /// Scan codes of keys whose names differ with the layout, with what they type plain and with shift.
 const SYMBOLS: [(u8, [char; 2]); 11] = [
@@ -102,23 +117,19 @@ pub(super) fn scan_code(scan: u8) -> Option<u16> {
 
 fn unknown(name: &str) -> BadKey {
     let lower = name.to_lowercase();
-    let mut ranked: Vec<(usize, &'static str)> = KEYS
-        .iter()
-        .map(|key| {
-            let distance = strsim::osa_distance(&lower, key.name);
-            // `page_up` and `up` both have it in them.
-            let part = lower.len() > 1
-                && (key.name.contains(&lower) || lower.contains(key.name) && key.name.len() > 2);
-            (if part { distance.min(2) } else { distance }, key.name)
-        })
-        .filter(|(distance, key)| *distance <= 2 && *distance < key.len().max(2))
-        .collect();
-    ranked.sort_unstable();
-    ranked.truncate(SUGGESTIONS);
-    BadKey::Unknown {
-        name: name.to_owned(),
-        close_to: ranked.into_iter().map(|(_, name)| name).collect(),
-    }
+    let likeness = |key: &str| match ELSEWHERE.contains(&(&*lower, key)) {
+        true => 2.0,
+        false if lower.len() > 1 && key.contains(&lower) => 1.0,
+        // One letter is like too much.
+        false if key.len() == 1 => 0.0,
+        false => strsim::jaro_winkler(&lower, key),
+    };
+    let keys = KEYS.iter().map(|key| (likeness(key.name), key.name));
+    let mut close: Vec<_> = keys.filter(|(likeness, _)| *likeness > ALIKE).collect();
+    close.sort_by(|a, b| b.0.total_cmp(&a.0));
+    close.truncate(SUGGESTIONS);
+    let close_to = close.into_iter().map(|(_, name)| name).collect();
+    BadKey::Unknown { name: name.to_owned(), close_to }
 }
 
 /// The chord that types a character; None if that is not another name than its own.
@@ -138,6 +149,11 @@ pub(super) fn of_character(character: char) -> Option<String> {
         true => format!("0x{scan:02X}"),
         false => shifted(*scan),
     })
+}
+
+/// All names of keys, with Linux's numbers of them; some keys have two names.
+pub fn keys() -> impl Iterator<Item = (&'static str, u16)> {
+    KEYS.iter().map(|key| (key.name, key.code))
 }
 
 /// All characters whose keys have other names than they, with the chords that type them.

@@ -28,6 +28,7 @@ mod keyboard;
 mod network;
 mod power;
 mod qmp;
+mod rfb;
 mod screen;
 mod serial;
 mod session;
@@ -37,7 +38,7 @@ mod waits;
 
 pub use console::Tap;
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
-pub use keyboard::{DEFAULT_DELAY, characters};
+pub use keyboard::{DEFAULT_DELAY, characters, keys};
 pub use screen::Format;
 pub(crate) use setup::{Boot, Source, hosts};
 

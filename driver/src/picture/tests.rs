@@ -5,6 +5,10 @@ fn picture(width: u32, height: u32, pixel: impl Fn(usize, usize) -> [u8; 3]) -> 
     Picture { width, height, rgb: places.flat_map(|(x, y)| pixel(x, y)).collect() }
 }
 
+fn low(value: usize) -> u8 {
+    value.to_le_bytes()[0]
+}
+
 fn grey(rows: &[&[u8]]) -> Grey {
     Grey { width: rows[0].len(), height: rows.len(), pixels: rows.concat() }
 }
@@ -12,7 +16,7 @@ fn grey(rows: &[&[u8]]) -> Grey {
 #[test]
 fn files_come_back_as_they_were() {
     let dir = tempfile::tempdir().expect("a directory");
-    let there = picture(5, 3, |x, y| [x as u8 * 50, y as u8 * 100, 7]);
+    let there = picture(5, 3, |x, y| [low(x) * 50, low(y) * 100, 7]);
     for (name, bytes) in [("a.png", png(&there).expect("encoded")), ("a.ppm", ppm(&there))] {
         let path = dir.path().join(name);
         std::fs::write(&path, bytes).expect("written");
@@ -83,7 +87,7 @@ fn a_consoles_text_is_what_the_picture_shows_or_not() {
     assert!(shows(&drawn(0), 16, text));
     assert!(!shows(&drawn(5), 16, text), "another text");
     assert!(!shows(&picture(131, 37, |_, _| [0; 3]), 16, text), "nothing is drawn");
-    assert!(!shows(&picture(131, 37, |x, y| [(x ^ y) as u8; 3]), 16, text), "a desktop");
+    assert!(!shows(&picture(131, 37, |x, y| [low(x ^ y); 3]), 16, text), "a desktop");
     assert!(shows(&picture(131, 37, |_, _| [0; 3]), 16, &[b' '; 32]));
     assert!(!shows(&picture(2, 2, |_, _| [0; 3]), 16, text), "smaller than its cells");
     assert!(!shows(&drawn(0), 0, text));

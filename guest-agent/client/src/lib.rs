@@ -55,10 +55,10 @@ pub enum Lost {
     Closed,
     /// The stream cannot be read or written.
     #[error("the agent's port failed: {0}")]
-    Io(#[source] Arc<io::Error>),
+    Io(Arc<io::Error>),
     /// The agent sent what is no message, or none that it may send.
     #[error("the agent sent garbage: {0}")]
-    Garbage(#[from] ProtocolError),
+    Garbage(ProtocolError),
     /// It lives for the kernel that carries its port, but has not said a word for too long.
     #[error("it has not said a word for {} seconds", SILENCE.as_secs())]
     Silent,
@@ -72,7 +72,7 @@ pub enum Lost {
 pub enum AgentError {
     /// The agent is lost, and with it everything that was under way.
     #[error("the agent is lost: {0}")]
-    Lost(#[from] Lost),
+    Lost(Lost),
     /// Agent and host do not speak the same version of the protocol.
     #[error("the agent speaks protocol version {agent}, this firn speaks {host}")]
     Version {
@@ -97,10 +97,22 @@ pub enum AgentError {
     },
     /// The request cannot be sent, for example because a script is too long.
     #[error("the request cannot be sent: {0}")]
-    Unsendable(#[source] ProtocolError),
+    Unsendable(ProtocolError),
     /// The host's own side of a transfer failed: the source could not be read, or the destination not be written.
     #[error("on the host: {0}")]
-    Local(#[source] Arc<io::Error>),
+    Local(Arc<io::Error>),
+}
+
+impl From<ProtocolError> for Lost {
+    fn from(error: ProtocolError) -> Self {
+        Self::Garbage(error)
+    }
+}
+
+impl From<Lost> for AgentError {
+    fn from(lost: Lost) -> Self {
+        Self::Lost(lost)
+    }
 }
 
 impl AgentError {

@@ -19,15 +19,14 @@ pub enum ProtocolError {
         length: u32,
     },
     /// A frame's payload is no message: an unknown kind, or a field that does not decode.
-    #[error("frame of {length} bytes does not decode: {source}")]
+    #[error("frame of {length} bytes does not decode: {problem}")]
     Undecodable {
         /// The payload's length in bytes.
         length: usize,
         /// What postcard found.
-        #[source]
-        source: postcard::Error,
+        problem: postcard::Error,
     },
-    /// A frame's payload goes on after its message.
+    /// A frame's payload has more bytes than its message.
     #[error("{surplus} bytes too many after a message")]
     Surplus {
         /// The number of bytes left over.
@@ -55,7 +54,7 @@ pub enum ProtocolError {
     },
     /// This side could not encode a message.
     #[error("message cannot be encoded: {0}")]
-    Encode(#[source] postcard::Error),
+    Encode(postcard::Error),
 }
 
 /// Appends `frame` to `out`. On error `out` is as before.
@@ -201,7 +200,7 @@ impl Decoder {
             return Ok(None);
         };
         let (frame, surplus) = postcard::take_from_bytes::<Frame<M>>(payload)
-            .map_err(|source| ProtocolError::Undecodable { length, source })?;
+            .map_err(|problem| ProtocolError::Undecodable { length, problem })?;
         if !surplus.is_empty() {
             return Err(ProtocolError::Surplus { surplus: surplus.len() });
         }

@@ -13,7 +13,7 @@ pub(super) const MAGIC: [u8; 12] =
 pub enum GreetingKind {
     /// Agent to host: the port is open, say hello (again).
     Announce,
-    /// Host to agent: a session shall begin.
+    /// Host to agent: begin a session.
     Hello,
     /// Agent to host: the session of this nonce has begun, if the versions agree.
     Welcome,

@@ -67,7 +67,7 @@ pub enum StderrMode {
     /// To the host, apart from standard output.
     #[default]
     Stream,
-    /// To the console that the agent was told of, else to its own standard error: the console, if it is PID 1.
+    /// To the console given to the agent, else to its own standard error, which is the console if it is PID 1.
     Console,
     /// Away.
     Null,
@@ -89,7 +89,7 @@ pub struct ExecRequest {
     pub stdin: bool,
     /// Where standard error goes.
     pub stderr: StderrMode,
-    /// After so many milliseconds the process group gets SIGTERM, and two seconds later SIGKILL. It does not bound
+    /// After this many milliseconds the process group gets SIGTERM, and two seconds later SIGKILL. It does not bound
     /// how long background processes keep the output open once the command has exited.
     pub timeout_ms: Option<u64>,
 }
@@ -240,7 +240,7 @@ pub enum Condition {
     },
 }
 
-/// Why a request failed, in words; the request itself is known to the host.
+/// Why a request failed. The host knows the request itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     /// What failed, for example `open /etc/x: No such file or directory`.
@@ -272,7 +272,7 @@ pub struct Ready {
     pub uptime_ms: u64,
     /// How `/etc/firn/boot` ended, if the agent is PID 1 and there is one.
     pub boot: Option<Exit>,
-    /// What went wrong while the agent set the guest up as PID 1, a line each. None of it kept it from serving.
+    /// What went wrong while the agent set the guest up as PID 1, a line each. The agent serves all the same.
     pub warnings: Vec<String>,
 }
 
@@ -318,7 +318,7 @@ pub enum ToAgent {
     Symlink {
         /// Where.
         path: BytePath,
-        /// What it shall contain.
+        /// What it points to.
         target: BytePath,
     },
     /// Request: write all dirty data back. Answer: `Done`.
@@ -327,7 +327,7 @@ pub enum ToAgent {
     PowerOff,
     /// Request: reboot the guest cleanly. Answer: `Done`, before it begins.
     Reboot,
-    /// Session: send [`ToHost::Heartbeat`] each so many milliseconds (at least 10), or never (0, as at the start).
+    /// Session: send a [`ToHost::Heartbeat`] every this many milliseconds (at least 10), or none (0, the default).
     Heartbeat {
         /// The interval.
         interval_ms: u32,
@@ -346,7 +346,7 @@ pub enum ToAgent {
     Data(#[serde(with = "serde_bytes")] Vec<u8>),
     /// The end of `Data`.
     Eof,
-    /// For any request: so many more bytes, by [`ToHost::cost`], may be sent.
+    /// For any request: this many more bytes, by [`ToHost::cost`], may be sent.
     Credit(u32),
     /// Request: wait until something holds. Answer: `Done`, when it does.
     Wait(Condition),
@@ -375,7 +375,7 @@ pub enum ToHost {
         #[serde(with = "serde_bytes")]
         bytes: Vec<u8>,
     },
-    /// No process holds this stream any more; nothing more comes of it.
+    /// No process holds this stream open any more; nothing more will come from it.
     Closed(Stream),
     /// The command itself has ended; processes it left behind may still hold its streams.
     Exited(Exit),

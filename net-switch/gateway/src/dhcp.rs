@@ -17,7 +17,7 @@ pub(super) const CLIENT_PORT: u16 = 68;
 /// How long an address may be kept, in seconds: a day.
 const LEASE: u32 = 86_400;
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
-/// Most stations that have an address: from 10.0.2.15 to 10.0.2.254.
+/// How many stations can have an address: from 10.0.2.15 to 10.0.2.254.
 const MAX_CLIENTS: u8 = 240;
 
 // Options of RFC 2132.
@@ -30,12 +30,12 @@ const REQUEST: u8 = 1;
 /// In `flags`: the client cannot take unicast yet.
 const BROADCAST: u16 = 0x8000;
 
-/// Who has which address.
+/// Which station has which address.
 pub(super) struct Server {
     host_name: String,
     /// Has the first address, also while it says nothing.
     card: Mac,
-    /// The others that have an address, and its place behind the first; last who was heard of last.
+    /// The others that have an address, and its place behind the first; the most recently seen one last.
     others: Vec<(Mac, u8)>,
 }
 
@@ -97,8 +97,7 @@ impl Question {
 }
 
 impl Server {
-    /// A server that gives `card` the guest's address. All clients are told that they are called
-    /// `host_name`, if it can be a host name.
+    /// A server that gives `card` the guest's address. All clients get `host_name`, if it is a valid host name.
     pub fn new(card: Mac, host_name: &str) -> Self {
         let fits = (1..=63).contains(&host_name.len());
         let host_name = if fits { host_name.to_owned() } else { String::new() };
@@ -125,7 +124,7 @@ impl Server {
         let given = if refused || inform { Ipv4Addr::UNSPECIFIED } else { address };
         let name = self.host_name.as_bytes();
         let options = [DhcpOption { kind: HOST_NAME, data: name }];
-        let told = !refused;
+        let granted = !refused;
         let reply = DhcpRepr {
             message_type: kind,
             transaction_id: question.transaction,
@@ -134,20 +133,20 @@ impl Server {
             client_ip: question.has,
             your_ip: given,
             server_ip: GATEWAY_V4,
-            router: told.then_some(GATEWAY_V4),
-            subnet_mask: told.then_some(MASK),
+            router: granted.then_some(GATEWAY_V4),
+            subnet_mask: granted.then_some(MASK),
             relay_agent_ip: Ipv4Address::UNSPECIFIED,
             broadcast: question.broadcast,
             requested_ip: None,
             client_identifier: None,
             server_identifier: Some(GATEWAY_V4),
             parameter_request_list: None,
-            dns_servers: told.then(|| [DNS_V4].into_iter().collect()),
+            dns_servers: granted.then(|| [DNS_V4].into_iter().collect()),
             max_size: None,
-            lease_duration: (told && !inform).then_some(LEASE),
+            lease_duration: (granted && !inform).then_some(LEASE),
             renew_duration: None,
             rebind_duration: None,
-            additional_options: if told && !name.is_empty() { &options } else { &[] },
+            additional_options: if granted && !name.is_empty() { &options } else { &[] },
         };
         let mut message = vec![0; reply.buffer_len()];
         reply.emit(&mut DhcpPacket::new_unchecked(&mut message[..])).ok()?;

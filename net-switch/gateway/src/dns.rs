@@ -22,7 +22,7 @@ pub(super) const PORT: u16 = 53;
 
 /// Where the host keeps its resolvers (`man 5 resolv.conf`).
 const RESOLV_CONF: &str = "/etc/resolv.conf";
-/// Most resolvers that are asked, as in the C library (MAXNS).
+/// How many resolvers are asked, as in the C library (MAXNS).
 const MAX_RESOLVERS: usize = 3;
 /// How long a resolver may take before the next one is asked. The C library in the guest asks
 /// again after 5 s.
@@ -54,7 +54,7 @@ fn resolvers(text: &str) -> Vec<SocketAddr> {
 /// The questions that are open.
 pub(super) struct Questions {
     max: usize,
-    /// Who answers them, the oldest first.
+    /// The tasks that answer them, oldest first.
     tasks: Mutex<VecDeque<AbortHandle>>,
     /// One for each socket: a task that was ended takes a moment to close its own.
     sockets: Arc<Semaphore>,
@@ -65,7 +65,7 @@ impl Questions {
         Self { max, tasks: Mutex::default(), sockets: Arc::new(Semaphore::new(max)) }
     }
 
-    /// Adds a question; if there are too many, the oldest is given up. Who has asked it asks again.
+    /// Adds a question; if there are too many, the oldest is dropped; its client will ask again.
     fn add(&self, task: AbortHandle) {
         let mut tasks = lock(&self.tasks);
         tasks.retain(|task| !task.is_finished());

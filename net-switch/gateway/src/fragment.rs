@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::wire::{Envelope, Fragment, Packet};
 
-/// Most packets that wait for their fragments; each has at most 64 KiB.
+/// How many packets may wait for their fragments; each has at most 64 KiB.
 const MAX_PACKETS: usize = 16;
 /// Most fragments of one packet: what fits, when each but the last has 300 bytes or more.
 const MAX_PIECES: usize = 220;

@@ -1,10 +1,9 @@
 //! The user network: a guest's private way to the host and beyond, by ordinary sockets.
 //!
-//! A [`Gateway`] is the other end of one card's cable. The guest finds a network as QEMU's user
-//! network has it: it is 10.0.2.15 (by DHCP) and fd00::/64 (by router advertisement), the gateway
-//! is 10.0.2.2 and fd00::2, names are asked at 10.0.2.3 and fd00::3. What it sends to the gateway's
-//! addresses arrives at the host's loopback, anything else goes where the host's routes lead, but
-//! for what means the host itself, or is on the host's own link.
+//! A [`Gateway`] is the other end of one card's cable. The guest finds a network as QEMU's user network has it: it is
+//! 10.0.2.15 (by DHCP) and fd00::/64 (by router advertisement), the gateway is 10.0.2.2 and fd00::2, DNS is at
+//! 10.0.2.3 and fd00::3. What it sends to the gateway's addresses arrives at the host's loopback, anything else goes
+//! where the host's routes lead, except to addresses of the host itself or of its own link.
 //!
 //! ```text
 //! guest's card -> Gateway::send -> ARP, DHCP, echo: answered at once
@@ -16,8 +15,8 @@
 //! TCP is ended here and begun again: the guest's connection is accepted only once the host's is
 //! made, and either side's end or failure becomes the other's. Frames of 64 KiB go both ways whole.
 //!
-//! Of all that a guest can have many of there is a most (limits). What is new comes in, and what has waited for longest
-//! makes room: so nothing that hangs keeps anything else from working.
+//! Everything that a guest can have many of is limited. At a limit the entry that has waited longest makes room for
+//! the new one, so nothing that hangs blocks anything else.
 
 #![forbid(unsafe_code)]
 
@@ -85,7 +84,7 @@ const PREFIX_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0);
 const GATEWAY_LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
 /// The gateway's hardware address: locally administered, with its IPv4 address in it.
 const GATEWAY_MAC: Mac = [0x52, 0x55, 10, 0, 2, 2];
-/// How often the router tells that it is there (RFC 4861, 6.2.1: MaxRtrAdvInterval, at most this).
+/// How often the router advertises itself (RFC 4861, 6.2.1: MaxRtrAdvInterval, at most this).
 const ADVERTISEMENT_INTERVAL: Duration = Duration::from_secs(1800);
 
 /// What is forwarded.
@@ -106,7 +105,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// Who connects to a forwarded port.
+/// On which side a forwarded port is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
     /// Programs of the host reach the guest.
@@ -118,7 +117,7 @@ pub enum Side {
 /// A port that leads to the other side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
-    /// Who connects.
+    /// The side that connects.
     pub from: Side,
     /// By what.
     pub protocol: Protocol,
@@ -129,22 +128,22 @@ pub struct Forward {
     pub guest: SocketAddr,
 }
 
-/// What a gateway shall be.
+/// What kind of gateway to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GatewaySpec {
     /// The hardware address of the guest's card.
     pub card: [u8; 6],
-    /// The host name that DHCP tells the guest.
+    /// The host name that DHCP gives the guest.
     pub host_name: String,
     /// Let nothing out but to [`Side::Guest`] forwards: no question about a name, either.
     pub restrict: bool,
     /// Let what the guest sends to the gateway's addresses arrive at the host's loopback.
     pub host_loopback: bool,
-    /// Most files that it opens for the guest; with less than 5,248 it may have fewer connections.
+    /// How many files it may open for the guest; with less than 5,248 it may have fewer connections.
     pub descriptors: usize,
     /// Ports to forward from the start.
     pub forwards: Vec<Forward>,
-    /// Who knows names; `None`: the resolvers in the host's `/etc/resolv.conf`, at each question.
+    /// DNS resolvers. `None` means those in the host's `/etc/resolv.conf`, read again for each query.
     pub resolvers: Option<Vec<SocketAddr>>,
 }
 
@@ -197,7 +196,7 @@ pub enum ForwardError {
     },
 }
 
-/// How much goes on in a gateway.
+/// How busy a gateway is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GatewayStats {
     /// TCP connections, also those that are being made.
@@ -276,7 +275,7 @@ impl Gateway {
     /// would do.
     ///
     /// # Errors
-    /// The port is in use, or cannot be had.
+    /// The port is in use or not allowed.
     pub async fn forward(&self, forward: Forward) -> Result<SocketAddr, ForwardError> {
         Inner::forward(&self.inner, forward).await
     }
@@ -291,7 +290,7 @@ impl Gateway {
         }
     }
 
-    /// How much goes on at present.
+    /// How busy it is at present.
     #[must_use]
     pub fn stats(&self) -> GatewayStats {
         let inner = &self.inner;
@@ -335,7 +334,7 @@ impl NetPort for Gateway {
         self.inner.link.attachment.attach(receiver);
     }
 
-    /// Whoever had the card is gone, and with it the guest's ends of all flows: the host's end too.
+    /// The card is gone and with it the guest's ends of all flows, so the host's ends are closed too.
     fn detach(&self) {
         self.inner.link.attachment.detach();
         self.inner.plugged.store(false, Ordering::Relaxed);

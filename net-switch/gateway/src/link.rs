@@ -13,7 +13,7 @@ use crate::lock;
 use firn_net_switch::Attachment;
 use firn_net_switch::{Frame, Header};
 
-/// Most addresses that are remembered: those that DHCP gives, and as many again.
+/// How many addresses are remembered: those that DHCP gives, and as many again.
 const MAX_NEIGHBOURS: usize = 512;
 
 /// The cable to the guest.
@@ -57,7 +57,7 @@ impl Link {
         lock(&self.neighbours).clear();
     }
 
-    /// Who has `address`.
+    /// The station that has `address`.
     pub fn neighbour(&self, address: IpAddr) -> Mac {
         lock(&self.neighbours).get(&address).map_or(self.card, |(mac, _)| *mac)
     }
@@ -67,7 +67,7 @@ impl Link {
         std::mem::take(&mut *lock(&self.scratch))
     }
 
-    /// Keeps such a place for whoever sends next, which saves making it, and clearing it, for each.
+    /// Keeps the buffer for the next frame, which saves allocating and clearing one each time.
     pub fn keep_scratch(&self, scratch: Vec<u8>) {
         *lock(&self.scratch) = scratch;
     }
@@ -78,7 +78,7 @@ impl Link {
         self.attachment.call(|receiver| receiver.receive(&Frame { header, data: &data }));
     }
 
-    /// Gives a frame on which nothing is left to do to the guest's card.
+    /// Delivers a frame that needs no offloads to the guest's card.
     pub fn deliver_finished(&self, mut data: Vec<u8>) {
         self.deliver(Header::default(), &mut data);
     }

@@ -15,10 +15,10 @@ use super::{DNS_V6, GATEWAY_LINK_LOCAL, GATEWAY_MAC, Inner, PREFIX_V6};
 /// All nodes on the link (RFC 4291, 2.7.1).
 pub(super) const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
-/// Hop limit of neighbour discovery: whoever is not on the link cannot have sent it.
+/// Hop limit of neighbour discovery: a packet from outside the link cannot have it.
 const HOP_LIMIT: u8 = 255;
-/// How long the router is one, in seconds: the field's largest value. It is told again when the
-/// guest asks, and long before by [`super::ADVERTISEMENT_INTERVAL`].
+/// How long the router is one, in seconds: the field's largest value. It is renewed when the guest asks, and in any
+/// case every [`super::ADVERTISEMENT_INTERVAL`].
 const ROUTER_LIFETIME: u16 = u16::MAX;
 /// "For ever" as a lifetime, in seconds.
 const FOR_EVER: u32 = u32::MAX;

@@ -1,4 +1,4 @@
-//! Where what the guest sends shall go.
+//! Where the guest's packets go.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -14,11 +14,11 @@ use crate::lock;
 pub(super) enum Target {
     /// To a socket that the host reaches.
     Host(SocketAddr),
-    /// To whoever knows names.
+    /// To a DNS resolver.
     Dns,
-    /// The guest is told that it does not.
+    /// Refused, with an error to the guest.
     Unreachable(Reason),
-    /// Into the void, as on a cable where nobody has the address.
+    /// Dropped, as on a link where no station has the address.
     Nowhere,
 }
 

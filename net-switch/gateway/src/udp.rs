@@ -1,8 +1,7 @@
 //! Datagrams: UDP, and echo requests on the host's echo sockets.
 //!
-//! Each pair of a guest's and a remote address has a connected socket of the host. So errors come
-//! back to who caused them; what a server sends from another port than it was asked at is lost,
-//! as with many routers.
+//! Each pair of a guest's and a remote address has a connected socket of the host. So errors get back to their
+//! sender; a reply from another port than the one asked is lost, as with many routers.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
@@ -31,7 +30,7 @@ const IDLE: Duration = Duration::from_secs(120);
 const IDLE_ECHO: Duration = Duration::from_secs(20);
 /// Longest datagram, in bytes.
 const MAX_DATAGRAM: usize = 65_507;
-/// First port of those that nobody is given by IANA (RFC 6335, 6).
+/// First of the ports that IANA assigns to no one (RFC 6335, 6).
 const FIRST_DYNAMIC_PORT: u16 = 49_152;
 
 /// What a flow's datagrams are.
@@ -108,7 +107,7 @@ impl Datagrams {
         drop(flows);
     }
 
-    /// What the guest is told of a socket's error.
+    /// The ICMP reason for a socket's error.
     pub fn reason(error: &io::Error, otherwise: Reason) -> Reason {
         match error.kind() {
             ErrorKind::ConnectionRefused => Reason::Port,
@@ -302,7 +301,7 @@ impl Peers<'_> {
         Some(key.remote)
     }
 
-    /// A flow that is not there yet, with the peer's own port if it is free.
+    /// The key of a new flow, with the peer's own port if it is free.
     fn free_key(&self, port: u16) -> Option<DatagramKey> {
         let own: IpAddr = match self.guest {
             SocketAddr::V4(_) => GATEWAY_V4.into(),
@@ -319,7 +318,7 @@ impl Peers<'_> {
             .find(|key| !flows.contains_key(key))
     }
 
-    /// Ends flows that nobody has used for a while.
+    /// Ends flows that have been idle for a while.
     fn sweep(&mut self) {
         let now = self.inner.clock();
         let idle = u64::try_from(IDLE.as_millis()).unwrap_or(u64::MAX);
@@ -341,7 +340,7 @@ impl Peers<'_> {
 /// Waits for a datagram.
 ///
 /// # Errors
-/// That of an earlier datagram, of which the host was told since.
+/// An error of an earlier datagram that the host has learned of since.
 pub(super) async fn readable(socket: &UdpSocket) -> io::Result<()> {
     // A refused datagram makes a socket no more readable.
     let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;

@@ -41,7 +41,7 @@ pub(super) enum Content<'a> {
     Ip,
 }
 
-/// Addresses and content of a frame; `None` for what nobody here speaks.
+/// Addresses and content of a frame; `None` for protocols that are not supported.
 pub(super) fn ethernet(frame: &[u8]) -> Option<(Mac, Mac, Content<'_>)> {
     let (head, rest) = frame.split_first_chunk::<ETHERNET>()?;
     let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5, t0, t1] = *head;
@@ -198,8 +198,8 @@ pub(super) fn pseudo_sum(source: IpAddr, destination: IpAddr, protocol: u8, leng
     address(source) + address(destination) + u64::from(protocol) + length as u64
 }
 
-/// The pseudo-header's sum as it stands in the field of a checksum that is left to the receiver
-/// (virtio 1.2, 5.1.6.2).
+/// The pseudo-header's sum, as the checksum field holds it when the checksum is left to the receiver (virtio 1.2,
+/// 5.1.6.2).
 pub(super) fn partial_checksum(
     source: IpAddr,
     destination: IpAddr,
@@ -209,7 +209,7 @@ pub(super) fn partial_checksum(
     !checksum(pseudo_sum(source, destination, protocol, length), &[])
 }
 
-/// From whom to whom a frame goes on the link.
+/// Sender and receiver of a frame on the link.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hop {
     pub source: Mac,
@@ -232,7 +232,7 @@ impl Hop {
     }
 }
 
-/// What stands in an IP header beside the length.
+/// The fields of an IP header other than the length.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Envelope {
     pub source: IpAddr,

@@ -1,20 +1,14 @@
 //! Kernels, processors and memory.
 
-use firn::Driver;
-use firn_tests::{micro, with_machines};
+use firn_tests::{micro, only, output, with_machines};
 use firn_vmm::device::boot_timer::stage::{INIT, KERNEL, READY, RUN};
-
-async fn output(driver: &Driver, command: &str) -> String {
-    let machine = &driver.machines()[0];
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
 
 #[test]
 fn a_bzimage_and_its_elf_payload_boot_alike() {
     for kernel in [micro().kernel(), micro().vmlinux()] {
         let nodes = format!("[nodes.m]\nkernel = {:?}", kernel.to_str().unwrap());
         with_machines(&nodes, async |driver| {
-            assert!(output(driver, "uname -r").await.ends_with("-cloud-amd64"));
+            assert!(output(only(driver), "uname -r").await.ends_with("-cloud-amd64"));
         });
     }
 }
@@ -23,8 +17,8 @@ fn a_bzimage_and_its_elf_payload_boot_alike() {
 fn one_and_four_cores() {
     for cores in [1, 4] {
         with_machines(&format!("[nodes.m]\ncores = {cores}"), async |driver| {
-            assert_eq!(output(driver, "nproc").await, cores.to_string());
-            let online = output(driver, "cat /sys/devices/system/cpu/online").await;
+            assert_eq!(output(only(driver), "nproc").await, cores.to_string());
+            let online = output(only(driver), "cat /sys/devices/system/cpu/online").await;
             assert_eq!(online, if cores == 1 { "0" } else { "0-3" });
         });
     }
@@ -34,7 +28,7 @@ fn one_and_four_cores() {
 fn memory_below_and_above_the_hole() {
     for (mib, least, most) in [(256, 180, 256), (6144, 5800, 6144)] {
         with_machines(&format!("[nodes.m]\nmemory = {mib}"), async |driver| {
-            let kib = output(driver, "awk '/^MemTotal/ { print $2 }' /proc/meminfo").await;
+            let kib = output(only(driver), "awk '/^MemTotal/ { print $2 }' /proc/meminfo").await;
             let total = kib.parse::<u64>().unwrap() / 1024;
             assert!((least..=most).contains(&total), "{total} of {mib} MiB");
         });
@@ -49,7 +43,7 @@ fn memory_above_the_hole_keeps_what_is_written_there() {
             dd if=/dev/zero bs=1M count=3500 of=/tmp/fill 2>/dev/null; \
             head -c 20000000 /dev/urandom > /tmp/a; cp /tmp/a /tmp/b; rm /tmp/fill; \
             cmp /tmp/a /tmp/b && echo same";
-        assert_eq!(output(driver, command).await, "same");
+        assert_eq!(output(only(driver), command).await, "same");
     });
 }
 

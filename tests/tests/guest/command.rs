@@ -9,13 +9,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
 
-use firn_tests::firn;
+use firn_tests::{PATIENCE, firn};
 use tempfile::TempDir;
 
 /// How long an ended firn may leave anything behind.
 const GRACE: Duration = Duration::from_secs(2);
-/// No guest here takes as long to come up, even on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A `firn test` that runs, in a process group and a `TMPDIR` of its own.
 struct Run {

@@ -5,18 +5,10 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
 
 use firn::ssh::{self, SshError};
 use firn::{ExecOptions, Machine};
-use firn_tests::{firn, noise, with_machines};
-
-/// Nothing that is waited for here takes as long.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
+use firn_tests::{PATIENCE, firn, noise, output, with_machines};
 
 /// The machine's disks, by the letters of their names.
 const DISKS: &str = "a b c d e f g h i j k l m n o p";

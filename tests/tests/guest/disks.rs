@@ -4,18 +4,9 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use firn::{Driver, Machine};
-use firn_tests::{SmallFileSystem, noise, with_machines};
+use firn_tests::{SmallFileSystem, noise, only, output, with_machines};
 
 const MIB: u64 = 1 << 20;
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
-
-fn only(driver: &Driver) -> &Machine {
-    &driver.machines()[0]
-}
 
 /// What the host's file has at `offset`.
 fn host_bytes(path: &Path, offset: u64, len: usize) -> Vec<u8> {

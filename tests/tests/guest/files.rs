@@ -5,16 +5,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use firn::error::{MachineError, chain};
-use firn::{Driver, Error, Machine};
-use firn_tests::{SmallFileSystem, noise, systemd, with_machines};
-
-fn only(driver: &Driver) -> &Machine {
-    &driver.machines()[0]
-}
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
+use firn::{Error, Machine};
+use firn_tests::{SmallFileSystem, noise, only, output, systemd, with_machines};
 
 async fn send(machine: &Machine, source: &Path, target: &str) {
     machine.copy_from_host(source, Path::new(target)).await.unwrap();

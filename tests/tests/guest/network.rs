@@ -1,19 +1,10 @@
 //! Cards, addresses and vlans.
 
-use std::time::Duration;
-
 use firn::{Driver, Machine};
-use firn_tests::{noise, with_machines};
-
-/// Nothing that is waited for here takes as long.
-const PATIENCE: Duration = Duration::from_secs(30);
+use firn_tests::{PATIENCE, noise, output, with_machines};
 
 fn machine<'a>(driver: &'a Driver, name: &str) -> &'a Machine {
     driver.machine(name).unwrap()
-}
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
 }
 
 /// Pings each target: an address or name, and options before it.

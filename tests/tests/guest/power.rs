@@ -3,11 +3,7 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use firn::{End, Error, ExecOptions, Machine, MachineError, Status};
-use firn_tests::with_machines;
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
+use firn_tests::{output, with_machines};
 
 #[test]
 fn the_power_button_reaches_the_guest() {

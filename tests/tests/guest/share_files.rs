@@ -5,13 +5,8 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use firn::Machine;
-use firn_tests::with_machines;
+use firn_tests::{output, with_machines};
 use tempfile::TempDir;
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
 
 /// A directory that all users may write to.
 fn open_directory() -> TempDir {

@@ -8,12 +8,8 @@ use std::process::Command;
 
 use firn::{Driver, Machine};
 use firn_tests::skip::skipped;
-use firn_tests::{micro, with_machines};
+use firn_tests::{micro, output, with_machines};
 use tempfile::TempDir;
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
 
 /// Two guests with the share `exchange` in `/mnt`.
 fn two_guests(exchange: &Path) -> String {

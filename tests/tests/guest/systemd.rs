@@ -2,28 +2,15 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
 
 use firn::error::MachineError;
-use firn::{Driver, Error, Machine};
-use firn_tests::{systemd, with_machines};
-
-/// Nothing that is waited for here takes as long.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
+use firn::{Error, Machine};
+use firn_tests::{PATIENCE, only, output, systemd, with_machines};
 
 /// Waits until `text` is on the console, behind what was waited for before.
 async fn console_shows(machine: &Machine, text: &str) {
     let find = |console: &str| Ok(console.find(text).map(|at| at + text.len()));
     machine.wait_for_console(text, find, Some(PATIENCE)).await.unwrap();
-}
-
-fn only(driver: &Driver) -> &Machine {
-    let [machine] = driver.machines() else { panic!("one machine") };
-    machine
 }
 
 #[test]

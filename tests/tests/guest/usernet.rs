@@ -8,23 +8,17 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use firn::Machine;
-use firn_tests::{noise, with_machines};
+use firn_tests::{PATIENCE, noise, output, with_machines};
 use nix::sys::socket::Backlog;
 use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
-/// Longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(120);
 /// The size of what is transferred: odd, so that nothing comes out even.
 const TRANSFER: usize = 100 << 20 | 1;
 /// Connections at once.
 const MANY: usize = 1000;
 /// What they may leave in this process, in KiB: small pieces that the allocator keeps for the next ones.
 const KEPT: u64 = 8 << 10;
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
 
 /// A port of the host's loopback.
 fn listener() -> (TcpListener, u16) {

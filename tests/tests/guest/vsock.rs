@@ -6,13 +6,9 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use firn::{Driver, Machine};
-use firn_tests::with_machines;
-
-/// A program with a socket that answers no more fails its test.
-const PATIENCE: Duration = Duration::from_secs(60);
+use firn_tests::{PATIENCE, with_machines};
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| (n.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect()

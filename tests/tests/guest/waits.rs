@@ -3,9 +3,8 @@
 use std::time::{Duration, Instant};
 
 use firn::Error;
-use firn_tests::with_machines;
+use firn_tests::{PATIENCE, with_machines};
 
-const PATIENCE: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(300);
 
 #[test]

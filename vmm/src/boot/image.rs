@@ -24,7 +24,7 @@ static ZEROS: [u8; PAGE] = [0; PAGE];
 
 /// A kernel or initrd cannot be used.
 #[derive(Debug, Error)]
-pub enum ImageError {
+pub enum LoadError {
     /// It cannot be read.
     #[error("cannot read {what} {}", path.display())]
     Read {
@@ -57,13 +57,12 @@ pub enum ImageError {
         expected: u64,
     },
     /// The loader could not place it.
-    #[error("cannot load kernel {}", path.display())]
+    #[error("cannot load kernel {}: {problem}", path.display())]
     Load {
         /// The file.
         path: PathBuf,
         /// Why.
-        #[source]
-        source: loader::Error,
+        problem: loader::Error,
     },
     /// It is empty.
     #[error("initrd {} is empty", .0.display())]
@@ -82,7 +81,7 @@ pub enum ImageError {
     },
 }
 
-impl ImageError {
+impl LoadError {
     /// For `needed` bytes where there are `available`.
     pub(crate) fn too_large(what: &'static str, needed: u64, available: u64) -> Self {
         Self::TooLarge { what, needed: needed.div_ceil(1 << 20), available: available >> 20 }
@@ -117,7 +116,7 @@ impl ImageFile {
         self.metadata.len()
     }
 
-    /// What is left from the current position on, as a slice of the mapping.
+    /// The mapping from the current position to the end.
     fn mapped_rest(&self) -> Option<VolatileSlice<'_>> {
         let position = usize::try_from(self.position).ok()?;
         let mapping = self.mapping.as_ref()?;
@@ -125,8 +124,8 @@ impl ImageFile {
     }
 }
 
-/// Maps a file that stays as it is: one that shrinks under a mapping would end this process by
-/// SIGBUS, so only files that nobody may write, as in the Nix store and in kits, are mapped.
+/// Maps a file that cannot change: one that shrinks under a mapping would end this process by SIGBUS, so only files
+/// that nobody may write, as in the Nix store and in kits, are mapped.
 fn map(file: &File, metadata: &Metadata) -> Option<MmapRegion> {
     let size = usize::try_from(metadata.len()).ok()?;
     if metadata.mode() & WRITABLE != 0 || size == 0 {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::archive;
-use super::image::{ImageError, ImageFile};
+use super::image::{ImageFile, LoadError};
 use crate::arch::kernel;
 pub use crate::arch::kernel::Kernel;
 use crate::memory::{MemoryMap, low_end};
@@ -20,13 +20,13 @@ const PAGE: u64 = 4096;
 ///
 /// # Errors
 /// The file is missing, no kernel, truncated or too large.
-pub fn load_kernel(memory: &MemoryMap, path: &Path) -> Result<Kernel, ImageError> {
-    let read_error = |source| ImageError::Read { what: "kernel", path: path.to_owned(), source };
+pub fn load_kernel(memory: &MemoryMap, path: &Path) -> Result<Kernel, LoadError> {
+    let read_error = |source| LoadError::Read { what: "kernel", path: path.to_owned(), source };
     let mut file = ImageFile::open(path).map_err(read_error)?;
     kernel::load(memory, path, &mut file)
 }
 
-/// Where an initrd lies in guest memory.
+/// Where an initrd is in guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Initrd {
     /// Its first address.
@@ -44,14 +44,14 @@ pub fn load_initrd(
     memory: &MemoryMap,
     paths: &[PathBuf],
     kernel: &Kernel,
-) -> Result<Initrd, ImageError> {
+) -> Result<Initrd, LoadError> {
     let mut files = Vec::new();
     let mut len = 0_u64;
     for path in paths {
-        let read_error = |source| ImageError::Read { what: "initrd", path: path.clone(), source };
+        let read_error = |source| LoadError::Read { what: "initrd", path: path.clone(), source };
         let file = ImageFile::open(path).map_err(read_error)?;
         if file.size() == 0 {
-            return Err(ImageError::EmptyInitrd(path.clone()));
+            return Err(LoadError::EmptyInitrd(path.clone()));
         }
         len = len.next_multiple_of(INITRD_ALIGN);
         let offset = len;
@@ -64,20 +64,20 @@ pub fn load_initrd(
     let top = low_end(memory).min(kernel.initrd_end());
     let room = top.saturating_sub(kernel.end.next_multiple_of(PAGE));
     if len.next_multiple_of(PAGE) > room {
-        return Err(ImageError::too_large("initrd", len, room));
+        return Err(LoadError::too_large("initrd", len, room));
     }
     let start = top - len.next_multiple_of(PAGE);
     for (path, mut file, offset) in files {
-        let read_error = |source| ImageError::Read { what: "initrd", path: path.clone(), source };
+        let read_error = |source| LoadError::Read { what: "initrd", path: path.clone(), source };
         let size = file.size();
         let count =
-            usize::try_from(size).map_err(|_| ImageError::too_large("initrd", size, room))?;
+            usize::try_from(size).map_err(|_| LoadError::too_large("initrd", size, room))?;
         memory
             .read_exact_volatile_from(GuestAddress(start + offset), &mut file, count)
             .map_err(|error| read_error(io::Error::other(error)))?;
         if let Some(expected) = archive::missing_end(memory, start + offset, size) {
             let (what, path) = ("initrd", path.clone());
-            return Err(ImageError::Truncated { what, path, found: size, expected });
+            return Err(LoadError::Truncated { what, path, found: size, expected });
         }
     }
     Ok(Initrd { start, len })

@@ -1,5 +1,5 @@
-//! What lies in guest memory before its first instruction: kernel and initrd. What the kernel is told beside them is the
-//! processor's.
+//! What is in guest memory before its first instruction: kernel and initrd. What else the kernel needs to know
+//! depends on the processor, see [`crate::arch`].
 
 mod archive;
 pub mod image;

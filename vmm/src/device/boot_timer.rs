@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use crate::bus::BusDevice;
 
-/// Most marks that are kept: a guest could write for ever.
+/// Limit on marks, as a guest could go on writing them.
 const MAX_MARKS: usize = 64;
 
-/// Codes of stages. Those from 16 on are the guest's, to be used as it likes.
+/// Codes of stages. Those from 16 up are the guest's to define.
 pub mod stage {
     /// The first vCPU is about to enter the guest for the first time.
     pub const RUN: u8 = 1;

@@ -69,19 +69,19 @@ pub struct PanicState {
     reported: bool,
 }
 
-/// The pvpanic device, which also hears what the kernel prints.
+/// The pvpanic device, which also follows what the kernel prints.
 pub struct PanicDevice {
     watch: Mutex<Watch>,
     on_panic: Box<dyn Fn(Option<String>) + Send + Sync>,
 }
 
 impl PanicDevice {
-    /// Calls `on_panic` on a vCPU's thread with the reason if that is known. It may follow by another call.
+    /// Calls `on_panic` on a vCPU's thread with the reason if that is known. A later call may add it.
     pub fn new(on_panic: impl Fn(Option<String>) + Send + Sync + 'static) -> Self {
         Self { watch: Mutex::default(), on_panic: Box::new(on_panic) }
     }
 
-    /// Hears the next byte that the kernel prints on the serial console.
+    /// Takes the next byte that the kernel prints on the serial console.
     pub fn printed(&self, byte: u8) {
         let mut watch = self.watch();
         let Some(reason) = watch.scan.next(byte) else { return };

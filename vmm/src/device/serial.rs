@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::panic::PanicDevice;
 use crate::bus::BusDevice;
 
-/// How much input may wait for a guest that does not read.
+/// How many bytes of input are kept for a guest that does not read.
 const MAX_PENDING: usize = 64 << 10;
 
 /// The data register, as long as bit 7 of the line control register leaves it that.
@@ -78,8 +78,8 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// A port that raises `interrupt` and writes what the guest sends to `output`. `panic` hears what the kernel itself
-    /// sends.
+    /// A port that raises `interrupt` and writes what the guest sends to `output`. `panic` gets what the kernel
+    /// itself prints.
     pub fn new(
         interrupt: EventFd,
         output: Box<dyn Write + Send>,
@@ -156,7 +156,7 @@ impl SerialPort {
     /// Types `bytes` into the port.
     ///
     /// # Errors
-    /// The guest has left too much input unread; nothing of `bytes` is taken then.
+    /// The guest has left too much input unread; none of `bytes` is queued then.
     pub fn input(&self, bytes: &[u8]) -> Result<(), InputFull> {
         let mut state = self.state();
         if state.pending.len() + bytes.len() > MAX_PENDING {

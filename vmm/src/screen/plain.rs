@@ -91,7 +91,7 @@ mod tests {
     use crate::spec::{Pixels, ScreenKind};
 
     #[test]
-    fn what_is_drawn_is_seen_and_outlives_nothing_that_it_needs() {
+    fn what_is_drawn_is_seen_until_it_is_cleared() {
         let pixels = |count: u64| Pixels::try_from(count).unwrap();
         let spec = ScreenSpec { kind: ScreenKind::Plain, width: pixels(65), height: pixels(1027) };
         let screen = FrameBuffer::new(&spec).unwrap();

@@ -128,9 +128,9 @@ pub enum ScreenKind {
 
 /// Sockets between host and guest (`man 7 vsock`).
 ///
-/// Who connects to `socket` and sends `CONNECT port\n` is answered `OK port\n` and then talks to
-/// who listens on that port in the guest. Who connects to a port of the host (CID 2) in the guest
-/// talks to who listens on `socket` with `_port` behind it.
+/// A program on the host connects to `socket` and sends `CONNECT port\n`; the answer is `OK port\n`, and what follows
+/// goes to and from the program that listens on that port in the guest. A program in the guest that connects to a
+/// port of the host (CID 2) reaches the program that listens on the host at `socket` with `_port` appended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockSpec {
@@ -194,7 +194,7 @@ pub enum CachePolicy {
     Never,
     /// Trust metadata for a second, data while a file is open.
     Auto,
-    /// Trust everything for ever: for directories that nobody changes, such as the Nix store.
+    /// Trust everything forever: for directories that never change, such as the Nix store.
     Always,
 }
 
@@ -202,11 +202,11 @@ pub enum CachePolicy {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
-    /// The image: a file or a block device. Without one somebody has to choose a place before the machine is made.
+    /// The image: a file or a block device. Without one, the path has to be chosen before the machine is built.
     #[serde(default)]
     pub image: PathBuf,
-    /// How the image is laid out; by default its name says it. It is not guessed from the content: a guest that writes
-    /// to a raw disk could make it look like another format, and name any file of the host in it.
+    /// The image's format; by default it follows from the name. It is not guessed from the content: a guest that
+    /// writes to a raw disk could make it look like another format, and name any file of the host in it.
     #[serde(default)]
     pub format: Option<DiskFormat>,
     /// Refuse every change.
@@ -221,8 +221,8 @@ pub struct DiskSpec {
     /// An image that is made has an ext4 file system with this label; needs `mkfs.ext4`.
     #[serde(default)]
     pub label: Option<Label>,
-    /// The backing files that the image may have below it, at any depth: files, and directories of
-    /// files. Whoever has made the image has chosen their names, so by default there are none.
+    /// The backing files that the image may have below it, at any depth: files, and directories of files. The image
+    /// names them, and may come from anyone, so by default none are allowed.
     #[serde(default)]
     pub backing: Vec<PathBuf>,
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{value} cannot be used; allowed: {allowed}")]
 pub struct ValueError {
-    /// The value, as it is shown to people.
+    /// The value, as shown in messages.
     pub value: String,
     /// What would be right.
     pub allowed: String,
@@ -199,7 +199,7 @@ text! {
     "the name of a file, without `/`"
 }
 text! {
-    /// The name of a credential, as systemd takes it; it ends before the `=` behind it.
+    /// The name of a credential, as systemd accepts it: without the `=` that follows it.
     CredentialName,
     |name| {
         let fits = |c: char| (c == ' ' || c.is_ascii_graphic()) && !matches!(c, ':' | '=');
@@ -258,6 +258,10 @@ mod tests {
         }
         let error = MemoryMib::try_from(1).expect_err("too little").to_string();
         assert_eq!(error, "1 cannot be used; allowed: 64 to 1048576 MiB");
+        for (pixels, fits) in [(63, false), (64, true), (4096, true), (4097, false), (65600, false)]
+        {
+            assert_eq!(Pixels::try_from(pixels).is_ok(), fits, "{pixels}");
+        }
         for (cid, fits) in [(2, false), (3, true), (4_294_967_294, true), (4_294_967_295, false)] {
             assert_eq!(Cid::try_from(cid).is_ok(), fits, "{cid}");
         }

@@ -1,11 +1,10 @@
 //! The memory balloon (virtio 1.2, 5.5): memory that the guest does not use goes back to the host.
 //!
-//! There are two ways. Linux reports pages that have been free for a while by itself (free page
-//! reporting); that needs nobody on the host. And the host can ask for a size of the balloon with
-//! [`BalloonHandle::set_target`]: the guest then allocates so many pages and gives them away, until
-//! it is asked for fewer or is out of memory.
+//! There are two ways. Linux reports pages that have been free for a while by itself (free page reporting); that
+//! needs nothing on the host. And the host can ask for a size of the balloon with [`BalloonHandle::set_target`]: the
+//! guest then allocates that many pages and hands them over, until it is asked for fewer or runs out of memory.
 //!
-//! Pages come back by being touched: they are then zero and the host's again to find.
+//! The guest takes a page back by touching it: the host then provides a zeroed one.
 
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
@@ -40,8 +39,8 @@ const QUEUES: usize = 3;
 const QUEUE_SIZE: u16 = 128;
 /// The balloon counts in pages of 4 KiB, whatever the guest's are (5.5.6).
 pub const PAGE_SIZE: u32 = 4096;
-/// Most page numbers of one chain that are looked at; Linux sends 256 at once
-/// (`VIRTIO_BALLOON_ARRAY_PFNS_MAX`). What is behind them stays where it is.
+/// Limit on the page numbers read from one chain; Linux sends 256 at once (`VIRTIO_BALLOON_ARRAY_PFNS_MAX`). Any
+/// others are ignored.
 const MAX_PAGES: usize = 4096;
 /// Layout of the saved state: [`Sizes`].
 const STATE_VERSION: u16 = 1;
@@ -75,7 +74,7 @@ impl Shared {
     }
 }
 
-/// The host's hand on a balloon.
+/// The host's control over a balloon.
 #[derive(Clone)]
 pub struct BalloonHandle(Arc<Shared>);
 
@@ -115,7 +114,7 @@ pub struct Queues {
     /// Only if the guest reports free pages.
     reporting: Option<VirtQueue>,
     interrupt: Arc<dyn Interrupt>,
-    /// The target that the guest was last told of.
+    /// The target last announced to the guest.
     announced: u32,
 }
 
@@ -143,7 +142,7 @@ impl Balloon {
 }
 
 impl<Q> Balloon<Q> {
-    /// The host's hand on it.
+    /// The host's control over it.
     pub fn handle(&self) -> BalloonHandle {
         BalloonHandle(Arc::clone(&self.shared))
     }

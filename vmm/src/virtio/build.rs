@@ -18,8 +18,8 @@ use crate::Cancel;
 use crate::screen::Screen;
 use crate::spec::{ConsolePortSpec, MachineSpec, NetSpec, ValueError};
 
-/// Connects a machine's devices to what is outside: it is asked for the other end of each as the device is built. What
-/// has not been thought of cannot be connected.
+/// Connects a machine's devices to the outside: it provides the other end of each as the device is built. By default
+/// there is none.
 pub trait Connect: Send {
     /// The other end of a port of the console.
     ///
@@ -43,19 +43,19 @@ impl Connect for () {}
 
 /// What devices are built from, beside their specs.
 pub struct Host<'a> {
-    /// Their other ends.
+    /// Provides their other ends.
     pub connect: &'a mut dyn Connect,
     /// Whether they shall still be built, for whatever takes long.
     pub cancel: &'a Cancel,
     /// The machine's processors.
     pub cores: u8,
-    /// Most descriptors that a share keeps for the guest.
+    /// How many descriptors a share may keep open for the guest.
     pub share_descriptors: u64,
-    /// Most connections of the vsock device.
+    /// How many connections the vsock device may have.
     pub vsock_connections: usize,
 }
 
-/// What the host can do with a device of its own accord.
+/// What the host can do with a running device.
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub enum Handle {
@@ -70,14 +70,14 @@ pub enum Handle {
     Screen(Arc<dyn Screen>),
 }
 
-/// A device and the host's hand on it.
+/// A device and the host's handle on it.
 pub type Built = (Box<dyn VirtioDevice>, Handle);
 
 /// A device could not be built.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BuildError {
-    /// What the spec says cannot be.
+    /// The spec is wrong.
     #[error("`{key}` of a {device}: {problem}")]
     Spec {
         /// The kind of device.
@@ -85,7 +85,6 @@ pub enum BuildError {
         /// The key of its spec.
         key: &'static str,
         /// What is wrong with its value.
-        #[source]
         problem: ValueError,
     },
     /// A console cannot be served.
@@ -100,7 +99,7 @@ pub enum BuildError {
     /// A vsock device cannot be served.
     #[error(transparent)]
     Vsock(#[from] vsock::VsockError),
-    /// The host has not what it needs.
+    /// The host lacks something it needs.
     #[error("{device}")]
     Host {
         /// The kind of device.
@@ -124,15 +123,15 @@ pub trait DeviceSpec {
     /// is built.
     ///
     /// # Errors
-    /// It cannot be built as it is.
+    /// It cannot be built as specified.
     fn check(&self) -> Result<(), BuildError> {
         Ok(())
     }
 
-    /// Makes the device, and everything on the host that it rests on.
+    /// Creates the device and everything on the host that it needs.
     ///
     /// # Errors
-    /// What it cannot be without is not to be had.
+    /// Something it needs is not available.
     fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError>;
 }
 

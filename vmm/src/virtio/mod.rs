@@ -163,8 +163,8 @@ pub trait DeviceConfig: Send {
     fn device_type(&self) -> u32;
     /// For log lines and errors: `net`, `fs nix-store`.
     fn name(&self) -> String;
-    /// What tells it from the machine's other devices of its type, by what the guest sees of it: two devices of the
-    /// same type and identity can have each other's state.
+    /// What distinguishes it from the machine's other devices of its type, as the guest sees it: saved state fits any
+    /// device of the same type and identity.
     fn identity(&self) -> String {
         String::new()
     }

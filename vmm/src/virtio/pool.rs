@@ -1,10 +1,9 @@
-//! The threads that do the requests of a device whose work blocks.
+//! Threads for devices whose requests block.
 //!
-//! The ringing thread only takes chains off the queues and wakes a worker for each; a worker that
-//! has finished one looks for the next itself, so a burst costs few wake-ups. What takes long
-//! blocks a worker, not a vCPU. A device may have its quick requests served by the ringing thread
-//! ([`Server::is_quick`]). Workers are started when there is nobody to take a chain: a device that
-//! is not used has none.
+//! The ringing thread only takes chains off the queues and wakes a worker for each; a worker that has finished one
+//! looks for the next itself, so a burst costs few wake-ups. What takes long blocks a worker, not a vCPU. A device
+//! may have its quick requests served by the ringing thread ([`Server::is_quick`]). A worker is started when no idle
+//! one can take a chain, so an unused device has none.
 
 use std::collections::VecDeque;
 use std::io;
@@ -162,7 +161,7 @@ struct Job {
 
 struct State {
     queues: Vec<Option<VirtQueue>>,
-    /// The queue to look at first, so that none waits for ever.
+    /// The queue to check first, so that none starves.
     next_queue: usize,
     /// Taken off the queues, not yet with a worker.
     backlog: VecDeque<Job>,
@@ -197,8 +196,8 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Takes the queues; they are looked at from the first [`Pool::run`] on. The workers get the
-    /// device's `name`; failures ring `alarm`, upon which [`Pool::run`] is to be called.
+    /// Takes the queues; they are served from the first [`Pool::run`] on. The workers get the device's `name`; a
+    /// failure signals `alarm`, after which [`Pool::run`] must be called.
     pub(super) fn new(
         name: String,
         server: Box<dyn Server>,

@@ -36,7 +36,7 @@ pub enum QueueError {
     #[error("the available ring is inconsistent")]
     BadAvailable,
     /// A ring or buffer could not be accessed.
-    #[error("ring access")]
+    #[error("cannot access the rings")]
     Access(#[source] virtio_queue::Error),
 }
 
@@ -56,14 +56,14 @@ impl QueueError {
 /// How far a queue has come; with the transport's registers this is all its state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
-    /// The next entry of the available ring to look at.
+    /// The next entry of the available ring to read.
     pub next_avail: u16,
     /// The next entry of the used ring to fill.
     pub next_used: u16,
 }
 
-/// Most descriptors of a chain that are looked at. A driver may use no more than the queue has
-/// places (virtio 1.2, 2.7.5.3.1), and no queue of ours has more.
+/// Limit on the descriptors read of a chain. A driver may use no more than the queue has places (virtio 1.2,
+/// 2.7.5.3.1), and no queue of ours has more.
 const MAX_DESCRIPTORS: usize = 1024;
 
 /// The device-readable buffers of a chain; they come first (virtio 1.2, 2.7.4.2). A buffer outside
@@ -95,7 +95,7 @@ fn slice(descriptor: Descriptor, memory: &MemoryMap) -> Result<GuestSlice<'_>, Q
 
 /// What became of a chain that was handed out by [`VirtQueue::serve`].
 pub enum Served {
-    /// Finished; so many bytes were written into it.
+    /// Finished, with this many bytes written into it.
     Done(u32),
     /// The device keeps it and calls [`VirtQueue::complete`] later.
     Deferred,
@@ -133,7 +133,7 @@ impl VirtQueue {
         Ok(VirtQueue { index, queue, memory, interrupt, unannounced: 0 })
     }
 
-    /// The guest memory that the queue's chains lie in.
+    /// The guest memory that holds the queue's chains.
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
@@ -201,8 +201,7 @@ impl VirtQueue {
         self.queue.go_to_previous_position();
     }
 
-    /// Gives a chain back with `written` bytes in it. The guest is told by the next
-    /// [`VirtQueue::signal`].
+    /// Gives a chain back with `written` bytes in it. The next [`VirtQueue::signal`] notifies the guest.
     ///
     /// # Errors
     /// The rings are broken.
@@ -211,8 +210,8 @@ impl VirtQueue {
         Ok(self.queue.add_used::<MemoryMap>(&self.memory, head, written)?)
     }
 
-    /// Gives chains back, each with the bytes written into it, of which the guest must find all or
-    /// none: one that looks between two would lose what is spread over them (virtio 1.2, 5.1.6.4).
+    /// Gives chains back, each with the bytes written into it, of which the guest must see all or none: a driver that
+    /// reads the ring in between would lose what is spread over them (virtio 1.2, 5.1.6.4).
     ///
     /// # Errors
     /// The rings are broken.

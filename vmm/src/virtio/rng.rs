@@ -14,8 +14,8 @@ use crate::memory::MemoryMap;
 /// Its one queue (5.4.2).
 const REQUESTS: usize = 0;
 const QUEUE_SIZE: u16 = 64;
-/// Most bytes that one chain is given. Linux asks for 64 (`drivers/char/hw_random/virtio-rng.c`);
-/// who asks for more than this gets less, which the specification allows.
+/// Limit on the bytes that one chain gets. Linux asks for 64 (`drivers/char/hw_random/virtio-rng.c`); a longer
+/// request gets less, which the specification allows.
 const MAX_BYTES: usize = 64 << 10;
 /// Layout of the saved state: nothing.
 const STATE_VERSION: u16 = 1;

@@ -25,8 +25,8 @@ use crate::vcpu::{Buses, Group};
 use crate::virtio::build::{Built, Connect, Handle, Host, device_specs};
 use crate::virtio::transport::mmio::MmioTransport;
 
-/// Most virtio devices. KVM takes 1,000 doorbells, of which a device has at most seven; nobody is
-/// known to want more than half as many.
+/// Most virtio devices. KVM takes 1,000 doorbells, of which a device has at most seven; no known test needs half as
+/// many.
 const MAX_DEVICES: usize = 128;
 
 /// Loads kernel, initrd and boot parameters into fresh memory; the kernel's entry point.
@@ -121,7 +121,7 @@ pub(super) fn attach_board(
     Ok(())
 }
 
-/// The virtio devices in the order in which the guest finds them, each with the host's hand on it.
+/// The virtio devices in the order in which the guest finds them, each with the host's handle on it.
 pub(super) fn build_devices(
     spec: &MachineSpec,
     connect: &mut dyn Connect,

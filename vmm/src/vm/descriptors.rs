@@ -1,4 +1,4 @@
-//! What of a machine may have how many files open.
+//! How many files each part of a machine may have open.
 
 use crate::spec::MachineSpec;
 use crate::virtio::vsock;
@@ -9,14 +9,14 @@ const BASE: u64 = 32;
 const VCPU: u64 = 2;
 /// What a device has at most: an event for each queue, its interrupt, its own file or socket.
 const DEVICE: u64 = 16;
-/// What the threads that serve a share open for a moment.
+/// What the threads of a share open temporarily.
 const SHARE: u64 = 32;
 /// What a disk has below it, for the longest chain of backing files.
 const BACKING: u64 = 48;
-/// The vsock device may have this part of what is the guest's.
+/// The vsock device may use one in this many of the guest's descriptors.
 const VSOCK: u64 = 8;
 
-/// How many the guest may make the devices keep.
+/// How many descriptors the guest can make devices keep open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Parts {
     /// Each share.
@@ -25,7 +25,7 @@ pub(super) struct Parts {
     pub(super) vsock: usize,
 }
 
-/// What a machine has of what takes descriptors.
+/// The parts of a machine that take descriptors.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counts {
     cores: u64,
@@ -50,14 +50,14 @@ impl Counts {
         }
     }
 
-    /// What it cannot be without.
+    /// What it needs for itself.
     fn own(self) -> u64 {
         let devices = DEVICE * (self.shares + self.devices);
         BASE + VCPU * self.cores + devices + SHARE * self.shares + BACKING * self.backing
     }
 
-    /// Divides what a machine may have open in all: what it needs itself, and the rest among what the guest can have
-    /// more and more of.
+    /// Divides what a machine may have open in all: what it needs itself, and the rest among the devices that open
+    /// more at the guest's request.
     pub(super) fn divide(self, descriptors: u64) -> Parts {
         let rest = descriptors.saturating_sub(self.own());
         let vsock = if self.vsock { rest / VSOCK } else { 0 };

@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use crate::Cancel;
 use crate::arch::{ArchError, board, entry, firmware, params, vcpu};
-use crate::boot::image::ImageError;
+use crate::boot::image::LoadError;
 use crate::bus::Overlap;
 use crate::device::boot_timer::{BootTimer, Mark};
 use crate::device::panic::PanicDevice;
@@ -29,7 +29,7 @@ use crate::memory::{self, Memory};
 use crate::screen::Screen;
 use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
-use crate::vcpu::{Buses, DeadWatch, Ending, Group, Vcpu};
+use crate::vcpu::{Buses, Ending, Group, HaltWatch, Vcpu};
 use crate::virtio::RestoreError;
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::build::{BuildError, Connect, Handle};
@@ -58,10 +58,10 @@ pub enum Event {
     VcpuDied {
         /// Which.
         vcpu: u8,
-        /// Why, as a sentence for people.
+        /// Why, for a message.
         reason: String,
     },
-    /// A device has been taken from the guest because of what the guest did to it.
+    /// A device stopped working because its driver in the guest broke the rules.
     DeviceFailed {
         /// The device's name.
         device: String,
@@ -72,16 +72,16 @@ pub enum Event {
 
 /// The host's ends of what a machine is connected to.
 pub struct HostSide {
-    /// Hears of everything that happens to the machine, on the machine's threads: it must not
-    /// block, nor call back into the machine.
+    /// Called for every event, on the machine's threads: it must not block or call back into the machine.
     pub events: Box<dyn Fn(Event) + Send + Sync>,
     /// Takes what the guest writes to its serial console, on a vCPU's thread and often byte by
     /// byte: it must not block.
     pub serial: Box<dyn Write + Send>,
-    /// Gives each device that has another end on the host that end; `Box::new(())` where there is none.
+    /// Provides the host's end of each device that has one; `Box::new(())` where there is none.
     pub connect: Box<dyn Connect>,
-    /// Most files that the machine may have open in this process, the guest's on its shares and sockets included: so
-    /// that no guest takes what others, and the process itself, need. What [`Self::connect`] gives is not counted.
+    /// How many files the machine may have open in this process, including those that the guest opens on its shares
+    /// and sockets, so that no guest starves other machines or the process itself. What [`Self::connect`] provides is
+    /// not counted.
     pub descriptors: u64,
     /// Ends [`Vm::new`] before it is done.
     pub cancel: Cancel,
@@ -91,12 +91,12 @@ pub struct HostSide {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum VmError {
-    /// The spec asks for something that cannot be.
+    /// The spec asks for something impossible.
     #[error("machine {machine}: {problem}")]
     Spec {
         /// The machine.
         machine: String,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and what is allowed.
         problem: String,
     },
     /// KVM refused a call.
@@ -113,7 +113,7 @@ pub enum VmError {
     Memory(#[from] memory::MemoryError),
     /// A kernel or initrd cannot be used.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Image(#[from] LoadError),
     /// The boot parameters are wrong.
     #[error(transparent)]
     Params(#[from] params::ParamsError),
@@ -140,7 +140,7 @@ pub enum VmError {
         /// What does not fit.
         problem: String,
     },
-    /// A device does not take back its state.
+    /// A device rejects its saved state.
     #[error("machine {machine}: cannot be restored: {device}")]
     SavedDevice {
         /// The machine.
@@ -151,7 +151,7 @@ pub enum VmError {
         #[source]
         source: RestoreError,
     },
-    /// The host is out of something.
+    /// The host refused something.
     #[error("{operation}")]
     Host {
         /// What was tried.
@@ -196,7 +196,7 @@ pub struct Vm {
     serial: Arc<SerialPort>,
     panic: Arc<PanicDevice>,
     transports: Vec<Arc<MmioTransport>>,
-    /// What the guest is told of.
+    /// What is announced to the guest.
     announced: Vec<firmware::MmioDevice>,
     handles: Vec<Handle>,
     timer: Arc<BootTimer>,
@@ -245,6 +245,8 @@ impl Vm {
         let serial = build::attach_serial(&vm, &mut buses, serial, panic.clone())?;
         let (on_request, marks) = (events.clone(), timer.clone());
         build::attach_board(&mut buses, marks, panic.clone(), group.clone(), on_request)?;
+        // Before the devices: KVM may not have as many, and disks are made for a machine that can be.
+        let vcpus = vcpu::create_vcpus(&kvm_fd, &vm, spec.cores.get())?;
         let devices = build::build_devices(spec, connect.as_mut(), descriptors, &cancel)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
 
@@ -252,12 +254,12 @@ impl Vm {
             .transports
             .iter()
             .map(|transport| Box::new(MmioEvents(transport.clone())) as Subscriber);
-        let look = DeadWatch::new(group.clone()).map_err(host("cannot make a timer"))?;
-        let subscribers = subscribers.chain([Box::new(look) as Subscriber]);
+        let halt_watch = HaltWatch::new(group.clone()).map_err(host("cannot make a timer"))?;
+        let subscribers = subscribers.chain([Box::new(halt_watch) as Subscriber]);
         let event_loop = EventLoop::new(subscribers).map_err(host("cannot watch devices"))?;
         let buses = Arc::new(buses);
-        let vcpus = (0..).zip(vcpu::create_vcpus(&kvm_fd, &vm, spec.cores.get())?);
-        let vcpus = vcpus
+        let vcpus = (0..)
+            .zip(vcpus)
             .map(|(index, fd)| Vcpu::new(fd, index, buses.clone(), group.clone(), timer.clone()))
             .map(Arc::new)
             .collect();
@@ -338,8 +340,7 @@ impl Vm {
         })
     }
 
-    /// Stops all vCPUs and devices; what is in flight is finished first. Nothing if it is not
-    /// running.
+    /// Stops all vCPUs and devices; requests in flight are finished first. Does nothing if it is not running.
     pub fn pause(&mut self) {
         if self.phase != Phase::Running {
             return;
@@ -354,7 +355,7 @@ impl Vm {
         self.phase = Phase::Paused;
     }
 
-    /// Goes on after [`Vm::pause`]. The guest's clock has not stood still.
+    /// Goes on after [`Vm::pause`]. The guest's clock has kept running.
     pub fn resume(&mut self) {
         if self.phase != Phase::Paused {
             return;
@@ -420,8 +421,8 @@ impl Vm {
         }
     }
 
-    /// Ends the machine as if its power went: on return none of its threads runs and its devices
-    /// have let go of everything outside. Nothing if it has ended.
+    /// Ends the machine as if its power failed. On return none of its threads runs and its devices have released
+    /// everything outside. Does nothing if it has ended.
     pub fn stop(&mut self) {
         self.end_vcpus();
         self.event_thread = None;
@@ -432,7 +433,7 @@ impl Vm {
         self.phase = Phase::Stopped;
     }
 
-    /// The host's hand on the balloon, if the spec has one.
+    /// The host's control over the balloon, if the spec has one.
     pub fn balloon(&self) -> Option<&BalloonHandle> {
         self.handles.iter().find_map(|handle| match handle {
             Handle::Balloon(balloon) => Some(balloon),

@@ -1,4 +1,4 @@
-//! What a machine is at one moment, to go on from there in another process.
+//! Saved machines, which can go on in another process.
 
 use std::fs::File;
 use std::sync::MutexGuard;
@@ -18,7 +18,7 @@ use crate::virtio::transport::mmio::MmioState;
 /// Layout version of [`VmState`].
 const VERSION: u16 = 3;
 
-/// Everything but memory that a machine is made of when it is paused: plain data, for serde.
+/// A paused machine without its memory, as plain data for serde.
 #[derive(Serialize, Deserialize)]
 pub struct VmState {
     version: u16,
@@ -34,15 +34,16 @@ pub struct VmState {
 }
 
 impl Vm {
-    /// The state of a paused machine. Its memory, with the pixels of a plain screen, is written to `memory`, an empty file, in which
-    /// pages that hold nothing become holes. The machine can go on, or be dropped; disks belong to
-    /// the state as they are then.
+    /// The state of a paused machine. Its memory, with the pixels of a plain screen, is written to `memory`, an empty
+    /// file, in which pages that hold nothing become holes. The machine can go on or be dropped; its disks, as they
+    /// are now, are part of the state.
     ///
     /// # Errors
     /// It is not paused, the file cannot be written, or KVM refuses.
     pub fn save(&self, memory: &File) -> Result<VmState, VmError> {
         if self.phase != Phase::Paused {
-            return Err(self.misfit("only a paused machine can be saved"));
+            let problem = "only a paused machine can be saved".to_owned();
+            return Err(VmError::Spec { machine: self.spec.name.clone(), problem });
         }
         let processors = ProcessorState::save(&self.kvm, &self.vm, &self.vcpu_fds());
         let state = VmState {
@@ -59,8 +60,8 @@ impl Vm {
         Ok(state)
     }
 
-    /// Builds the machine of `spec` and puts it where [`Vm::save`] found it; [`Vm::start`] lets it
-    /// go on. Its clocks are as if it had run meanwhile.
+    /// Builds the machine of `spec` in the saved state; [`Vm::start`] lets it go on. Its clocks are as if it had run
+    /// meanwhile.
     ///
     /// # Errors
     /// As for [`Vm::new`]; a state or memory that belongs to another machine or is damaged.
@@ -82,7 +83,7 @@ impl Vm {
 
     fn apply(&self, state: &VmState) -> Result<(), VmError> {
         if state.version != VERSION {
-            return Err(self.misfit(&format!(
+            return Err(self.not_restorable(&format!(
                 "its state has version {}, this firn reads version {VERSION}",
                 state.version
             )));
@@ -90,10 +91,10 @@ impl Vm {
         if state.processors.vcpus() != self.vcpus.len()
             || state.transports.len() != self.transports.len()
         {
-            return Err(self.misfit("its state has other vCPUs or devices than its spec"));
+            return Err(self.not_restorable("its state has other vCPUs or devices than its spec"));
         }
         if state.screen.as_ref() != self.spec.plain_screen() {
-            return Err(self.misfit("its state has another screen than its spec"));
+            return Err(self.not_restorable("its state has another screen than its spec"));
         }
         let passed = now().saturating_sub(state.saved_at);
         // Before the devices: they may raise interrupts.
@@ -119,12 +120,12 @@ impl Vm {
         power_on(&self.kvm, &self.vm, &self.vcpu_fds()).map_err(VmError::State)
     }
 
-    /// KVM's hands on all vCPUs, none of which may run.
+    /// The KVM file descriptors of all vCPUs, none of which may run.
     fn vcpu_fds(&self) -> Vec<MutexGuard<'_, VcpuFd>> {
         self.vcpus.iter().map(|vcpu| vcpu.fd()).collect()
     }
 
-    fn misfit(&self, problem: &str) -> VmError {
+    fn not_restorable(&self, problem: &str) -> VmError {
         VmError::Saved { machine: self.spec.name.clone(), problem: problem.to_owned() }
     }
 }

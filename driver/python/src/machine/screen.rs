@@ -122,6 +122,6 @@ pub(crate) fn read_picture(py: Python<'_>, path: PathBuf, variants: bool) -> PyR
         if !variants {
             return Ok(vec![reader.text(&picture).await.map_err(failed)?]);
         }
-        Ok(reader.texts(Arc::new(picture)).await.map_err(failed)?)
+        reader.texts(Arc::new(picture)).await.map_err(failed)
     })
 }

@@ -11,6 +11,7 @@ use firn_net_switch::NetPort;
 use firn_vmm::Cancel;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
+use firn_vmm::socket::Listener;
 use firn_vmm::spec::{ConsolePortSpec, Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::balloon::BalloonHandle;
 use firn_vmm::virtio::build::Connect;
@@ -18,13 +19,15 @@ use firn_vmm::virtio::input::InputHandle;
 use firn_vmm::vm::{self, HostSide, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
+use tokio::task::{AbortHandle, spawn_blocking};
 
 use super::{Backend, Event, Parts, Started};
 use crate::config::PortForward;
-use crate::error::{End, MachineError, Result};
+use crate::error::{End, MachineError, Result, chain};
 use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
+use crate::machine::rfb::{self, Display};
+use crate::viewers;
 
 /// Most events of a machine, beside those that begin and end a boot, that are passed on.
 const MAX_EVENTS: u32 = 1000;
@@ -48,6 +51,8 @@ pub(super) struct Firn {
 /// A virtual machine between its start and its end.
 struct Running {
     vm: Vm,
+    /// Serves viewers of its screen.
+    viewers: Option<AbortHandle>,
     paused: bool,
     /// Its memory in bytes.
     memory: u64,
@@ -108,8 +113,28 @@ impl Firn {
             cancel: lock(&self.cancel).clone(),
         };
         let vm = blocking(move || start_vm(&spec, host)).await;
-        *lock(&self.running) = Some(vm.map_err(|e| self.start_error(e))?);
+        let mut running = vm.map_err(|e| self.start_error(e))?;
+        running.viewers = self.open_to_viewers(&running.vm, dirs);
+        *lock(&self.running) = Some(running);
         Ok(Started { events, shell, agent: Some(agent) })
+    }
+
+    /// Lets viewers see the screen, if there is one. Nothing that a test does depends on it.
+    fn open_to_viewers(&self, vm: &Vm, dirs: &Dirs) -> Option<AbortHandle> {
+        let display = Display {
+            name: self.name(),
+            screen: vm.screen()?,
+            keyboard: vm.keyboard(),
+            tablet: vm.tablet(),
+        };
+        match Listener::bind(&dirs.state.join(viewers::SOCKET)) {
+            Ok(listener) => Some(tokio::spawn(rfb::serve(listener, display)).abort_handle()),
+            Err(error) => {
+                let error = chain(&error);
+                self.parts.log.warning(format_args!("no viewer can see its screen: {error}"));
+                None
+            }
+        }
     }
 
     /// Makes the user network, if the machine has one and it is not there.
@@ -202,6 +227,9 @@ impl Backend for Firn {
             let running = Arc::clone(&self.running);
             let marks = blocking(move || {
                 let mut running = lock(&running).take()?;
+                if let Some(viewers) = &running.viewers {
+                    viewers.abort();
+                }
                 running.vm.stop();
                 Some(running.vm.boot_marks())
             });
@@ -320,7 +348,7 @@ impl Connect for Ends {
 fn start_vm(spec: &MachineSpec, host: HostSide) -> Result<Running, VmError> {
     let mut vm = Vm::new(spec, host)?;
     vm.start()?;
-    Ok(Running { vm, paused: false, memory: spec.memory.get() << 20 })
+    Ok(Running { vm, viewers: None, paused: false, memory: spec.memory.get() << 20 })
 }
 
 /// Passes the monitor's events on, as far as they matter.

@@ -35,7 +35,7 @@ const REBOOT: u64 = 5;
 /// Bytes read from the port, or from a command's pipe, at a time.
 const BUFFER: usize = 64 * 1024;
 
-/// While so many bytes wait to be sent, no more requests are read.
+/// With this many bytes waiting to be sent, no more requests are read.
 const CONGESTED: usize = 1024 * 1024;
 
 /// How long the answer to a power request may take to be sent before the system goes down anyway.
@@ -46,9 +46,9 @@ const FAREWELL: Duration = Duration::from_millis(500);
 pub enum Outcome {
     /// The socket was closed.
     Disconnected,
-    /// The system shall power off.
+    /// Power the system off.
     PowerOff,
-    /// The system shall reboot.
+    /// Reboot the system.
     Reboot,
 }
 
@@ -83,7 +83,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that serves so; with `setup` it is process 1.
+    /// An agent with these options; with `setup` it is process 1.
     pub fn new(options: Options, setup: Option<Setup>) -> Result<Self, Failure> {
         let Options { place, console, early } = options;
         let init = setup.is_some();

@@ -299,7 +299,7 @@ impl Command {
         outbox.push(self.id, ToHost::Exited(exit));
     }
 
-    /// Whether nothing more can come of it.
+    /// Whether it will send nothing more.
     pub fn finished(&self) -> bool {
         self.exit.is_some() && self.outputs.is_empty()
     }

@@ -1,4 +1,4 @@
-//! Errors in words, for the host and the console.
+//! Error messages for the host and the console.
 
 use std::io;
 

@@ -19,7 +19,7 @@ use crate::failure::{Context, failure};
 /// Modules to load, one a line and in order: the path of an uncompressed `.ko`, then its parameters.
 const MODULES: &str = "/etc/firn/modules";
 
-/// Run before the host is told that the agent is ready.
+/// Runs before the agent reports that it is ready.
 pub const BOOT_SCRIPT: &str = "/etc/firn/boot";
 
 /// The device number of `/dev/null`: major 1, minor 3.
@@ -55,8 +55,8 @@ fn mounts() -> [Mount; 7] {
     ]
 }
 
-/// Mounts what is missing, makes standard descriptors, loads the modules. Nothing that fails here ends the agent:
-/// the host learns of it, and can look around.
+/// Mounts what is missing, makes standard descriptors, loads the modules. A failure here does not end the agent: the
+/// host gets a warning, and can investigate.
 pub fn set_up() -> Setup {
     let mut warnings = Vec::new();
     for mount in mounts() {

@@ -2,7 +2,7 @@
 //!
 //! Started as process 1 it is the guest's init as well; otherwise it is a service. One thread waits for everything
 //! with epoll: the port, the commands' pipes, signals and deadlines. It alone starts processes and reaps them, so a
-//! process is always registered before its exit is looked for. Only file requests, which may block, have threads of
+//! process is always registered before its exit is handled. Only file requests, which may block, have threads of
 //! their own.
 #![forbid(unsafe_code)]
 
@@ -37,7 +37,7 @@ use nix::sys::reboot::RebootMode;
 use crate::agent::{Agent, Outcome};
 use crate::port::Place;
 
-/// By this systemd tells an initrd (os-release(5)). What is asked for there has to be done before its system is up.
+/// How systemd recognizes an initrd (os-release(5)). Requests there have to be served before the system is up.
 const INITRD: &str = "/etc/initrd-release";
 
 const USAGE: &str = "\
@@ -49,7 +49,7 @@ usage: firn-agent [--port PATH | --connect SOCKET] [--console PATH] [--early]
   --version         print the version
 As process 1 it sets the system up first: /etc/firn/modules, /etc/firn/boot.";
 
-/// How the agent shall serve.
+/// Options of the agent.
 #[derive(Default)]
 pub struct Options {
     /// The stream to the host.

@@ -7,7 +7,7 @@ use nix::sys::eventfd::EventFd;
 
 use crate::failure::failure;
 
-/// Above so many unsent bytes nobody adds stream or file contents. Two chunks keep the port busy.
+/// Above this many unsent bytes no stream or file contents are added. Two chunks keep the port busy.
 pub const HIGH: usize = 128 * 1024;
 
 /// The frames of a session that the main thread has not yet taken.

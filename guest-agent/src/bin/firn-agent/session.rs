@@ -43,7 +43,7 @@ pub struct Session {
     spawner: Arc<Spawner>,
     requests: BTreeMap<RequestId, Work>,
     highest: RequestId,
-    /// Where the next round of [`Self::pump`] starts, so that nobody is always last when there is little room.
+    /// Where the next round of [`Self::pump`] starts, so that no request is always last when there is little room.
     turn: RequestId,
     heartbeat: Option<(Duration, Instant)>,
     greeted: bool,
@@ -272,7 +272,7 @@ impl Session {
 }
 
 impl Drop for Session {
-    /// What nobody waits for any more is ended.
+    /// Ends what no one waits for any more.
     fn drop(&mut self) {
         self.outbox.close();
         for work in self.requests.values() {

@@ -26,7 +26,7 @@ impl Spawner {
         Self { console, protection: score.filter(|score| score.starts_with('-')) }
     }
 
-    /// A standard error for a command. Each gets the console anew: whoever logs in there cuts off those who have it.
+    /// A standard error for a command. Each opens the console again: a login there hangs up all earlier opens.
     pub fn console(&self) -> Stdio {
         let Some(path) = &self.console else { return Stdio::inherit() };
         match open_terminal(path) {
@@ -49,7 +49,7 @@ impl Spawner {
     }
 }
 
-/// Opens a terminal that does not become the agent's own, without waiting for a line that is not there.
+/// Opens a terminal that does not become the agent's own, without waiting for a carrier signal.
 fn open_terminal(path: &Path) -> io::Result<File> {
     let flags = OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let terminal = OpenOptions::new().write(true).custom_flags(flags.bits()).open(path)?;

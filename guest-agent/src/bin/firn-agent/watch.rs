@@ -1,4 +1,4 @@
-//! Looks whether something holds that the host waits for.
+//! Checks the conditions that the host waits for.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
@@ -13,14 +13,14 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
 use crate::failure::failure;
 
-/// Between two looks at a port or socket, of whose opening the kernel tells nobody.
+/// Between two checks of a port or socket: the kernel has no event for their opening.
 const INTERVAL: Duration = Duration::from_millis(5);
-/// Between two looks at a file: inotify sees nothing of what other systems do on a shared file system.
+/// Between two checks of a file: inotify does not see what other systems do on a shared file system.
 const FILE_INTERVAL_MS: u16 = 20;
 /// How long a port may take to answer.
 const CONNECT: Duration = Duration::from_secs(1);
 
-/// A condition, and what is needed to look at it.
+/// A condition, and what is needed to check it.
 pub enum Watch {
     File { path: PathBuf, events: Option<Events> },
     Port { addresses: Vec<SocketAddr>, open: bool },
@@ -34,7 +34,7 @@ pub struct Events {
 }
 
 impl Watch {
-    /// Prepares to look.
+    /// Prepares the checks.
     pub fn new(condition: &Condition) -> Result<Self, Failure> {
         Ok(match condition {
             Condition::Exists(path) => {
@@ -73,7 +73,7 @@ impl Watch {
         }
     }
 
-    /// Waits until another look is worth while.
+    /// Waits until another check is worthwhile.
     pub fn pause(&self) {
         match self {
             Self::File { events: Some(events), .. } => events.wait(),

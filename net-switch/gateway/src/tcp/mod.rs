@@ -22,8 +22,8 @@ use stack::{Buffers, Stack};
 pub(super) use table::Connections;
 use table::{Entry, Key};
 
-/// How long the host may try to connect: what hosts of BSD descent wait. The guest, which has heard
-/// nothing, goes on for as long as it likes.
+/// How long the host may try to connect: what BSD systems wait. Meanwhile the guest gets no answer and retries for as
+/// long as it likes.
 const CONNECT_TIMEOUT: Duration =
     if cfg!(test) { Duration::from_secs(8) } else { Duration::from_secs(75) };
 /// How long a guest is waited for beyond the time after which it should have repeated its wish to
@@ -217,8 +217,8 @@ fn buffers(entry: &Entry, stream: &TcpStream) -> Option<Buffers> {
     buffers.ok()
 }
 
-/// Waits until the guest wants a connection no more that nobody has answered: it was closed, or its
-/// wish was not repeated. A guest that gives up says nothing.
+/// Waits until the guest gives up on an unanswered connection: it closed it, or stopped repeating its SYN. A guest
+/// that gives up sends nothing.
 async fn given_up(entry: &Entry) {
     let began = Instant::now();
     let mut last = began;

@@ -21,15 +21,15 @@ struct Host {
     stream: TcpStream,
     /// The peer sends no more.
     ended: bool,
-    /// The peer was told that the guest sends no more.
-    told: bool,
+    /// The guest's end of data was passed on to the peer.
+    end_sent: bool,
 }
 
 /// Serves a connection until it ends.
 pub(super) async fn relay(mut entry: Entry, mut stack: Stack<'_>, stream: TcpStream) {
     // Whoever sends small pieces wants them sent; the guest's own stack has waited enough.
     let _ = stream.set_nodelay(true);
-    let mut host = Host { stream, ended: false, told: false };
+    let mut host = Host { stream, ended: false, end_sent: false };
     let mut timer = pin!(sleep_until(Instant::now()));
     while let Some(frames) = entry.inbox.take() {
         frames.into_iter().for_each(|frame| stack.input(frame));
@@ -44,7 +44,7 @@ pub(super) async fn relay(mut entry: Entry, mut stack: Stack<'_>, stream: TcpStr
                 entry.established();
                 stack.established();
             }
-            Phase::Ended if host.ended && host.told => return,
+            Phase::Ended if host.ended && host.end_sent => return,
             Phase::Ended => break,
         }
         let delay = stack.delay();
@@ -87,8 +87,8 @@ impl Host {
                 Err(error) => return Err(error),
             }
         }
-        if stack.guest_has_ended() && !self.told {
-            self.told = true;
+        if stack.guest_has_ended() && !self.end_sent {
+            self.end_sent = true;
             // Fails if the peer is gone already, which reading tells as well.
             let _ = SockRef::from(&self.stream).shutdown(Shutdown::Write);
         }

@@ -1,11 +1,11 @@
 //! The guest's side of one connection: smoltcp with a single socket.
 //!
-//! A stack of its own for each connection costs two kilobytes and makes the work for a segment the
-//! same however many connections there are. Its buffers are mapped: only what is used of them takes up
-//! memory, and when the connection ends it is the system's again.
+//! A stack of its own for each connection costs two kilobytes and makes the work for a segment the same however many
+//! connections there are. Its buffers are mapped: only the used part takes up memory, and it is freed when the
+//! connection ends.
 //!
-//! Segmentation is left to the card: the stack is told that the guest takes segments of nearly
-//! 64 KiB, and frames carry the size that the guest really asked for.
+//! Segmentation is left to the card: the stack believes that the guest accepts segments of nearly 64 KiB, and frames
+//! carry the size that the guest really asked for.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};

@@ -16,10 +16,10 @@ use crate::{GATEWAY_V4, GATEWAY_V6};
 
 /// Bytes of buffers that connections share out. When they are gone, further ones get the least.
 const BUDGET: usize = 256 << 20;
-/// Each connection takes this part of what is left of the budget.
+/// Each connection gets one in this many bytes of the remaining budget.
 const SHARE: usize = 64;
-/// Most bytes that are buffered in one direction: several times what is on the way between two
-/// programs that run. A receiver that sleeps is told to the sender by the window.
+/// How many bytes are buffered in one direction: several times what is in flight between two running programs. If the
+/// receiver sleeps, the window stops the sender.
 const MAX_BUFFER: usize = 1 << 20;
 /// Least, of which TCP works with some speed still.
 const MIN_BUFFER: usize = 16 << 10;
@@ -27,7 +27,7 @@ const MIN_BUFFER: usize = 16 << 10;
 const FRAME_COST: usize = 128;
 /// Room in an inbox beside what the window lets the guest send: for headers and control.
 const INBOX_EXTRA: usize = 128 << 10;
-/// First port of those that nobody is given by IANA (RFC 6335, 6).
+/// First of the ports that IANA assigns to no one (RFC 6335, 6).
 const FIRST_DYNAMIC_PORT: u16 = 49_152;
 
 /// The two ends of a connection, as the guest sees them.
@@ -77,7 +77,7 @@ impl Connection {
         self.accepted.store(true, Ordering::Relaxed);
     }
 
-    /// Who is to answer: an address of the host's side, or the guest.
+    /// The end that has to answer: an address on the host's side, or the guest.
     fn destination(&self) -> (bool, IpAddr) {
         match self.began {
             Some(_) => (true, self.key.remote.ip()),
@@ -149,8 +149,8 @@ impl Table {
         at.and_then(|at| self.half_open.remove(at));
     }
 
-    /// Ends a connection that nobody has answered if there are too many of them, now that one more comes: the oldest to
-    /// the destination that has the most. Who has begun it and still wants it tries again.
+    /// If there are too many unanswered connections for another one, ends the oldest to the destination that has the
+    /// most. Its client will retry if it still wants it.
     fn make_room(&mut self, new: &Connection, limits: Limits) {
         if self.half_open.len() < limits.half_open_to_one {
             return;
@@ -252,7 +252,7 @@ impl Connections {
 pub(super) struct Inbox {
     state: Mutex<Waiting>,
     changed: Notify,
-    /// Most bytes that may wait.
+    /// How many bytes may wait.
     max: usize,
 }
 
@@ -284,7 +284,7 @@ impl Inbox {
         }
     }
 
-    /// Takes what is there; `None` once the connection shall end.
+    /// Takes the waiting segments; `None` once the connection is to end.
     pub fn take(&self) -> Option<VecDeque<Vec<u8>>> {
         let mut state = lock(&self.state);
         state.bytes = 0;

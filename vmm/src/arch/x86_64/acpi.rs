@@ -21,7 +21,7 @@ use super::layout::{ACPI_END, ACPI_START, IOAPIC_START, LAPIC_START, VIRTIO_MMIO
 use super::{board, console, power};
 use crate::memory::MemoryMap;
 
-/// Where the root pointer lies.
+/// Address of the root pointer.
 pub const RSDP: u64 = ACPI_START;
 
 const OEM: [u8; 6] = *b"FIRN  ";
@@ -35,7 +35,7 @@ const TABLE_ALIGN: u64 = 8;
 /// legacy devices and the keyboard controller are clear says those are missing too.
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 
-/// The tables could not be placed.
+/// Why the tables cannot be written.
 #[derive(Debug, Error)]
 pub enum AcpiError {
     /// They need more than the BIOS area.
@@ -167,7 +167,7 @@ impl Aml for SerialPort {
 /// The power button, and the generic event device that says when it is pressed.
 struct PowerButton;
 
-/// What [`PowerButton`] is told by `Notify` (ACPI 6.5, table 5.180).
+/// The `Notify` value for a pressed [`PowerButton`] (ACPI 6.5, table 5.180).
 const PRESSED: u8 = 0x80;
 
 impl Aml for PowerButton {

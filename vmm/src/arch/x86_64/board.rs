@@ -16,7 +16,7 @@ const BOOT_TIMER: u64 = 0x608;
 /// The port of the pvpanic device (QEMU's docs/specs/pvpanic.rst).
 pub(super) const PANIC: u16 = 0x505;
 
-/// Attaches those that every machine has. `on_request` runs on a vCPU's thread.
+/// Attaches the devices that every machine has. `on_request` runs on a vCPU's thread.
 ///
 /// # Errors
 /// Their ports are taken.
@@ -40,7 +40,7 @@ pub fn attach_console(buses: &mut Buses, port: Arc<dyn BusDevice>) -> Result<(),
     buses.ports.claim(u64::from(console::PORT), u64::from(console::PORTS), port)
 }
 
-/// Lets `interrupt` raise the serial console's line.
+/// Connects `interrupt` to the serial console's line.
 ///
 /// # Errors
 /// KVM refuses.

@@ -1,11 +1,12 @@
-//! The head of a bzImage (Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header"), for all who look into one.
+//! The head of a bzImage (Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header"): the only place that parses
+//! it.
 
 use linux_loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
 /// Offset of the setup header.
 const HEADER: usize = 0x1f1;
-/// How many bytes from its start on say whether a file is a bzImage.
+/// How many bytes at the start of a file it takes to recognize a bzImage.
 pub const HEAD: usize = HEADER + size_of::<setup_header>();
 /// What the setup header says at `boot_flag`.
 pub const BOOT_FLAG: u16 = 0xaa55;

@@ -1,4 +1,4 @@
-//! What can go wrong with processors.
+//! Errors of processors.
 
 use thiserror::Error;
 use vm_memory::GuestMemoryError;
@@ -22,7 +22,7 @@ pub enum ArchError {
     /// KVM did not take one of the MSRs.
     #[error("KVM does not take MSR {0:#x}")]
     Msr(u32),
-    /// More MSRs than KVM takes in one call.
+    /// More MSRs than fit into one call.
     #[error("{0} MSRs are too many for one call")]
     TooManyMsrs(usize),
     /// A saved state comes from a host whose clock ticks differently.

@@ -11,7 +11,7 @@ use crate::spec::MachineSpec;
 
 pub use acpi::MmioDevice;
 
-/// The tables of the firmware could not be made.
+/// Why the firmware's tables cannot be written.
 #[derive(Debug, Error)]
 pub enum FirmwareError {
     /// Those that announce devices.

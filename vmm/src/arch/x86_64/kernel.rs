@@ -11,10 +11,10 @@ use vm_memory::GuestAddress;
 
 use super::bzimage;
 use super::layout::HIGH_START;
-use crate::boot::image::{ImageError, ImageFile};
+use crate::boot::image::{ImageFile, LoadError};
 use crate::memory::{MemoryMap, low_end};
 
-/// Where an ELF file says what it is.
+/// The first bytes of an ELF file.
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 /// `xloadflags` bit 0: there is a 64-bit entry point, 0x200 after the load address.
 const XLF_KERNEL_64: u16 = 1;
@@ -39,7 +39,7 @@ impl Kernel {
         u64::from(self.header.initrd_addr_max) + 1
     }
 
-    /// One that is not there, and would need memory up to `end`.
+    /// A kernel that was never loaded and would use memory up to `end`.
     #[cfg(test)]
     pub fn unloaded(end: u64) -> Self {
         let header = setup_header { initrd_addr_max: 0x7fff_ffff, ..Default::default() };
@@ -51,13 +51,13 @@ impl Kernel {
 ///
 /// # Errors
 /// It is no kernel, truncated or too large.
-pub fn load(memory: &MemoryMap, path: &Path, file: &mut ImageFile) -> Result<Kernel, ImageError> {
-    let head = read_head(file).map_err(|source| ImageError::Read {
+pub fn load(memory: &MemoryMap, path: &Path, file: &mut ImageFile) -> Result<Kernel, LoadError> {
+    let head = read_head(file).map_err(|source| LoadError::Read {
         what: "kernel",
         path: path.to_owned(),
         source,
     })?;
-    let not_a_kernel = |detail| ImageError::NotAKernel { path: path.to_owned(), detail };
+    let not_a_kernel = |detail| LoadError::NotAKernel { path: path.to_owned(), detail };
     if head.len() < bzimage::HEAD {
         return Err(not_a_kernel("it is too short"));
     }
@@ -79,9 +79,9 @@ fn read_head(file: &mut ImageFile) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-fn load_elf(memory: &MemoryMap, path: &Path, file: &mut ImageFile) -> Result<Kernel, ImageError> {
+fn load_elf(memory: &MemoryMap, path: &Path, file: &mut ImageFile) -> Result<Kernel, LoadError> {
     let loaded = Elf::load(memory, None, file, Some(GuestAddress(HIGH_START)))
-        .map_err(|source| ImageError::Load { path: path.to_owned(), source })?;
+        .map_err(|problem| LoadError::Load { path: path.to_owned(), problem })?;
     // What a bzImage would have said of itself; the kernel checks no more than the magic.
     let header = setup_header {
         boot_flag: bzimage::BOOT_FLAG,
@@ -100,23 +100,23 @@ fn load_bzimage(
     path: &Path,
     file: &mut ImageFile,
     header: setup_header,
-) -> Result<Kernel, ImageError> {
+) -> Result<Kernel, LoadError> {
     let found = file.size();
     // `syssize` counts the protected-mode code in units of 16 bytes.
     let expected = bzimage::code_offset(&header) as u64 + u64::from(header.syssize) * 16;
     if found < expected {
         let what = "kernel";
-        return Err(ImageError::Truncated { what, path: path.to_owned(), found, expected });
+        return Err(LoadError::Truncated { what, path: path.to_owned(), found, expected });
     }
     // It unpacks itself in place, which takes `init_size` bytes from where it runs.
     let start = HIGH_START.max(header.pref_address);
     let end = start.saturating_add(u64::from(header.init_size));
     if end > low_end(memory) {
         let room = low_end(memory).saturating_sub(start);
-        return Err(ImageError::too_large("kernel", end - start, room));
+        return Err(LoadError::too_large("kernel", end - start, room));
     }
     let loaded = BzImage::load(memory, Some(GuestAddress(start)), file, None)
-        .map_err(|source| ImageError::Load { path: path.to_owned(), source })?;
+        .map_err(|problem| LoadError::Load { path: path.to_owned(), problem })?;
     Ok(Kernel {
         entry: loaded.kernel_load.0 + ENTRY_64_OFFSET,
         end,

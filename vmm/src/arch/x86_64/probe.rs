@@ -7,7 +7,7 @@ use super::error::kvm;
 use super::{ArchError, entry, layout};
 use crate::memory::MemoryMap;
 
-/// Where its code lies; below are the tables of the entry.
+/// Address of its code, above the tables of the entry.
 const CODE: u64 = 0x1_0000;
 /// Instructions of a round.
 pub const INSTRUCTIONS: u32 = 2;
@@ -27,7 +27,7 @@ pub fn prepare(vm: &VmFd, memory: &MemoryMap) -> Result<VcpuFd, ArchError> {
     Ok(vcpu)
 }
 
-/// Has the next run of the guest take so many rounds.
+/// Sets how many rounds the next run of the guest takes.
 ///
 /// # Errors
 /// KVM refuses.

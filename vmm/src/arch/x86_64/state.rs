@@ -54,7 +54,7 @@ impl ProcessorState {
         })
     }
 
-    /// How many vCPUs there are.
+    /// Number of vCPUs.
     pub fn vcpus(&self) -> usize {
         self.vcpus.len()
     }
@@ -92,8 +92,8 @@ impl ProcessorState {
     }
 }
 
-/// Puts vCPUs and interrupt controllers into the state after power-on, which KVM tells only of new ones. Their clocks
-/// run on.
+/// Puts vCPUs and interrupt controllers into their state after power-on, read from fresh ones because KVM has no
+/// reset. Their clocks run on.
 ///
 /// # Errors
 /// KVM refuses.
@@ -132,9 +132,9 @@ struct VcpuState {
 /// What becomes of a vCPU's time stamp counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tsc {
-    /// It runs on as it is: the saved one does not matter.
+    /// Keeps running; the saved value is ignored.
     Keep,
-    /// It is the saved one and so many ticks more.
+    /// The saved value plus this many ticks.
     Advance(u64),
 }
 

@@ -69,7 +69,7 @@ pub enum UnpackError {
     NotElf,
 }
 
-/// How many bytes from its start on say whether a file may be unpacked.
+/// How many bytes at the start of a file [`is_packed`] needs.
 pub const HEAD: usize = bzimage::HEAD;
 
 /// Whether the file that starts with `head` is a kernel that [`vmlinux`] may unpack.

@@ -52,7 +52,7 @@ pub(crate) fn is_dead(fd: &VcpuFd) -> bool {
     }
 }
 
-/// Where its next instruction is, if that can be told.
+/// The address of its next instruction, if KVM says.
 pub(crate) fn instruction(fd: &VcpuFd) -> Option<u64> {
     fd.get_regs().ok().map(|regs| regs.rip)
 }
@@ -60,6 +60,6 @@ pub(crate) fn instruction(fd: &VcpuFd) -> Option<u64> {
 /// Lets the guest know that it has stood still, so that its watchdogs do not take that for a
 /// lockup.
 pub(crate) fn tell_of_pause(fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
-    // A guest that does not use kvm-clock cannot be told.
+    // Fails for a guest that does not use kvm-clock.
     fd.kvmclock_ctrl()
 }

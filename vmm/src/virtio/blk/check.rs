@@ -1,11 +1,11 @@
 //! Finds out whether a qcow2 file is whole before a guest uses it.
 //!
-//! imago reads what lies past the end of a file as zeroes. So in a file that was cut off, tables
-//! would be empty and data would be gone without a word. This looks where the tables are (QEMU's
-//! `docs/interop/qcow2.txt`) and whether all that they refer to is there.
+//! imago reads what lies past the end of a file as zeroes. So in a file that was cut off, tables would be empty and
+//! data would vanish without an error. This checks where the tables are (QEMU's `docs/interop/qcow2.txt`) and whether
+//! all that they refer to is there.
 //!
-//! The file may be anybody's. No table is looked at twice, and nothing is read that the host keeps
-//! as a hole: so the work is in proportion to what the file takes up, whatever it says of itself.
+//! The file is not trusted. No table is read twice and no hole is read at all, so the work is bounded by the space
+//! that the file takes up, whatever its header claims.
 
 use std::fs::File as HostFile;
 use std::io;
@@ -103,7 +103,7 @@ impl Whole<'_> {
         Ok(offsets)
     }
 
-    /// Looks at all second-level tables, which are at `tables`.
+    /// Checks all second-level tables, which are at `tables`.
     fn check_data(&self, tables: impl Iterator<Item = u64>, cluster_bits: u32) -> io::Result<()> {
         // Where the place of a compressed cluster ends and its length begins.
         let place = (1 << (62 - (cluster_bits - 8))) - 1;

@@ -15,7 +15,7 @@ use crate::spec::{DiskFormat, DiskMib, Label};
 
 /// The program, and where it is if that is not in PATH, as for users who are not root on Debian.
 const MKFS: [&str; 3] = ["mkfs.ext4", "/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"];
-/// What is looked at at once for data to copy.
+/// How much is searched for data at a time.
 const BLOCK: usize = 64 << 10;
 
 /// Why an image could not be made.
@@ -47,7 +47,7 @@ fn host(operation: &'static str) -> impl Fn(io::Error) -> CreateError {
     move |source| CreateError::Host { operation, source }
 }
 
-/// Makes the image at `path`; one that is there stays as it is. It appears when it is complete.
+/// Creates the image at `path`, which appears once it is complete. An existing one is left alone.
 pub(super) fn create(
     path: &Path,
     format: DiskFormat,

@@ -79,7 +79,7 @@ pub enum ImageError {
 pub(super) struct Image {
     /// Discarding frees places that others may be reading or writing at, so it is done alone.
     access: RwLock<FormatAccess<File>>,
-    /// The same open file: imago lets nobody read or write while it syncs, this does.
+    /// The same open file, to sync without imago, which blocks reads and writes meanwhile.
     file: HostFile,
     size: u64,
     path: PathBuf,
@@ -132,8 +132,7 @@ impl Image {
         self.access.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Fills the guest's buffers from `offset` on, without a copy where the image has the data as
-    /// it is.
+    /// Fills the guest's buffers from `offset` on, without a copy where the image stores the data unchanged.
     pub(super) fn read(&self, buffers: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
         let (buffers, _mapped) = IoVectorMut::from_volatile_slice(buffers);
         self.access().readv(buffers, offset)

@@ -1,10 +1,9 @@
 //! Locks on image files, so that no two machines or programs write one image.
 //!
-//! The locks are those of QEMU (`block/file-posix.c`, its `docs/interop` calls them image locks):
-//! bytes of the file stand for rights, and open-file-description locks on them for who has them. A
-//! program that may write holds "write"; one that must not see changes says so by a lock on "no
-//! writer but me". firn takes all of it to write, so that it excludes other instances of itself and
-//! QEMU; readers share.
+//! The locks are those of QEMU (`block/file-posix.c`, its `docs/interop` calls them image locks): bytes of the file
+//! stand for permissions, and an open-file-description lock on a byte means that the process has that permission. A
+//! program that may write holds "write"; one that must not see changes says so by a lock on "no writer but me". firn
+//! takes all of it to write, so that it excludes other instances of itself and QEMU; readers share.
 
 use std::fs::File;
 use std::io;
@@ -14,7 +13,7 @@ use std::os::fd::AsRawFd;
 const READS: i64 = 100;
 /// Bytes that are locked by those who write and who resize.
 const CHANGES: [i64; 2] = [101, 103];
-/// Bytes that are locked by those who bear nobody else who writes or resizes.
+/// Locked by programs that allow no one else to write or resize.
 const BEARS_NO_CHANGE: [i64; 2] = [201, 203];
 
 /// What came of the wish to lock.

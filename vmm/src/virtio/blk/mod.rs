@@ -10,10 +10,10 @@
 //! clusters and copies on write of qcow2. One request takes no memory of the host but lists of its
 //! buffers, and of clusters that it has to copy.
 //!
-//! **What survives.** A write is in the host's page cache when the guest is told of it: it survives
-//! the end of firn in a raw image, in a qcow2 image only after a flush, for the tables are written
-//! then. A flush survives a failure of the host's power, too. A driver that does not negotiate
-//! `VIRTIO_BLK_F_FLUSH` gets a flush after each write (5.2.6.2).
+//! **What survives.** A write is in the host's page cache when it is reported to the guest: it survives the end of
+//! firn in a raw image, in a qcow2 image only after a flush, for the tables are written then. A flush survives a
+//! failure of the host's power, too. A driver that does not negotiate `VIRTIO_BLK_F_FLUSH` gets a flush after each
+//! write (5.2.6.2).
 
 mod check;
 mod create;

@@ -29,7 +29,7 @@ mod kind {
     pub(super) const WRITE_ZEROES: u32 = 13;
 }
 
-/// What the guest is told.
+/// The status that the guest gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Status {
@@ -41,12 +41,12 @@ pub(super) enum Status {
 /// The only flag of a part: its space may go back to the host.
 const UNMAP: u32 = 1;
 
-/// What serves requests needs to know of the disk.
+/// What is needed of a disk to serve requests.
 pub(super) struct Disk {
     pub(super) image: Arc<Image>,
     pub(super) serial: Serial,
     pub(super) read_only: bool,
-    /// The driver will not flush: what it was told is written must stay.
+    /// The driver will not flush: what was reported as written must be durable.
     pub(super) write_through: bool,
     pub(super) memory: Memory,
 }
@@ -147,7 +147,7 @@ impl Disk {
         fits.then_some((offset, len))
     }
 
-    /// Discards or zeroes. All parts are looked at before the first is done.
+    /// Discards or zeroes. All parts are checked before the first is done.
     fn ranges(&self, request: &Request<'_>) -> Status {
         let zeroes = request.kind == kind::WRITE_ZEROES;
         let len = total(&request.output);

@@ -65,8 +65,8 @@ impl Message {
     }
 }
 
-/// What the guest has yet to be told of a port. As the guest may ask again and again without
-/// giving room for an answer, this is a set of messages and no list; it goes out in field order.
+/// Messages about a port that are still to be sent to the guest, in field order. A set, not a list: the guest may
+/// keep asking without providing buffers for the answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Owed {
     /// DEVICE_ADD.
@@ -77,8 +77,8 @@ pub(super) struct Owed {
     pub open: bool,
 }
 
-/// Does what one message of the guest asks for. Messages that make no sense are ignored, as the
-/// specification leaves them undefined: too short, an unknown event, a port that is not there.
+/// Does what one message of the guest asks for. Messages that make no sense are ignored, as the specification leaves
+/// them undefined: too short, an unknown event, a port that does not exist.
 pub(super) fn obey(message: Message, ports: &mut [Port]) {
     let on = message.value != 0;
     if message.event == event::DEVICE_READY {

@@ -1,20 +1,19 @@
 //! The console device with several ports (virtio 1.2, 5.3).
 //!
-//! Each port is a stream of bytes to the other end of a Unix socket, which the maker of the device
-//! holds. A port without a name is a console (`/dev/hvcN`), one with a name is
-//! `/dev/virtio-ports/NAME`.
+//! Each port is a stream of bytes to the other end of a Unix socket, which the builder of the device holds. A port
+//! without a name is a console (`/dev/hvcN`), one with a name is `/dev/virtio-ports/NAME`.
 //!
 //! * What the host sends waits in the socket until the guest has opened the port and given
 //!   buffers; nothing is lost.
-//! * What the guest sends waits in its queue until the socket has room. For a console this stops a
-//!   vCPU: Linux's driver spins with interrupts off until the buffer is back
-//!   (`drivers/char/virtio_console.c`, `__send_to_port`). So who holds a console's socket reads it.
-//!   For the same reason these queues are served inside the exit that rings them.
-//! * When the host's end is closed, the guest is told (PORT_OPEN 0) and what it sends is dropped.
-//! * When the guest closes a port, the host's end is not told: a socket cannot say it and stay
-//!   open. Input that the guest had not read by then is lost with its reader (Linux discards it),
-//!   later input waits for the next. So a protocol over a port begins with a handshake, in which
-//!   either side may find bytes that were meant for an earlier peer.
+//! * What the guest sends waits in its queue until the socket has room. For a console this stops a vCPU: Linux's
+//!   driver spins with interrupts off until the buffer is back (`drivers/char/virtio_console.c`, `__send_to_port`).
+//!   So the holder of a console's socket must read it. For the same reason these queues are served inside the exit
+//!   that rings them.
+//! * When the host's end is closed, the guest is notified (PORT_OPEN 0) and what it sends is dropped.
+//! * When the guest closes a port, the host's end is not notified: a socket cannot do that and stay open. Input that
+//!   the guest had not read by then is lost with its reader (Linux discards it), later input waits for the next. So a
+//!   protocol over a port begins with a handshake, in which either side may find bytes that were meant for an earlier
+//!   peer.
 
 mod control;
 mod port;
@@ -68,7 +67,7 @@ pub enum ConsoleError {
     #[error("nothing is connected to port {0:?}")]
     NotConnected(Option<String>, #[source] io::Error),
     /// The host refused a descriptor.
-    #[error("console descriptors")]
+    #[error("cannot open the descriptors of a console")]
     Host(#[source] io::Error),
 }
 

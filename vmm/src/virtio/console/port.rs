@@ -11,14 +11,14 @@ use crate::virtio::queue::{Chain, GuestSlice, Served, readable, writable};
 use crate::virtio::transfer::{Moved, transfer};
 use crate::virtio::turn::Turn;
 
-/// What of a port outlives a snapshot.
+/// The saved state of a port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct PortState {
     /// The guest's driver has taken the port.
     pub ready: bool,
     /// Somebody in the guest has the port open.
     pub guest_open: bool,
-    /// What the guest has yet to be told.
+    /// What is still to be announced to the guest.
     pub owed: Owed,
     /// How many bytes of the chain at the head of the transmit queue the socket has taken.
     pub sent: usize,
@@ -41,7 +41,7 @@ impl Port {
         Ok(Port { name, state: PortState::default(), socket, host_open: true })
     }
 
-    /// The socket, to be watched.
+    /// The socket to watch.
     pub fn socket(&self) -> &UnixStream {
         &self.socket
     }

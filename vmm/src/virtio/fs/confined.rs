@@ -1,11 +1,10 @@
 //! What stands between a hostile guest and the passthrough file system.
 //!
-//! `virtiofsd` hands the names in requests to `unlinkat`, `renameat2`, `mkdirat` and their kin as
-//! they are and relies on a chroot, which firn's one process does not have: a guest that writes
-//! its own FUSE requests could name `../../etc/passwd`. Linux sends one path component at a time,
-//! so everything else is refused here. With that, and with `O_NOFOLLOW` inside `virtiofsd`, a guest
-//! reaches nothing but what lies below the share. Symbolic links are text for the guest to resolve;
-//! the host follows none.
+//! `virtiofsd` hands the names in requests to `unlinkat`, `renameat2`, `mkdirat` and their kin as they are and relies
+//! on a chroot, which firn's one process does not have: a guest that writes its own FUSE requests could name
+//! `../../etc/passwd`. Linux sends one path component at a time, so everything else is refused here. With that, and
+//! with `O_NOFOLLOW` inside `virtiofsd`, a guest reaches nothing outside the share. Symbolic links are text for the
+//! guest to resolve; the host follows none.
 
 use std::ffi::CStr;
 use std::fs::File;

@@ -1,10 +1,9 @@
-//! What has been read of open directories and not yet been told.
+//! Directory entries that were read from the host and not yet returned to the guest.
 //!
-//! A reply to READDIR has room for fewer entries than the host gives at once. `virtiofsd` forgets
-//! the rest and seeks back to it for the next reply. But there are file systems (tmpfs before Linux
-//! 6.6) where a position counts the entries before it: who deletes what has been listed moves the
-//! others to lower positions, and a seek passes them over. So the last entries read of each open
-//! directory are kept, and the host reads on from where it is.
+//! A reply to READDIR has room for fewer entries than the host gives at once. `virtiofsd` forgets the rest and seeks
+//! back to it for the next reply. But there are file systems (tmpfs before Linux 6.6) where a position counts the
+//! entries before it: deleting listed entries moves the others to lower positions, and a seek skips them. So the last
+//! entries read of each open directory are kept, and the host continues from its current position.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -85,7 +84,7 @@ impl Listings {
         Some(Listing { batch: Arc::clone(batch), next: batch.find(position)? })
     }
 
-    /// Keeps a batch in the place of the one before.
+    /// Keeps a batch instead of the previous one.
     pub(super) fn keep(&self, inode: u64, handle: u64, batch: Batch) -> Listing {
         let batch = Arc::new(batch);
         let mut kept = self.lock();

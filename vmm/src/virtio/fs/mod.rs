@@ -27,12 +27,11 @@
 //! **One request queue.** Kernels of today's stable distributions use no more than one, and the
 //! queue's lock is held only while a chain is taken or given back.
 //!
-//! **Quick requests.** Waking a thread costs ten times what a look-up in the host's cache does, and
-//! a guest that boots from a share does tens of thousands of them, one at a time. So requests that
-//! only look at names and attributes are served at once by the thread that rang: the guest's own
-//! vCPU, inside the exit, for its driver has nothing else to do than wait. A vCPU may stall on a
-//! cold disk so, but never on data, `fsync` or another machine. The rest goes to workers. Requests
-//! cannot wait for each other: Linux handles FIFOs and file locks in the guest.
+//! **Quick requests.** Waking a thread costs ten times what a look-up in the host's cache does, and a guest that
+//! boots from a share does tens of thousands of them, one at a time. So requests that only look at names and
+//! attributes are served at once by the thread that rang: the guest's own vCPU, inside the exit, for its driver has
+//! nothing else to do than wait. So a vCPU may stall on a cold disk, but never on data, `fsync` or another machine.
+//! The rest goes to workers. Requests cannot wait for each other: Linux handles FIFOs and file locks in the guest.
 
 mod confined;
 mod listing;
@@ -137,8 +136,8 @@ impl Fs {
         Fs::limited(spec, u64::MAX)
     }
 
-    /// As [`Self::new`], of a share that keeps no more than so many descriptors for the guest: one for each inode that
-    /// it remembers, and for each file that it has open. Beyond, it is told that the system has no more (`ENFILE`).
+    /// As [`Self::new`], with a limit on the descriptors kept open for the guest: one for each inode that it
+    /// remembers, and for each file that it has open. Beyond that it gets `ENFILE`.
     ///
     /// # Errors
     /// As [`Self::new`].

@@ -34,7 +34,7 @@ pub(super) const SQUASHED_UID: u32 = 1000;
 /// See [`SQUASHED_UID`].
 pub(super) const SQUASHED_GID: u32 = 100;
 
-/// A user that every system has and nobody uses for files (`nobody`).
+/// The user `nobody`, which every system has and which owns no files.
 const OTHER_ID: u32 = 65534;
 
 /// "For ever": a day, as `virtiofsd` itself uses.
@@ -86,8 +86,8 @@ thread_local! {
     static DETACHED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Refuses what only a thread that has called [`detach_thread`] may do. [`is_quick`] keeps such
-/// requests from others, but a guest may change a request after it was looked at.
+/// Refuses what only a thread that has called [`detach_thread`] may do. [`is_quick`] keeps such requests from others,
+/// but a guest may change a request after it was checked.
 pub(super) fn on_detached_thread() -> io::Result<()> {
     if DETACHED.get() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EIO)) }
 }

@@ -1,4 +1,4 @@
-//! `struct virtio_net_hdr` as it stands before each frame (virtio 1.2, 5.1.6).
+//! `struct virtio_net_hdr` as it precedes each frame (virtio 1.2, 5.1.6).
 
 use firn_net_switch::Header;
 

@@ -112,7 +112,7 @@ impl Drop for Plug {
     }
 }
 
-/// What of a card outlives a snapshot.
+/// The saved state of a card.
 #[derive(Serialize, Deserialize)]
 struct NetState {
     /// What the guest knows of the cable.

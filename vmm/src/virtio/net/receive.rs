@@ -19,10 +19,10 @@ const BACKLOG_FRAMES: usize = 5_632;
 /// The bytes they may have: more than the largest window that Linux gives a TCP connection (6 MiB,
 /// `tcp_rmem`), so that a receiver slower than its sender holds it up and loses nothing.
 const BACKLOG_BYTES: usize = 8 << 20;
-/// Most chains that one frame is spread over: enough for the longest in buffers of 512 bytes, when
-/// Linux gives no less than 1,500. It bounds what a hostile receiver costs the sender's thread.
+/// Limit on the chains that one frame is spread over: enough for the longest in buffers of 512 bytes, when Linux
+/// gives no less than 1,500. It bounds what a hostile receiver costs the sender's thread.
 const MAX_CHAINS: u16 = 128;
-/// Most descriptors of a chain that are looked at, for the same reason. Linux uses 19 at most.
+/// Limit on the descriptors read of a chain, for the same reason. Linux uses 19 at most.
 const MAX_DESCRIPTORS: usize = 64;
 
 /// What the network holds of an active card.
@@ -45,8 +45,8 @@ struct Ring {
 }
 
 impl Card {
-    /// A card that receives into `queue`, and tells of link changes through `interrupt` if the
-    /// guest understands them. It rings `again` when the queue turns out to be broken.
+    /// A card that receives into `queue`, and reports link changes through `interrupt` if the guest supports that. It
+    /// rings `again` when the queue turns out to be broken.
     pub fn new(
         queue: VirtQueue,
         offloads: Offloads,
@@ -135,7 +135,7 @@ impl Ring {
         Ok(delivery)
     }
 
-    /// Places a frame behind all that came before it.
+    /// Delivers a frame after all earlier ones.
     fn place_or_keep(&mut self, frame: &Frame<'_>) -> Result<Delivery, QueueError> {
         if self.paused || !self.backlog.is_empty() {
             return Ok(self.backlog.push(frame));

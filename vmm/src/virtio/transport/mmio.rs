@@ -36,8 +36,8 @@ const VENDOR: u32 = u32::from_le_bytes(*b"firn");
 /// Where the event subscriber counts host descriptors from; queues count from 0.
 const HOST_EVENT: u32 = 0x1_0000;
 
-/// The interrupt status register and the pin that follows it. Reading takes no lock: every
-/// interrupt costs the guest a look.
+/// The interrupt status register and the pin that follows it. Reading takes no lock: the guest reads it on every
+/// interrupt.
 struct Line {
     status: AtomicU32,
     generation: AtomicU32,

@@ -182,7 +182,7 @@ impl Slot {
         usize::try_from(index).is_ok_and(|i| self.queues.get(i).is_some_and(|q| q.ready))
     }
 
-    /// The guest rang queue `index`. Ringing a queue that is not there does nothing.
+    /// The guest rang queue `index`. Ringing a queue that does not exist does nothing.
     pub fn notify(&mut self, index: usize) {
         if !self.paused && self.queues.get(index).is_some_and(|queue| queue.ready) {
             self.run(|device| device.notify(index));

@@ -52,11 +52,11 @@ impl Ports {
 /// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// The host asked for it; the guest has yet to answer.
+    /// Requested by the host; the guest has not answered yet.
     Requested,
     /// Both agreed.
     Established,
-    /// Over; the guest may have to be told.
+    /// Over; the guest may still have to be informed.
     Over,
 }
 
@@ -92,14 +92,14 @@ pub struct Connection {
     host_deaf: bool,
     /// [`SHUTDOWN_BOTH`], as far as the guest has said it.
     guest_shutdown: u32,
-    /// The same, as far as the guest has been told.
-    told_shutdown: u32,
+    /// The same, as last announced to the guest.
+    announced_shutdown: u32,
     /// From the guest, for the stream. Never more than [`BUFFER`].
     buffer: VecDeque<u8>,
     /// Bytes from the guest that have left the buffer, modulo 2^32.
     forwarded: u32,
-    /// What of it the guest knows.
-    told_forwarded: u32,
+    /// Its value as last announced to the guest.
+    announced_forwarded: u32,
     /// Bytes sent to the guest, modulo 2^32.
     sent: u32,
     guest_buffer: u32,
@@ -134,10 +134,10 @@ impl Connection {
             host_done: false,
             host_deaf: false,
             guest_shutdown: 0,
-            told_shutdown: 0,
+            announced_shutdown: 0,
             buffer: VecDeque::new(),
             forwarded: 0,
-            told_forwarded: 0,
+            announced_forwarded: 0,
             sent: 0,
             guest_buffer: 0,
             guest_forwarded: 0,
@@ -146,7 +146,7 @@ impl Connection {
         }
     }
 
-    /// The stream is ready for something; `hung_up` says that nobody holds its other end.
+    /// The stream is ready for something; `hung_up` says that its other end is closed.
     pub fn on_ready(&mut self, hung_up: bool) {
         self.readable = true;
         self.host_deaf |= hung_up;
@@ -180,8 +180,7 @@ impl Connection {
         Fate::Alive
     }
 
-    /// What of the connection there is to tell the guest: fills `room`, which is not empty, if it
-    /// is data. `None` if there is nothing now.
+    /// The next packet for the guest, if there is one. Data goes into `room`, which is not empty.
     pub fn next_packet(
         &mut self,
         ports: Ports,
@@ -200,9 +199,9 @@ impl Connection {
         } else if let Some(len) = self.read_into(room) {
             header.len = len;
             op::RW
-        } else if let Some(flags) = self.untold_shutdown() {
+        } else if let Some(flags) = self.pending_shutdown() {
             header.flags = flags;
-            self.told_shutdown = flags;
+            self.announced_shutdown = flags;
             op::SHUTDOWN
         } else if std::mem::take(&mut self.owed.credit_request) {
             op::CREDIT_REQUEST
@@ -218,13 +217,13 @@ impl Connection {
         };
         header.buf_alloc = BUFFER;
         header.fwd_cnt = self.forwarded;
-        self.told_forwarded = self.forwarded;
+        self.announced_forwarded = self.forwarded;
         self.owed.credit_update = false;
         self.end_if_done();
         Some(header)
     }
 
-    /// Whether there may be something to tell the guest.
+    /// Whether there may be a packet for the guest.
     pub fn has_something(&mut self) -> bool {
         if self.wants_to_read() && self.credit() == 0 && !self.asked_for_credit {
             self.asked_for_credit = true;
@@ -237,7 +236,7 @@ impl Connection {
             || owed.credit_update
             || owed.credit_request
             || self.wants_to_read() && self.credit() > 0
-            || self.untold_shutdown().is_some()
+            || self.pending_shutdown().is_some()
     }
 
     /// It is over and the guest knows.
@@ -245,7 +244,7 @@ impl Connection {
         if self.phase == Phase::Over && !self.owed.reset { Fate::Gone } else { Fate::Alive }
     }
 
-    /// Ends it at once. The guest is told; what is in the buffer is lost.
+    /// Ends it at once and resets the guest's end; buffered data is lost.
     pub fn abort(&mut self) {
         self.phase = Phase::Over;
         self.owed = Owed { reset: true, ..Owed::default() };
@@ -360,7 +359,7 @@ impl Connection {
     }
 
     fn offer_credit(&mut self) {
-        let news = self.forwarded.wrapping_sub(self.told_forwarded);
+        let news = self.forwarded.wrapping_sub(self.announced_forwarded);
         self.owed.credit_update |= self.phase == Phase::Established && news >= CREDIT_STEP;
     }
 
@@ -376,12 +375,12 @@ impl Connection {
         self.phase == Phase::Established && self.readable && !self.host_done
     }
 
-    /// What the guest has yet to be told of the host's end.
-    fn untold_shutdown(&self) -> Option<u32> {
+    /// The shutdown of the host's end that is still to be announced to the guest.
+    fn pending_shutdown(&self) -> Option<u32> {
         let done = if self.host_done { SHUTDOWN_SEND } else { 0 };
         let deaf = if self.host_deaf { SHUTDOWN_RECEIVE } else { 0 };
         let flags = done | deaf;
-        (self.phase == Phase::Established && flags != self.told_shutdown).then_some(flags)
+        (self.phase == Phase::Established && flags != self.announced_shutdown).then_some(flags)
     }
 
     /// Reads from the stream what the guest has room for.

@@ -10,8 +10,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::VsockError;
 use super::connection::{Connection, Fate, MAX_DATA, Ports};
 use super::packet::{self, HOST_CID, Header, TYPE_STREAM, op};
-use super::socket::{Listener, connect_to};
 use crate::memory::MemoryMap;
+use crate::socket::{Listener, connect_to};
 use crate::spec::VsockSpec;
 use crate::virtio::queue::{Chain, GuestSlice, Served};
 use crate::virtio::turn::Turn;
@@ -19,7 +19,7 @@ use crate::virtio::turn::Turn;
 /// Most connections at once, those that are just beginning included: each holds a descriptor and
 /// up to [`super::connection::BUFFER`] bytes.
 pub const MAX_CONNECTIONS: usize = 256;
-/// Most refusals that wait for the guest to make room; until then nothing more is heard from it.
+/// Limit on the refusals that wait for the guest to make room. At the limit no more packets are read from it.
 const MAX_REFUSALS: usize = 128;
 /// VMADDR_PORT_ANY: no connection has this port (`man 7 vsock`).
 const ANY_PORT: u32 = u32::MAX;
@@ -95,7 +95,7 @@ impl Hub {
         self.epoll.as_raw_fd()
     }
 
-    /// Ends all connections without a word to the guest.
+    /// Ends all connections without informing the guest.
     pub fn clear(&mut self) {
         self.clients.clear();
         self.connections.clear();
@@ -104,10 +104,10 @@ impl Hub {
         self.knocked = true;
     }
 
-    /// Looks at what has become ready on the host's side.
+    /// Handles what has become ready on the host's side.
     ///
     /// # Errors
-    /// The host refuses to say.
+    /// The host's poll fails.
     pub fn on_ready(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 64];
         loop {
@@ -274,7 +274,7 @@ impl Hub {
         }
     }
 
-    /// Says no to a packet; a no is taken as it is.
+    /// Refuses a packet, unless it is a refusal itself.
     fn refuse(&mut self, header: &Header) {
         if header.op == op::RST {
             return;

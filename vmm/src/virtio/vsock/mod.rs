@@ -1,26 +1,22 @@
 //! Sockets between host and guest (virtio 1.2, 5.10), all in user space.
 //!
-//! The host's side is Unix sockets. Who connects to the device's own socket sends `CONNECT port\n`;
-//! when the guest has taken the connection it is answered `OK port\n`, with the port that the guest
-//! sees, and from then on both sides' bytes go through. If the guest refuses, the socket is closed.
-//! (Firecracker and cloud-hypervisor do the same, so systemd-ssh-proxy's `vsock-mux/` knows it.)
-//! A guest that connects to port N of the host is connected to who listens at the socket's path
-//! with `_N` behind it, or refused if nobody does.
+//! The host's side is Unix sockets. A client of the device's own socket sends `CONNECT port\n`; once the guest has
+//! accepted the connection the answer is `OK port\n`, with the port that the guest sees, and from then on bytes go
+//! both ways. If the guest refuses, the socket is closed. (Firecracker and cloud-hypervisor do the same, so
+//! systemd-ssh-proxy's `vsock-mux/` knows it.) A guest that connects to port N of the host reaches the listener at
+//! the socket's path with `_N` appended, or is refused if there is none.
 //!
-//! * Clients that come before the guest's driver is ready wait until it is.
+//! * Clients that connect before the guest's driver is ready wait until it is.
 //! * Each direction has flow control: what one side does not read, the other cannot send.
 //! * One direction can be closed while the other goes on, on both sides.
-//! * No connection outlives a restore: the guest is told to close its ends
-//!   (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
+//! * No connection outlives a restore: the guest is asked to close its ends (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET).
 
 mod connection;
 mod hub;
 mod packet;
-mod socket;
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::PathBuf;
 
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -33,6 +29,7 @@ use super::turn::Again;
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
 use super::{SavedState, VirtioDevice};
 use crate::memory::MemoryMap;
+use crate::socket::SocketError;
 use crate::spec::VsockSpec;
 use hub::Hub;
 
@@ -57,31 +54,11 @@ const STATE_VERSION: u16 = 1;
 /// Why a vsock device could not be built.
 #[derive(Debug, Error)]
 pub enum VsockError {
-    /// Another process listens there.
-    #[error("vsock socket {path} is in use by another process")]
-    InUse {
-        /// Where.
-        path: PathBuf,
-    },
-    /// There is a file that is no socket, and is left alone.
-    #[error("{path} is in the way of a vsock socket and is no socket itself")]
-    NoSocket {
-        /// Where.
-        path: PathBuf,
-    },
-    /// The socket's file cannot be made or replaced.
-    #[error("cannot {operation} vsock socket {path}")]
-    Socket {
-        /// What was tried.
-        operation: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    /// Nobody on the host could connect to it.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The host refused a descriptor.
-    #[error("vsock descriptors")]
+    #[error("cannot open the descriptors of a vsock device")]
     Host(#[source] io::Error),
 }
 
@@ -98,7 +75,7 @@ pub struct Vsock<Q = ()> {
     again: Again,
     /// A driver runs that may have connections, or will think so after a restore.
     driver_connected: bool,
-    /// The guest has yet to hear that all connections are gone.
+    /// The guest still has to be informed that all connections are gone.
     owes_reset: bool,
     queues: Q,
 }

@@ -40,9 +40,9 @@ pub mod op {
 /// `struct virtio_vsock_hdr`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
-    /// Who sends it.
+    /// The sender.
     pub src_cid: u64,
-    /// Whom it is for.
+    /// The receiver.
     pub dst_cid: u64,
     /// The sender's port.
     pub src_port: u32,
@@ -124,7 +124,7 @@ pub fn read_header(chain: &Chain, memory: &MemoryMap) -> Option<Header> {
     Some(Header::from_bytes(&bytes))
 }
 
-/// The `len` bytes of data behind the header; `None` if the chain has fewer.
+/// The `len` bytes of data after the header; `None` if the chain has fewer.
 pub fn data(chain: Chain, memory: &MemoryMap, len: usize) -> Option<Vec<GuestSlice<'_>>> {
     let (slices, found) = behind_header(readable(chain, memory).map_while(Result::ok), len);
     (found == len).then_some(slices)
