@@ -83,6 +83,7 @@ impl Guest {
             serial: Box::new(io::stderr()),
             connect: Box::new(Ends(vec![agent_guest, backdoor_guest])),
             descriptors: 10_000,
+            cancel: firn_vmm::Cancel::default(),
         };
         let vm = make(host);
         let screen = vm.screen().expect("it has one");
