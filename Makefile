@@ -23,18 +23,18 @@ RUNS = 1000000
 # What pip installs has these versions, whoever calls it.
 export PIP_CONSTRAINT := $(abspath tests/tools.txt)
 
-.PHONY: fuzz demo test conformance lint bench clean build setup kit
+.PHONY: fuzz demo test conformance lint bench clean build setup setup-tests kit
 
 demo: kit
 	$(FIRN) test tests/examples/ping/test.toml
 
 test: export FIRN_SKIPPED = $(SKIPPED)/list
-test: kit
+test: setup-tests kit
 	rm -rf $(SKIPPED)
 	mkdir -p $(SKIPPED)
 	tests/nix/evaluate.py
 	cargo test --release --workspace --exclude firn-tests
-	$(VENV)/pip install -q mypy pexpect
+	$(VENV)/pip install -q mypy pexpect selenium
 	$(VENV)/python -m unittest discover -s driver/python/tests
 	$(VENV)/python tests/conformance/conformance.py run
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
@@ -42,7 +42,7 @@ test: kit
 		--test ping --test guest -- --test-threads=1
 	@touch $$FIRN_SKIPPED; echo "skipped tests: $$(wc -l <$$FIRN_SKIPPED)"; cat $$FIRN_SKIPPED
 
-conformance: kit
+conformance: setup-tests kit
 	$(VENV)/python tests/conformance/conformance.py run --write
 
 fuzz: setup
@@ -53,7 +53,7 @@ bench: kit
 	$(FIRN) bench boot --runs 5 --machines 8
 	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench network
 
-lint: build
+lint: setup-tests build
 	cargo fmt --all --check
 	python3 tests/conformance/conformance.py table --check
 	python3 tests/links.py
@@ -63,8 +63,8 @@ lint: build
 		vmm/src --include='*.rs' --exclude-dir=arch
 	! grep -rnwE '(kvm|get|set)_s?regs|rflags|rip|rdtsc|tsc_khz|triple fault' \
 		vmm/src --include='*.rs' --exclude-dir=arch
-	cargo clippy --workspace --all-targets -- -D warnings
-	$(VENV)/pip install -q mypy ruff types-pexpect
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	$(VENV)/pip install -q mypy ruff selenium types-pexpect
 	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
 	# The stub says what the extension module is, which has to be there.
 	cd driver && ../$(VENV)/stubtest firn._firn --mypy-config-file pyproject.toml --ignore-disjoint-bases \
@@ -90,6 +90,9 @@ build: setup $(VENV)/python
 
 setup:
 	@.ci/setup
+
+setup-tests:
+	@.ci/setup tests
 
 $(VENV)/python:
 	python3 -m venv .venv

@@ -115,6 +115,43 @@ in
       '';
     };
 
+    screen = lib.mkOption {
+      type = lib.types.nullOr (
+        lib.types.enum [
+          "plain"
+          "gpu"
+          false
+        ]
+      );
+      default = null;
+      description = ''
+        The machine's screen, of `virtualisation.resolution`: "plain" is a frame buffer on which every
+        kernel draws without a driver of its own, "gpu" a virtio graphics card without 3D, for
+        Wayland compositors. With null the machine has a plain one if the test sets `enableOCR`, if its
+        script calls what needs one by name, or at the interactive prompt. QEMU's options `-vga` and
+        `-device virtio-gpu-pci` in `virtualisation.qemu.options` are heeded first.
+      '';
+    };
+
+    keyboard = lib.mkOption {
+      type = lib.types.nullOr lib.types.bool;
+      default = null;
+      description = ''
+        Whether the machine has a keyboard. With null it has one if the test sets `enableOCR`, if its
+        script calls `send_key` or `send_chars` by name, or at the interactive prompt. Stage 1 has the
+        keyboard's drivers only with true or `enableOCR`.
+      '';
+    };
+
+    tablet = lib.mkOption {
+      type = lib.types.nullOr lib.types.bool;
+      default = null;
+      description = ''
+        Whether the machine has a tablet, a pointer that goes to places of the screen. With null it has
+        one if its script sends QEMU's `input-send-event`, or at the interactive prompt.
+      '';
+    };
+
     fallback = lib.mkOption {
       type = lib.types.nullOr (lib.types.enum [ "qemu" ]);
       default = null;
@@ -147,7 +184,12 @@ in
       "virtiofs"
     ]
     # By it systemd reads credentials from the firmware's tables, also in stage 1.
-    ++ lib.optional (cfg.credentials or { } != { }) "dmi_sysfs";
+    ++ lib.optional (cfg.credentials or { } != { }) "dmi_sysfs"
+    # Passphrases are typed in stage 1.
+    ++ lib.optionals machine.keyboard [
+      "virtio_input"
+      "evdev"
+    ];
     virtualisation.fileSystems = lib.mapAttrs' (
       tag: share:
       lib.nameValuePair share.target {

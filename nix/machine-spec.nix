@@ -203,6 +203,51 @@ let
   givenOptions = filter (text: isString text && match " *" text == null) (
     split " *\n" (replaceStrings [ " -" ] [ "\n-" ] (" " + concatStringsSep " " qemuOptions))
   );
+  # Those about a screen and what is typed on, which firn reads itself.
+  plugged = "(,(id|bus)=[^,]+)*";
+  keyboards = "-device (virtio-keyboard|virtio-keyboard-pci|usb-kbd)${plugged}";
+  screens = concatStringsSep "|" [
+    "-vga (std|virtio|none)"
+    "-device (VGA|bochs-display|virtio-gpu|virtio-gpu-pci|virtio-vga)(,(xres|yres)=[0-9]+|,(id|bus)=[^,]+)*"
+  ];
+  inputs = concatStringsSep "|" [
+    "-usb"
+    keyboards
+    "-device (virtio-tablet|virtio-tablet-pci|usb-tablet)${plugged}"
+  ];
+  given = pattern: filter (text: match pattern text != null) givenOptions;
+  readOptions = given "${screens}|${inputs}";
+
+  # Who wants another size than the usual one wants a screen.
+  resolution =
+    cfg.resolution or {
+      x = 1024;
+      y = 768;
+    };
+  screen =
+    let
+      wanted = cfg.firn.screen or null;
+      sized = kind: {
+        inherit kind;
+        width = resolution.x;
+        height = resolution.y;
+      };
+      usual = resolution.x == 1024 && resolution.y == 768;
+    in
+    if isString wanted then
+      sized wanted
+    else if wanted == null && !usual && given screens == [ ] then
+      sized "plain"
+    else
+      wanted;
+  parts = {
+    inherit screen;
+    keyboard = cfg.firn.keyboard or null;
+    tablet = cfg.firn.tablet or null;
+  };
+  # What is null is left to what the test's script needs.
+  knownParts = removeAttrs parts (filter (name: parts.${name} == null) (attrNames parts));
+
   fromOptions = builtins.foldl' (spec: text: spec // knownOptions.${text} or { }) { } givenOptions;
 
   settings = cfg.firn.settings or { };
@@ -284,7 +329,7 @@ let
     (concatMap (
       text:
       because (
-        !(knownOptions ? ${text})
+        !(knownOptions ? ${text} || elem text readOptions)
       ) "virtualisation.qemu.options" "has `${text}`, which is QEMU's and not firn's"
     ) givenOptions)
     (concatMap (
@@ -304,6 +349,9 @@ let
 in
 {
   inherit unsupported;
+
+  # Whether somebody types on it, as far as that is known before its test's script is read.
+  keyboard = (parts // settings).keyboard == true || given keyboards != [ ];
 
   spec =
     if unsupported != [ ] then
@@ -333,9 +381,10 @@ in
           ++ map (console: "console=${console}") cfg.qemu.consoles
           ++ [ "\${QEMU_KERNEL_PARAMS:-}" ]
         );
-        qemu_opts = "\${QEMU_OPTS:-}";
+        qemu_opts = concatStringsSep " " (readOptions ++ [ "\${QEMU_OPTS:-}" ]);
       }
       // optionalAttrs (credentials != { }) { inherit credentials; }
+      // knownParts
       // fromOptions
       // settings
       # Its keys one by one: who wants one of them still has what the other options say.

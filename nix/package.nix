@@ -99,7 +99,6 @@ let
       buildInputs = [ libcap_ng ];
       dependencies = [
         python3Packages.ipython
-        python3Packages.remote-pdb
       ];
       pythonImportsCheck = [
         "firn"

@@ -26,5 +26,14 @@ in
   # Nodes and containers have it, so that whatever a test has of them makes it say what is wrong.
   extraBaseModules = checked;
   # Unlike `nodeDefaults` this reaches also specialisations that inherit nothing.
-  extraBaseNodeModules.imports = [ ./machine-module.nix ];
+  extraBaseNodeModules.imports = [
+    ./machine-module.nix
+  ]
+  # What shall be read is shown, and what is asked there is answered.
+  ++ lib.optional (config.enableOCR or false) {
+    virtualisation.firn = {
+      screen = lib.mkDefault "plain";
+      keyboard = lib.mkDefault true;
+    };
+  };
 }

@@ -1,8 +1,6 @@
 //! firn: drives virtual machines from a test script.
 #![forbid(unsafe_code)]
 
-pub mod agent;
-pub mod clock;
 pub mod config;
 mod descriptors;
 pub mod driver;
@@ -11,10 +9,13 @@ mod kernels;
 pub mod kit;
 pub mod log;
 pub mod machine;
+pub mod ocr;
+pub mod picture;
 pub mod private;
 pub mod retry;
 pub mod scratch;
 pub mod ssh;
+pub mod viewers;
 pub mod vlan;
 
 pub use driver::{Driver, DriverOptions};

@@ -34,6 +34,11 @@ pub enum Level {
     Error,
 }
 
+impl Level {
+    /// The names of all, from the least.
+    pub const NAMES: [&str; 4] = ["debug", "info", "warning", "error"];
+}
+
 impl std::str::FromStr for Level {
     type Err = String;
 
@@ -43,7 +48,7 @@ impl std::str::FromStr for Level {
             "info" => Ok(Self::Info),
             "warning" => Ok(Self::Warning),
             "error" => Ok(Self::Error),
-            _ => Err(format!("{name:?} is no log level; allowed: debug, info, warning, error")),
+            _ => Err(format!("{name:?} is no log level; allowed: {}", Self::NAMES.join(", "))),
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::clock::Clock;
 use crate::error::{Error, Result};
+use firn_agent_client::Clock;
 
 /// Time between two tries.
 const PAUSE: Duration = Duration::from_secs(1);

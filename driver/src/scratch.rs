@@ -64,7 +64,7 @@ impl State {
         name: &str,
         keep: bool,
     ) -> Result<(PathBuf, PathBuf, bool), MachineError> {
-        let state = OsString::from(format!("vm-state-{name}"));
+        let state = OsString::from(format!("{MACHINE_PREFIX}{name}"));
         let made = match self {
             Self::New(scratch) => private::make(&scratch.path().join(&state)).map(|()| false),
             Self::Named(named) => named.enter(&state, keep),
@@ -94,6 +94,19 @@ fn own(dir: &Path) -> io::Result<PathBuf> {
         private::make(dir)?;
     }
     Place::closed(dir).map(|place| place.path().to_owned())
+}
+
+/// How the names of machines' directories begin.
+const MACHINE_PREFIX: &str = "vm-state-";
+
+/// The machine whose state a directory of this name holds.
+pub(crate) fn machine_of(name: &OsStr) -> Option<String> {
+    name.to_str()?.strip_prefix(MACHINE_PREFIX).map(str::to_owned)
+}
+
+/// What is special in the name of a run's directory.
+pub(crate) fn run_of(name: &OsStr) -> Option<String> {
+    name.to_str()?.strip_prefix(PREFIX).map(str::to_owned)
 }
 
 /// The directory that all machines share.

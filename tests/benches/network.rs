@@ -14,6 +14,7 @@ use firn::kit::Kit;
 use firn_gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
 use firn_net_switch::NetPort;
 use firn_tests::micro;
+use firn_vmm::Cancel;
 use firn_vmm::spec::{Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{Event, HostSide, Vm};
@@ -191,6 +192,7 @@ impl Firn {
             serial: Box::new(std::io::sink()),
             connect: Box::new(Plug(Arc::clone(&gateway))),
             descriptors: 10_000,
+            cancel: Cancel::default(),
         };
         let mut vm = Vm::new(&spec, host).expect("the machine can be made");
         vm.start().expect("it starts");

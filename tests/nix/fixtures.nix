@@ -157,6 +157,30 @@ let
       "max"
       "-nographic -device virtio-balloon"
     ];
+    screens = {
+      qemuOptions = [
+        "-vga none -device virtio-gpu-pci,xres=720,yres=1440"
+        "-usb"
+        "-device"
+        "virtio-keyboard-pci,id=keys"
+      ];
+      virtualisation.firn.tablet = true;
+    };
+    own-screen.virtualisation = {
+      firn = {
+        screen = "gpu";
+        keyboard = false;
+      };
+      resolution = {
+        x = 1920;
+        y = 1080;
+      };
+    };
+    no-screen.virtualisation.firn.screen = false;
+    other-resolution.virtualisation.resolution = {
+      x = 800;
+      y = 600;
+    };
     own-settings.virtualisation.firn.settings = {
       balloon = true;
       vsock = {
@@ -238,7 +262,8 @@ let
       c = share "$1/c" "/c";
     };
     qemu-options.qemuOptions = [
-      "-vga std"
+      "-vga qxl"
+      "-device virtio-gpu-pci,blob=true"
       "-device"
       "usb-storage,drive=stick"
       "-cpu host"

@@ -42,7 +42,7 @@ let
         inherit lib pkgs;
         modulesPath = "/nixpkgs/nixos/modules";
         options.virtualisation.qemu = {
-          options = defined [ "-vga std" ];
+          options = defined [ "-vga qxl" ];
           drives = none;
           networkingOptions = none;
         };
@@ -235,6 +235,23 @@ in
       key.source = "/key";
     });
 
+  keyboard-works-in-stage-1-where-one-is-asked-for =
+    let
+      modules =
+        firn:
+        (machine {
+          file = "/nixpkgs/nixos/modules/b.nix";
+          virtualisation = plain // {
+            inherit firn;
+          };
+        }).content.boot.initrd.availableKernelModules;
+      has = firn: builtins.elem "virtio_input" (modules firn) && builtins.elem "evdev" (modules firn);
+    in
+    !has { }
+    && !has { keyboard = false; }
+    && has { keyboard = true; }
+    && has { settings.keyboard = true; };
+
   what-others-ask-of-qemu-is-refused = a.condition && throws (build a).script;
   or-left-to-qemu =
     !(machine {
@@ -253,6 +270,24 @@ in
 
   test-gets-the-machine-module =
     (testModule { }).extraBaseNodeModules.imports == [ ../../nix/machine-module.nix ] && !refuses { };
+  test-that-reads-has-what-it-reads =
+    let
+      inherit
+        (testModule {
+          config = {
+            name = "a";
+            enableOCR = true;
+          };
+        })
+        extraBaseNodeModules
+        ;
+    in
+    builtins.elem {
+      virtualisation.firn = {
+        screen = lib.mkDefault "plain";
+        keyboard = lib.mkDefault true;
+      };
+    } extraBaseNodeModules.imports;
   test-needs-firns-driver = refuses { hostPkgs = pkgs; };
   test-needs-a-new-nixpkgs = refuses { options = { }; };
   # What containers have as well as nodes says it: a test may have nothing but containers.

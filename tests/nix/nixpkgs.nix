@@ -83,7 +83,6 @@ let
       buildPythonApplication = package;
       buildPythonPackage = package;
       ipython = "/ipython";
-      remote-pdb = "/remote-pdb";
       numpy = "/numpy";
       python.interpreter = "/python3";
     };

@@ -25,6 +25,10 @@ rec {
   vmVariant = name: {
     memorySize = 1024;
     cores = 1;
+    resolution = {
+      x = 1024;
+      y = 768;
+    };
     diskImage = "./${name}.qcow2";
     diskSize = 1024;
     emptyDiskImages = [ ];

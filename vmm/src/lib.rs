@@ -7,16 +7,21 @@
 pub mod arch;
 pub mod boot;
 pub mod bus;
+mod cancel;
 pub mod device;
 pub mod error;
 mod event_loop;
 pub mod interrupt;
 pub mod memory;
 pub mod probe;
+pub mod screen;
 #[cfg(test)]
 #[path = "../../tests/src/skip.rs"]
 mod skip;
+pub mod socket;
 pub mod spec;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+
+pub use cancel::Cancel;

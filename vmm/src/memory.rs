@@ -56,18 +56,29 @@ pub enum MemoryError {
 
 /// Maps fresh, zeroed memory for a guest of `mib` MiB. Pages are allocated when they are first touched.
 ///
-/// # Errors The host does not have that much address space or memory.
+/// # Errors
+/// The host does not have that much address space or memory.
 pub fn allocate(mib: u64) -> Result<Memory, MemoryError> {
     let bytes = mib.checked_mul(1 << 20).ok_or(MemoryError::TooLarge(mib))?;
-    let mut parts = Vec::new();
-    for (start, len) in layout::ranges(bytes) {
-        let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
-        parts.push((GuestAddress(start), len));
-    }
+    map(&layout::ranges(bytes), mib)
+}
+
+/// Maps memory in the same way for `bytes` bytes, rounded up to whole pages, at the guest's address `start`.
+///
+/// # Errors
+/// As for [`allocate`].
+pub fn allocate_at(start: u64, bytes: u64) -> Result<Memory, MemoryError> {
+    let bytes = bytes.next_multiple_of(PAGE as u64);
+    map(&[(start, bytes)], bytes.div_ceil(1 << 20))
+}
+
+/// Maps `ranges` of addresses and lengths, `mib` MiB altogether.
+fn map(ranges: &[(u64, u64)], mib: u64) -> Result<Memory, MemoryError> {
     let map = |problem| MemoryError::Map { mib, problem };
     let mut regions = Vec::new();
-    for (start, len) in parts {
-        let region = aligned_region(start, len).map_err(map)?;
+    for &(start, len) in ranges {
+        let len = usize::try_from(len).map_err(|_| MemoryError::TooLarge(mib))?;
+        let region = aligned_region(GuestAddress(start), len).map_err(map)?;
         keep_from_children(&region).map_err(MemoryError::DontFork)?;
         regions.push(region);
     }
@@ -153,10 +164,10 @@ pub fn clear(memory: &MemoryMap) -> io::Result<()> {
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn save(memory: &MemoryMap, file: &File) -> io::Result<()> {
+pub fn save(memories: &[&MemoryMap], file: &File) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     let mut end = 0;
-    for region in memory.iter() {
+    for region in memories.iter().flat_map(|memory| memory.iter()) {
         let start = end;
         end += region.len();
         for offset in (0..region.len()).step_by(CHUNK) {
@@ -177,15 +188,16 @@ pub fn save(memory: &MemoryMap, file: &File) -> io::Result<()> {
 ///
 /// # Errors
 /// The file cannot be read, or is not as large as the memory.
-pub fn load(memory: &MemoryMap, file: &File) -> io::Result<()> {
-    let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
+pub fn load(memories: &[&MemoryMap], file: &File) -> io::Result<()> {
+    let regions = || memories.iter().flat_map(|memory| memory.iter());
+    let size: u64 = regions().map(GuestMemoryRegion::len).sum();
     let found = file.metadata()?.len();
     if found != size {
         return Err(io::Error::other(format!("it has {found} bytes, the machine {size}")));
     }
     let mut buffer = vec![0; CHUNK];
     let mut start = 0;
-    for region in memory.iter() {
+    for region in regions() {
         let end = start + region.len();
         let mut at = start;
         while let Some(data) = next_data(file, at)?.filter(|data| *data < end) {
@@ -253,17 +265,22 @@ mod tests {
     #[test]
     fn memory_goes_to_a_file_and_back_and_can_be_cleared() {
         let memory = allocate(8).unwrap();
+        let beside = allocate_at(layout::FRAME_BUFFER_START, 5000).unwrap();
+        let beside_at = GuestAddress(layout::FRAME_BUFFER_START + 4999);
+        beside.write_obj(5_u8, beside_at).unwrap();
         let written = [(0x1000, 1), (0x2fff, 2), (0x40_0000, 3), (0x7f_ffff, 4)];
         for (address, value) in written {
             memory.write_obj::<u8>(value, GuestAddress(address)).unwrap();
         }
         let file = tempfile::tempfile().unwrap();
-        save(&memory, &file).unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 8 << 20);
+        save(&[&memory, &beside], &file).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), (8 << 20) + 8192);
         assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20, "zeros take no room");
 
         let other = allocate(8).unwrap();
-        load(&other, &file).unwrap();
+        let other_beside = allocate_at(layout::FRAME_BUFFER_START, 5000).unwrap();
+        load(&[&other, &other_beside], &file).unwrap();
+        assert_eq!(other_beside.read_obj::<u8>(beside_at).unwrap(), 5);
         let mut pages = [vec![0; 8 << 20], vec![0; 8 << 20]];
         memory.read_slice(&mut pages[0], GuestAddress(0)).unwrap();
         other.read_slice(&mut pages[1], GuestAddress(0)).unwrap();
@@ -273,6 +290,6 @@ mod tests {
         clear(&other).unwrap();
         other.read_slice(&mut pages[1], GuestAddress(0)).unwrap();
         assert!(pages[1].iter().all(|byte| *byte == 0));
-        assert!(load(&allocate(4).unwrap(), &file).is_err(), "another size");
+        assert!(load(&[&other], &file).is_err(), "another size");
     }
 }

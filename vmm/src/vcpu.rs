@@ -295,7 +295,8 @@ impl Vcpu {
 
     /// Runs on the calling thread until the group stops.
     ///
-    /// # Errors Why the vCPU cannot go on, for a message.
+    /// # Errors
+    /// Why the vCPU cannot go on, for a message.
     pub fn run(&self) -> Result<Ending, String> {
         KVM_RUN.set(self.fd().get_kvm_run());
         let member = self.group.join();

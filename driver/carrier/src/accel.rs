@@ -102,6 +102,9 @@ impl Accel {
     }
 }
 
+/// Where runs in a carrier keep their state.
+pub(crate) const STATE_DIR: &str = "/dev/shm";
+
 /// Runs a command that runs machines in a carrier; answers its exit status.
 ///
 /// # Errors
@@ -112,7 +115,7 @@ pub fn run_again(
 ) -> Result<u8, CarrierError> {
     // Sockets and state belong on the carrier's own file system, where nothing is that users of the host have put into
     // their /tmp, and it has a pipe for stderr.
-    let mut argv: Vec<OsString> = vec!["env".into(), "TMPDIR=/dev/shm".into()];
+    let mut argv: Vec<OsString> = vec!["env".into(), format!("TMPDIR={STATE_DIR}").into()];
     if colours_wanted(&std::io::stderr()) {
         argv.push("CLICOLOR_FORCE=1".into());
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use firn::agent::{AgentClient, AgentError};
+use firn_agent_client::{AgentClient, AgentError};
 
 /// How often the agent tells its guest's time.
 const BEAT: Duration = Duration::from_millis(50);

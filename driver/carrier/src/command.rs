@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use firn::agent::ExecRequest;
+use firn_agent_client::ExecRequest;
 
 use super::CarrierError;
 
@@ -68,7 +68,7 @@ impl HostCommand {
         self
     }
 
-    /// Gives it input, through [`Exec::take_stdin`](firn::agent::Exec::take_stdin).
+    /// Gives it input, through [`Exec::take_stdin`](firn_agent_client::Exec::take_stdin).
     #[must_use]
     pub fn stdin(mut self) -> Self {
         self.stdin = true;
@@ -162,7 +162,7 @@ pub(super) fn writable_roots(directories: &[PathBuf]) -> Result<Vec<PathBuf>, Ca
 #[cfg(test)]
 mod tests {
     use super::*;
-    use firn::agent::Program;
+    use firn_agent_client::Program;
 
     fn argv(request: ExecRequest) -> Vec<String> {
         match request.program {

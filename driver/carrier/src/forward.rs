@@ -2,16 +2,18 @@
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
+use std::sync::Arc;
 use std::time::Duration;
 
-use firn::agent::{Exec, ExecEvent, ExecStdin, Exit, Stream};
 use firn::kit::KitName;
+use firn_agent_client::{Exec, ExecEvent, ExecStdin, Exit, Stream};
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, sleep_until};
 
 use super::{Carrier, CarrierError, HostCommand, Options, command};
 use crate::signals::Signals;
 use crate::terminal::RawTerminal;
+use crate::viewers::Door;
 
 /// How long a command may go on after the signal that shall end it.
 const GRACE: Duration = Duration::from_secs(1);
@@ -48,15 +50,17 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
             number = signals.next() => return Ok(128 + number),
         };
         let carrier = tokio::select! {
-            carrier = Carrier::start(&kit, &options) => carrier?,
+            carrier = Carrier::start(&kit, &options) => Arc::new(carrier?),
             number = signals.next() => return Ok(128 + number),
         };
+        let door = options.viewers.as_deref().and_then(|firn| Door::open(&carrier, firn));
         let raw = match options.terminal {
             true => RawTerminal::of_stdin().map_err(CarrierError::host("use the terminal"))?,
             false => None,
         };
         let with_input = raw.is_some() || !io::stdin().is_terminal();
         let status = run(&carrier, command, with_input, &mut signals).await?;
+        drop(door);
         carrier.shutdown().await?;
         Ok(status)
     });

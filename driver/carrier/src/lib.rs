@@ -17,15 +17,16 @@ mod forward;
 mod qemu;
 pub mod signals;
 pub mod terminal;
+mod viewers;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use firn::agent::{AgentClient, AgentError, Exec, ExecRequest};
 use firn::error::chain;
 use firn::kit::{Kit, KitName};
+use firn_agent_client::{AgentClient, AgentError, Exec, ExecRequest};
 use firn_kits::BuildError;
 use firn_vmm::arch::tsc;
 use thiserror::Error;
@@ -82,6 +83,8 @@ pub struct Options {
     pub writable: Vec<PathBuf>,
     /// The command gets all that is typed at this process's terminal, key by key.
     pub terminal: bool,
+    /// The command `firn`, if viewers on the host shall see the screens of machines that the command runs.
+    pub viewers: Option<PathBuf>,
 }
 
 /// Why something did not run in a carrier.
@@ -259,11 +262,11 @@ impl Carrier {
         self.qemu.within("start a command", STEP_TIMEOUT, started).await
     }
 
-    /// Ends it, after what it wrote has reached the host.
+    /// Waits until what was written in it has reached the host; after that it can be dropped.
     ///
     /// # Errors
     /// When the carrier is gone already.
-    pub async fn shutdown(self) -> Result<(), CarrierError> {
+    pub async fn shutdown(&self) -> Result<(), CarrierError> {
         let synced = tokio::time::timeout(SYNC_TIMEOUT, self.or_ended(self.client.sync())).await;
         // A carrier too busy to answer is killed all the same.
         synced.unwrap_or(Ok(()))

@@ -55,6 +55,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return Err(super::become_command(&args.command));
     }
     let options = Options {
+        viewers: None,
         memory_mib: args.memory,
         cores: args.cores,
         exact: args.exact,

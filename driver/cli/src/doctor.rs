@@ -8,13 +8,14 @@ use anyhow::Result;
 use firn::error::chain;
 use firn::kit::KitName;
 use firn::log::colours_wanted;
+use firn::ocr::Reader;
 use firn_vmm::probe;
 
 use super::python;
 
 /// Say what this host can do and what is missing
 ///
-/// One line each for KVM, the carrier, the guest kit and Python. Exits with 0 only if tests can run.
+/// One line each for KVM, the carrier, the guest kit, Python, and what reads screens. Exits with 0 only if tests can run.
 #[derive(Debug, clap::Args)]
 pub struct Args {}
 
@@ -52,7 +53,7 @@ pub(super) fn run(_args: &Args) -> Result<ExitCode> {
         },
         text: kvm.to_string(),
     };
-    let findings = [kvm, carrier, kit_finding(), python_finding()];
+    let findings = [kvm, carrier, kit_finding(), python_finding(), ocr_finding()];
     let ready = findings.iter().all(|finding| finding.grade != Grade::Bad);
     print(&mut io::stdout().lock(), &findings, ready, kvm_works, colours_wanted(&io::stdout()))?;
     Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -105,6 +106,14 @@ fn python_finding() -> Finding {
         Err(error) => (Grade::Bad, chain(error.as_ref())),
     };
     Finding { what: "python", grade, text }
+}
+
+fn ocr_finding() -> Finding {
+    let (grade, text) = match Reader::find() {
+        Ok(reader) => (Grade::Good, reader.program().display().to_string()),
+        Err(error) => (Grade::Warn, format!("scripts cannot read screens: {error}")),
+    };
+    Finding { what: "ocr", grade, text }
 }
 
 fn print(

@@ -4,6 +4,7 @@
 //! `pub fn run(args: &Args) -> anyhow::Result<ExitCode>`.
 #![forbid(unsafe_code)]
 
+use std::env;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::process::CommandExt;
@@ -16,7 +17,8 @@ use firn::config::ConfigError;
 use firn::error::chain;
 use firn::log::{colours_wanted, printable};
 use firn_carrier::accel::Accel;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::{Layer, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
 mod bench;
 mod carrier;
@@ -27,6 +29,7 @@ mod python;
 mod run;
 mod ssh;
 mod test;
+mod view;
 
 /// Runs tests that boot virtual machines and drive them from a Python script.
 #[derive(Debug, Parser)]
@@ -74,6 +77,7 @@ enum Command {
     Test(test::Args),
     Run(run::Args),
     Ssh(ssh::Args),
+    View(view::Args),
     Check(check::Args),
     /// Say what this host can do and what is missing
     Doctor(doctor::Args),
@@ -90,6 +94,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Ssh(args) => ssh::run(&args),
+        Command::View(args) => view::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),
@@ -135,10 +140,11 @@ fn report(error: &anyhow::Error) -> ExitCode {
 }
 
 fn init_tracing() {
-    let filter = EnvFilter::try_from_env("FIRN_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let wanted = env::var("FIRN_LOG").ok().and_then(|text| text.parse().ok());
+    let targets = wanted.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
+    let log = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     // Somebody else has set one up already: no reason to stop.
-    let _ = log.with_ansi(io::stderr().is_terminal()).try_init();
+    let _ = tracing_subscriber::registry().with(log.with_filter(targets)).try_init();
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use firn::config::{MachineFile, Script, TestConfig};
+use firn::config::{MachineFile, Needs, Script, TestConfig};
 use firn::driver::{Driver, DriverOptions};
 use firn::log::{Level, Logger};
 use firn::machine::Machine;
@@ -37,6 +37,9 @@ makes no sense.")]
 pub struct Args {
     /// The machine file
     file: PathBuf,
+    /// Give the machine a screen, a keyboard and a tablet, unless its file says otherwise
+    #[arg(long)]
+    screen: bool,
     #[command(flatten)]
     place: Place,
 }
@@ -45,7 +48,10 @@ pub struct Args {
 const ESCAPE: u8 = 0x01;
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let file = MachineFile::read(&args.file)?;
+    let mut file = MachineFile::read(&args.file)?;
+    if args.screen {
+        file.supply(Needs::ALL);
+    }
     let state = std::env::var_os("USE_TMPDIR").filter(|value| !value.is_empty());
     let state = state.map(|_| std::env::temp_dir());
     if args.place.accel.runs_here()? {
@@ -61,9 +67,16 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         writable.push(dir);
     }
     command.push(program.into());
-    command.extend(["run", "--accel", "kvm", "--"].map(Into::into));
+    command.extend(["run", "--accel", "kvm"].map(Into::into));
+    command.extend(args.screen.then(|| "--screen".into()));
+    command.push("--".into());
     command.push(std::path::absolute(&args.file)?.into());
-    let options = Options { writable, terminal: true, ..Options::default() };
+    let options = Options {
+        writable,
+        terminal: true,
+        viewers: std::env::current_exe().ok(),
+        ..Options::default()
+    };
     Ok(run_again(&options, command)?.into())
 }
 

@@ -1,6 +1,7 @@
 //! `firn test`.
 
 use std::ffi::OsString;
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -8,8 +9,10 @@ use anyhow::{Context, Result};
 use firn::config::TestConfig;
 use firn::driver::Driver;
 use firn::kit::{Kit, KitName};
+use firn::log::Level;
 use firn_carrier::Options;
 use firn_carrier::accel::run_again;
+use serde::Serialize;
 
 use super::{Place, python};
 
@@ -21,36 +24,44 @@ use super::{Place, python};
 Exit status: 0 the script ended; 1 it failed; 2 the file makes no sense; 130 Ctrl-C; 143 SIGTERM,
 and the global timeout, after which everything is ended.")]
 pub struct Args {
+    #[command(flatten)]
+    flags: Flags,
+    #[command(flatten)]
+    place: Place,
+}
+
+/// What the Python runner takes as it is.
+#[derive(Debug, Serialize, clap::Args)]
+struct Flags {
     /// The test, a TOML file
     file: PathBuf,
     /// Where files that the script keeps go; made if it is not there
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     output_dir: PathBuf,
-    #[command(flatten)]
-    place: Place,
     /// Seconds the whole test may take, instead of what the file says
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     global_timeout: Option<u32>,
     /// A JUnit report, in the output directory: a test case for each subtest
     #[arg(long, value_name = "FILE")]
     junit_xml: Option<PathBuf>,
-    /// What the log shows at least: debug, info, warning or error
-    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = ["debug", "info", "warning", "error"])]
+    /// The least that the log shows
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = Level::NAMES)]
     log_level: String,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     // What is wrong with the file is said before anything is fetched, built or booted.
-    let test = TestConfig::from_toml_file(&args.file)?;
-    prepare_output(&args.output_dir)?;
+    let test = TestConfig::from_toml_file(&args.flags.file)?;
+    prepare_output(&args.flags.output_dir)?;
     let python = python::find()?;
     let kits = Driver::kits_needed(&test).into_iter().map(build_kit).collect::<Result<Vec<_>>>()?;
-    let runner = runner(args, &python.path, &kits);
+    let runner = runner(&args.flags, &python.path, &kits)?;
     if args.place.accel.runs_here()? {
         return Err(super::become_command(&runner));
     }
-    let writable = test.writable().into_iter().chain([args.output_dir.clone()]).collect();
-    let options = Options { writable, ..Options::default() };
+    let writable = test.writable().into_iter().chain([args.flags.output_dir.clone()]).collect();
+    let viewers = std::env::current_exe().ok();
+    let options = Options { writable, viewers, ..Options::default() };
     Ok(run_again(&options, runner)?.into())
 }
 
@@ -67,22 +78,19 @@ fn build_kit(name: KitName) -> Result<Kit> {
     })
 }
 
+/// What the Python runner is asked for.
+#[derive(Serialize)]
+struct Asked<'a> {
+    #[serde(flatten)]
+    flags: &'a Flags,
+    kit_dirs: Vec<&'a Path>,
+}
+
 /// The command that runs the script.
-fn runner(args: &Args, python: &Path, kits: &[Kit]) -> Vec<OsString> {
+fn runner(flags: &Flags, python: &Path, kits: &[Kit]) -> Result<Vec<OsString>> {
+    let kit_dirs = kits.iter().map(|kit| kit.dir.as_path()).collect();
+    let asked = serde_json::to_string(&Asked { flags, kit_dirs })?;
     // -P: a file of the current directory must not stand in for a module.
-    let mut argv: Vec<OsString> =
-        vec![python.into(), "-P".into(), "-m".into(), "firn.runner".into()];
-    argv.extend(["--output-dir".into(), args.output_dir.clone().into()]);
-    for kit in kits {
-        argv.extend(["--kit-dir".into(), kit.dir.clone().into()]);
-    }
-    if let Some(seconds) = args.global_timeout {
-        argv.extend(["--global-timeout".into(), seconds.to_string().into()]);
-    }
-    if let Some(file) = &args.junit_xml {
-        argv.extend(["--junit-xml".into(), file.into()]);
-    }
-    argv.extend(["--log-level".into(), args.log_level.clone().into()]);
-    argv.extend(["--".into(), args.file.clone().into()]);
-    argv
+    let argv = ["-P", "-m", "firn.runner", &asked].map(OsString::from);
+    Ok(iter::once(python.into()).chain(argv).collect())
 }

@@ -108,7 +108,13 @@ const MICRO: Recipe = Recipe {
         "button",
         "pvpanic_mmio",
     ],
-    on_demand: &["evdev", "virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
+    on_demand: &[
+        "evdev",
+        "virtio_input",
+        "virtio_balloon",
+        "virtio_blk",
+        "vmw_vsock_virtio_transport",
+    ],
     boot: include_str!("scripts/micro.sh"),
     cmdline: MICRO_CMDLINE,
 };

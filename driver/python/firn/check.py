@@ -1,6 +1,7 @@
 """Lints and type-checks a script before it is run: `python3 -m firn.check`, or `firn check`."""
 
 import argparse
+import ast
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from firn._firn import Test
 from firn.errors import MachineError
+from firn.needs import needs
 from firn.nixos import SYMBOLS
 
 #: What ruff looks for: syntax errors, and what pyflakes finds (undefined names, unused imports…).
@@ -142,6 +144,17 @@ def check_types(script: str, shown: str, declared: str) -> Iterator[str]:
             yield f"{shown}:{int(place[1]) - 1}:{place[2]}"
 
 
+def check_needs(script: str, shown: str, test: Test) -> Iterator[str]:
+    """Give the calls that need what their machines' descriptions say that they do not have."""
+    for need in needs(ast.parse(script), test.variables):
+        without = test.without(need.part)
+        if need.variable in without or (need.variable is None and without == test.variables):
+            yield (
+                f"{shown}:{need.line}:{need.column}: error[no-{need.part}] `{need.call}` needs a "
+                f"{need.part}, and `{without[0]}` has `{need.part} = false`"
+            )
+
+
 def check(script: str, shown: str, test: Test) -> list[str]:
     """Give all that is wrong with a script."""
     machines, vlans = names(test)
@@ -149,7 +162,8 @@ def check(script: str, shown: str, test: Test) -> list[str]:
     # What ruff cannot parse, ty cannot either.
     if any("syntax" in line.lower() for line in found):
         return found
-    return found + list(check_types(script, shown, prelude(machines, vlans)))
+    found += check_types(script, shown, prelude(machines, vlans))
+    return found + list(check_needs(script, shown, test))
 
 
 def main(arguments: list[str] | None = None) -> int:

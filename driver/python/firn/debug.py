@@ -1,14 +1,23 @@
 """Breakpoints in a script."""
 
+import contextlib
+import fcntl
+import ipaddress
 import os
+import pdb
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from pathlib import Path
+from types import FrameType
 
 from firn._firn import Logger
-from firn.errors import MachineError
+
+#: The request that gives the user namespace to which another namespace belongs.
+NS_GET_USERNS = 0xB701
 
 
 class DebugAbstract(ABC):
@@ -39,18 +48,33 @@ class Debug(DebugAbstract):
         self._marks: list[subprocess.Popen[bytes]] = []
 
     def breakpoint(self, host: str = "127.0.0.1", port: int = 4444) -> None:
-        """Stop here until somebody connects to this address, and serve pdb there."""
-        try:
-            from remote_pdb import RemotePdb  # noqa: PLC0415 - needed only here
-        except ImportError as error:
-            raise MachineError(f"breakpoints need the Python package remote-pdb: {error}") from None
+        """Stop here until somebody connects to this address, and serve pdb there.
+
+        On a loopback address only this user and root are served: who gets a debugger runs code.
+        """
         # The attaching command finds our namespaces by a process whose argument nobody else has.
         mark = str(random.randrange(1_000_000, 10_000_000))
         shell = os.environ | {"bashInteractive": shutil.which("bash") or "/bin/sh"}
-        self._marks.append(subprocess.Popen(["sleep", mark], env=shell))
-        self._log.log_test_error(f"Breakpoint reached, run '{self._attach} {mark}'")
-        self._log.info(f"the debugger listens on {host}:{port}")
-        RemotePdb(host, port, quiet=True).set_trace(sys._getframe().f_back)
+        with socket.create_server((host, port), backlog=1) as server:
+            self._marks.append(subprocess.Popen(["sleep", mark], env=shell))
+            self._log.log_test_error(f"Breakpoint reached, run '{self._attach} {mark}'")
+            self._log.info(f"the debugger listens on {host}:{port}")
+            connection = self._accept(server)
+        RemotePdb(connection).debug(sys._getframe().f_back)
+
+    def _accept(self, server: socket.socket) -> socket.socket:
+        """Wait for a connection by somebody who may run code here."""
+        while True:
+            connection, peer = server.accept()
+            own = connection.getsockname()
+            user = user_of(peer, own)
+            # Whoever listens on other addresses wants other hosts, too, of which nothing is known.
+            local = ipaddress.ip_address(own[0]).is_loopback
+            if user in users() or (user is None and not local):
+                return connection
+            connection.close()
+            who = "somebody unknown" if user is None else f"user {user}"
+            self._log.warning(f"the debugger refused a connection by {who}")
 
     def close(self) -> None:
         """End the processes that mark where we are."""
@@ -58,3 +82,65 @@ class Debug(DebugAbstract):
             process.kill()
             process.wait()
         self._marks.clear()
+
+
+class RemotePdb(pdb.Pdb):
+    """A debugger at the other end of a connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Take the connection, which ends with the debugger."""
+        with connection:
+            typed = connection.makefile("r")
+            # Lines end as telnet has them.
+            shown = connection.makefile("w", newline="\r\n")
+        shown.reconfigure(line_buffering=True)
+        super().__init__(stdin=typed, stdout=shown)
+
+    def debug(self, frame: FrameType | None) -> None:
+        """Stop in `frame`, unless whoever debugs has gone."""
+        # From here on whatever is called is debugged: nothing may be.
+        try:  # noqa: SIM105
+            self.set_trace(frame)
+        except ConnectionError:
+            pass
+
+
+def user_of(peer: tuple[str, int], own: tuple[str, int]) -> int | None:
+    """Give the user who has the other end of a connection, if that is on this host."""
+    ends = [spelled(peer), spelled(own)]
+    # A socket of IPv6 can have the other end as well.
+    for table, prefix in (("tcp", ""), ("tcp6", "0000000000000000FFFF0000")):
+        with contextlib.suppress(FileNotFoundError):
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                user, inode = fields[7], fields[9]
+                # An end that its program has closed has no inode, and would pass for root's.
+                if fields[1:3] == [prefix + end for end in ends] and inode != "0":
+                    return int(user)
+    return None
+
+
+def spelled(end: tuple[str, int]) -> str:
+    """Spell an address as the kernel's tables do."""
+    address = int.from_bytes(socket.inet_aton(end[0]), sys.byteorder)
+    return f"{address:08X}:{end[1]:04X}"
+
+
+def users() -> set[int]:
+    """Give the users who may run code as this one."""
+    all_of_them = {0, os.getuid()}
+    unmapped = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    lines = Path("/proc/self/uid_map").read_text().splitlines()
+    ranges = [map(int, line.split()) for line in lines]
+    if any(first <= unmapped < first + length for first, _, length in ranges):
+        return all_of_them
+    # In a sandbox users from outside have no number. Where the network is the sandbox's own, only
+    # root could bring them there: as who attaches to a build of Nix.
+    with open("/proc/self/ns/net") as network, open("/proc/self/ns/user") as own:
+        owner = fcntl.ioctl(network, NS_GET_USERNS)
+        try:
+            if os.path.sameopenfile(owner, own.fileno()):
+                all_of_them.add(unmapped)
+        finally:
+            os.close(owner)
+    return all_of_them

@@ -23,6 +23,7 @@ from firn.duration import Duration, seconds
 from firn.errors import RequestedAssertionFailed
 from firn.logger import CompositeLogger, TerminalLogger
 from firn.machine import BaseMachine, NspawnMachine, QemuMachine
+from firn.needs import parts_of, supplied
 from firn.polling import Check, Decorator, PollingCondition, active, check_active
 from firn.retry import retry
 
@@ -44,6 +45,8 @@ class Settings:
     keep_machine_state: bool = False
     #: Let every machine be entered by ssh over vsock; CIDs are this and the machines' numbers.
     vsock_offset: int | None = None
+    #: People drive the machines: they get a screen, a keyboard and a tablet.
+    interactive: bool = False
 
 
 class VhostVsock:
@@ -87,9 +90,10 @@ class Driver:
         debug: DebugAbstract | None = None,
     ) -> None:
         """Make the machines and networks of a test; starts none."""
-        self.test = test
         self.logger = log or CompositeLogger([TerminalLogger()])
         self.settings = settings or Settings()
+        test = supplied(test, everything=self.settings.interactive)
+        self.test = test
         self.debug = debug or DebugNop()
         limit = self.settings.global_timeout
         self.global_timeout = test.global_timeout if limit is None else seconds(limit)
@@ -247,9 +251,10 @@ class Driver:
             keep_machine_state |= bool(options.pop("keep_vm_state", False))
             if options:
                 raise TypeError(f"create_machine does not know {', '.join(map(repr, options))}")
+        parts = parts_of(self.test, everything=self.settings.interactive)
         if isinstance(made_of, dict):
             return self._run.create_machine_of_json(
-                json.dumps(made_of), name=name, keep_state=keep_machine_state
+                json.dumps(made_of), name=name, keep_state=keep_machine_state, parts=parts
             )
         words = shlex.split(made_of) if isinstance(made_of, str) else [os.fspath(made_of)]
         if len(words) != 1:
@@ -257,7 +262,9 @@ class Driver:
                 f"{made_of!r} cannot start a machine: give the path of a firn machine file, "
                 "without arguments"
             )
-        return self._run.create_machine(words[0], name=name, keep_state=keep_machine_state)
+        return self._run.create_machine(
+            words[0], name=name, keep_state=keep_machine_state, parts=parts
+        )
 
     def test_script(self) -> None:
         """Run the script."""
@@ -280,6 +287,7 @@ class Driver:
 
     def replace(self, test: Test) -> None:
         """Go on with a changed test: machines that it does not change go on as they are."""
+        test = supplied(test, everything=self.settings.interactive)
         self._run = self._run.replace(test, self.settings.kit_dirs)
         self.race_timer.cancel()
         self.race_timer = RaceTimer(self._run, self.global_timeout)

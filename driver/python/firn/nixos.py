@@ -10,13 +10,14 @@ from pathlib import Path
 
 from firn._firn import Test, in_carrier_if_needed
 from firn.driver import Settings
+from firn.logger import LogLevel
 from firn.runner import Options, end_at_once, guarded
 from firn.terminal import with_terminal
 
 #: Set for the driver in a carrier, which shall not look for another.
 IN_CARRIER = "FIRN_IN_CARRIER"
 
-LEVELS = ("debug", "info", "warning", "error")
+LEVELS = [level.name.lower() for level in LogLevel]
 
 #: The names of every script, without machines and vlans.
 SYMBOLS = (

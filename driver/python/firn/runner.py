@@ -1,11 +1,11 @@
 """Runs a test: `python3 -m firn.runner FILE`. The command `firn test` ends here."""
 
-import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -73,7 +73,8 @@ def run(options: Options) -> None:
     try:
         test = options.load(None)
         end_by_raising()
-        driver = Driver(test, log, options.settings, debug)
+        settings = replace(options.settings, interactive=options.interactive)
+        driver = Driver(test, log, settings, debug)
         try:
             if options.interactive:
                 from firn.interactive import interact  # noqa: PLC0415 - IPython is slow
@@ -134,32 +135,22 @@ def guarded(options: Options) -> int:
     return status
 
 
-def parse(arguments: list[str]) -> Options:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="firn.runner", description="Run a test.")
-    parser.add_argument("file", type=Path, help="the test, a TOML file")
-    parser.add_argument("-o", "--output-dir", type=Path, default=Path(), metavar="DIR")
-    parser.add_argument("--kit-dir", type=Path, action="append", default=[], metavar="DIR")
-    parser.add_argument("--global-timeout", type=float, default=None, metavar="SECONDS")
-    parser.add_argument("--junit-xml", type=Path, default=None, metavar="FILE")
-    parser.add_argument("--interactive", action="store_true")
-    parser.add_argument("--log-level", default="info", metavar="LEVEL")
-    args = parser.parse_args(arguments)
+def options(asked: str) -> Options:
+    """Give the options that `firn test` was given, as JSON: flags and defaults are its own."""
+    given = json.loads(asked)
+    file = Path(given["file"])
+    junit = given["junit_xml"]
     return Options(
-        load=lambda other: Test.from_toml_file(other or args.file),
+        load=lambda other: Test.from_toml_file(other or file),
         settings=Settings(
-            out_dir=args.output_dir, kit_dirs=args.kit_dir, global_timeout=args.global_timeout
+            out_dir=Path(given["output_dir"]),
+            kit_dirs=[Path(kit) for kit in given["kit_dirs"]],
+            global_timeout=given["global_timeout"],
         ),
-        interactive=args.interactive,
-        junit=args.junit_xml,
-        log_level=args.log_level,
+        junit=None if junit is None else Path(junit),
+        log_level=given["log_level"],
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the answer is the exit status."""
-    return guarded(parse(sys.argv[1:] if arguments is None else arguments))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(options(sys.argv[1])))

@@ -23,11 +23,14 @@ pub(super) fn in_carrier_if_needed(
 ) -> PyResult<Option<u8>> {
     let accel: Accel = accel.parse().map_err(PyValueError::new_err)?;
     let failed = |error: &(dyn Error + 'static)| PyRuntimeError::new_err(chain(error));
+    // The command is installed beside the interpreter; without it nobody can view anything either.
+    let python: PathBuf = py.import("sys")?.getattr("executable")?.extract()?;
+    let viewers = Some(python.with_file_name("firn")).filter(|firn| firn.exists());
     py.detach(|| {
         if accel.runs_here().map_err(|error| failed(&error))? {
             return Ok(None);
         }
-        let options = Options { writable, terminal, ..Options::default() };
+        let options = Options { writable, terminal, viewers, ..Options::default() };
         run_again(&options, argv).map(Some).map_err(|error| failed(&error))
     })
 }

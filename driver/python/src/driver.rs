@@ -17,7 +17,7 @@ use super::errors::{exception, not_here};
 use super::log::PyLogger;
 use super::machine::PyMachine;
 use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
-use firn::config::{ConfigError, MachineFile, TestConfig};
+use firn::config::{ConfigError, MachineFile, Needs, NodeConfig, ScreenChoice, TestConfig};
 use firn::driver::{Driver, DriverOptions};
 use firn::error::{MachineError, chain};
 use firn::kit::Kit;
@@ -68,6 +68,28 @@ impl PyTest {
         let mut test = self.0.clone();
         test.replace_script(&path).map_err(|e| senseless(&e))?;
         Ok(Self(test))
+    }
+
+    /// The same test whose machine of this variable, or all of them, have such parts: "screen", "keyboard", "tablet"; as
+    /// far as their descriptions do not say themselves whether they have them.
+    #[pyo3(signature = (parts, variable = None))]
+    fn supplied(&self, parts: Vec<String>, variable: Option<&str>) -> PyResult<Self> {
+        let mut test = self.0.clone();
+        test.supply(variable, needs(&parts)?);
+        Ok(Self(test))
+    }
+
+    /// The variables of the machines whose descriptions say that they do not have such a part.
+    fn without(&self, part: &str) -> PyResult<Vec<String>> {
+        let asked = needs(&[part])?;
+        let lacks = |node: &NodeConfig| {
+            asked.screen && node.screen == ScreenChoice::No
+                || asked.keyboard && node.keyboard == Some(false)
+                || asked.tablet && node.tablet == Some(false)
+        };
+        let files = self.0.files.iter().filter_map(|file| file.outline(1).ok());
+        let all = self.0.nodes.iter().cloned().chain(files);
+        Ok(all.filter(lacks).map(|node| node.variable()).collect())
     }
 
     /// Its name.
@@ -229,30 +251,38 @@ impl PyRun {
     }
 
     /// Makes a machine of a machine file.
-    #[pyo3(signature = (start_script, name = None, keep_state = false))]
+    #[pyo3(
+        signature = (start_script, name = None, keep_state = false, parts = Vec::new()),
+        text_signature = "($self, start_script, name=None, keep_state=False, parts=())"
+    )]
     fn create_machine(
         &self,
         py: Python<'_>,
         start_script: PathBuf,
         name: Option<&str>,
         keep_state: bool,
+        parts: Vec<String>,
     ) -> PyResult<Py<PyAny>> {
         let file = MachineFile::read(&start_script).map_err(|e| senseless(&e))?;
-        self.create(py, file, name, keep_state)
+        self.create(py, file, name, keep_state, &parts)
     }
 
     /// Makes a machine of a machine file's JSON.
-    #[pyo3(signature = (json, name = None, keep_state = false))]
+    #[pyo3(
+        signature = (json, name = None, keep_state = false, parts = Vec::new()),
+        text_signature = "($self, json, name=None, keep_state=False, parts=())"
+    )]
     fn create_machine_of_json(
         &self,
         py: Python<'_>,
         json: &str,
         name: Option<&str>,
         keep_state: bool,
+        parts: Vec<String>,
     ) -> PyResult<Py<PyAny>> {
         let file =
             MachineFile::parse(json, "create_machine".as_ref()).map_err(|e| senseless(&e))?;
-        self.create(py, file, name, keep_state)
+        self.create(py, file, name, keep_state, &parts)
     }
 
     /// Start all machines that do not run; wait for no guest.
@@ -321,10 +351,12 @@ impl PyRun {
         mut file: MachineFile,
         name: Option<&str>,
         keep_state: bool,
+        parts: &[String],
     ) -> PyResult<Py<PyAny>> {
         if let Some(name) = name {
             file.rename(name).map_err(|e| senseless(&e))?;
         }
+        file.supply(needs(parts)?);
         let made = self.0.create_machine(file, keep_state);
         PyMachine::object(py, made.map_err(|e| exception(py, &e))?)
     }
@@ -345,6 +377,20 @@ fn make(py: Python<'_>, test: TestConfig, options: DriverOptions) -> PyResult<Dr
         let _ = wait_through_signals(py, async { timeout(REMOVAL, made.recv()).await });
     }
     driver
+}
+
+/// Parts of a machine by their names.
+fn needs(parts: &[impl AsRef<str>]) -> PyResult<Needs> {
+    let mut needs = Needs::default();
+    for part in parts {
+        match part.as_ref() {
+            "screen" => needs.screen = true,
+            "keyboard" => needs.keyboard = true,
+            "tablet" => needs.tablet = true,
+            other => return Err(PyValueError::new_err(format!("a machine has no {other:?}"))),
+        }
+    }
+    Ok(needs)
 }
 
 /// What somebody wrote makes no sense.

@@ -19,6 +19,9 @@ mod wait;
 /// What the package `firn` is made of.
 #[pymodule(name = "_firn")]
 mod module {
+    use pyo3::prelude::*;
+    use pyo3::types::IntoPyDict;
+
     #[pymodule_export]
     use super::accel::in_carrier_if_needed;
     #[pymodule_export]
@@ -26,11 +29,18 @@ mod module {
     #[pymodule_export]
     use super::log::{PyLogger, PyStep, py_printable};
     #[pymodule_export]
-    use super::machine::PyMachine;
+    use super::machine::{PyMachine, read_picture};
     #[pymodule_export]
     use super::wait::{check_wait_hook, interrupt_waits_by_signals, set_wait_hook};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "Python's name for it")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    /// Adds what is worked out: the keys of characters.
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        let keys = firn::machine::characters().into_iter().into_py_dict(module.py())?;
+        module.add("CHAR_TO_KEY", keys)
+    }
 }

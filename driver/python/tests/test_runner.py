@@ -1,5 +1,6 @@
 """The runner as a process: exit statuses, tracebacks, signals, what it leaves behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,26 +37,36 @@ class Runner(unittest.TestCase):
         self.file = self.dir / "test.toml"
 
     def spawn(
-        self, script: str, head: str = "", arguments: tuple[str, ...] = ()
+        self, script: str, head: str = "", timeout: float | None = None
     ) -> "subprocess.Popen[str]":
         """Start the runner on a test whose machine cannot boot."""
         text = f"{head}\ntest_script = '''\n{script}\n'''\n{NODE.format(file=self.file)}"
         self.file.write_text(text)
-        return self.start(arguments)
+        return self.start(timeout)
 
-    def start(self, arguments: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    def start(self, timeout: float | None = None) -> "subprocess.Popen[str]":
         """Start the runner on the file that is there."""
+        asked: dict[str, object] = {
+            "file": str(self.file),
+            "output_dir": ".",
+            "kit_dirs": [],
+            "global_timeout": timeout,
+            "junit_xml": None,
+            "log_level": "info",
+        }
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "firn.runner", *arguments, str(self.file)],
+            [sys.executable, "-P", "-m", "firn.runner", json.dumps(asked)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"TMPDIR": str(self.state)},
         )
 
-    def run_script(self, script: str, head: str = "", *arguments: str) -> tuple[int, str, str]:
+    def run_script(
+        self, script: str, head: str = "", timeout: float | None = None
+    ) -> tuple[int, str, str]:
         """Run it to its end."""
-        with self.spawn(script, head, arguments) as process:
+        with self.spawn(script, head, timeout) as process:
             out, err = process.communicate(timeout=30)
         self.assertEqual(list(self.state.iterdir()), [], "the run has left something behind")
         return process.returncode, out, err
@@ -223,7 +234,7 @@ class Runner(unittest.TestCase):
             status, _, err = self.run_script(script, "global_timeout = 0.5")
             self.assertEqual(status, -signal.SIGTERM)
             self.assertIn("!!! Timeout of 0.5 seconds reached, exiting\n", err)
-        status, _, _ = self.run_script("while True: pass", "", "--global-timeout", "0.5")
+        status, _, _ = self.run_script("while True: pass", timeout=0.5)
         self.assertEqual(status, -signal.SIGTERM)
 
     def test_signals(self) -> None:

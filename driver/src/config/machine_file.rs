@@ -36,6 +36,7 @@ use serde_json::{Map, Value, json};
 use super::document::{Document, Key, Problem};
 use super::expand::Variables;
 use super::report::ConfigError;
+use super::screen::Needs;
 use super::{NodeConfig, read};
 
 /// The format's version, the value of the key `firn`.
@@ -52,6 +53,8 @@ pub struct MachineFile {
     keys: Map<String, Value>,
     name: MachineName,
     vlans: Vec<Number>,
+    /// What its test's script needs it to have.
+    needs: Vec<Needs>,
 }
 
 /// What a machine file says beside the machine.
@@ -123,6 +126,7 @@ impl MachineFile {
             keys,
             name: head.name,
             vlans: Vec::new(),
+            needs: Vec::new(),
         };
         file.vlans = file.outline(1)?.vlans;
         Ok(file)
@@ -141,6 +145,11 @@ impl MachineFile {
     pub fn rename(&mut self, name: &str) -> Result<(), ConfigError> {
         self.name = name.try_into().map_err(|error| self.bad("name", error))?;
         Ok(())
+    }
+
+    /// Lets it have what a test's script needs, where it says nothing itself.
+    pub fn supply(&mut self, needs: Needs) {
+        self.needs.push(needs);
     }
 
     /// Where it was read from.
@@ -232,6 +241,7 @@ impl MachineFile {
         {
             return Err(self.bad(key, error));
         }
+        self.needs.iter().for_each(|needs| node.supply(*needs));
         node.name = self.name.to_string();
         node.number = head.number.map_or(number, Number::get);
         node.rebase(base);

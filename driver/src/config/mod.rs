@@ -14,6 +14,7 @@ mod network;
 mod node;
 pub(crate) mod qemu_options;
 mod report;
+mod screen;
 mod test_file;
 
 pub use expand::Variables;
@@ -21,6 +22,7 @@ pub use machine_file::MachineFile;
 pub use network::{PortForward, UserNetwork};
 pub use node::NodeConfig;
 pub use report::ConfigError;
+pub use screen::{Needs, ScreenChoice};
 
 #[cfg(test)]
 mod tests;
@@ -78,6 +80,18 @@ impl TestConfig {
     pub fn variables(&self) -> Vec<String> {
         let nodes = self.nodes.iter().map(NodeConfig::variable);
         nodes.chain(self.files.iter().map(|file| variable_name(file.name()))).collect()
+    }
+
+    /// Lets the machine that the script calls `variable`, or all of them, have what the script needs, as far as their
+    /// descriptions leave that open.
+    pub fn supply(&mut self, variable: Option<&str>, needs: Needs) {
+        let wanted = |other: &str| variable.is_none_or(|wanted| wanted == other);
+        for node in self.nodes.iter_mut().filter(|node| wanted(&node.variable())) {
+            node.supply(needs);
+        }
+        for file in self.files.iter_mut().filter(|file| wanted(&variable_name(file.name()))) {
+            file.supply(needs);
+        }
     }
 
     /// The directories of the host that guests may write to, as far as they are there already; without those of

@@ -5,7 +5,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use firn_vmm::spec::{
-    Cores, CredentialName, DiskSpec, Mac, MemoryMib, Number, ShareSpec, Tag, ValueError, VsockSpec,
+    Cores, CredentialName, DiskSpec, Mac, MemoryMib, Number, ScreenSpec, ShareSpec, Tag,
+    ValueError, VsockSpec,
 };
 use serde::Deserialize;
 
@@ -14,6 +15,7 @@ use crate::kit::{KitName, STORE_TAG};
 use super::document::{Key, Problem};
 use super::network::{PortForward, UserNetwork, user_network};
 use super::qemu_options::{self, BadOption};
+use super::screen::{Needs, ScreenChoice};
 use super::{EXCHANGE_TAG, SHARED_TAG, variable_name};
 
 /// A machine of a test. What is `None` comes from the guest kit.
@@ -60,6 +62,12 @@ pub struct NodeConfig {
     pub rng: bool,
     /// It has a memory balloon: memory that it does not use goes back to the host.
     pub balloon: bool,
+    /// A screen; without a word of it, one if the test's script needs it.
+    pub screen: ScreenChoice,
+    /// A keyboard; likewise.
+    pub keyboard: Option<bool>,
+    /// A pointer with places of its own on the screen; likewise.
+    pub tablet: Option<bool>,
     /// Sockets between programs of host and guest.
     pub vsock: Option<VsockSpec>,
     /// Free texts of its SMBIOS tables, in which systemd looks for credentials.
@@ -90,6 +98,9 @@ impl Default for NodeConfig {
             exchange: true,
             rng: true,
             balloon: false,
+            screen: ScreenChoice::default(),
+            keyboard: None,
+            tablet: None,
             vsock: None,
             oem_strings: Vec::new(),
             credentials: BTreeMap::new(),
@@ -165,6 +176,9 @@ impl NodeConfig {
             .map_err(|error| ("qemu_opts", error))?;
         self.memory = changes.memory.or(self.memory);
         self.cores = changes.cores.unwrap_or(self.cores);
+        self.screen = changes.screen.or(self.screen);
+        self.keyboard = changes.keyboard.then_some(true).or(self.keyboard);
+        self.tablet = changes.tablet.then_some(true).or(self.tablet);
         if let Some(network) = &mut self.user_network {
             let changes = qemu_options::net_options(&std::mem::take(&mut network.qemu_net_opts))
                 .map_err(|error| ("user_network.qemu_net_opts", error))?;
@@ -172,6 +186,15 @@ impl NodeConfig {
             network.forward_ports.extend(changes.forwards.into_iter().map(PortForward));
         }
         Ok(())
+    }
+
+    /// Lets it have what its script needs, where it says nothing itself.
+    pub(super) fn supply(&mut self, needs: Needs) {
+        if needs.screen {
+            self.screen = self.screen.or(ScreenChoice::Yes(ScreenSpec::default()));
+        }
+        self.keyboard = self.keyboard.or(needs.keyboard.then_some(true));
+        self.tablet = self.tablet.or(needs.tablet.then_some(true));
     }
 
     /// Checks what no value says alone; `at` is the key of the machine.

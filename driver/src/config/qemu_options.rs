@@ -4,13 +4,18 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use firn_gateway::{Forward, GUEST_V4, Protocol, Side};
-use firn_vmm::spec::{Cores, MemoryMib, ValueError};
+use firn_vmm::spec::{Cores, MemoryMib, ScreenKind, ScreenSpec, ValueError};
+
+use super::screen::ScreenChoice;
 
 /// What options of QEMU change of a machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Overrides {
     pub(super) memory: Option<MemoryMib>,
     pub(super) cores: Option<Cores>,
+    pub(super) screen: ScreenChoice,
+    pub(super) keyboard: bool,
+    pub(super) tablet: bool,
 }
 
 /// An option that cannot be heeded.
@@ -30,7 +35,9 @@ pub(super) struct Foreign {
     allowed: &'static str,
 }
 
-const OPTIONS: &str = "`-m SIZE`, `-smp CORES`, `-cpu host`, `-cpu max`, `-nographic`, `-display none`, `-enable-kvm`";
+const OPTIONS: &str = "`-m SIZE`, `-smp CORES`, `-cpu host`, `-cpu max`, `-nographic`, `-display none`, `-enable-kvm`, \
+                       `-vga std`, `-vga virtio`, `-vga none`, `-usb`, and `-device` with VGA, virtio-gpu-pci or virtio-vga \
+                       (`,xres=…,yres=…` behind them), virtio-keyboard-pci, usb-kbd, virtio-tablet-pci, usb-tablet";
 const NET_OPTIONS: &str = "`hostfwd=tcp:HOST:PORT-GUEST:PORT` or with udp, where both addresses may be missing, \
                            and `restrict=on`";
 
@@ -44,7 +51,7 @@ pub(super) fn options(text: &str) -> Result<Overrides, BadOption> {
             is: format!("{word} {value}").trim_end().to_owned(),
             allowed: OPTIONS,
         };
-        if matches!(word, "-nographic" | "-enable-kvm") {
+        if matches!(word, "-nographic" | "-enable-kvm" | "-usb") {
             continue;
         }
         let value = words.next().unwrap_or_default();
@@ -58,10 +65,57 @@ pub(super) fn options(text: &str) -> Result<Overrides, BadOption> {
                 overrides.cores = Some(cores.try_into().map_err(value_of("-smp"))?);
             }
             ("-cpu", "host" | "max") | ("-display", "none") => {}
+            ("-vga", "std") => overrides.screen = screen(ScreenKind::Plain),
+            ("-vga", "virtio") => overrides.screen = screen(ScreenKind::Gpu),
+            // A graphics card may be a device of its own.
+            ("-vga", "none") => overrides.screen = overrides.screen.or(ScreenChoice::No),
+            ("-device", device) => {
+                add(&mut overrides, device)?.ok_or_else(|| foreign(value))?;
+            }
             _ => return Err(foreign(value).into()),
         }
     }
     Ok(overrides)
+}
+
+/// A screen of this kind, of the usual size.
+fn screen(kind: ScreenKind) -> ScreenChoice {
+    ScreenChoice::Yes(ScreenSpec { kind, ..ScreenSpec::default() })
+}
+
+/// Adds a device as QEMU writes it; None if it is none of those that mean something here.
+fn add(overrides: &mut Overrides, device: &str) -> Result<Option<()>, BadOption> {
+    let mut words = device.split(',');
+    // What it is plugged into, and its name in QEMU, are nothing that a guest sees.
+    let own =
+        |word: &&str| !["id=", "bus=", "addr=", "port="].iter().any(|key| word.starts_with(key));
+    let kind = match words.next().unwrap_or_default() {
+        "VGA" | "bochs-display" => ScreenKind::Plain,
+        "virtio-gpu" | "virtio-gpu-pci" | "virtio-gpu-device" | "virtio-vga" => ScreenKind::Gpu,
+        input => {
+            let added = match input {
+                "virtio-keyboard" | "virtio-keyboard-pci" | "usb-kbd" => &mut overrides.keyboard,
+                "virtio-tablet" | "virtio-tablet-pci" | "usb-tablet" => &mut overrides.tablet,
+                _ => return Ok(None),
+            };
+            *added = true;
+            return Ok(words.all(|word| !own(&word)).then_some(()));
+        }
+    };
+    let mut spec = ScreenSpec { kind, ..ScreenSpec::default() };
+    for word in words.filter(own) {
+        let (option, pixels) = match word.split_once('=') {
+            Some(("xres", pixels)) => ("xres", pixels),
+            Some(("yres", pixels)) => ("yres", pixels),
+            _ => return Ok(None),
+        };
+        let Ok(number) = pixels.parse::<u64>() else { return Ok(None) };
+        let number = number.try_into().map_err(|error| BadOption::Value { option, error })?;
+        let side = if option == "xres" { &mut spec.width } else { &mut spec.height };
+        *side = number;
+    }
+    overrides.screen = ScreenChoice::Yes(spec);
+    Ok(Some(()))
 }
 
 /// A size as QEMU writes it, in MiB where it has no unit.
@@ -130,14 +184,53 @@ mod tests {
         ] {
             let memory = memory_mib.map(|mib: u64| mib.try_into().expect("in range"));
             let cores = cores.map(|cores: u64| cores.try_into().expect("in range"));
-            assert_eq!(options(text), Ok(Overrides { memory, cores }), "{text}");
+            let wanted = Overrides { memory, cores, ..Overrides::default() };
+            assert_eq!(options(text), Ok(wanted), "{text}");
         }
+    }
+
+    #[test]
+    fn screens_and_what_is_typed_on() {
+        let sized = |kind, width: u64, height: u64| {
+            let side = |pixels: u64| pixels.try_into().expect("in range");
+            ScreenChoice::Yes(ScreenSpec { kind, width: side(width), height: side(height) })
+        };
+        let (plain, gpu) = (screen(ScreenKind::Plain), screen(ScreenKind::Gpu));
+        for (text, screen, keyboard, tablet) in [
+            ("-usb -device usb-tablet,bus=usb-bus.0", ScreenChoice::Unsaid, false, true),
+            ("-device virtio-keyboard", ScreenChoice::Unsaid, true, false),
+            ("-vga std -device usb-kbd,id=k", plain, true, false),
+            ("-vga none", ScreenChoice::No, false, false),
+            ("-vga virtio -device virtio-tablet-pci", gpu, false, true),
+            ("-device virtio-gpu-pci -vga none", gpu, false, false),
+            (
+                "-vga none -device virtio-gpu-pci,xres=720,yres=1440",
+                sized(ScreenKind::Gpu, 720, 1440),
+                false,
+                false,
+            ),
+            ("-device VGA,xres=800", sized(ScreenKind::Plain, 800, 768), false, false),
+        ] {
+            let wanted = Overrides { screen, keyboard, tablet, ..Overrides::default() };
+            assert_eq!(options(text), Ok(wanted), "{text}");
+        }
+        let error = options("-device VGA,yres=5000").expect_err("too high").to_string();
+        assert!(
+            error.starts_with("yres 5000 cannot be used; allowed: 64 to 4096 pixels"),
+            "{error}"
+        );
     }
 
     #[test]
     fn what_is_qemus() {
         for (text, is) in [
-            ("-nographic -vga std", "-vga std"),
+            ("-nographic -vga qxl", "-vga qxl"),
+            ("-display gtk", "-display gtk"),
+            ("-device virtio-gpu-gl-pci", "-device virtio-gpu-gl-pci"),
+            ("-device virtio-gpu-pci,blob=true", "-device virtio-gpu-pci,blob=true"),
+            ("-device VGA,xres=wide", "-device VGA,xres=wide"),
+            ("-device usb-kbd,serial=1", "-device usb-kbd,serial=1"),
+            ("-device", "-device"),
             ("-snapshot", "-snapshot"),
             ("-m", "-m"),
             ("-m 2T", "-m 2T"),

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use firn_vmm::spec::{CachePolicy, DiskFormat, DiskSpec, VsockSpec};
+use firn_vmm::spec::{CachePolicy, DiskFormat, DiskSpec, ScreenKind, ScreenSpec, VsockSpec};
 
 use super::*;
 use crate::kit::KitName;
@@ -53,6 +53,9 @@ fn a_short_file_is_filled_up() {
             exchange: true,
             rng: true,
             balloon: false,
+            screen: ScreenChoice::Unsaid,
+            keyboard: None,
+            tablet: None,
             vsock: None,
             oem_strings: vec![],
             credentials: BTreeMap::new(),
@@ -386,4 +389,58 @@ fn keys_that_had_other_names_are_called_by_the_new_ones() {
         let message = refused(&node(line));
         assert!(message.contains("unknown field") && message.contains(now), "{message}");
     }
+}
+
+#[test]
+fn screens_and_input_devices() {
+    let read = |lines| read(&node(lines)).expect("valid").nodes.remove(0);
+    let spec = |kind| ScreenSpec { kind, ..ScreenSpec::default() };
+    for (lines, screen) in [
+        ("screen = 'plain'", ScreenChoice::Yes(spec(ScreenKind::Plain))),
+        ("screen = true", ScreenChoice::Yes(spec(ScreenKind::Plain))),
+        ("screen = 'gpu'", ScreenChoice::Yes(spec(ScreenKind::Gpu))),
+        ("screen = false", ScreenChoice::No),
+        ("keyboard = true", ScreenChoice::Unsaid),
+        ("qemu_opts = '-vga std'", ScreenChoice::Yes(spec(ScreenKind::Plain))),
+        ("screen = 'plain'\nqemu_opts = '-vga virtio'", ScreenChoice::Yes(spec(ScreenKind::Gpu))),
+    ] {
+        assert_eq!(read(lines).screen, screen, "{lines}");
+    }
+    let sized = read("screen = { kind = 'gpu', width = 800 }\nkeyboard = true\ntablet = false");
+    let spec = sized.screen.spec().expect("a screen");
+    assert_eq!((spec.kind, spec.width.get(), spec.height.get()), (ScreenKind::Gpu, 800, 768));
+    assert_eq!((sized.keyboard, sized.tablet), (Some(true), Some(false)));
+    for (lines, said) in [
+        ("screen = 'vnc'", "`nodes.machine1.screen`: \"vnc\" cannot be used"),
+        (
+            "screen = 3",
+            "`nodes.machine1.screen`: invalid type: integer `3`, expected \"plain\", \"gpu\"",
+        ),
+        ("screen = { width = 63 }", "`nodes.machine1.screen.width`: 63 cannot be used"),
+        ("screen = { kind = 'vnc' }", "`nodes.machine1.screen.kind`: unknown variant `vnc`"),
+        ("screen = { depth = 8 }", "unknown field `depth`"),
+        ("keyboard = 'us'", "`nodes.machine1.keyboard`: invalid type: string \"us\""),
+        ("qemu_opts = '-vga qxl'", "`nodes.machine1.qemu_opts`: `-vga qxl` is not for firn"),
+    ] {
+        let text = refused(&node(lines));
+        assert!(text.contains(said), "{said} is not in {text}");
+    }
+}
+
+#[test]
+fn a_script_needs_something_of_one_machine_or_of_all() {
+    let text = "test_script = ''\n[nodes.a]\n[nodes.b-1]\n[nodes.c]\nscreen = false\n";
+    let mut test = read(text).expect("valid");
+    test.supply(Some("b_1"), Needs { screen: true, ..Needs::default() });
+    test.supply(None, Needs { keyboard: true, ..Needs::default() });
+    let has: Vec<_> = test
+        .nodes
+        .iter()
+        .map(|node| (node.screen.spec().is_some(), node.keyboard, node.tablet))
+        .collect();
+    let typed_on = Some(true);
+    assert_eq!(has, [(false, typed_on, None), (true, typed_on, None), (false, typed_on, None)]);
+    test.supply(None, Needs::ALL);
+    let has: Vec<_> = test.nodes.iter().map(|node| node.screen.spec().is_some()).collect();
+    assert_eq!(has, [true, true, false]);
 }

@@ -1,5 +1,6 @@
 //! The outcome as a JUnit report.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -44,24 +45,34 @@ impl Case {
 
 /// Lines, the last of those that came.
 #[derive(Default)]
-struct Output(String);
+struct Output {
+    text: String,
+    /// How many bytes came before.
+    cut: usize,
+}
 
 impl Output {
     fn line(&mut self, machine: Option<&str>, text: &str) {
         if let Some(machine) = machine {
-            self.0.extend([machine, ": "]);
+            self.text.extend([machine, ": "]);
         }
-        self.0.extend([text, "\n"]);
-        if self.0.len() > 2 * MAX_OUTPUT {
-            let cut = self.0.len() - MAX_OUTPUT;
-            let line = self.0.as_bytes()[cut..].iter().position(|byte| *byte == b'\n');
+        self.text.extend([text, "\n"]);
+        if self.text.len() > 2 * MAX_OUTPUT {
+            let cut = self.text.len() - MAX_OUTPUT;
+            let line = self.text.as_bytes()[cut..].iter().position(|byte| *byte == b'\n');
             // Behind a line end is always the beginning of a character.
-            self.0.drain(..line.map_or(self.0.len(), |at| cut + at + 1));
+            let cut = line.map_or(self.text.len(), |at| cut + at + 1);
+            self.text.drain(..cut);
+            self.cut += cut;
         }
     }
 
-    fn written(&self) -> Option<&str> {
-        Some(self.0.as_str()).filter(|text| !text.is_empty())
+    fn written(&self) -> Option<Cow<'_, str>> {
+        match (self.text.as_str(), self.cut) {
+            ("", 0) => None,
+            (text, 0) => Some(text.into()),
+            (text, cut) => Some(format!("({cut} bytes before this are left out)\n{text}").into()),
+        }
     }
 }
 
@@ -121,8 +132,8 @@ impl Junit {
             let mut written = TestCase::new(case.name.as_str(), status);
             // What still runs ends with the run.
             written.set_time(case.took.unwrap_or(total));
-            written.system_out = case.output.written().map(Into::into);
-            written.system_err = case.errors.written().map(Into::into);
+            written.system_out = case.output.written().as_deref().map(Into::into);
+            written.system_err = case.errors.written().as_deref().map(Into::into);
             suite.add_test_case(written);
         }
         let mut report = Report::new("NixOS integration test");

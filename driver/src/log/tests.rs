@@ -209,12 +209,25 @@ fn a_log_file_that_cannot_be_written() {
 }
 
 #[test]
-fn a_reports_output_is_bounded() {
-    let xml = file(Logger::add_junit, |log| {
+fn what_a_guest_prints_is_bounded_in_files() {
+    let junit = file(Logger::add_junit, |log| {
         for _ in 0..60_000 {
             log.info("ä".repeat(40));
         }
         log.info("last");
     });
-    assert!(xml.len() < 3 * (1 << 20) && xml.contains("last"), "{} bytes", xml.len());
+    assert!(junit.len() < 3 * (1 << 20), "{} bytes", junit.len());
+    assert!(junit.contains("last") && junit.contains("bytes before this are left out)"));
+    let xml = file(Logger::add_xml, |log| {
+        // Each takes five bytes of the file.
+        let line = "&".repeat(1 << 16);
+        for _ in 0..60 {
+            log.serial("loud", &line);
+        }
+        log.serial("quiet", "here I am");
+    });
+    assert!(xml.len() < 17 << 20, "{} bytes", xml.len());
+    let said = "type=\"warning\">its console has taken 16 MiB of this log; the rest is left out<";
+    assert_eq!(xml.matches(said).count(), 1);
+    assert!(xml.contains(">here I am<"));
 }

@@ -2,6 +2,7 @@
 //!
 //! Steps of several threads may end in another order than they nest; the file then shows them nested as they began.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -11,9 +12,16 @@ use quick_xml::events::{BytesDecl, BytesEnd, BytesStart, BytesText, Event as Xml
 
 use super::{Event, Level, Sink, finished};
 
+/// Most bytes of the file that a machine's console takes: a guest must not fill the host's disk.
+const MAX_CONSOLE: usize = 16 << 20;
+/// What a line takes beside its text and its machine's name.
+const LINE: usize = r#"<line machine="" type="serial"></line>"#.len();
+
 pub(super) struct XmlLog {
     writer: Writer<BufWriter<File>>,
     open: usize,
+    /// What each machine's console has taken.
+    consoles: HashMap<String, usize>,
     /// The first error; later writes are not tried.
     error: Option<io::Error>,
 }
@@ -23,7 +31,7 @@ impl XmlLog {
         let mut writer = Writer::new(BufWriter::new(File::create(path)?));
         writer.write_event(Xml::Decl(BytesDecl::new("1.0", Some("utf-8"), None)))?;
         writer.write_event(Xml::Start(BytesStart::new("logfile")))?;
-        Ok(Self { writer, open: 0, error: None })
+        Ok(Self { writer, open: 0, consoles: HashMap::new(), error: None })
     }
 
     fn write(&mut self, event: Event<'_>) -> io::Result<()> {
@@ -36,9 +44,7 @@ impl XmlLog {
                 };
                 text.lines().try_for_each(|line| self.element("line", machine, kind, line))
             }
-            Event::Serial { machine, line, .. } => {
-                self.element("line", Some(machine), Some("serial"), line)
-            }
+            Event::Serial { machine, line, .. } => self.serial(machine, line),
             Event::Failure { why } => {
                 why.lines().try_for_each(|line| self.element("line", None, Some("error"), line))
             }
@@ -52,6 +58,20 @@ impl XmlLog {
                 self.close()
             }
         }
+    }
+
+    fn serial(&mut self, machine: &str, line: &str) -> io::Result<()> {
+        let taken = self.consoles.entry(machine.to_owned()).or_default();
+        if *taken > MAX_CONSOLE {
+            return Ok(());
+        }
+        *taken += LINE + machine.len() + BytesText::new(line).len();
+        if *taken > MAX_CONSOLE {
+            let mib = MAX_CONSOLE >> 20;
+            let why = format!("its console has taken {mib} MiB of this log; the rest is left out");
+            return self.element("line", Some(machine), Some("warning"), &why);
+        }
+        self.element("line", Some(machine), Some("serial"), line)
     }
 
     fn element(

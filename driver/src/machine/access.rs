@@ -9,8 +9,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Notify;
-
 use super::power::END_AFTER_LOSS;
 use super::session::{AgentSession, Session, SessionError, ShellSession};
 use super::{DEFAULT_TIMEOUT, Machine, State};
@@ -25,90 +23,86 @@ const MAX_SESSIONS: u32 = 16;
 /// The ways into a guest.
 #[derive(Clone)]
 pub(super) struct Access {
-    agent: Agent,
-    shell: Shell,
+    agent: Way,
+    shell: Way,
     /// The host's end of hvc0.
     hvc0: Arc<UnixStream>,
-    /// Tells who reads hvc0 that another shell will come.
-    left: Arc<Notify>,
     /// Whether the log says which way commands go.
-    told: bool,
+    logged: bool,
 }
 
-/// The way by the agent.
+/// Which way.
+#[derive(Clone, Copy)]
+pub(super) enum By {
+    Agent,
+    Shell,
+}
+
+/// How far a way is open.
 #[derive(Clone)]
-enum Agent {
-    /// The guest has not come up yet, or its agent is being started again.
+enum Way {
+    /// The guest has not come up yet, or what answers is being started again. Most guests have no backdoor.
     Awaited,
     /// It is there before its system is up; or the system does not come up, for this reason.
-    Early(AgentSession, Option<Arc<str>>),
-    There(AgentSession),
+    Early(Session, Option<Arc<str>>),
+    There(Session),
     /// It is that of a boot which is over for the script, and the next one's is awaited.
-    Left(AgentSession),
+    Left(Session),
     /// There will be none any more as long as the guest runs.
     Lost(Arc<SessionError>),
 }
 
-/// The way by the backdoor.
-#[derive(Clone)]
-enum Shell {
-    /// It has not said yet that it is there; most guests have none.
-    Awaited,
-    There(ShellSession),
-    /// It does not answer any more.
-    Lost(Arc<SessionError>),
+impl Way {
+    fn session(&self) -> Option<&Session> {
+        match self {
+            Self::Early(session, _) | Self::There(session) | Self::Left(session) => Some(session),
+            Self::Awaited | Self::Lost(_) => None,
+        }
+    }
+
+    /// From now on the next boot's is awaited. Whoever attends to it brings that one.
+    fn leave(&mut self) {
+        if let Self::There(session) = self {
+            session.leave();
+            *self = Self::Left(session.clone());
+        }
+    }
 }
 
 impl Access {
-    pub(super) fn new(hvc0: Arc<UnixStream>, left: Arc<Notify>) -> Self {
-        Self { agent: Agent::Awaited, shell: Shell::Awaited, hvc0, left, told: false }
+    pub(super) fn new(hvc0: Arc<UnixStream>) -> Self {
+        Self { agent: Way::Awaited, shell: Way::Awaited, hvc0, logged: false }
+    }
+
+    fn way(&mut self, by: By) -> &mut Way {
+        match by {
+            By::Agent => &mut self.agent,
+            By::Shell => &mut self.shell,
+        }
     }
 
     /// Ends all sessions, because the guest is gone.
     pub(super) fn close(&self) {
-        if let Agent::Early(session, _) | Agent::There(session) | Agent::Left(session) = &self.agent
-        {
-            session.client().close();
-        }
-        if let Shell::There(shell) = &self.shell {
-            shell.close();
-        }
+        [&self.agent, &self.shell].into_iter().filter_map(Way::session).for_each(Session::close);
     }
 
-    /// The best way there is now.
+    /// The best way there is now. One may be lost already, and whoever attends to it not know yet.
     pub(super) fn session(&self) -> Option<Session> {
-        match (&self.agent, &self.shell) {
-            // Where the backdoor has come, the system is up. The agent may be lost already, and whoever attends to it
-            // not know yet.
-            (Agent::There(session), _) | (Agent::Early(session, _), Shell::There(_))
-                if session.client().lost_reason().is_none() =>
-            {
-                Some(Session::Agent(session.clone()))
+        let best = match (&self.agent, &self.shell) {
+            // Where the backdoor has come, the system is up.
+            (Way::There(agent), _) | (Way::Early(agent, _), Way::There(_)) if !agent.is_lost() => {
+                agent
             }
-            (_, Shell::There(shell)) => Some(Session::Shell(shell.clone())),
-            (_, Shell::Awaited | Shell::Lost(_)) => None,
-        }
-    }
-
-    /// Whoever attends to the agent brings the next session when this one ends.
-    fn leave_agent(&mut self) {
-        if let Agent::There(session) = &self.agent {
-            self.agent = Agent::Left(session.clone());
-        }
-    }
-
-    /// Another shell will come on hvc0.
-    fn leave_shell(&mut self) {
-        if matches!(self.shell, Shell::There(_)) {
-            self.shell = Shell::Awaited;
-            self.left.notify_one();
-        }
+            (_, Way::There(shell)) if !shell.is_lost() => shell,
+            _ => return None,
+        };
+        Some(best.clone())
     }
 
     /// A way into a guest whose system does not come up.
     fn session_while_down(&self) -> Option<Session> {
         match &self.agent {
-            Agent::Early(session, Some(_)) => Some(Session::Agent(session.clone())),
+            Way::Early(session, Some(_)) => Some(session.clone()),
             _ => None,
         }
     }
@@ -116,19 +110,18 @@ impl Access {
     /// Why its system does not come up, if so.
     fn down(&self) -> Option<Arc<str>> {
         match &self.agent {
-            Agent::Early(_, why) => why.clone(),
+            Way::Early(_, why) => why.clone(),
             _ => None,
         }
     }
 
     /// Why there is no way any more, if so.
     fn lost(&self) -> Option<Arc<SessionError>> {
+        use Way::{Awaited, Early, Left, Lost, There};
         match (&self.agent, &self.shell) {
-            (Agent::Early(..) | Agent::There(_), _) | (_, Shell::There(_)) => None,
-            (Agent::Lost(why), _) | (Agent::Awaited | Agent::Left(_), Shell::Lost(why)) => {
-                Some(Arc::clone(why))
-            }
-            (Agent::Awaited | Agent::Left(_), Shell::Awaited) => None,
+            (Early(..) | There(_), _) | (_, Early(..) | There(_)) => None,
+            (Lost(why), _) | (Awaited | Left(_), Lost(why)) => Some(Arc::clone(why)),
+            (Awaited | Left(_), Awaited | Left(_)) => None,
         }
     }
 }
@@ -193,8 +186,8 @@ impl Machine {
         let Some(used) = used else { return };
         self.set_access(|access| {
             if access.session().is_some_and(|now| now.is(&used)) {
-                access.leave_agent();
-                access.leave_shell();
+                access.agent.leave();
+                access.shell.leave();
             }
         });
     }
@@ -223,22 +216,28 @@ impl Machine {
         }
     }
 
-    /// Connects to the agent, and again when it went away: as a service it may be restarted.
-    pub(super) async fn attend_agent(
+    /// Connects by one of the ways, and again when its session went: as services both may be restarted. The agent's
+    /// port may hold bytes of an earlier boot if the guest runs `again`.
+    pub(super) async fn attend_way(
         &self,
+        by: By,
         stream: Option<&UnixStream>,
         again: bool,
     ) -> Infallible {
         let Some(stream) = stream else { return std::future::pending().await };
         for count in 1.. {
-            let error =
-                match AgentSession::connect(stream, again || count > 1, &self.inner.clock).await {
-                    Ok(session) => self.attend_session(session).await,
-                    Err(error) => error,
-                };
-            self.inner.log.warning(format_args!("no agent: {}", chain(&error)));
+            let error = match self.connect_by(by, stream, again || count > 1).await {
+                Ok(session) => self.attend_session(by, session).await,
+                Err(error) => error,
+            };
+            let name = self.name();
+            match by {
+                By::Agent => self.inner.log.warning(format_args!("no agent: {}", chain(&error))),
+                // Most guests can do without.
+                By::Shell => tracing::debug!(machine = name, "no backdoor: {}", chain(&error)),
+            }
             if error.is_final() || count == MAX_SESSIONS {
-                self.set_access(|access| access.agent = Agent::Lost(Arc::new(error)));
+                self.set_access(|access| *access.way(by) = Way::Lost(Arc::new(error)));
                 break;
             }
         }
@@ -246,13 +245,25 @@ impl Machine {
         std::future::pending().await
     }
 
-    async fn attend_session(&self, session: AgentSession) -> SessionError {
-        for warning in session.warnings() {
-            self.inner.log.warning(warning);
-        }
+    async fn connect_by(
+        &self,
+        by: By,
+        stream: &UnixStream,
+        again: bool,
+    ) -> std::result::Result<Session, SessionError> {
+        let clock = &self.inner.clock;
+        Ok(match by {
+            By::Agent => Session::Agent(AgentSession::connect(stream, again, clock).await?),
+            By::Shell => Session::Shell(ShellSession::connect(stream, clock).await?),
+        })
+    }
+
+    async fn attend_session(&self, by: By, session: Session) -> SessionError {
         let usable = async {
-            self.attend_system(&session).await;
-            self.set_access(|access| access.agent = Agent::There(session.clone()));
+            if let Session::Agent(agent) = &session {
+                self.attend_system(agent).await;
+            }
+            self.set_access(|access| *access.way(by) = Way::There(session.clone()));
             std::future::pending().await
         };
         let error = tokio::select! {
@@ -260,32 +271,34 @@ impl Machine {
             error = session.lost() => error,
             never = usable => match never {},
         };
-        self.set_access(|access| access.agent = Agent::Awaited);
+        self.set_access(|access| *access.way(by) = Way::Awaited);
         error
     }
 
     /// Waits until the system of a guest is up, if its agent may be there before it is.
     async fn attend_system(&self, session: &AgentSession) {
+        for warning in session.warnings() {
+            self.inner.log.warning(warning);
+        }
         if !session.early() {
             return;
         }
-        let down = |why: &str| {
-            self.set_access(|access| {
-                access.agent = Agent::Early(session.clone(), Some(why.into()));
-            });
+        let early = |why: Option<&str>| {
+            let session = Session::Agent(session.clone());
+            self.set_access(|access| access.agent = Way::Early(session, why.map(Into::into)));
         };
-        self.set_access(|access| access.agent = Agent::Early(session.clone(), None));
+        early(None);
         let mut up = std::pin::pin!(session.system_up());
         let up = tokio::select! {
             biased;
             up = &mut up => up,
             Ok(()) = session.system_down() => {
-                down("its system did not come up and is in emergency or rescue mode");
+                early(Some("its system did not come up and is in emergency or rescue mode"));
                 up.await
             }
             () = self.inner.clock.sleep(SYSTEM_UP_WITHIN) => {
                 let limit = SYSTEM_UP_WITHIN.as_secs();
-                down(&format!("its system has not reached basic.target within {limit} seconds"));
+                early(Some(&format!("its system has not reached basic.target within {limit} seconds")));
                 up.await
             }
         };
@@ -296,28 +309,13 @@ impl Machine {
         }
     }
 
-    /// Reads hvc0 until the backdoor's shell is there; from then on calls do, until that shell is left for another.
-    pub(super) async fn attend_backdoor(&self, hvc0: &UnixStream, left: &Notify) -> Infallible {
-        loop {
-            match ShellSession::connect(hvc0, &self.inner.clock).await {
-                Ok(shell) => self.set_access(|access| access.shell = Shell::There(shell)),
-                // Without an answer there is no backdoor, which most guests can do without.
-                Err(error) => {
-                    tracing::debug!(machine = self.name(), "no backdoor: {}", chain(&error));
-                    return std::future::pending().await;
-                }
-            }
-            left.notified().await;
-        }
-    }
-
     /// Waits until a session that is about to end has ended, and all others with it.
     pub(super) async fn left(&self, session: &Session) {
-        if let Session::Agent(session) = session {
+        if matches!(session, Session::Agent(_)) {
             session.lost().await;
         }
         // Nothing tells of the end of a shell on a console; the next one says that it is there.
-        self.set_access(Access::leave_shell);
+        self.set_access(|access| access.shell.leave());
     }
 
     /// Waits for a session's answer, or for the guest's end. `failed` says what could not be done.
@@ -338,10 +336,6 @@ impl Machine {
         if !error.lost() {
             return MachineError::Agent { machine, what, source: error.into() }.into();
         }
-        let error = Arc::new(error);
-        if matches!(*error, SessionError::Shell(_)) {
-            self.set_access(|access| access.shell = Shell::Lost(Arc::clone(&error)));
-        }
         self.access_lost(error.into()).await
     }
 
@@ -359,17 +353,17 @@ impl Machine {
     }
 
     fn set_access(&self, change: impl FnOnce(&mut Access)) {
-        let mut told = None;
+        let mut first = None;
         self.inner.state.send_if_modified(|state| {
             let Some(run) = state.run_mut() else { return false };
             change(&mut run.access);
-            if let (false, Some(session)) = (run.access.told, run.access.session()) {
-                run.access.told = true;
-                told = Some(session);
+            if let (false, Some(session)) = (run.access.logged, run.access.session()) {
+                run.access.logged = true;
+                first = Some(session);
             }
             true
         });
-        if let Some(session) = told {
+        if let Some(session) = first {
             self.log(format_args!("commands go through {}", session.description()));
         }
     }

@@ -15,7 +15,7 @@ use zbus::{Connection, MatchRule, MessageStream, OwnedObjectPath};
 
 use super::exec::quote;
 use super::session::AgentSession;
-use crate::agent::{AgentError, Exec, ExecEvent, ExecRequest, StderrMode, Stream};
+use firn_agent_client::{AgentError, Exec, ExecEvent, ExecRequest, StderrMode, Stream};
 
 const SYSTEMD: &str = "org.freedesktop.systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";

@@ -7,10 +7,10 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
 
-use crate::clock::Clock;
 use crate::error::{Result, Tail};
 use crate::log::{Logger, printable};
 use crate::retry::timed_out;
+use firn_agent_client::Clock;
 
 #[cfg(test)]
 mod tests;

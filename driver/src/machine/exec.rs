@@ -80,12 +80,12 @@ impl Machine {
                     shown(command)
                 ));
             };
-            let (status, output) = session.run(command_line, LINGER, lingering).await?;
-            let status = if options.check_return { status } else { -1 };
-            let output = String::from_utf8(output);
-            let output =
-                output.unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned());
-            Ok((status, output))
+            let output = session.run(command_line, LINGER, lingering).await?;
+            let status = if options.check_return { output.status } else { -1 };
+            let stdout = String::from_utf8(output.stdout);
+            let stdout =
+                stdout.unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned());
+            Ok((status, stdout))
         };
         let answer = self.answered(run, || format!("cannot run `{}`", shown(command))).await;
         match (answer, options.unasked()) {

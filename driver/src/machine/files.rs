@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
-use crate::agent::{Entry, FileInfo, FileKind};
+use firn_agent_client::{Entry, FileInfo, FileKind};
 use tokio::fs;
 
 use super::Machine;

@@ -9,13 +9,13 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{Mutex, watch};
 
-use crate::clock::Clock;
 use crate::config::{NodeConfig, Variables};
 use crate::descriptors::Part;
 use crate::error::{End, Error, MachineError, Result, Tail};
 use crate::log::{Logger, Step};
 use crate::private;
 use crate::vlan::Vlan;
+use firn_agent_client::Clock;
 
 mod access;
 mod backend;
@@ -24,9 +24,12 @@ mod console;
 mod exec;
 mod files;
 mod inputs;
+mod keyboard;
 mod network;
 mod power;
 mod qmp;
+mod rfb;
+mod screen;
 mod serial;
 mod session;
 mod setup;
@@ -35,10 +38,12 @@ mod waits;
 
 pub use console::Tap;
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
+pub use keyboard::{DEFAULT_DELAY, characters, keys};
+pub use screen::Format;
 pub(crate) use setup::{Boot, Source, hosts};
 
 use access::Access;
-use backend::{Backend, Firn};
+use backend::{Backend, Parts, backend_for};
 use console::Console;
 use session::Session;
 
@@ -227,18 +232,18 @@ impl Machine {
         let ports = plugged.map(|vlan| vlan.plug(&node.name)).collect();
         let (node, source) = (Arc::new(node), Arc::new(source));
         let (log, clock) = (log.for_machine(&node.name), Clock::new());
-        let backend = Firn::new(
-            Arc::clone(&node),
-            Arc::clone(&source),
+        let backend = backend_for(Parts {
+            node: Arc::clone(&node),
+            source: Arc::clone(&source),
+            log: log.clone(),
+            descriptors: Arc::clone(&descriptors),
             ports,
-            Arc::clone(&descriptors),
-            log.clone(),
-        );
+        });
         Ok(Self {
             inner: Arc::new(Inner {
                 node,
                 source,
-                backend: Box::new(backend),
+                backend,
                 console: Arc::new(Console::new(clock.clone())),
                 clock,
                 dirs: dirs.into(),

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use firn_vmm::device::boot_timer::Mark;
 use serde_json::json;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
-use super::access::Access;
+use super::access::{Access, By};
 use super::backend::{Event, Started};
 use super::session::Session;
 use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State, Status};
@@ -28,15 +28,6 @@ struct Launched {
     /// The host's ends of the guest's console ports: hvc0, and the agent's.
     hvc0: Arc<UnixStream>,
     agent: Option<UnixStream>,
-    /// Tells who reads hvc0 that another shell will come.
-    left: Arc<Notify>,
-}
-
-impl Launched {
-    /// The ways into a guest that has just been started.
-    fn access(&self) -> Access {
-        Access::new(Arc::clone(&self.hvc0), Arc::clone(&self.left))
-    }
 }
 
 impl Machine {
@@ -72,16 +63,17 @@ impl Machine {
                 return Err(error);
             }
         };
-        let launched = Launched { events, hvc0: Arc::new(shell), agent, left: Arc::default() };
+        let launched = Launched { events, hvc0: Arc::new(shell), agent };
         let (stop, stopped) = watch::channel(false);
-        let access = launched.access();
+        let access = Access::new(Arc::clone(&launched.hvc0));
         self.inner.state.send_replace(State::Running(Run { stop, access, allow_reboot, boots: 1 }));
         tokio::spawn(self.clone().supervise(launched, stopped, allow_reboot));
         Ok(())
     }
 
     /// Has the guest stand still until [`Self::resume`]: its processors, its devices, and the time of all calls that
-    /// wait for it. Its own clock shows afterwards what time it is. Nothing if it is paused.
+    /// wait for it. Its own clock shows afterwards what time it is: over the backdoor's shell, where the guest's
+    /// `timeout` ends commands, one that ran meanwhile may be ended early. Nothing if it is paused.
     ///
     /// # Errors
     /// [`MachineError::NotRunning`] or [`MachineError::Ended`] if it does not run.
@@ -178,12 +170,20 @@ impl Machine {
         self.connect().await
     }
 
-    /// Has the guest restart, and waits until it does; the guest may still come up when this returns.
+    /// Has the guest restart, and waits until it does; the guest may still come up when this returns. Where there is a
+    /// keyboard that is asked for by Ctrl+Alt+Delete.
     ///
     /// # Errors
     /// [`MachineError::Usage`] if it was started without `allow_reboot`; else as [`Self::shutdown`].
     pub async fn reboot(&self) -> Result<()> {
-        let session = self.session().await?;
+        let keyboard = match self.booted() {
+            true => self.inner.backend.keyboard().await?,
+            false => None,
+        };
+        let session = match keyboard {
+            Some(_) => None,
+            None => Some(self.session().await?),
+        };
         let Run { boots, allow_reboot, .. } = self.run()?;
         if !allow_reboot {
             return Err(MachineError::Usage(format!(
@@ -193,11 +193,15 @@ impl Machine {
             .into());
         }
         let again = async {
-            // It may restart before it has answered.
-            if let Err(error) = session.reboot().await
-                && !error.lost()
-            {
-                return Err(self.session_error("cannot reboot".to_owned(), error).await);
+            match session {
+                None => self.send_key("ctrl-alt-delete", None, true).await?,
+                // It may restart before it has answered.
+                Some(session) => match session.reboot().await {
+                    Err(error) if !error.lost() => {
+                        return Err(self.session_error("cannot reboot".to_owned(), error).await);
+                    }
+                    _ => {}
+                },
             }
             let mut state = self.inner.state.subscribe();
             let booted = |state: &State| state.run().is_some_and(|run| run.boots > boots);
@@ -323,7 +327,10 @@ impl Machine {
 
     /// Ends it, without a word, and waits until nothing of it is left.
     pub(crate) async fn stop(&self) {
-        // One that is just being started is ended once it is.
+        // One that is just being started is ended once it is, or its start has failed.
+        if self.status() == Status::Starting {
+            self.inner.backend.cancel_start();
+        }
         let _changing = self.inner.changing.lock().await;
         self.request_stop();
         self.wait_for_end().await;
@@ -358,7 +365,7 @@ impl Machine {
                 break end;
             }
             self.log("rebooting");
-            if let Err(error) = self.reset(&mut launched).await {
+            if let Err(error) = self.reset(&launched).await {
                 break End::Failed(chain(&error));
             }
             again = true;
@@ -377,10 +384,9 @@ impl Machine {
     }
 
     /// Starts a machine again whose guest has reset it: the same one, with its disks and host's ends.
-    async fn reset(&self, launched: &mut Launched) -> Result<()> {
+    async fn reset(&self, launched: &Launched) -> Result<()> {
         // Whoever waits for the guest that is gone learns of it before the next one says anything.
-        launched.left = Arc::default();
-        let access = launched.access();
+        let access = Access::new(Arc::clone(&launched.hvc0));
         self.inner.state.send_if_modified(|state| {
             let Some(run) = state.run_mut() else { return false };
             run.access.close();
@@ -399,13 +405,13 @@ impl Machine {
         stopped: &mut watch::Receiver<bool>,
         again: bool,
     ) -> End {
-        let Launched { events, hvc0, agent, left, .. } = launched;
+        let Launched { events, hvc0, agent } = launched;
         tokio::select! {
             biased;
             _ = stopped.wait_for(|stop| *stop) => End::Stopped,
             end = self.attend_events(events) => end,
-            never = self.attend_backdoor(hvc0, left) => match never {},
-            never = self.attend_agent(agent.as_ref(), again) => match never {},
+            never = self.attend_way(By::Shell, Some(hvc0), again) => match never {},
+            never = self.attend_way(By::Agent, agent.as_ref(), again) => match never {},
         }
     }
 

@@ -11,6 +11,7 @@ use super::{Machine, Status};
 use crate::error::{End, MachineError, Result};
 
 mod human;
+mod input;
 mod protocol;
 
 /// Most events that wait to be asked for.
@@ -30,11 +31,13 @@ const REFUSED: &[(&[&str], &str)] = &[
         &["change", "eject", "block_resize", "block_set_io_throttle", "commit", "nbd_server_start"],
         "a disk stays as its machine was started with it",
     ),
-    (&["sendkey"], "firn's machines have no keyboard yet"),
-    (&["mouse_button", "mouse_move", "mouse_set"], "firn's machines have no mouse yet"),
     (
-        &["screendump", "expire_password", "set_password", "change-vnc-password"],
-        "firn's machines have no screen yet",
+        &["mouse_button", "mouse_move", "mouse_set"],
+        "a machine's pointer is a tablet, which the machine protocol's input-send-event moves",
+    ),
+    (
+        &["expire_password", "set_password", "change-vnc-password"],
+        "nobody needs a password to look at a screen: the run's own user alone can",
     ),
     (
         &["savevm", "loadvm", "delvm", "snapshot_blkdev", "migrate", "migrate_incoming"],

@@ -228,6 +228,9 @@ impl Source {
             balloon: node.balloon,
             vsock: node.vsock.clone(),
             oem_strings,
+            screen: node.screen.spec(),
+            keyboard: node.keyboard.unwrap_or_default(),
+            tablet: node.tablet.unwrap_or_default(),
         })
     }
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 use super::Machine;
 use super::exec::{ExecOptions, last_probe, quote};
 use super::session::{AgentSession, Session};
-use crate::agent::Condition;
 use crate::error::Result;
 use crate::retry::{retry, timed_out};
+use firn_agent_client::Condition;
 
 /// Status of a command whose time was over.
 const TIMED_OUT: i32 = 124;

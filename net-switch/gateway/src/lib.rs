@@ -274,7 +274,8 @@ impl Gateway {
     /// Forwards one more port. Returns where it listens: with the port that was chosen, if any
     /// would do.
     ///
-    /// # Errors The port is in use or not allowed.
+    /// # Errors
+    /// The port is in use or not allowed.
     pub async fn forward(&self, forward: Forward) -> Result<SocketAddr, ForwardError> {
         Inner::forward(&self.inner, forward).await
     }

@@ -339,7 +339,8 @@ impl Peers<'_> {
 
 /// Waits for a datagram.
 ///
-/// # Errors An error of an earlier datagram that the host has learned of since.
+/// # Errors
+/// An error of an earlier datagram that the host has learned of since.
 pub(super) async fn readable(socket: &UdpSocket) -> io::Result<()> {
     // A refused datagram makes a socket no more readable.
     let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;

@@ -5,6 +5,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use firn_tests::{micro, with_machines};
+use firn_vmm::Cancel;
 use firn_vmm::spec::{Cores, MachineSpec};
 use firn_vmm::virtio::balloon::PAGE_SIZE;
 use firn_vmm::vm::{HostSide, Vm};
@@ -60,12 +61,16 @@ fn the_host_sets_the_size_and_the_guest_follows() {
         balloon: true,
         vsock: None,
         oem_strings: vec![],
+        screen: None,
+        keyboard: false,
+        tablet: false,
     };
     let host_side = HostSide {
         events: Box::new(|_| {}),
         serial: Box::new(io::sink()),
         connect: Box::new(()),
         descriptors: 10_000,
+        cancel: Cancel::default(),
     };
     let mut vm = Vm::new(&spec, host_side).unwrap();
     let balloon = vm.balloon().expect("the machine has one").clone();

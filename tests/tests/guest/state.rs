@@ -8,10 +8,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use firn::agent::{AgentClient, ExecRequest};
 use firn::kit::{Interface, MachineConfig, Mount, machine_overlay};
+use firn_agent_client::{AgentClient, ExecRequest};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
+use firn_vmm::Cancel;
 use firn_vmm::spec::{ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec};
 use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{HostSide, Vm};
@@ -82,6 +83,9 @@ fn spec(dir: &Path, index: usize) -> MachineSpec {
         balloon: true,
         vsock: None,
         oem_strings: vec![],
+        screen: None,
+        keyboard: false,
+        tablet: false,
     }
 }
 
@@ -108,6 +112,7 @@ fn host_side(switch: &Switch, name: &str) -> (HostSide, UnixStream) {
         serial: Box::new(io::stderr()),
         connect: Box::new(Ends { agent: Some(guest), port: Some(Arc::new(switch.add_port(name))) }),
         descriptors: 10_000,
+        cancel: Cancel::default(),
     };
     (host, agent)
 }

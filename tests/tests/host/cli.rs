@@ -150,7 +150,7 @@ fn usage() {
 fn doctor(command: &mut Command) -> (Option<i32>, impl Fn(&str) -> String + use<>) {
     let output = run(command);
     let stdout = text(&output.stdout);
-    assert_eq!(stdout.lines().count(), 5, "{stdout}{}", text(&output.stderr));
+    assert_eq!(stdout.lines().count(), 6, "{stdout}{}", text(&output.stderr));
     let line = move |what: &str| {
         let line = stdout.lines().find(|line| line.split_whitespace().next() == Some(what));
         line.unwrap_or_else(|| panic!("no {what} in:\n{stdout}")).to_owned()
@@ -166,6 +166,7 @@ fn doctor_of_a_host_where_tests_can_run() {
     assert_has(&line("kit"), &[" ok ", "micro, Linux ", "systemd, Linux "]);
     assert_has(&line("python"), &[" ok ", "3."]);
     assert_has(&line("kvm"), &["/dev/kvm"]);
+    assert_has(&line("ocr"), &[" ok ", "/tesseract"]);
 }
 
 #[test]

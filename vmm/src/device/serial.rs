@@ -155,7 +155,8 @@ impl SerialPort {
 
     /// Types `bytes` into the port.
     ///
-    /// # Errors The guest has left too much input unread; none of `bytes` is queued then.
+    /// # Errors
+    /// The guest has left too much input unread; none of `bytes` is queued then.
     pub fn input(&self, bytes: &[u8]) -> Result<(), InputFull> {
         let mut state = self.state();
         if state.pending.len() + bytes.len() > MAX_PENDING {

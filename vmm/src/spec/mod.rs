@@ -10,7 +10,7 @@ mod values;
 
 pub use values::{
     Cid, Cores, CredentialName, DiskMib, FileName, Label, Mac, MachineName, MemoryMib, Number,
-    Serial, Tag, ValueError,
+    Pixels, Serial, Tag, ValueError,
 };
 
 /// One machine.
@@ -57,6 +57,23 @@ pub struct MachineSpec {
     /// credentials.
     #[serde(default)]
     pub oem_strings: Vec<String>,
+    /// A screen, of which the host can take pictures.
+    #[serde(default)]
+    pub screen: Option<ScreenSpec>,
+    /// A keyboard.
+    #[serde(default)]
+    pub keyboard: bool,
+    /// A pointer with places of its own on the screen.
+    #[serde(default)]
+    pub tablet: bool,
+}
+
+impl MachineSpec {
+    /// The screen, if it is a plain one.
+    #[must_use]
+    pub fn plain_screen(&self) -> Option<&ScreenSpec> {
+        self.screen.as_ref().filter(|screen| screen.kind == ScreenKind::Plain)
+    }
 }
 
 const fn yes() -> bool {
@@ -78,6 +95,35 @@ pub struct ConsolePortSpec {
 pub struct NetSpec {
     /// The card's address.
     pub mac: Mac,
+}
+
+/// One screen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScreenSpec {
+    /// What the guest draws on.
+    pub kind: ScreenKind,
+    /// Its width; of a `gpu` the one that the guest is told to prefer.
+    pub width: Pixels,
+    /// Its height, likewise.
+    pub height: Pixels,
+}
+
+impl Default for ScreenSpec {
+    fn default() -> Self {
+        Self { kind: ScreenKind::default(), width: Pixels::WIDTH, height: Pixels::HEIGHT }
+    }
+}
+
+/// What a guest draws on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScreenKind {
+    /// Memory that the firmware announces: every kernel draws its console on it, without a driver of its own.
+    #[default]
+    Plain,
+    /// A virtio graphics card without 3D, for those who set modes and flip pages.
+    Gpu,
 }
 
 /// Sockets between host and guest (`man 7 vsock`).

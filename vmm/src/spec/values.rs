@@ -143,6 +143,18 @@ number! {
     Cid(u32) = 3..=u32::MAX - 1, ""
 }
 number! {
+    /// The width or height of a screen.
+    Pixels(u16) = 64..=4096, " pixels"
+}
+
+impl Pixels {
+    /// The width of a screen of which nothing else is said.
+    pub const WIDTH: Self = Self(1024);
+    /// The height of a screen of which nothing else is said.
+    pub const HEIGHT: Self = Self(768);
+}
+
+number! {
     /// The number of a vlan or of a node: a byte of a MAC and of an IPv4 address.
     Number(u8) = 1..=254, ""
 }
@@ -246,6 +258,10 @@ mod tests {
         }
         let error = MemoryMib::try_from(1).expect_err("too little").to_string();
         assert_eq!(error, "1 cannot be used; allowed: 64 to 1048576 MiB");
+        for (pixels, fits) in [(63, false), (64, true), (4096, true), (4097, false), (65600, false)]
+        {
+            assert_eq!(Pixels::try_from(pixels).is_ok(), fits, "{pixels}");
+        }
         for (cid, fits) in [(2, false), (3, true), (4_294_967_294, true), (4_294_967_295, false)] {
             assert_eq!(Cid::try_from(cid).is_ok(), fits, "{cid}");
         }

@@ -11,8 +11,11 @@ use firn_net_switch::NetPort;
 use thiserror::Error;
 
 use super::balloon::{BalloonHandle, BalloonSpec};
+use super::input::{self, InputHandle};
 use super::rng::RngSpec;
 use super::{VirtioDevice, blk, console, fs, vsock};
+use crate::Cancel;
+use crate::screen::Screen;
 use crate::spec::{ConsolePortSpec, MachineSpec, NetSpec, ValueError};
 
 /// Connects a machine's devices to the outside: it provides the other end of each as the device is built. By default
@@ -42,6 +45,8 @@ impl Connect for () {}
 pub struct Host<'a> {
     /// Provides their other ends.
     pub connect: &'a mut dyn Connect,
+    /// Whether they shall still be built, for whatever takes long.
+    pub cancel: &'a Cancel,
     /// The machine's processors.
     pub cores: u8,
     /// How many descriptors a share may keep open for the guest.
@@ -59,6 +64,10 @@ pub enum Handle {
     None,
     /// Set the size of the balloon.
     Balloon(BalloonHandle),
+    /// Press keys, or move the pointer.
+    Input(input::Kind, InputHandle),
+    /// Look at the screen.
+    Screen(Arc<dyn Screen>),
 }
 
 /// A device and the host's handle on it.
@@ -113,14 +122,16 @@ pub trait DeviceSpec {
     /// Checks what can be checked without touching anything: called for all devices of a machine before the first one
     /// is built.
     ///
-    /// # Errors It cannot be built as specified.
+    /// # Errors
+    /// It cannot be built as specified.
     fn check(&self) -> Result<(), BuildError> {
         Ok(())
     }
 
     /// Creates the device and everything on the host that it needs.
     ///
-    /// # Errors Something it needs is not available.
+    /// # Errors
+    /// Something it needs is not available.
     fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError>;
 }
 
@@ -139,6 +150,15 @@ pub fn device_specs(machine: &MachineSpec) -> Vec<&dyn DeviceSpec> {
     specs.extend(machine.vsock.iter().map(|spec| spec as &dyn DeviceSpec));
     if machine.balloon {
         specs.push(&BalloonSpec);
+    }
+    if machine.plain_screen().is_none() {
+        specs.extend(machine.screen.iter().map(|spec| spec as &dyn DeviceSpec));
+    }
+    if machine.keyboard {
+        specs.push(&input::Kind::Keyboard);
+    }
+    if machine.tablet {
+        specs.push(&input::Kind::Tablet);
     }
     specs
 }

@@ -29,13 +29,13 @@ unsafe impl Field for Le64 {}
 // SAFETY: bytes.
 unsafe impl<const N: usize> Field for [u8; N] {}
 
-/// Declares a configuration space: its fields follow each other without gaps.
+/// Declares a configuration space, or another structure of the guest's: its fields follow each other without gaps.
 macro_rules! config_space {
-    ($(#[$doc:meta])* struct $name:ident { $($(#[$field_doc:meta])* $field:ident: $kind:ty,)* }) => {
+    ($(#[$doc:meta])* $vis:vis struct $name:ident { $($(#[$field_doc:meta])* $field:ident: $kind:ty,)* }) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         #[repr(C, packed)]
-        struct $name { $($(#[$field_doc])* $field: $kind,)* }
+        $vis struct $name { $($(#[$field_doc])* $field: $kind,)* }
 
         // SAFETY: any bytes are a value of each field, or it would not be a `Field`, and it is packed: there are no
         // gaps between them.

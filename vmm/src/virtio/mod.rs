@@ -20,6 +20,8 @@ pub mod build;
 mod config_space;
 pub mod console;
 pub mod fs;
+pub mod gpu;
+pub mod input;
 pub mod net;
 mod pool;
 pub mod queue;

@@ -9,6 +9,7 @@ use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 
 use super::descriptors::Counts;
 use super::{Event, VmError, host, kvm};
+use crate::Cancel;
 use crate::arch::{board, firmware, layout, params};
 use crate::boot::kernel;
 use crate::device::boot_timer::BootTimer;
@@ -17,7 +18,8 @@ use crate::device::serial::SerialPort;
 use crate::error::chain;
 use crate::event_loop::new_event;
 use crate::interrupt::SharedLine;
-use crate::memory::Memory;
+use crate::memory::{Memory, MemoryMap};
+use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Group};
 use crate::virtio::build::{Built, Connect, Handle, Host, device_specs};
@@ -31,7 +33,7 @@ const MAX_DEVICES: usize = 128;
 pub(super) fn load_kernel(spec: &MachineSpec, memory: &Memory) -> Result<u64, VmError> {
     let kernel = kernel::load_kernel(memory, &spec.kernel)?;
     let initrd = kernel::load_initrd(memory, &spec.initrd, &kernel)?;
-    params::write(memory, &kernel, initrd, &spec.cmdline)?;
+    params::write(memory, &kernel, initrd, &spec.cmdline, spec.plain_screen())?;
     Ok(kernel.entry)
 }
 
@@ -58,8 +60,23 @@ pub(super) fn check(spec: &MachineSpec) -> Result<(), VmError> {
     Ok(firmware::check(spec)?)
 }
 
-pub(super) fn attach_memory(vm: &VmFd, memory: &Memory) -> Result<(), VmError> {
-    for (slot, region) in (0..).zip(memory.iter()) {
+/// The pixels of its screen, if it is a plain one.
+pub(super) fn frame_buffer(spec: &MachineSpec) -> Result<Option<Arc<FrameBuffer>>, VmError> {
+    let screen = spec.plain_screen().map(FrameBuffer::new).transpose()?;
+    Ok(screen.map(Arc::new))
+}
+
+/// Everything that lies in a guest as memory: its own, and the pixels of a plain screen.
+pub(super) fn memories<'a>(
+    memory: &'a Memory,
+    frame_buffer: Option<&'a Arc<FrameBuffer>>,
+) -> Vec<&'a MemoryMap> {
+    let screen = frame_buffer.map(|frame_buffer| frame_buffer.memory());
+    std::iter::once(&**memory).chain(screen).collect()
+}
+
+pub(super) fn attach_memory(vm: &VmFd, memories: &[&MemoryMap]) -> Result<(), VmError> {
+    for (slot, region) in (0..).zip(memories.iter().flat_map(|memory| memory.iter())) {
         let region = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: region.start_addr().raw_value(),
@@ -109,10 +126,12 @@ pub(super) fn build_devices(
     spec: &MachineSpec,
     connect: &mut dyn Connect,
     descriptors: u64,
+    cancel: &Cancel,
 ) -> Result<Vec<Built>, VmError> {
     let parts = Counts::of(spec).divide(descriptors);
     let mut host = Host {
         connect,
+        cancel,
         cores: spec.cores.get(),
         share_descriptors: parts.share,
         vsock_connections: parts.vsock,

@@ -43,8 +43,8 @@ impl Counts {
         Counts {
             cores: spec.cores.into(),
             shares: count(spec.shares.len()),
-            // A console, an entropy source, a balloon, a vsock.
-            devices: count(spec.nets.len()) + count(spec.disks.len()) + 4,
+            // A console, an entropy source, a balloon, a vsock, a screen, a keyboard, a tablet.
+            devices: count(spec.nets.len()) + count(spec.disks.len()) + 7,
             backing: count(backing),
             vsock: spec.vsock.is_some(),
         }

@@ -17,6 +17,7 @@ use std::thread::{Builder, JoinHandle};
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
+use crate::Cancel;
 use crate::arch::{ArchError, board, entry, firmware, params, vcpu};
 use crate::boot::image::LoadError;
 use crate::bus::Overlap;
@@ -25,11 +26,14 @@ use crate::device::panic::PanicDevice;
 use crate::device::serial::{InputFull, SerialPort};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::{self, Memory};
+use crate::screen::Screen;
+use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Ending, Group, HaltWatch, Vcpu};
 use crate::virtio::RestoreError;
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::build::{BuildError, Connect, Handle};
+use crate::virtio::input::{self, InputHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
 pub use state::VmState;
 
@@ -79,6 +83,8 @@ pub struct HostSide {
     /// and sockets, so that no guest starves other machines or the process itself. What [`Self::connect`] provides is
     /// not counted.
     pub descriptors: u64,
+    /// Ends [`Vm::new`] before it is done.
+    pub cancel: Cancel,
 }
 
 /// A machine could not be built or driven.
@@ -199,6 +205,7 @@ pub struct Vm {
     // Last, so that they are dropped last: the vCPUs and devices above use them.
     vm: Arc<VmFd>,
     memory: Memory,
+    frame_buffer: Option<Arc<FrameBuffer>>,
 }
 
 impl Vm {
@@ -210,7 +217,8 @@ impl Vm {
         build::check(spec)?;
         let memory = memory::allocate(spec.memory.get())?;
         let entry = build::load_kernel(spec, &memory)?;
-        let vm = Vm::assemble(spec, host_side, memory)?;
+        let frame_buffer = build::frame_buffer(spec)?;
+        let vm = Vm::assemble(spec, host_side, memory, frame_buffer)?;
         vm.prepare_entry(entry)?;
         Ok(vm)
     }
@@ -218,27 +226,28 @@ impl Vm {
     /// Everything but what is in memory and in the first vCPU's registers.
     fn assemble(
         spec: &MachineSpec,
-        mut host_side: HostSide,
+        host_side: HostSide,
         memory: Memory,
+        frame_buffer: Option<Arc<FrameBuffer>>,
     ) -> Result<Vm, VmError> {
         let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
         let vm = Arc::new(vcpu::create_vm(&kvm_fd)?);
-        build::attach_memory(&vm, &memory)?;
+        build::attach_memory(&vm, &build::memories(&memory, frame_buffer.as_ref()))?;
         let group = Arc::new(Group::default());
         let timer = Arc::new(BootTimer::default());
-        let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(host_side.events);
+        let HostSide { events, serial, mut connect, descriptors, cancel } = host_side;
+        let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::from(events);
 
         let mut buses = Buses::default();
         let on_panic = events.clone();
         let panic = PanicDevice::new(move |reason| on_panic(Event::Panic { reason }));
         let panic = Arc::new(panic);
-        let serial = build::attach_serial(&vm, &mut buses, host_side.serial, panic.clone())?;
+        let serial = build::attach_serial(&vm, &mut buses, serial, panic.clone())?;
         let (on_request, marks) = (events.clone(), timer.clone());
         build::attach_board(&mut buses, marks, panic.clone(), group.clone(), on_request)?;
         // Before the devices: KVM may not have as many, and disks are made for a machine that can be.
         let vcpus = vcpu::create_vcpus(&kvm_fd, &vm, spec.cores.get())?;
-        let devices =
-            build::build_devices(spec, host_side.connect.as_mut(), host_side.descriptors)?;
+        let devices = build::build_devices(spec, connect.as_mut(), descriptors, &cancel)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
 
         let subscribers = attached
@@ -272,6 +281,7 @@ impl Vm {
             kvm: kvm_fd,
             vm,
             memory,
+            frame_buffer,
         })
     }
 
@@ -391,7 +401,9 @@ impl Vm {
         }
         self.serial.reset();
         self.panic.reset();
-        memory::clear(&self.memory).map_err(host("cannot clear guest memory"))?;
+        for memory in build::memories(&self.memory, self.frame_buffer.as_ref()) {
+            memory::clear(memory).map_err(host("cannot clear guest memory"))?;
+        }
         let entry = build::load_kernel(&self.spec, &self.memory)?;
         self.power_on_state()?;
         self.prepare_entry(entry)?;
@@ -425,7 +437,35 @@ impl Vm {
     pub fn balloon(&self) -> Option<&BalloonHandle> {
         self.handles.iter().find_map(|handle| match handle {
             Handle::Balloon(balloon) => Some(balloon),
-            Handle::None => None,
+            _ => None,
+        })
+    }
+
+    /// The screen, if the spec has one. It can be looked at for longer than the machine runs.
+    pub fn screen(&self) -> Option<Arc<dyn Screen>> {
+        let plain = self.frame_buffer.clone().map(|screen| screen as Arc<dyn Screen>);
+        plain.or_else(|| {
+            self.handles.iter().find_map(|handle| match handle {
+                Handle::Screen(screen) => Some(screen.clone()),
+                _ => None,
+            })
+        })
+    }
+
+    /// The host's hand on the keyboard, if the spec has one.
+    pub fn keyboard(&self) -> Option<InputHandle> {
+        self.input(input::Kind::Keyboard)
+    }
+
+    /// The host's hand on the tablet, if the spec has one.
+    pub fn tablet(&self) -> Option<InputHandle> {
+        self.input(input::Kind::Tablet)
+    }
+
+    fn input(&self, wanted: input::Kind) -> Option<InputHandle> {
+        self.handles.iter().find_map(|handle| match handle {
+            Handle::Input(kind, input) if *kind == wanted => Some(input.clone()),
+            _ => None,
         })
     }
 

@@ -12,7 +12,7 @@ use crate::arch::state::{ProcessorState, power_on};
 use crate::device::panic::PanicState;
 use crate::device::serial::SerialPortState;
 use crate::memory;
-use crate::spec::MachineSpec;
+use crate::spec::{MachineSpec, ScreenSpec};
 use crate::virtio::transport::mmio::MmioState;
 
 /// Layout version of [`VmState`].
@@ -27,13 +27,16 @@ pub struct VmState {
     processors: ProcessorState,
     serial: SerialPortState,
     panic: PanicState,
+    /// The plain screen, whose pixels are behind the memory.
+    screen: Option<ScreenSpec>,
     /// In the order of the devices.
     transports: Vec<MmioState>,
 }
 
 impl Vm {
-    /// The state of a paused machine. Its memory is written to `memory`, an empty file, in which pages that hold
-    /// nothing become holes. The machine can go on or be dropped; its disks, as they are now, are part of the state.
+    /// The state of a paused machine. Its memory, with the pixels of a plain screen, is written to `memory`, an empty
+    /// file, in which pages that hold nothing become holes. The machine can go on or be dropped; its disks, as they
+    /// are now, are part of the state.
     ///
     /// # Errors
     /// It is not paused, the file cannot be written, or KVM refuses.
@@ -49,9 +52,11 @@ impl Vm {
             processors: processors.map_err(VmError::State)?,
             serial: self.serial.save(),
             panic: self.panic.save(),
+            screen: self.spec.plain_screen().copied(),
             transports: self.transports.iter().map(|transport| transport.save()).collect(),
         };
-        memory::save(&self.memory, memory).map_err(host("cannot write guest memory"))?;
+        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+        memory::save(&memories, memory).map_err(host("cannot write guest memory"))?;
         Ok(state)
     }
 
@@ -68,8 +73,10 @@ impl Vm {
     ) -> Result<Vm, VmError> {
         build::check(spec)?;
         let guest_memory = memory::allocate(spec.memory.get())?;
-        memory::load(&guest_memory, memory).map_err(host("cannot read guest memory"))?;
-        let vm = Vm::assemble(spec, host_side, guest_memory)?;
+        let frame_buffer = build::frame_buffer(spec)?;
+        let memories = build::memories(&guest_memory, frame_buffer.as_ref());
+        memory::load(&memories, memory).map_err(host("cannot read guest memory"))?;
+        let vm = Vm::assemble(spec, host_side, guest_memory, frame_buffer)?;
         vm.apply(state)?;
         Ok(vm)
     }
@@ -85,6 +92,9 @@ impl Vm {
             || state.transports.len() != self.transports.len()
         {
             return Err(self.not_restorable("its state has other vCPUs or devices than its spec"));
+        }
+        if state.screen.as_ref() != self.spec.plain_screen() {
+            return Err(self.not_restorable("its state has another screen than its spec"));
         }
         let passed = now().saturating_sub(state.saved_at);
         // Before the devices: they may raise interrupts.

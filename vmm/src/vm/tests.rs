@@ -24,6 +24,9 @@ fn spec(dir: &Path, disks: usize) -> MachineSpec {
         balloon: false,
         vsock: None,
         oem_strings: Vec::new(),
+        screen: None,
+        keyboard: false,
+        tablet: false,
     }
 }
 
@@ -34,6 +37,7 @@ fn refused(dir: &Path, spec: &MachineSpec) -> String {
         serial: Box::new(io::sink()),
         connect: Box::new(()),
         descriptors: 1000,
+        cancel: Cancel::default(),
     };
     let error = Vm::new(spec, host_side).err().expect("it cannot be built");
     assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "{error}");

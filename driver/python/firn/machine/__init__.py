@@ -12,7 +12,6 @@ from firn._firn import Machine
 from firn.duration import Duration, seconds
 from firn.errors import MachineError, RequestedAssertionFailed
 from firn.machine.keys import CHAR_TO_KEY
-from firn.machine.ocr import NO_OCR
 from firn.machine.qmp import QMPSession
 from firn.machine.start import Process, QemuStartCommand, make_command
 from firn.machine.windows import Windows
@@ -188,36 +187,6 @@ class QemuMachine(Windows, BaseMachine):
     def console_interact(self) -> None:
         """Send what the user types to the serial console until Ctrl-D or Ctrl-C."""
         interact.console(self)
-
-    def send_key(self, key: str, delay: float | None = 0.01, log: bool | None = True) -> None:
-        """Press a key of the keyboard. Not there yet."""
-        del delay, log
-        raise self._missing("keyboard", f"send_key({key!r})")
-
-    def send_chars(self, chars: str, delay: float | None = 0.01) -> None:
-        """Type on the keyboard. Not there yet; send_console() types into the serial console."""
-        del delay
-        raise self._missing("keyboard", f"send_chars({chars!r})")
-
-    def screenshot(self, filename: str) -> None:
-        """Take a picture of the screen. Not there yet."""
-        raise self._missing("screen", f"screenshot({filename!r})")
-
-    def get_screen_text(self) -> str:
-        """Read what the screen shows. Not there yet."""
-        raise MachineError(f"{self.name}: {NO_OCR}")
-
-    def get_screen_text_variants(self) -> list[str]:
-        """Read what the screen shows in several ways. Not there yet."""
-        raise MachineError(f"{self.name}: {NO_OCR}")
-
-    def wait_for_text(self, regex: str, timeout: Duration = 900) -> None:
-        """Wait until the screen shows a text. Not there yet."""
-        del regex, timeout
-        raise MachineError(f"{self.name}: {NO_OCR}")
-
-    def _missing(self, part: str, call: str) -> MachineError:
-        return MachineError(f"{self.name}: {call}: firn's machines have no {part} yet")
 
 
 class ConsoleLines(queue.Queue[str]):

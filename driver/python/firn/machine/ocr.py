@@ -1,22 +1,32 @@
-"""Reading of screens, by upstream's names: not there yet."""
+"""Reading of pictures, by upstream's names. A machine reads its own screen by get_screen_text()."""
 
-from pathlib import Path
-from typing import NoReturn
+from os import PathLike
 
-from firn.errors import MachineError
-
-NO_OCR = "OCR requested but enableOCR is false, and firn's machines have no screen yet"
+from firn._firn import read_picture
 
 
-def perform_ocr_on_screenshot(screenshot_path: Path) -> NoReturn:
-    """Say that there is none."""
-    raise MachineError(f"{screenshot_path}: {NO_OCR}")
+def perform_ocr_on_screenshot(screenshot_path: str | PathLike[str]) -> str:
+    """Read a picture as it is, and give all words that are found.
+
+    screenshot_path: a PNG or PPM file.
+
+    Raises MachineError if `tesseract` is not in PATH or fails, and OSError for a file that cannot
+    be read or is no picture.
+    """
+    return perform_ocr_variants_on_screenshot(screenshot_path, variants=False)[0]
 
 
-def perform_ocr_variants_on_screenshot(screenshot_path: Path, variants: bool = True) -> NoReturn:
-    """Say that there is none."""
-    del variants
-    raise MachineError(f"{screenshot_path}: {NO_OCR}")
+def perform_ocr_variants_on_screenshot(
+    screenshot_path: str | PathLike[str], variants: bool = True
+) -> list[str]:
+    """Read a picture in several ways, in which different words may be found.
+
+    variants: whether to read also two pictures that are made of it for reading, of its dark letters
+    and of its bright ones; without it the answer is one text.
+
+    Raises as perform_ocr_on_screenshot() does.
+    """
+    return read_picture(screenshot_path, variants)
 
 
 __all__ = ["perform_ocr_on_screenshot", "perform_ocr_variants_on_screenshot"]

@@ -18,10 +18,12 @@ mod commands;
 mod console;
 mod files;
 mod power;
+mod screen;
 mod units;
 mod waits;
 
 use arguments::path;
+pub(super) use screen::read_picture;
 
 /// A machine of a test.
 #[pyclass(frozen, subclass, name = "Machine", module = "firn._firn")]

@@ -1,10 +1,10 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 
-use firn_vmm::spec::{CachePolicy, Cores, DiskFormat, VsockSpec};
+use firn_vmm::spec::{CachePolicy, Cores, DiskFormat, ScreenKind, ScreenSpec, VsockSpec};
 
 use super::*;
-use crate::config::UserNetwork;
+use crate::config::{ScreenChoice, UserNetwork};
 use crate::kit::KitName;
 
 /// The text of a machine file with these lines of JSON beside what every one has.
@@ -52,6 +52,9 @@ fn a_short_file() {
         exchange: false,
         rng: true,
         balloon: false,
+        screen: ScreenChoice::Unsaid,
+        keyboard: None,
+        tablet: None,
         vsock: None,
         oem_strings: vec![],
         credentials: BTreeMap::new(),
@@ -259,7 +262,7 @@ fn qemus_variables() {
     let network = changed.user_network.expect("there is one");
     assert!(!network.restrict && network.forward_ports.len() == 2);
     for (options, net_options, message) in [
-        ("-vga std", "", ["`qemu_opts`: `-vga std` is not for firn", "allowed: `-m SIZE`"]),
+        ("-vga qxl", "", ["`qemu_opts`: `-vga qxl` is not for firn", "allowed: `-m SIZE`"]),
         ("-m 1", "", ["`qemu_opts`: -m 1 cannot be used", "allowed: 64 to "]),
         ("-smp 33", "", ["`qemu_opts`: -smp 33 cannot be used", "allowed: 1 to 32 processors"]),
         ("", "x=y", ["`user_network.qemu_net_opts`: `x=y` is not for firn", "allowed: `hostfwd="]),
@@ -365,4 +368,24 @@ fn what_nix_makes() {
     let copies = |name: &str| nodes[name].shares.iter().map(|share| share.copies.len()).sum();
     assert_eq!((copies("certificates"), copies("own-certificates")), (1_usize, 0_usize));
     assert_eq!(nodes["own-settings"].vsock.as_ref().map(|vsock| vsock.cid.get()), Some(7));
+}
+
+#[test]
+fn what_its_script_needs() {
+    let needs = Needs { screen: true, keyboard: true, ..Needs::default() };
+    let of = |lines: &str| {
+        let mut file = parse(lines).expect("valid");
+        file.supply(needs);
+        let node = file.node(1, &variables(), Path::new("/")).expect("valid");
+        (node.screen, node.keyboard, node.tablet)
+    };
+    let plain = ScreenChoice::Yes(ScreenSpec::default());
+    assert_eq!(of("\"memory\": 256"), (plain, Some(true), None));
+    assert_eq!(of(r#""screen": false, "keyboard": false"#), (ScreenChoice::No, Some(false), None));
+    let gpu = ScreenChoice::Yes(ScreenSpec { kind: ScreenKind::Gpu, ..ScreenSpec::default() });
+    assert_eq!(
+        of(r#""qemu_opts": "-vga virtio -device usb-tablet""#),
+        (gpu, Some(true), Some(true))
+    );
+    assert_eq!(of(r#""screen": "gpu""#), (gpu, Some(true), None));
 }

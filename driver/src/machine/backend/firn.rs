@@ -7,24 +7,27 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use firn_gateway::{Forward, Gateway, GatewaySpec};
-use firn_net_switch::{NetPort, SwitchPort};
+use firn_net_switch::NetPort;
+use firn_vmm::Cancel;
 use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::screen::Screen;
+use firn_vmm::socket::Listener;
 use firn_vmm::spec::{ConsolePortSpec, Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::balloon::BalloonHandle;
 use firn_vmm::virtio::build::Connect;
+use firn_vmm::virtio::input::InputHandle;
 use firn_vmm::vm::{self, HostSide, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
+use tokio::task::{AbortHandle, spawn_blocking};
 
-use super::{Backend, Event, Started};
-use crate::config::{NodeConfig, PortForward};
-use crate::descriptors::Part;
-use crate::error::{End, MachineError, Result};
-use crate::log::Logger;
+use super::{Backend, Event, Parts, Started};
+use crate::config::PortForward;
+use crate::error::{End, MachineError, Result, chain};
 use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
-use crate::machine::setup::Source;
+use crate::machine::rfb::{self, Display};
+use crate::viewers;
 
 /// Most events of a machine, beside those that begin and end a boot, that are passed on.
 const MAX_EVENTS: u32 = 1000;
@@ -34,17 +37,13 @@ const PAGE: u64 = 4096;
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// A machine of firn's own kind.
-pub(in crate::machine) struct Firn {
-    node: Arc<NodeConfig>,
-    source: Arc<Source>,
-    log: Logger,
-    /// How many files its guest may make this process open.
-    descriptors: Arc<Part>,
-    /// Where its cards on vlans are plugged in, in the order of the node's vlans.
-    ports: Vec<Arc<SwitchPort>>,
+pub(super) struct Firn {
+    parts: Parts,
     /// The user network of a machine that runs.
     gateway: Mutex<Option<Arc<Gateway>>>,
     running: Arc<Mutex<Option<Running>>>,
+    /// Ends the start that is under way, or was last.
+    cancel: Mutex<Cancel>,
     /// Of the last boot that has ended.
     boot_marks: Mutex<Vec<Mark>>,
 }
@@ -52,33 +51,26 @@ pub(in crate::machine) struct Firn {
 /// A virtual machine between its start and its end.
 struct Running {
     vm: Vm,
+    /// Serves viewers of its screen.
+    viewers: Option<AbortHandle>,
     paused: bool,
     /// Its memory in bytes.
     memory: u64,
 }
 
 impl Firn {
-    pub(in crate::machine) fn new(
-        node: Arc<NodeConfig>,
-        source: Arc<Source>,
-        ports: Vec<Arc<SwitchPort>>,
-        descriptors: Arc<Part>,
-        log: Logger,
-    ) -> Self {
+    pub(super) fn new(parts: Parts) -> Self {
         Self {
-            node,
-            source,
-            log,
-            descriptors,
-            ports,
+            parts,
             gateway: Mutex::default(),
             running: Arc::default(),
+            cancel: Mutex::default(),
             boot_marks: Mutex::default(),
         }
     }
 
     fn name(&self) -> String {
-        self.node.name.clone()
+        self.parts.node.name.clone()
     }
 
     fn start_error(&self, source: impl Into<Cause>) -> MachineError {
@@ -105,7 +97,7 @@ impl Firn {
     }
 
     async fn launch(&self, dirs: &Dirs, console: Arc<Console>) -> Result<Started> {
-        let spec = self.source.spec(&self.node, dirs, &self.log).await?;
+        let spec = self.parts.source.spec(&self.parts.node, dirs, &self.parts.log).await?;
         let (shell, shell_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
         let (agent, agent_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
         let (sender, events) = mpsc::unbounded_channel();
@@ -117,11 +109,32 @@ impl Firn {
                 agent: Some(agent_guest),
                 nets: spec.nets.iter().map(|card| card.mac).zip(self.nets()).collect(),
             }),
-            descriptors: self.descriptors.monitor(),
+            descriptors: self.parts.descriptors.monitor(),
+            cancel: lock(&self.cancel).clone(),
         };
         let vm = blocking(move || start_vm(&spec, host)).await;
-        *lock(&self.running) = Some(vm.map_err(|e| self.start_error(e))?);
+        let mut running = vm.map_err(|e| self.start_error(e))?;
+        running.viewers = self.open_to_viewers(&running.vm, dirs);
+        *lock(&self.running) = Some(running);
         Ok(Started { events, shell, agent: Some(agent) })
+    }
+
+    /// Lets viewers see the screen, if there is one. Nothing that a test does depends on it.
+    fn open_to_viewers(&self, vm: &Vm, dirs: &Dirs) -> Option<AbortHandle> {
+        let display = Display {
+            name: self.name(),
+            screen: vm.screen()?,
+            keyboard: vm.keyboard(),
+            tablet: vm.tablet(),
+        };
+        match Listener::bind(&dirs.state.join(viewers::SOCKET)) {
+            Ok(listener) => Some(tokio::spawn(rfb::serve(listener, display)).abort_handle()),
+            Err(error) => {
+                let error = chain(&error);
+                self.parts.log.warning(format_args!("no viewer can see its screen: {error}"));
+                None
+            }
+        }
     }
 
     /// Makes the user network, if the machine has one and it is not there.
@@ -129,14 +142,14 @@ impl Firn {
         if lock(&self.gateway).is_some() {
             return Ok(());
         }
-        let Some(network) = self.source.user_network(&self.node, dirs)? else {
+        let Some(network) = self.parts.source.user_network(&self.parts.node, dirs)? else {
             return Ok(());
         };
         let spec = GatewaySpec {
             host_name: self.name(),
             restrict: network.restrict,
             host_loopback: network.host_loopback,
-            descriptors: self.descriptors.network(),
+            descriptors: self.parts.descriptors.network(),
             ..GatewaySpec::default()
         };
         let failed = |source| self.network_error("cannot start its user network", source);
@@ -152,7 +165,9 @@ impl Firn {
             };
             if forward.host.port() == 0 {
                 let guest = forward.guest;
-                self.log.info(format_args!("{bound} leads to {} port {guest}", forward.protocol));
+                self.parts
+                    .log
+                    .info(format_args!("{bound} leads to {} port {guest}", forward.protocol));
             }
         }
         *lock(&self.gateway) = Some(Arc::new(gateway));
@@ -170,13 +185,14 @@ impl Firn {
     /// Where its cards are plugged in, in their order.
     fn nets(&self) -> Vec<Arc<dyn NetPort>> {
         let gateway = lock(&self.gateway).clone().map(|gateway| gateway as Arc<dyn NetPort>);
-        let vlans = self.ports.iter().map(|port| Arc::clone(port) as Arc<dyn NetPort>);
+        let vlans = self.parts.ports.iter().map(|port| Arc::clone(port) as Arc<dyn NetPort>);
         gateway.into_iter().chain(vlans).collect()
     }
 }
 
 impl Backend for Firn {
     fn start(&self, dirs: Dirs, console: Arc<Console>) -> BoxFuture<'_, Result<Started>> {
+        *lock(&self.cancel) = Cancel::default();
         Box::pin(async move {
             self.open_user_network(&dirs).await?;
             let started = self.launch(&dirs, console).await;
@@ -185,6 +201,10 @@ impl Backend for Firn {
             }
             started
         })
+    }
+
+    fn cancel_start(&self) {
+        lock(&self.cancel).cancel();
     }
 
     fn restart(&self) -> BoxFuture<'_, Result<()>> {
@@ -207,6 +227,9 @@ impl Backend for Firn {
             let running = Arc::clone(&self.running);
             let marks = blocking(move || {
                 let mut running = lock(&running).take()?;
+                if let Some(viewers) = &running.viewers {
+                    viewers.abort();
+                }
                 running.vm.stop();
                 Some(running.vm.boot_marks())
             });
@@ -250,11 +273,11 @@ impl Backend for Firn {
     }
 
     fn links(&self) -> usize {
-        self.ports.len()
+        self.parts.ports.len()
     }
 
     fn set_link(&self, card: usize, up: bool) {
-        if let Some(port) = self.ports.get(card) {
+        if let Some(port) = self.parts.ports.get(card) {
             port.set_link(up);
         }
     }
@@ -286,6 +309,18 @@ impl Backend for Firn {
         }))
     }
 
+    fn keyboard(&self) -> BoxFuture<'_, Result<Option<InputHandle>>> {
+        Box::pin(self.with(|running| running.vm.keyboard()))
+    }
+
+    fn tablet(&self) -> BoxFuture<'_, Result<Option<InputHandle>>> {
+        Box::pin(self.with(|running| running.vm.tablet()))
+    }
+
+    fn screen(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Screen>>>> {
+        Box::pin(self.with(|running| running.vm.screen()))
+    }
+
     fn boot_marks(&self) -> Vec<Mark> {
         lock(&self.boot_marks).clone()
     }
@@ -313,7 +348,7 @@ impl Connect for Ends {
 fn start_vm(spec: &MachineSpec, host: HostSide) -> Result<Running, VmError> {
     let mut vm = Vm::new(spec, host)?;
     vm.start()?;
-    Ok(Running { vm, paused: false, memory: spec.memory.get() << 20 })
+    Ok(Running { vm, viewers: None, paused: false, memory: spec.memory.get() << 20 })
 }
 
 /// Passes the monitor's events on, as far as they matter.

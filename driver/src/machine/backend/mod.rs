@@ -5,23 +5,47 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use firn_gateway::Forward;
+use firn_net_switch::SwitchPort;
 use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::screen::Screen;
+use firn_vmm::virtio::input::InputHandle;
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use super::Dirs;
 use super::console::Console;
+use super::setup::Source;
+use crate::config::NodeConfig;
+use crate::descriptors::Part;
 use crate::error::{End, Result};
+use crate::log::Logger;
 
 mod firn;
 
-pub(super) use firn::Firn;
+/// What a machine gives to whatever runs it.
+pub(super) struct Parts {
+    pub(super) node: Arc<NodeConfig>,
+    pub(super) source: Arc<Source>,
+    pub(super) log: Logger,
+    /// How many files its guest may make this process open.
+    pub(super) descriptors: Arc<Part>,
+    /// Where its cards on vlans are plugged in, in the order of the node's vlans.
+    pub(super) ports: Vec<Arc<SwitchPort>>,
+}
+
+/// Chooses what runs a machine, by what it was made from. All there is so far runs in firn's own monitor.
+pub(super) fn backend_for(parts: Parts) -> Box<dyn Backend> {
+    Box::new(firn::Firn::new(parts))
+}
 
 /// What runs a machine, from before its first start to after its last end. Which calls make sense when is the machine's
 /// to know: it starts what is off, and asks things of what runs.
 pub(super) trait Backend: Send + Sync {
     /// Puts everything together and starts the guest, whose serial console is `console`.
     fn start(&self, dirs: Dirs, console: Arc<Console>) -> BoxFuture<'_, Result<Started>>;
+
+    /// Has a start that is under way fail soon.
+    fn cancel_start(&self);
 
     /// Starts a guest again that has reset itself: the same machine, with its disks and the host's ends of its ports.
     /// One that is paused stays so.
@@ -56,6 +80,15 @@ pub(super) trait Backend: Send + Sync {
 
     /// Has the balloon leave the guest so many bytes; false if there is none.
     fn set_memory(&self, bytes: u64) -> BoxFuture<'_, Result<bool>>;
+
+    /// The host's hand on its keyboard; None if it has none.
+    fn keyboard(&self) -> BoxFuture<'_, Result<Option<InputHandle>>>;
+
+    /// The host's hand on its tablet; None if it has none.
+    fn tablet(&self) -> BoxFuture<'_, Result<Option<InputHandle>>>;
+
+    /// Its screen, which can be looked at for longer than the machine runs; None if it has none.
+    fn screen(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Screen>>>>;
 
     /// When its last boot, if that has ended, reached which stage.
     fn boot_marks(&self) -> Vec<Mark>;

@@ -4,8 +4,8 @@ use std::time::Duration;
 use regex::Regex;
 
 use super::*;
-use crate::clock::Clock;
 use crate::error::Error;
+use firn_agent_client::Clock;
 
 fn console(text: &str) -> Arc<Console> {
     let console = Arc::new(Console::new(Clock::new()));

@@ -1,12 +1,16 @@
 //! The monitor for people.
 
 use std::fmt::Write;
+use std::path::Path;
+use std::time::Duration;
 
-use super::{Machine, REFUSED, usage};
 use firn_vmm::spec::Mac;
 
+use super::input::HOLD;
+use super::{Machine, REFUSED, usage};
 use crate::config;
 use crate::error::Result;
+use crate::machine::Format;
 
 /// What there is.
 const COMMANDS: &str = "\
@@ -16,6 +20,8 @@ help|? -- show this help
 hostfwd_add [tcp|udp]:[HOST]:PORT-[GUEST]:PORT -- forward a port of the host to the guest
 info subcommand -- show something; `info` alone lists what
 quit|q -- end the machine at once
+screendump FILE [-f png|ppm] -- write a picture of the screen
+sendkey KEYS [MS] -- press keys together: ctrl-alt-delete, 0x2b
 set_link name on|off -- plug or pull a network card's cable; virtio-net-pci.1 is the first vlan's
 stop|s -- stop emulation
 system_powerdown -- have the guest power off
@@ -54,6 +60,17 @@ impl Machine {
             ["stop" | "s"] => self.pause().await?,
             ["cont" | "c"] => self.resume().await?,
             ["system_powerdown"] => self.power_down().await?,
+            ["sendkey", keys] => self.monitor_sendkey(keys, HOLD).await?,
+            ["sendkey", keys, hold] => {
+                let hold = hold.parse().map_err(|_| usage("sendkey needs a number of ms"))?;
+                self.monitor_sendkey(keys, Duration::from_millis(hold)).await?;
+            }
+            ["screendump", file] | ["screendump", file, "-f", "ppm"] => {
+                self.dump_screen(Path::new(file), Format::Ppm).await?;
+            }
+            ["screendump", file, "-f", "png"] => {
+                self.dump_screen(Path::new(file), Format::Png).await?;
+            }
             ["set_link", card, "on"] => self.set_card(card, true)?,
             ["set_link", card, "off"] => self.set_card(card, false)?,
             ["balloon", mib] => {

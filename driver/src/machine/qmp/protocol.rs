@@ -11,6 +11,7 @@ const COMMANDS: &[&str] = &[
     "balloon",
     "cont",
     "human-monitor-command",
+    "input-send-event",
     "qmp_capabilities",
     "query-balloon",
     "query-block",
@@ -21,6 +22,8 @@ const COMMANDS: &[&str] = &[
     "query-status",
     "query-version",
     "quit",
+    "screendump",
+    "send-key",
     "set_link",
     "stop",
     "system_powerdown",
@@ -93,6 +96,9 @@ impl Machine {
                 Some(line) => Box::pin(self.send_monitor_command(line)).await?.into(),
                 None => return Err(generic("it needs `command-line`, a text")),
             },
+            "send-key" => self.qmp_send_key(arguments).await.map(|()| json!({}))?,
+            "input-send-event" => self.qmp_send_event(arguments).await.map(|()| json!({}))?,
+            "screendump" => self.qmp_screendump(arguments).await.map(|()| json!({}))?,
             "quit" | "stop" | "cont" | "system_powerdown" => {
                 self.send_monitor_command(command).await?;
                 json!({})

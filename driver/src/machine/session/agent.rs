@@ -10,12 +10,12 @@ use firn_guest_agent::protocol::{SYSTEM_DOWN, SYSTEM_UP};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OnceCell;
 
-use super::{Command, KILL_AFTER, MAX_OUTPUT, Result, SessionError};
-use crate::agent::{
+use super::{Command, KILL_AFTER, MAX_OUTPUT, Output, Result, SessionError};
+use firn_agent_client::Clock;
+use firn_agent_client::{
     ANSWER_WITHIN, AgentClient, AgentError, Condition, Entry, Exec, ExecEvent, ExecRequest, Exit,
     FileInfo, Lost, StderrMode, Stream,
 };
-use crate::clock::Clock;
 
 /// Signals, by number.
 const SIGTERM: i32 = 15;
@@ -46,7 +46,6 @@ impl AgentSession {
     pub(crate) async fn connect(stream: &UnixStream, again: bool, clock: &Clock) -> Result<Self> {
         let stream = cloned(stream).map_err(|e| AgentError::Lost(Lost::Io(Arc::new(e))))?;
         let client = AgentClient::connect_on(stream, clock, again).await?;
-        client.notice_silence();
         Ok(Self { client, clock: clock.clone(), environment: Arc::default() })
     }
 
@@ -83,8 +82,16 @@ impl AgentSession {
         self.wait(Condition::Exists(SYSTEM_DOWN.into())).await
     }
 
+    pub(super) fn close(&self) {
+        self.client.close();
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.client.lost_reason().is_some()
+    }
+
     /// Waits until the session is gone, and says why.
-    pub(crate) async fn lost(&self) -> SessionError {
+    pub(super) async fn lost(&self) -> SessionError {
         AgentError::Lost(self.client.lost().await).into()
     }
 
@@ -128,59 +135,59 @@ impl AgentSession {
         command: Command,
         patience: Duration,
         lingering: impl FnOnce(),
-    ) -> Result<(i32, Vec<u8>)> {
+    ) -> Result<Output> {
         let mut exec = self.exec(&command.script).await?;
-        let mut output = Output::default();
+        let mut running = Running::default();
         let Some(limit) = command.timeout else {
-            output.until_exit(&mut exec).await?;
-            return self.finish(output, exec, patience, lingering).await;
+            running.until_exit(&mut exec).await?;
+            return self.finish(running, exec, patience, lingering).await;
         };
-        match self.clock.timeout(limit, output.until_exit(&mut exec)).await {
+        match self.clock.timeout(limit, running.until_exit(&mut exec)).await {
             Some(exited) => exited?,
-            None => return self.end(output, exec, patience).await,
+            None => return self.end(running, exec, patience).await,
         }
-        self.finish(output, exec, patience, lingering).await
+        self.finish(running, exec, patience, lingering).await
     }
 
     /// Waits for what a command that has exited left in its streams.
     async fn finish(
         &self,
-        mut output: Output,
+        mut running: Running,
         mut exec: Exec,
         patience: Duration,
         lingering: impl FnOnce(),
-    ) -> Result<(i32, Vec<u8>)> {
-        match self.clock.timeout(patience, output.drain(&mut exec)).await {
+    ) -> Result<Output> {
+        match self.clock.timeout(patience, running.drain(&mut exec)).await {
             Some(done) => done?,
             None => {
                 lingering();
-                output.drain(&mut exec).await?;
+                running.drain(&mut exec).await?;
             }
         }
-        Ok(output.finish())
+        Ok(running.finish())
     }
 
     /// Ends a command whose time is over, as `timeout` would.
     async fn end(
         &self,
-        mut output: Output,
+        mut running: Running,
         mut exec: Exec,
         patience: Duration,
-    ) -> Result<(i32, Vec<u8>)> {
+    ) -> Result<Output> {
         exec.signal(SIGTERM)?;
-        match self.clock.timeout(KILL_AFTER, output.until_exit(&mut exec)).await {
+        match self.clock.timeout(KILL_AFTER, running.until_exit(&mut exec)).await {
             Some(exited) => exited?,
             None => {
                 exec.signal(SIGKILL)?;
-                output.until_exit(&mut exec).await?;
+                running.until_exit(&mut exec).await?;
             }
         }
         // Who else holds its output is not waited for.
-        if let Some(done) = self.clock.timeout(patience, output.drain(&mut exec)).await {
+        if let Some(done) = self.clock.timeout(patience, running.drain(&mut exec)).await {
             done?;
         }
-        output.status = Some(Exit::TimedOut.shell_status());
-        Ok(output.finish())
+        running.status = Some(Exit::TimedOut.shell_status());
+        Ok(running.finish())
     }
 
     /// Waits until something holds.
@@ -248,12 +255,12 @@ fn parse_environment(output: &[u8]) -> Environment {
 
 /// What is known of a running command.
 #[derive(Default)]
-struct Output {
+struct Running {
     stdout: Vec<u8>,
     status: Option<i32>,
 }
 
-impl Output {
+impl Running {
     fn take(&mut self, event: ExecEvent) -> Result<()> {
         match event {
             ExecEvent::Output { stream: Stream::Stdout, bytes } => {
@@ -287,8 +294,8 @@ impl Output {
         Ok(())
     }
 
-    fn finish(self) -> (i32, Vec<u8>) {
+    fn finish(self) -> Output {
         // The protocol has no end without an exit; an agent that leaves it out has not said that all is well.
-        (self.status.unwrap_or(-1), self.stdout)
+        Output { status: self.status.unwrap_or(-1), stdout: self.stdout }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::agent::{AgentError, Entry, FileInfo, Lost, ProtocolError};
+use firn_agent_client::{AgentError, Entry, FileInfo, Lost, ProtocolError};
 
 mod agent;
 mod shell;
@@ -33,6 +33,14 @@ pub(super) struct Command {
     pub(super) script: String,
     /// After this long it is killed.
     pub(super) timeout: Option<Duration>,
+}
+
+/// What a command came to.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Output {
+    /// As a shell gives it.
+    pub(super) status: i32,
+    pub(super) stdout: Vec<u8>,
 }
 
 /// A way into the guest. Clones are handles to the same one.
@@ -130,20 +138,41 @@ impl Session {
         Ok(format!("eval \"$(cat {file}; rm -f {file})\""))
     }
 
+    /// Ends all calls, now and later, because the guest is gone.
+    pub(super) fn close(&self) {
+        each!(self, session => session.close());
+    }
+
+    /// Whether it can no longer be used.
+    pub(super) fn is_lost(&self) -> bool {
+        each!(self, session => session.is_lost())
+    }
+
+    /// Waits until it is lost, or another is to be met in its place; says why.
+    pub(super) async fn lost(&self) -> SessionError {
+        each!(self, session => session.lost().await)
+    }
+
+    /// Has whoever waits for its loss meet the next one. An agent's port says so by itself.
+    pub(super) fn leave(&self) {
+        if let Self::Shell(shell) = self {
+            shell.leave();
+        }
+    }
+
     /// Starts a command and leaves it alone.
     pub(super) async fn spawn(&self, command: Command) -> Result<()> {
         each!(self, session => session.spawn(command).await)
     }
 
-    /// Runs a command until its standard output is closed; answers its status as a shell gives it, and what it
-    /// printed there. Calls `lingering` if the output is still open `patience` after the command has exited, where
+    /// Runs a command until its standard output is closed. Calls `lingering` if the output is still open `patience` after the command has exited, where
     /// that can be seen.
     pub(super) async fn run(
         &self,
         command: Command,
         patience: Duration,
         lingering: impl FnOnce(),
-    ) -> Result<(i32, Vec<u8>)> {
+    ) -> Result<Output> {
         match self {
             Self::Agent(session) => session.run(command, patience, lingering).await,
             Self::Shell(session) => session.run(&command).await,

@@ -19,12 +19,12 @@ use tokio::net;
 use tokio::sync::{Mutex, mpsc, watch};
 
 use super::agent::cloned;
-use super::{Command, KILL_AFTER, MAX_OUTPUT, Result, SessionError};
-use crate::agent::{
+use super::{Command, KILL_AFTER, MAX_OUTPUT, Output, Result, SessionError};
+use crate::machine::exec;
+use firn_agent_client::Clock;
+use firn_agent_client::{
     ANSWER_WITHIN, AgentError, BytePath, Entry, FileInfo, FileKind, MAX_FILE, MAX_LISTING,
 };
-use crate::clock::Clock;
-use crate::machine::exec;
 
 #[cfg(test)]
 mod tests;
@@ -39,7 +39,7 @@ const CHUNK: usize = 1 << 20;
 const GRACE: Duration = Duration::from_secs(60);
 
 /// Why a call through the shell failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum ShellError {
     #[error("the guest closed the backdoor's console")]
     Closed,
@@ -56,10 +56,16 @@ pub(crate) enum ShellError {
     #[error("in the guest: {what} failed with status {status}")]
     Refused { what: String, status: i32 },
     #[error("on the host")]
-    Local(#[source] io::Error),
+    Local(#[source] Arc<io::Error>),
+    #[error("the backdoor shell was left for the next one")]
+    Left,
 }
 
 impl ShellError {
+    fn local(error: io::Error) -> Self {
+        Self::Local(Arc::new(error))
+    }
+
     /// Whether the shell can no longer be used.
     pub(super) fn lost(&self) -> bool {
         matches!(self, Self::Closed | Self::Io(_) | Self::Mute | Self::Garbage(_))
@@ -77,8 +83,8 @@ impl From<io::Error> for ShellError {
 pub(crate) struct ShellSession {
     line: Arc<Mutex<Line>>,
     clock: Clock,
-    /// Whether its guest is gone.
-    closed: Arc<watch::Sender<bool>>,
+    /// Why it is no more, if so, or is to be left for another.
+    end: Arc<watch::Sender<Option<ShellError>>>,
 }
 
 /// The console, of which one call at a time has the use.
@@ -104,7 +110,7 @@ impl ShellSession {
         let (sender, lines) = mpsc::unbounded_channel();
         tokio::spawn(write_lines(writer, lines));
         let line = Arc::new(Mutex::new(Line { reader, writer: sender, calls: 0 }));
-        Ok(Self { line, clock: clock.clone(), closed: Arc::new(watch::Sender::new(false)) })
+        Ok(Self { line, clock: clock.clone(), end: Arc::new(watch::Sender::new(None)) })
     }
 
     /// Whether both are the same one.
@@ -113,8 +119,41 @@ impl ShellSession {
     }
 
     /// Ends all calls, now and later, because the guest is gone.
-    pub(crate) fn close(&self) {
-        self.closed.send_replace(true);
+    pub(super) fn close(&self) {
+        self.end.send_replace(Some(ShellError::Closed));
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.end.borrow().as_ref().is_some_and(ShellError::lost)
+    }
+
+    /// Waits until a call has found it gone, or it is left: nothing else tells of the end of a shell on a console.
+    pub(super) async fn lost(&self) -> SessionError {
+        match self.ended(|_| true).await {
+            Some(error) => error.into(),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Says that another shell will come on its console. Calls that are under way may still be answered.
+    pub(super) fn leave(&self) {
+        self.end_with(ShellError::Left);
+    }
+
+    fn end_with(&self, error: ShellError) {
+        self.end.send_if_modified(|end| {
+            let news = !end.as_ref().is_some_and(ShellError::lost);
+            if news {
+                *end = Some(error);
+            }
+            news
+        });
+    }
+
+    async fn ended(&self, how: impl Fn(&ShellError) -> bool) -> Option<ShellError> {
+        let mut end = self.end.subscribe();
+        // The sender lives in self.
+        end.wait_for(|end| end.as_ref().is_some_and(&how)).await.ok()?.clone()
     }
 
     /// Starts a command and leaves it alone.
@@ -124,16 +163,16 @@ impl ShellSession {
     }
 
     /// Runs a command until its standard output is closed; answers its status and output.
-    pub(super) async fn run(&self, command: &Command) -> Result<(i32, Vec<u8>)> {
+    pub(super) async fn run(&self, command: &Command) -> Result<Output> {
         self.call(&shell(command)?, &[], command.timeout, MAX_OUTPUT).await
     }
 
     /// Runs what must succeed, and has soon done so without many words.
     async fn expect(&self, what: &str, script: String) -> Result<Vec<u8>> {
         let pipeline = shell(&Command { script, timeout: Some(ANSWER_WITHIN) })?;
-        let (status, output) = self.call(&pipeline, &[], Some(ANSWER_WITHIN), MAX_LISTING).await?;
-        succeeded(what, status)?;
-        Ok(output)
+        let output = self.call(&pipeline, &[], Some(ANSWER_WITHIN), MAX_LISTING).await?;
+        succeeded(what, output.status)?;
+        Ok(output.stdout)
     }
 
     pub(super) async fn power_off(&self) -> Result<()> {
@@ -146,8 +185,8 @@ impl ShellSession {
 
     pub(super) async fn sync(&self) -> Result<()> {
         // Disks take their time.
-        let (status, _) = self.run(&Command { script: "sync".to_owned(), timeout: None }).await?;
-        succeeded("sync", status)
+        let sync = self.run(&Command { script: "sync".to_owned(), timeout: None }).await?;
+        succeeded("sync", sync.status)
     }
 
     pub(super) async fn write_file(
@@ -164,7 +203,7 @@ impl ShellSession {
         loop {
             bytes.clear();
             let limit = u64::try_from(CHUNK).unwrap_or(u64::MAX);
-            (&mut *source).take(limit).read_to_end(&mut bytes).await.map_err(ShellError::Local)?;
+            (&mut *source).take(limit).read_to_end(&mut bytes).await.map_err(ShellError::local)?;
             if bytes.is_empty() {
                 break;
             }
@@ -174,9 +213,8 @@ impl ShellSession {
                 "(set -o pipefail; head -c {} | {{ base64 -d >>{file} || {{ cat >/dev/null; false; }}; }})",
                 payload.len()
             );
-            let (status, _) =
-                self.call(&pipeline, payload.as_bytes(), Some(ANSWER_WITHIN), 0).await?;
-            succeeded(&what(), status)?;
+            let written = self.call(&pipeline, payload.as_bytes(), Some(ANSWER_WITHIN), 0).await?;
+            succeeded(&what(), written.status)?;
         }
         self.expect(&what(), format!("chmod {mode:o} -- {file}")).await.map(drop)
     }
@@ -196,7 +234,7 @@ impl ShellSession {
                 offset + 1
             );
             let bytes = self.expect(&what, script).await?;
-            target.write_all(&bytes).await.map_err(ShellError::Local)?;
+            target.write_all(&bytes).await.map_err(ShellError::local)?;
             offset += bytes.len();
             if u64::try_from(offset).is_ok_and(|offset| offset > MAX_FILE) {
                 return Err(SessionError::Agent(AgentError::TooMuch {
@@ -205,7 +243,7 @@ impl ShellSession {
                 }));
             }
             if bytes.len() < CHUNK {
-                return target.flush().await.map_err(|e| ShellError::Local(e).into());
+                return target.flush().await.map_err(|e| ShellError::local(e).into());
             }
         }
     }
@@ -239,14 +277,18 @@ impl ShellSession {
         payload: &[u8],
         limit: Option<Duration>,
         room: usize,
-    ) -> Result<(i32, Vec<u8>)> {
-        let mut closed = self.closed.subscribe();
-        tokio::select! {
+    ) -> Result<Output> {
+        let answer = tokio::select! {
             biased;
-            // The sender lives in self.
-            _ = closed.wait_for(|closed| *closed) => Err(ShellError::Closed.into()),
+            Some(error) = self.ended(ShellError::lost) => Err(error.into()),
             answer = self.call_open(pipeline, payload, limit, room) => answer,
+        };
+        if let Err(SessionError::Shell(error)) = &answer
+            && error.lost()
+        {
+            self.end_with(error.clone());
         }
+        answer
     }
 
     async fn call_open(
@@ -255,7 +297,7 @@ impl ShellSession {
         payload: &[u8],
         limit: Option<Duration>,
         room: usize,
-    ) -> Result<(i32, Vec<u8>)> {
+    ) -> Result<Output> {
         let mut line = self.line.lock().await;
         line.calls += 1;
         let marker = format!("firn-{}", line.calls);
@@ -278,7 +320,7 @@ impl ShellSession {
 }
 
 impl Line {
-    async fn answer(&mut self, marker: &str, room: usize) -> Result<(i32, Vec<u8>)> {
+    async fn answer(&mut self, marker: &str, room: usize) -> Result<Output> {
         let mut line = Vec::new();
         while line != marker.as_bytes() {
             line.clear();
@@ -301,7 +343,7 @@ impl Line {
         let status = std::str::from_utf8(&line).ok().and_then(|status| status.parse().ok());
         let status = status.ok_or_else(|| garbage(&line))?;
         let output = BASE64.decode(&output).map_err(|_| garbage(&output))?;
-        Ok((status, output))
+        Ok(Output { status, stdout: output })
     }
 }
 

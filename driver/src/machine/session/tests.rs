@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 
 use super::agent::cloned;
 use super::*;
-use crate::agent::{HEARTBEAT, SILENCE};
-use crate::clock::Clock;
+use firn_agent_client::Clock;
+use firn_agent_client::{HEARTBEAT, SILENCE};
 
 /// An agent that greets, is ready, and then says nothing any more.
 async fn mute_agent(stream: UnixStream) {

@@ -17,13 +17,15 @@ use std::sync::Arc;
 use bolero::check;
 use firn_net_switch::{Header, NetPort, OwnedFrame, Switch};
 use firn_vmm::spec::{
-    ConsolePortSpec, DiskFormat, DiskMib, DiskSpec, Mac, NetSpec, ShareSpec, VsockSpec,
+    ConsolePortSpec, DiskFormat, DiskMib, DiskSpec, Mac, NetSpec, ScreenSpec, ShareSpec, VsockSpec,
 };
 use firn_vmm::virtio::VirtioDevice;
 use firn_vmm::virtio::balloon::Balloon;
 use firn_vmm::virtio::blk::Blk;
 use firn_vmm::virtio::console::Console;
 use firn_vmm::virtio::fs::Fs;
+use firn_vmm::virtio::gpu::Gpu;
+use firn_vmm::virtio::input::{Input, Kind};
 use firn_vmm::virtio::net::Net;
 use firn_vmm::virtio::rng::Rng;
 use firn_vmm::virtio::vsock::Vsock;
@@ -102,6 +104,64 @@ fn balloon() {
     drive(ITERATIONS, make, request, |handle, bytes| {
         handle.set_target(bytes.iter().map(|byte| u32::from(*byte)).sum());
     });
+}
+
+#[test]
+fn input() {
+    for kind in [Kind::Keyboard, Kind::Tablet] {
+        let make = || {
+            let input = Input::new(kind).expect("descriptors");
+            let handle = input.handle();
+            (Box::new(input) as Box<dyn VirtioDevice>, handle)
+        };
+        drive(ITERATIONS, make, bytes, |handle, bytes| {
+            for pair in bytes.chunks(2) {
+                let code = u16::from(small(pair, 0, 255));
+                match small(pair, 1, 6) {
+                    0 => handle.release_all(),
+                    1 => handle.move_to(code * 200, code),
+                    2 => handle.wheel(1),
+                    what => handle.key(code + u16::from(what & 1) * 0x100, what < 5),
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn gpu() {
+    let make = || {
+        let gpu = Gpu::new(&ScreenSpec::default()).expect("descriptors");
+        let screen = gpu.screen();
+        (Box::new(gpu) as Box<dyn VirtioDevice>, screen)
+    };
+    drive(ITERATIONS, make, gpu_request, |screen, _| {
+        if let Some(picture) = screen.picture() {
+            let pixels = u64::from(picture.width) * u64::from(picture.height);
+            assert_eq!(picture.rgb.len() as u64, 3 * pixels);
+        }
+    });
+}
+
+/// A header with a fence (virtio 1.2, 5.7.6.7), and words that are small: numbers of resources, places and sizes. Some
+/// are larger, and entries of a resource's memory are where the guest has some.
+fn gpu_request(_queue: u16, bytes: &[u8]) -> Vec<u8> {
+    const FIRST: u16 = 0x100;
+    const KINDS: u8 = 14;
+    let kind = u32::from(FIRST + u16::from(small(bytes, 0, KINDS)));
+    let mut request = [kind, 1, 7, 0, 0, 0].map(u32::to_le_bytes).concat();
+    for word in rest(bytes, 1) {
+        let word = match u32::from(*word) {
+            small @ 0..=199 => small % 6,
+            // Formats.
+            word @ 200..=215 => word - 80,
+            // Sizes, and places in memory.
+            word @ 216..=250 => (word - 215) << 8,
+            word => u32::MAX - word,
+        };
+        request.extend(word.to_le_bytes());
+    }
+    request
 }
 
 #[test]

@@ -10,7 +10,7 @@
 //! 0x000f_fff0  reset vector                | entry
 //! 0x0010_0000  kernel                      | boot::kernel
 //!      ...     initrd, below the end of low memory
-//! 0xc000_0000  hole: virtio-mmio, IOAPIC, LAPIC
+//! 0xc000_0000  hole: frame buffer, virtio-mmio, IOAPIC, LAPIC
 //! 0x1_0000_0000 memory past 3 GiB
 //! ```
 
@@ -32,6 +32,8 @@ pub const HIGH_START: u64 = 0x10_0000;
 pub const HOLE_START: u64 = 0xc000_0000;
 /// Where the hole ends.
 pub const HOLE_END: u64 = 0x1_0000_0000;
+/// The pixels of a plain screen; the largest there is ends before the first virtio-mmio device.
+pub const FRAME_BUFFER_START: u64 = 0xc800_0000;
 /// The first virtio-mmio device.
 pub const VIRTIO_MMIO_START: u32 = 0xd000_0000;
 /// Distance from one virtio-mmio device to the next.

@@ -12,6 +12,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use crate::Cancel;
+
 /// Length of the part of the header that all versions have.
 const HEADER: usize = 72;
 /// "QFI\xfb".
@@ -54,10 +56,11 @@ struct Table {
 }
 
 /// Refuses an image that is not whole, makes no sense, or needs what firn does not have. Gives the
-/// name of its backing file.
-pub(super) fn check(file: &HostFile) -> io::Result<Option<String>> {
+/// name of its backing file. What is large takes its time, unless `cancel` ends it.
+pub(super) fn check(file: &HostFile, cancel: &Cancel) -> io::Result<Option<String>> {
     let header = Header::read(file)?;
-    let file = Whole { file, len: file.metadata()?.len(), cluster: 1 << header.cluster_bits };
+    let file =
+        Whole { file, len: file.metadata()?.len(), cluster: 1 << header.cluster_bits, cancel };
     let second_level = file.offsets(&header.l1)?;
     // The header itself is counted there.
     if file.offsets(&header.refcounts)?.first().is_none_or(|first| first.0 != 0) {
@@ -73,6 +76,7 @@ struct Whole<'a> {
     len: u64,
     /// In bytes.
     cluster: u64,
+    cancel: &'a Cancel,
 }
 
 impl Whole<'_> {
@@ -108,6 +112,7 @@ impl Whole<'_> {
         let mut table = vec![0; usize::try_from(self.cluster).map_err(io::Error::other)?];
         let mut hole = 0..0;
         for at in tables {
+            self.cancel.check()?;
             if hole.start <= at && at + self.cluster <= hole.end {
                 continue;
             }

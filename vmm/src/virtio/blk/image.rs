@@ -20,6 +20,7 @@ use super::SECTOR;
 use super::check::check;
 use super::create::{CreateError, create};
 use super::lock::{self, Outcome};
+use crate::Cancel;
 use crate::spec::{DiskFormat, DiskSpec};
 use crate::virtio::queue::GuestSlice;
 
@@ -86,7 +87,7 @@ pub(super) struct Image {
 
 impl Image {
     /// Opens, locks and checks the image; makes it first if the spec says so and it is not there.
-    pub(super) fn open(spec: &DiskSpec) -> Result<Image, ImageError> {
+    pub(super) fn open(spec: &DiskSpec, cancel: &Cancel) -> Result<Image, ImageError> {
         let (path, format) = (&spec.image, spec.format());
         if let Some(size) = spec.size {
             create(path, format, size, spec.label.as_ref())
@@ -104,7 +105,9 @@ impl Image {
         let storage = storage.map_err(opened)?;
         let access = guard(|| match format {
             DiskFormat::Raw => Raw::open_image(storage, writable).map(FormatAccess::new),
-            DiskFormat::Qcow2 => open_qcow2(storage, &file, writable, &Backing::new(&spec.backing)),
+            DiskFormat::Qcow2 => {
+                open_qcow2(storage, &file, writable, &Backing::new(&spec.backing, cancel))
+            }
         })
         .map_err(content)?;
         let size = access.size();
@@ -216,7 +219,7 @@ fn open_qcow2(
     writable: bool,
     backing: &Backing<'_>,
 ) -> io::Result<FormatAccess<File>> {
-    if let Some(name) = check(file)?
+    if let Some(name) = check(file, backing.cancel)?
         && backing.allowed.is_empty()
     {
         return Err(backing.refused(&name));
@@ -232,14 +235,15 @@ fn open_qcow2(
 struct Backing<'a> {
     /// Files, and directories of files.
     allowed: &'a [PathBuf],
+    cancel: &'a Cancel,
     depth: usize,
     /// The file that was opened last, whose format is yet to be.
     opened: Option<Arc<HostFile>>,
 }
 
 impl<'a> Backing<'a> {
-    fn new(allowed: &'a [PathBuf]) -> Backing<'a> {
-        Backing { allowed, depth: 0, opened: None }
+    fn new(allowed: &'a [PathBuf], cancel: &'a Cancel) -> Backing<'a> {
+        Backing { allowed, cancel, depth: 0, opened: None }
     }
 
     fn refused(&self, name: &str) -> io::Error {
@@ -272,7 +276,7 @@ impl ImplicitOpenGate<File> for Backing<'_> {
         match (F::FORMAT, &self.opened) {
             (Format::Raw, _) => {}
             (Format::Qcow2, Some(file)) => {
-                check(file)?;
+                check(file, self.cancel)?;
             }
             (other, _) => {
                 return Err(io::Error::other(format!("a backing file of format {other:?}")));

@@ -40,6 +40,7 @@ use super::pool::{Active, Pooled};
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
 };
+use crate::Cancel;
 use crate::event_loop::new_event;
 use crate::spec::DiskSpec;
 pub use create::CreateError;
@@ -128,7 +129,7 @@ impl DeviceSpec for DiskSpec {
     }
 
     fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
-        Ok((Box::new(Blk::new(self, host.cores)?), Handle::None))
+        Ok((Box::new(Blk::open(self, host.cores, host.cancel)?), Handle::None))
     }
 }
 
@@ -139,11 +140,15 @@ impl Blk {
     /// # Errors
     /// A bad serial number, or an image that is locked, damaged or cannot be opened or made.
     pub fn new(spec: &DiskSpec, cores: u8) -> Result<Blk, BlkError> {
+        Blk::open(spec, cores, &Cancel::default())
+    }
+
+    fn open(spec: &DiskSpec, cores: u8, cancel: &Cancel) -> Result<Blk, BlkError> {
         let mut serial = [0; SERIAL_LEN];
         for (byte, own) in serial.iter_mut().zip(spec.serial.iter().flat_map(|text| text.bytes())) {
             *byte = own;
         }
-        let image = Arc::new(Image::open(spec)?);
+        let image = Arc::new(Image::open(spec, cancel)?);
         let alarm =
             new_event().map_err(|source| BlkError::Host { path: spec.image.clone(), source })?;
         let queues = cores.clamp(1, MAX_QUEUES);

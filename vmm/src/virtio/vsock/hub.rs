@@ -10,8 +10,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::VsockError;
 use super::connection::{Connection, Fate, MAX_DATA, Ports};
 use super::packet::{self, HOST_CID, Header, TYPE_STREAM, op};
-use super::socket::{Listener, connect_to};
 use crate::memory::MemoryMap;
+use crate::socket::{Listener, connect_to};
 use crate::spec::VsockSpec;
 use crate::virtio::queue::{Chain, GuestSlice, Served};
 use crate::virtio::turn::Turn;
@@ -106,7 +106,8 @@ impl Hub {
 
     /// Handles what has become ready on the host's side.
     ///
-    /// # Errors The host's poll fails.
+    /// # Errors
+    /// The host's poll fails.
     pub fn on_ready(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 64];
         loop {

@@ -14,11 +14,9 @@
 mod connection;
 mod hub;
 mod packet;
-mod socket;
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::PathBuf;
 
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -31,6 +29,7 @@ use super::turn::Again;
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
 use super::{SavedState, VirtioDevice};
 use crate::memory::MemoryMap;
+use crate::socket::SocketError;
 use crate::spec::VsockSpec;
 use hub::Hub;
 
@@ -55,29 +54,9 @@ const STATE_VERSION: u16 = 1;
 /// Why a vsock device could not be built.
 #[derive(Debug, Error)]
 pub enum VsockError {
-    /// Another process listens there.
-    #[error("vsock socket {path} is in use by another process")]
-    InUse {
-        /// Where.
-        path: PathBuf,
-    },
-    /// There is a file that is not a socket; it is left alone.
-    #[error("cannot make vsock socket {path}: there is something that is not a socket")]
-    NoSocket {
-        /// Where.
-        path: PathBuf,
-    },
-    /// The socket's file cannot be made or replaced.
-    #[error("cannot {operation} vsock socket {path}")]
-    Socket {
-        /// What was tried.
-        operation: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    /// Nobody on the host could connect to it.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The host refused a descriptor.
     #[error("cannot open the descriptors of a vsock device")]
     Host(#[source] io::Error),

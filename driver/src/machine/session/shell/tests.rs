@@ -40,6 +40,10 @@ impl Drop for Backdoor {
     }
 }
 
+fn output(status: i32, stdout: &[u8]) -> Output {
+    Output { status, stdout: stdout.to_vec() }
+}
+
 fn command(script: &str) -> Command {
     Command { script: script.to_owned(), timeout: None }
 }
@@ -49,16 +53,16 @@ async fn commands_have_their_status_and_output() {
     let backdoor = Backdoor::start("echo noise; printf 'no line end: '; ");
     let shell = backdoor.connect().await;
     let run = async |script: &str| shell.run(&command(script)).await.expect("an answer");
-    assert_eq!(run("echo out; echo err >&2").await, (0, b"out\n".to_vec()));
-    assert_eq!(run("echo before; false; echo after").await, (1, b"before\n".to_vec()));
-    assert_eq!(run("exit 7").await.0, 7);
-    assert_eq!(run("kill -9 $$").await.0, 137);
-    assert_eq!(run("echo \"it's\" '$HOME'\necho two").await, (0, b"it's $HOME\ntwo\n".to_vec()));
-    assert_eq!(run("printf '\\377\\0x'").await, (0, b"\xff\0x".to_vec()));
-    assert_eq!(run("cat").await, (0, vec![]), "its input is not the shell's");
-    assert_eq!(run("nonsense $UNSET").await.0, 1, "unset variables are errors");
+    assert_eq!(run("echo out; echo err >&2").await, output(0, b"out\n"));
+    assert_eq!(run("echo before; false; echo after").await, output(1, b"before\n"));
+    assert_eq!(run("exit 7").await.status, 7);
+    assert_eq!(run("kill -9 $$").await.status, 137);
+    assert_eq!(run("echo \"it's\" '$HOME'\necho two").await, output(0, b"it's $HOME\ntwo\n"));
+    assert_eq!(run("printf '\\377\\0x'").await, output(0, b"\xff\0x"));
+    assert_eq!(run("cat").await, output(0, b""), "its input is not the shell's");
+    assert_eq!(run("nonsense $UNSET").await.status, 1, "unset variables are errors");
     let long = run("head -c 3000000 /dev/zero").await;
-    assert_eq!((long.0, long.1.len()), (0, 3_000_000));
+    assert_eq!((long.status, long.stdout.len()), (0, 3_000_000));
 }
 
 #[tokio::test]
@@ -68,9 +72,9 @@ async fn a_command_past_its_time_is_killed() {
     let limit = Some(Duration::from_millis(200));
     let began = Instant::now();
     let slow = Command { script: "echo a; sleep 100".to_owned(), timeout: limit };
-    assert_eq!(shell.run(&slow).await.expect("an answer"), (124, b"a\n".to_vec()));
+    assert_eq!(shell.run(&slow).await.expect("an answer"), output(124, b"a\n"));
     assert!(began.elapsed() < Duration::from_secs(20));
-    assert_eq!(shell.run(&command("echo b")).await.expect("an answer"), (0, b"b\n".to_vec()));
+    assert_eq!(shell.run(&command("echo b")).await.expect("an answer"), output(0, b"b\n"));
 }
 
 #[tokio::test]
@@ -81,10 +85,7 @@ async fn a_call_that_is_given_up_does_not_disturb_the_next() {
     tokio::time::timeout(Duration::from_millis(50), shell.run(&slow))
         .await
         .expect_err("it is slow");
-    assert_eq!(
-        shell.run(&command("echo right")).await.expect("an answer"),
-        (0, b"right\n".to_vec())
-    );
+    assert_eq!(shell.run(&command("echo right")).await.expect("an answer"), output(0, b"right\n"));
 }
 
 #[tokio::test]
@@ -143,9 +144,9 @@ async fn a_file_that_cannot_be_written_leaves_the_shell_usable() {
     assert!(matches!(error, Err(SessionError::Shell(ShellError::Refused { .. }))), "{error:?}");
     // The directory can be opened for nothing, after the payload was sent.
     let pipeline = "(head -c 8 | { base64 -d >>/proc || { cat >/dev/null; false; }; })";
-    let (status, _) = shell.call(pipeline, b"aGVsbG8=", None, 0).await.expect("an answer");
-    assert_ne!(status, 0);
-    assert_eq!(shell.run(&command("echo on")).await.expect("an answer"), (0, b"on\n".to_vec()));
+    let answer = shell.call(pipeline, b"aGVsbG8=", None, 0).await.expect("an answer");
+    assert_ne!(answer.status, 0);
+    assert_eq!(shell.run(&command("echo on")).await.expect("an answer"), output(0, b"on\n"));
     let error = shell.read_file(Path::new("/nowhere"), &mut Vec::new()).await;
     assert!(matches!(error, Err(SessionError::Shell(ShellError::Refused { .. }))), "{error:?}");
 }
@@ -195,8 +196,28 @@ async fn a_shell_that_is_started_again_fails_the_call_that_it_ran() {
         assert!(matches!(error, SessionError::Shell(ShellError::Restarted)), "{error}");
         assert!(!error.lost());
         let answer = shell.run(&command("echo on")).await.expect("an answer");
-        assert_eq!(answer, (0, b"on\n".to_vec()));
+        assert_eq!(answer, output(0, b"on\n"));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shell_that_is_left_answers_what_it_was_asked() {
+    let (host, guest) = UnixStream::pair().expect("sockets");
+    say(&guest, b"Spawning backdoor root shell...\n");
+    let shell = ShellSession::connect(&host, &Clock::new()).await.expect("the banner is there");
+    let slow = Command { script: "true".to_owned(), timeout: Some(Duration::from_secs(5)) };
+    let leave = async {
+        shell.leave();
+        let error = shell.lost().await;
+        assert!(!error.is_final() && !shell.is_lost(), "{error}");
+        say(&guest, b"firn-1\nb24K\n0\n");
+    };
+    let (answer, ()) = tokio::join!(shell.run(&slow), leave);
+    assert_eq!(answer.expect("an answer"), output(0, b"on\n"));
+    // Only a call that waits in vain finds out that it is gone.
+    shell.run(&slow).await.expect_err("nobody answers");
+    let error = shell.lost().await;
+    assert!(error.is_final() && shell.is_lost(), "{error}");
 }
 
 /// As when the guest restarts.
@@ -206,7 +227,7 @@ async fn a_shell_that_is_left_leaves_the_console_to_the_next() {
     for _ in 0..2 {
         let shell = backdoor.connect().await;
         let answer = shell.run(&command("echo up")).await.expect("an answer");
-        assert_eq!(answer, (0, b"up\n".to_vec()));
+        assert_eq!(answer, output(0, b"up\n"));
         drop(shell);
         // The task that has written ends now.
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -242,6 +263,6 @@ async fn what_a_hostile_shell_answers_is_bounded() {
     let error = shell.list(Path::new("/")).await.expect_err("it is too long");
     assert!(matches!(error, SessionError::TooMuchOutput), "{error}");
     let answer = shell.run(&command("echo on")).await.expect("an answer");
-    assert_eq!(answer, (0, b"on\n".to_vec()));
+    assert_eq!(answer, output(0, b"on\n"));
     flood.join().expect("no panic").expect("a descriptor");
 }

@@ -18,6 +18,9 @@ fn spec(name: &str, memory_mib: u64, oem_strings: &[String]) -> MachineSpec {
         balloon: false,
         vsock: None,
         oem_strings: oem_strings.to_vec(),
+        screen: None,
+        keyboard: false,
+        tablet: false,
     }
 }
 

@@ -337,6 +337,20 @@ fn what_an_image_needs_in_vain_is_named_with_what_helps() {
     }
 }
 
+#[test]
+fn a_start_that_is_cancelled_looks_no_further() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    fs::write(&path, filled()).unwrap();
+    let spec = spec(&path, DiskFormat::Qcow2);
+    let cancel = Cancel::default();
+    drop(Blk::open(&spec, 1, &cancel).unwrap());
+    cancel.cancel();
+    let error = Blk::open(&spec, 1, &cancel).err().expect("it is cancelled");
+    let text = crate::error::chain(&error);
+    assert!(text.ends_with("cannot be used as qcow2: the start was cancelled"), "{text}");
+}
+
 /// A file of 1.3 MB that says of itself that it is a large image: its first-level table refers to
 /// what `entry` says, and all of it is at the end of what [`filled`] gives.
 fn hostile(path: &Path, entries: u32, entry: impl Fn(u64) -> u64) -> HostFile {

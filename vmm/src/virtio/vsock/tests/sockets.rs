@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
+use crate::socket::SocketError;
 
 fn failure(spec: &VsockSpec) -> VsockError {
     Vsock::new(spec).err().expect("no device")
@@ -40,11 +41,11 @@ fn a_stale_socket_is_replaced_and_nothing_else() {
     drop(UnixListener::bind(&spec.socket).unwrap());
     assert!(spec.socket.exists());
     let device = Vsock::new(&spec).unwrap();
-    assert!(matches!(failure(&spec), VsockError::InUse { .. }));
+    assert!(matches!(failure(&spec), VsockError::Socket(SocketError::InUse { .. })));
     drop(device);
 
     std::fs::write(&spec.socket, "precious").unwrap();
-    assert!(matches!(failure(&spec), VsockError::NoSocket { .. }));
+    assert!(matches!(failure(&spec), VsockError::Socket(SocketError::NotASocket { .. })));
     assert_eq!(std::fs::read(&spec.socket).unwrap(), b"precious");
 }
 
@@ -54,7 +55,7 @@ fn what_cannot_be_is_said() {
     for path in ["no/such/dir", &"x".repeat(120)] {
         let socket = dir.path().join(path);
         let error = failure(&VsockSpec { socket: socket.clone(), ..spec(&dir) });
-        let expected = format!("cannot listen at vsock socket {}", socket.display());
+        let expected = format!("cannot listen at socket {}", socket.display());
         assert_eq!(error.to_string(), expected);
     }
 }

@@ -1,4 +1,4 @@
-//! The host's side: a Unix socket that listens, and connections to others.
+//! UNIX sockets on the host that have a place in the file system.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -13,7 +13,36 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, fchmod};
 
-use super::VsockError;
+use thiserror::Error;
+
+/// A socket cannot be listened at.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SocketError {
+    /// Another process listens there.
+    #[error("socket {path} is in use by another process")]
+    InUse {
+        /// Where.
+        path: PathBuf,
+    },
+    /// There is a file that is not a socket; it is left alone.
+    #[error("cannot make socket {path}: there is something that is not a socket")]
+    NotASocket {
+        /// Where.
+        path: PathBuf,
+    },
+    /// The socket's file cannot be made or replaced.
+    #[error("cannot {operation} socket {path}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
 
 /// A listening socket, and its file. Dropping it removes the file.
 pub struct Listener {
@@ -26,13 +55,14 @@ pub struct Listener {
 impl Listener {
     /// Listens at `path`, for this user only. A stale socket without a listener is replaced.
     ///
-    /// # Errors The path is taken, or no file can be created there.
-    pub fn bind(path: &Path) -> Result<Listener, VsockError> {
+    /// # Errors
+    /// The path is taken, or no file can be created there.
+    pub fn bind(path: &Path) -> Result<Listener, SocketError> {
         let failed =
-            |operation| move |source| VsockError::Socket { operation, path: path.into(), source };
+            |operation| move |source| SocketError::Io { operation, path: path.into(), source };
         match fs::symlink_metadata(path) {
             Ok(found) if found.file_type().is_socket() => remove_stale(path)?,
-            Ok(_) => return Err(VsockError::NoSocket { path: path.into() }),
+            Ok(_) => return Err(SocketError::NotASocket { path: path.into() }),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(failed("look at")(error)),
         }
@@ -63,6 +93,14 @@ impl Listener {
         }
     }
 
+    /// The socket itself, for those who wait for clients by other means. It does not block.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn try_clone(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
     /// The socket that programs on the host listen at for connections to `port`.
     pub fn path_of_port(&self, port: u32) -> PathBuf {
         let mut path = self.path.clone().into_os_string();
@@ -83,7 +121,7 @@ impl Drop for Listener {
             fs::symlink_metadata(&self.path).is_ok_and(|file| identity(&file) == self.identity);
         if ours && let Err(error) = fs::remove_file(&self.path) {
             let path = self.path.display();
-            tracing::warn!(%path, %error, "cannot remove a vsock device's socket");
+            tracing::warn!(%path, %error, "cannot remove a socket");
         }
     }
 }
@@ -104,14 +142,13 @@ fn bind_closed(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Removes the socket at `path` unless somebody listens at it.
-fn remove_stale(path: &Path) -> Result<(), VsockError> {
-    let failed =
-        |operation| move |source| VsockError::Socket { operation, path: path.into(), source };
+fn remove_stale(path: &Path) -> Result<(), SocketError> {
+    let failed = |operation| move |source| SocketError::Io { operation, path: path.into(), source };
     match connect_to(path) {
         // Who has no room for a connection listens, too.
-        Ok(_) => Err(VsockError::InUse { path: path.into() }),
+        Ok(_) => Err(SocketError::InUse { path: path.into() }),
         Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            Err(VsockError::InUse { path: path.into() })
+            Err(SocketError::InUse { path: path.into() })
         }
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(failed("remove stale"))

@@ -4,8 +4,10 @@
 //! share the stream; each has its own flow-control window, so one whose caller does not read holds up no other and
 //! keeps at most [`WINDOW`](firn_guest_agent::protocol::WINDOW) bytes. When the stream ends, or the agent sends what
 //! it must not, every waiting call fails at once with the same [`Lost`].
+#![forbid(unsafe_code)]
 
 mod client;
+mod clock;
 mod exec;
 mod files;
 mod request;
@@ -23,6 +25,7 @@ pub use firn_guest_agent::protocol::{
 use thiserror::Error;
 
 pub use client::AgentClient;
+pub use clock::Clock;
 pub use exec::{Collected, Exec, ExecEvent, ExecStdin};
 
 /// How long an answer may take that needs no work worth mentioning, and how long the next part of a longer one.

@@ -16,8 +16,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 
 use super::request::Request;
-use super::{ANSWER_WITHIN, AgentError, HEARTBEAT, Lost, SILENCE};
-use crate::clock::Clock;
+use super::{ANSWER_WITHIN, AgentError, Clock, HEARTBEAT, Lost, SILENCE};
 
 /// Bytes read at a time.
 const BUFFER: usize = 64 * 1024;
@@ -92,7 +91,7 @@ impl AgentClient {
     /// # Errors
     /// [`AgentError::Version`], or [`AgentError::Lost`] when the stream ends first.
     pub async fn connect(stream: UnixStream) -> Result<Self, AgentError> {
-        Self::connect_on(stream, &Clock::new(), false).await
+        Self::establish(stream, &Clock::new(), 0).await
     }
 
     /// The same for an agent that may still be in a session whose host vanished, even in the middle of a frame.
@@ -100,11 +99,12 @@ impl AgentClient {
     /// # Errors
     /// As [`Self::connect`].
     pub async fn reconnect(stream: UnixStream) -> Result<Self, AgentError> {
-        Self::connect_on(stream, &Clock::new(), true).await
+        Self::establish(stream, &Clock::new(), RESYNC_PADDING).await
     }
 
-    /// [`Self::connect`], or with `again` [`Self::reconnect`], to the agent of a machine that may be paused: how long it
-    /// takes to answer is measured on `clock`.
+    /// [`Self::connect`], or with `again` [`Self::reconnect`], to the agent of a machine that may be paused or freeze:
+    /// how long it takes to answer is measured on `clock`, and one that says nothing for [`SILENCE`] is lost
+    /// ([`Lost::Silent`]).
     ///
     /// # Errors
     /// As [`Self::connect`].
@@ -114,7 +114,9 @@ impl AgentClient {
         again: bool,
     ) -> Result<Self, AgentError> {
         let padding = if again { RESYNC_PADDING } else { 0 };
-        Self::establish(stream, clock, padding).await
+        let client = Self::establish(stream, clock, padding).await?;
+        client.notice_silence();
+        Ok(client)
     }
 
     async fn establish(
@@ -182,8 +184,8 @@ impl AgentClient {
         self.shared.heartbeat.subscribe()
     }
 
-    /// From now on an agent that says nothing for [`SILENCE`] is lost: [`Lost::Silent`].
-    pub fn notice_silence(&self) {
+    /// Has the agent say now and then that it lives, and gives it up when it does not.
+    fn notice_silence(&self) {
         let mut alive = self.heartbeat(HEARTBEAT);
         let clock = self.clock.clone();
         let shared = Arc::downgrade(&self.shared);

@@ -1,0 +1,130 @@
+//! Where viewers find the screens of machines that other processes run.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use firn_vmm::socket::connect_to;
+
+use crate::private::Place;
+use crate::scratch;
+
+/// The socket in a machine's state directory at which it speaks the Remote Framebuffer protocol (VNC), if it has a
+/// screen.
+pub const SOCKET: &str = "vnc.sock";
+
+/// The socket in a run's directory that leads to the machines of a run in a carrier. Who sends it an empty line is
+/// answered their ids, a JSON list; who sends an id is connected to that machine.
+pub const CARRIER_SOCKET: &str = "carrier.sock";
+
+/// How long a carrier may take to say which machines it has: it may be busy.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest list of them, in bytes.
+const MAX_LIST: u64 = 64 << 10;
+
+/// A machine with a screen.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Found {
+    name: String,
+    /// What is special in the name of its run's directory.
+    run: String,
+    socket: PathBuf,
+    /// Its id in the carrier that it runs in.
+    inner: Option<String>,
+}
+
+impl Found {
+    /// Its name, with that of its run where it has one.
+    #[must_use]
+    pub fn id(&self) -> String {
+        match &*self.run {
+            "" => self.name.clone(),
+            run => format!("{} ({run})", self.name),
+        }
+    }
+
+    /// Connects a viewer to it. The stream does not block.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn connect(&self) -> io::Result<UnixStream> {
+        let mut stream = connect_to(&self.socket)?;
+        if let Some(id) = &self.inner {
+            // A new stream has room for this.
+            stream.write_all(format!("{id}\n").as_bytes())?;
+        }
+        Ok(stream)
+    }
+}
+
+/// The machines with a screen whose state is in `dir`: TMPDIR, the directory of a run, or that of one machine. In a
+/// directory that other users write to, only this user's count.
+///
+/// # Errors
+/// If the directory cannot be read.
+pub fn find(dir: &Path) -> io::Result<Vec<Found>> {
+    let place = Place::open(dir)?;
+    let mut found = Vec::new();
+    let own = place.path().file_name().and_then(scratch::machine_of).unwrap_or_default();
+    add(&mut found, &own, "", place.path());
+    add_carriers(&mut found, "", place.path());
+    for (name, dir) in own_directories(&place)? {
+        if let Some(machine) = scratch::machine_of(&name) {
+            add(&mut found, &machine, "", &dir);
+        } else if let Some(run) = scratch::run_of(&name) {
+            // It may be on its way out.
+            let Ok(inner) = Place::open(&dir) else { continue };
+            add_carriers(&mut found, &run, &dir);
+            for (name, dir) in own_directories(&inner).unwrap_or_default() {
+                if let Some(machine) = scratch::machine_of(&name) {
+                    add(&mut found, &machine, &run, &dir);
+                }
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn add(found: &mut Vec<Found>, name: &str, run: &str, dir: &Path) {
+    let socket = dir.join(SOCKET);
+    // The sockets of runs that were killed stay until the next run.
+    if connect_to(&socket).is_ok() {
+        found.push(Found { name: name.to_owned(), run: run.to_owned(), socket, inner: None });
+    }
+}
+
+fn add_carriers(found: &mut Vec<Found>, run: &str, dir: &Path) {
+    let socket = dir.join(CARRIER_SOCKET);
+    let Ok(stream) = connect_to(&socket) else { return };
+    let Ok(ids) = listed(stream) else { return };
+    found.extend(ids.into_iter().map(|id| Found {
+        name: id.clone(),
+        run: run.to_owned(),
+        socket: socket.clone(),
+        inner: Some(id),
+    }));
+}
+
+/// Asks a carrier for its machines.
+fn listed(mut stream: UnixStream) -> io::Result<Vec<String>> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"\n")?;
+    let mut list = String::new();
+    BufReader::new(stream.take(MAX_LIST)).read_line(&mut list)?;
+    Ok(serde_json::from_str(&list)?)
+}
+
+/// The directories of runs and machines in a place, as far as they belong to this user and nobody else can have put
+/// anything into them.
+fn own_directories(place: &Place) -> io::Result<Vec<(OsString, PathBuf)>> {
+    let names = fs::read_dir(place.path())?.flatten().map(|entry| entry.file_name());
+    let own = names
+        .filter(|name| scratch::machine_of(name).is_some() || scratch::run_of(name).is_some())
+        .filter(|name| place.open_own(name).is_ok());
+    Ok(own.map(|name| (name.clone(), place.path().join(name))).collect())
+}

@@ -1,0 +1,203 @@
+# The screen, the keyboard, and what is read.
+#: [nodes.machine]
+#: memory = 256
+#: screen = { width = 640, height = 400 }
+#: [nodes.bare]
+#: memory = 256
+import re
+import time
+from pathlib import Path
+
+from test_driver.errors import MachineError, RequestedAssertionFailed
+from test_driver.machine import ocr
+
+EVENTS = "od -An -v -tu2 -w24 /tmp/events | awk '$9 == 1 {print $10, $11}'"
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    t.assertEqual(head[:8], b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+def show(text: str) -> None:
+    machine.succeed(f"printf '\\033[2J\\033[H{text}' >/dev/tty1")
+
+
+with subtest("screenshot, wrongly: of what does not run"):
+    with t.assertRaisesRegex(MachineError, "is not running"):
+        machine.screenshot("early")
+
+machine.start(allow_reboot=True)
+
+with subtest("screenshot: black before anything is shown"):
+    machine.screenshot("early")
+    t.assertEqual(png_size(machine.out_dir / "early.png"), (1024, 768))
+
+with subtest("wait_for_text: as soon as there is an agent, what a text console shows"):
+    show("The disk is locked: passphrase please")
+    machine.wait_for_text(r"disk is locked:\s+pass", timeout=300)
+    machine.wait_for_text(re.compile("PLEASE", re.IGNORECASE), timeout=300)
+    t.assertTrue(machine.connected)
+
+with subtest("get_screen_text: exact on a text console"):
+    t.assertEqual(machine.get_screen_text().rstrip(), "The disk is locked: passphrase please")
+
+with subtest("get_screen_text_variants: that, and what is read"):
+    show("hello")
+    exact, *read = machine.get_screen_text_variants()
+    t.assertEqual((exact.strip(), len(read)), ("hello", 3))
+
+with subtest("screenshot: the name as it is, or in the output directory"):
+    machine.screenshot("shown")
+    machine.screenshot(str(machine.out_dir / "shown.here"))
+    t.assertEqual(png_size(machine.out_dir / "shown.png"), (640, 400))
+    t.assertEqual(png_size(machine.out_dir / "shown.here"), (640, 400))
+
+with subtest("perform_ocr_on_screenshot: of a file"):
+    texts = ocr.perform_ocr_variants_on_screenshot(machine.out_dir / "shown.png")
+    t.assertEqual(len(texts), 3)
+    t.assertIn(ocr.perform_ocr_on_screenshot(machine.out_dir / "shown.png"), texts)
+    t.assertTrue(any("hello" in text for text in texts), texts)
+
+with subtest("perform_ocr_on_screenshot, wrongly: of what is no picture"):
+    with t.assertRaisesRegex(OSError, "no PNG or PPM"):
+        ocr.perform_ocr_on_screenshot(Path(__file__))
+
+with subtest("screenshot, wrongly: into a directory that is not there"):
+    with t.assertRaisesRegex(MachineError, "there is no directory /nonexistent"):
+        machine.screenshot("/nonexistent/picture")
+
+with subtest("wait_for_text, wrongly: what is not there"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "timed out after 1 seconds"):
+        machine.wait_for_text("nothing like that", timeout=1)
+
+with subtest("wait_for_text, wrongly: a regular expression that is none"):
+    with t.assertRaises(re.error):
+        machine.wait_for_text("(")
+
+with subtest("send_chars: all that an American keyboard types"):
+    machine.execute("head -n 1 </dev/tty1 >/tmp/typed 2>/dev/null", check_output=False)
+    machine.wait_until_succeeds("pidof head", timeout=60)
+    typed = "the Quick BROWN fox: 0123456789 `-=[]\\;',./~!@#$%^&*()_+{}|\"<>?"
+    machine.send_chars(typed + "\n")
+    machine.wait_until_succeeds("test -s /tmp/typed", timeout=60)
+    t.assertEqual(machine.succeed("cat /tmp/typed"), typed + "\n")
+
+with subtest("send_chars, wrongly: what no key types"):
+    with t.assertRaisesRegex(MachineError, "no key for 'é'"):
+        machine.send_chars("caffé")
+
+with subtest("send_key: names, chords, scan codes and characters, as Linux numbers them"):
+    machine.execute("exec dd bs=24 if=/dev/input/event0 of=/tmp/events", check_output=False)
+    machine.wait_until_succeeds("test -e /tmp/events", timeout=60)
+    for key in ("f1", "ctrl-alt_r-a", "0x2b", "0xc8", "A"):
+        machine.send_key(key)
+    wanted = "59+ 59- 29+ 100+ 30+ 30- 100- 29- 43+ 43- 103+ 103- 42+ 30+ 30- 42-"
+    lines = "\n".join(f"{key[:-1]} {int(key[-1] == '+')}" for key in wanted.split()) + "\n"
+    retry(lambda _last: machine.succeed(EVENTS) == lines, timeout=60)
+    t.assertEqual(machine.succeed(EVENTS), lines)
+
+with subtest("send_key: waits for as long as it is told"):
+    began = time.monotonic()
+    machine.send_key("shift", delay=1, log=False)
+    t.assertGreater(time.monotonic() - began, 1)
+    machine.send_key("shift", delay=None)
+
+with subtest("send_key, wrongly: a key that is none, and others near it"):
+    with t.assertRaisesRegex(MachineError, "no key `delet`; close to it: delete"):
+        machine.send_key("ctrl-alt-delet")
+    with t.assertRaisesRegex(MachineError, "the key itself is `minus`"):
+        machine.send_key("ctrl--")
+
+with subtest("send_monitor_command: sendkey and screendump"):
+    machine.succeed("rm /tmp/events; kill $(pidof dd)")
+    machine.execute("exec dd bs=24 if=/dev/input/event0 of=/tmp/events", check_output=False)
+    machine.wait_until_succeeds("test -e /tmp/events", timeout=60)
+    machine.send_monitor_command("sendkey ret 20")
+    keys = [{"type": "qcode", "data": "a"}, {"type": "number", "data": 0x1D}]
+    machine.qmp_client.send("send-key", {"keys": keys, "hold-time": 20})
+    for down in (True, False):
+        event = {"type": "key", "data": {"down": down, "key": {"type": "qcode", "data": "b"}}}
+        machine.qmp_client.send("input-send-event", {"events": [event]})
+    lines = "28 1\n28 0\n30 1\n29 1\n29 0\n30 0\n48 1\n48 0\n"
+    retry(lambda _last: machine.succeed(EVENTS) == lines, timeout=60)
+    t.assertEqual(machine.succeed(EVENTS), lines)
+    machine.send_monitor_command(f"screendump {machine.out_dir}/shown.ppm")
+    t.assertTrue((machine.out_dir / "shown.ppm").read_bytes().startswith(b"P6\n640 400\n255\n"))
+
+with subtest("send_monitor_command, wrongly: no such key"):
+    with t.assertRaisesRegex(
+        MachineError, "sendkey: there is no key `ent`; close to it: .*kp_enter"
+    ):
+        machine.send_monitor_command("sendkey ent")
+
+# What runs in the guest is what counts for these three; an X server is in a kit of its own.
+XWININFO = """\
+#!/bin/sh
+echo '     0x1000001 "Terminal — root": ("xterm" "XTerm")  484x316+0+0'
+echo '     0x1000002 (has no name): ()  1x1+0+0'
+"""
+machine.succeed(f"mkdir -p /usr/local/bin && cat >/usr/local/bin/xwininfo <<'E'\n{XWININFO}E")
+machine.succeed("chmod +x /usr/local/bin/xwininfo")
+
+with subtest("get_window_names: of all that have one"):
+    t.assertEqual(machine.get_window_names(), ["Terminal — root"])
+
+with subtest("wait_for_window: by a part of its name"):
+    machine.wait_for_window("Term.*root", timeout=60)
+    t.assertEqual(len(machine.get_window_names()), 1)
+
+with subtest("wait_for_window, wrongly: one that does not come"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "timed out after"):
+        machine.wait_for_window("Browser", timeout=1)
+
+with subtest("get_window_names, wrongly: where nobody can be asked"):
+    machine.succeed("rm /usr/local/bin/xwininfo")
+    with t.assertRaisesRegex(RequestedAssertionFailed, "xwininfo.*failed"):
+        machine.get_window_names()
+
+with subtest("wait_for_x: once its session is there"):
+    journal = "Reached target Current graphical user session."
+    machine.succeed(f"printf '#!/bin/sh\\necho {journal}\\n' >/usr/local/bin/journalctl")
+    machine.succeed("cd /usr/local/bin; chmod +x journalctl; mkdir /tmp/.X11-unix")
+    machine.execute("sleep 1; touch /tmp/.X11-unix/X0", check_output=False)
+    machine.wait_for_x(timeout=60)
+    t.assertEqual(machine.succeed("ls /tmp/.X11-unix; rm /tmp/.X11-unix/X0"), "X0\n")
+
+with subtest("wait_for_x, wrongly: without an X server"):
+    with t.assertRaisesRegex(RequestedAssertionFailed, "timed out after"):
+        machine.wait_for_x(timeout=1)
+
+with subtest("reboot: by Ctrl+Alt+Delete, where there is a keyboard"):
+    machine.succeed("touch /run/before")
+    machine.reboot()
+    machine.fail("test -e /run/before")
+
+with subtest("wait_for_text, wrongly: of a guest that powers off"):
+    machine.execute("(sleep 1; poweroff -f) >&2 &", check_return=False)
+    with t.assertRaisesRegex(MachineError, "powered off"):
+        machine.wait_for_text("nothing like that", timeout=300)
+
+# A script that hides the names of the calls: nobody has seen that `bare` needs anything.
+bare.start()
+
+
+def hidden(name: str, *arguments: object) -> None:
+    part = "keyboard = true" if name.startswith("send") else 'screen = "plain"'
+    with t.assertRaisesRegex(MachineError, f"bare has no .* its description says `{part}`"):
+        getattr(bare, name)(*arguments)
+
+
+with subtest("get_screen_text, wrongly: of what could not be seen to need a screen"):
+    hidden("get_screen_" + "text")
+
+with subtest("get_screen_text_variants, wrongly: of what could not be seen to need a screen"):
+    hidden("get_screen_text_" + "variants")
+
+with subtest("screenshot, wrongly: of what could not be seen to need a screen"):
+    hidden("screen" + "shot", "picture")
+
+with subtest("send_key, wrongly: to what could not be seen to need a keyboard"):
+    hidden("send_" + "key", "ret")
+    hidden("send_" + "chars", "text")

@@ -1,0 +1,128 @@
+//! The screen and the keyboard as scripts use them: on a system with a login prompt.
+
+use std::time::Duration;
+
+use firn::error::MachineError;
+use firn::machine::keys;
+use firn::ocr::Reader;
+use firn::{Error, Machine, picture};
+use firn_tests::{skip, with_machines};
+use serde_json::json;
+
+/// Nothing that is waited for here takes as long.
+const PATIENCE: Duration = Duration::from_secs(240);
+/// Keys that ask logind to have the system go down or to sleep, by Linux's numbers.
+const DROWSY: [u16; 3] = [116, 142, 205];
+
+async fn output(machine: &Machine, command: &str) -> String {
+    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
+}
+
+async fn wait_for_text(machine: &Machine, text: &str) {
+    let find = |shown: &str| Ok(shown.contains(text));
+    machine.wait_for_text(text, find, PATIENCE).await.unwrap();
+}
+
+/// Writes what the guest hears of a device from now on to a file.
+async fn listen(machine: &Machine, device: &str) {
+    let script = format!(
+        "for d in /sys/class/input/event*; do \
+         [ \"$(cat $d/device/name)\" = 'firn {device}' ] && event=/dev/input/${{d##*/}}; done; \
+         rm -f /run/{device}; exec 3<$event; \
+         setsid dd bs=24 <&3 >/run/{device} 2>/dev/null &"
+    );
+    output(machine, &script).await;
+}
+
+/// Kind, code and value of what the guest has heard, once it is so much; without repetitions.
+async fn heard(machine: &Machine, device: &str, count: usize) -> Vec<(u16, u16, u16)> {
+    let script = format!(
+        "od -An -v -tu2 -w24 /run/{device} | awk '$9 && !($9 == 1 && $11 == 2) {{print $9, $10, $11}}'"
+    );
+    let look = || async {
+        let number = |word: &str| word.parse().unwrap();
+        let text = output(machine, &script).await;
+        let lines = text.lines().map(|line| line.split(' ').map(number).collect::<Vec<_>>());
+        lines.map(|words| (words[0], words[1], words[2])).collect::<Vec<_>>()
+    };
+    let enough = |_| async {
+        let events = look().await;
+        Ok((events.len() >= count).then_some(events))
+    };
+    firn::retry(machine.clock(), enough, PATIENCE).await.unwrap()
+}
+
+#[test]
+fn a_login_prompt_is_seen_read_and_typed_into() {
+    if Reader::find().is_err() {
+        skip::skipped("there is no tesseract");
+        return;
+    }
+    let nodes = "[nodes.machine]\nkit = 'systemd'\nkeyboard = true\ntablet = true\n\
+                 screen = { kind = 'gpu', width = 640, height = 400 }";
+    with_machines(nodes, async |driver| {
+        let [machine] = driver.machines() else { panic!("one machine") };
+        let early = machine.screenshot("early").await.unwrap_err();
+        assert!(matches!(early, Error::Machine(MachineError::NotRunning { .. })), "{early}");
+        machine.start(true).await.unwrap();
+        // Before the guest has drawn anything.
+        machine.screenshot("early").await.unwrap();
+        assert!(picture::read(&machine.out_dir().join("early.png")).unwrap() == picture::black());
+
+        wait_for_text(machine, "machine login:").await;
+        machine.send_chars("Nobody-1", None).await.unwrap();
+        wait_for_text(machine, "machine login: Nobody-1").await;
+        // Nothing is read once the picture is not that of the text console.
+        output(machine, "printf '\\033[2J\\033[H\\033[?25lpassphrase' >/dev/tty1").await;
+        wait_for_text(machine, "passphrase").await;
+        machine.screenshot("shown").await.unwrap();
+        let shown = picture::read(&machine.out_dir().join("shown.png")).unwrap();
+        assert_eq!((shown.width, shown.height), (640, 400));
+        let texts = Reader::find().unwrap().texts(shown.into()).await.unwrap();
+        assert!(texts.iter().any(|text| text.contains("passphrase")), "{texts:?}");
+
+        every_name_is_a_key(machine).await;
+        the_tablet_goes_where_it_is_told(machine).await;
+        machine.reboot().await.unwrap();
+        wait_for_text(machine, "machine login:").await;
+        machine.pause().await.unwrap();
+        machine.screenshot("paused").await.unwrap();
+        machine.resume().await.unwrap();
+        assert_eq!(output(machine, "ls /run/keyboard 2>/dev/null || echo new").await, "new");
+    });
+}
+
+async fn every_name_is_a_key(machine: &Machine) {
+    listen(machine, "keyboard").await;
+    let names: Vec<_> = keys().filter(|(_, code)| *code != 0 && !DROWSY.contains(code)).collect();
+    assert!(names.len() > 155, "{}", names.len());
+    let mut wanted = Vec::new();
+    // A reader of the kernel's misses what is behind 64 events.
+    for some in names.chunks(8) {
+        for (name, code) in some {
+            machine.send_key(name, None, false).await.unwrap();
+            wanted.extend([(1, *code, 1), (1, *code, 0)]);
+        }
+        assert_eq!(heard(machine, "keyboard", wanted.len()).await, wanted);
+    }
+    let none = machine.send_key("retn", None, false).await.unwrap_err().to_string();
+    assert!(none.contains("no key `retn`; close to it: ret"), "{none}");
+}
+
+async fn the_tablet_goes_where_it_is_told(machine: &Machine) {
+    listen(machine, "tablet").await;
+    let events = json!([
+        {"type": "abs", "data": {"axis": "x", "value": 100}},
+        {"type": "abs", "data": {"axis": "y", "value": 200}},
+        {"type": "btn", "data": {"down": true, "button": "left"}},
+        {"type": "btn", "data": {"down": false, "button": "left"}},
+        {"type": "btn", "data": {"down": true, "button": "wheel-up"}},
+    ]);
+    let answer = machine.send_qmp("input-send-event", &json!({"events": events})).await.unwrap();
+    assert_eq!(answer, json!({"return": {}}));
+    let wanted = [(3, 0, 100), (3, 1, 200), (1, 0x110, 1), (1, 0x110, 0), (2, 8, 1)];
+    assert_eq!(heard(machine, "tablet", wanted.len()).await, wanted);
+    let half = json!({"events": [{"type": "abs", "data": {"axis": "x", "value": 1}}]});
+    let answer = machine.send_qmp("input-send-event", &half).await.unwrap();
+    assert_eq!(answer["error"]["class"], "GenericError");
+}
