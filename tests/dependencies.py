@@ -33,6 +33,10 @@ LICENCES = {
 # Crates of which there are several versions, until those who depend on the older one move.
 TWICE = {
     "bitflags",
+    "block-buffer",
+    "cpufeatures",
+    "crypto-common",
+    "digest",
     "embedded-io",
     "getrandom",
     "hash32",
