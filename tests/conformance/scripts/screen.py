@@ -4,6 +4,8 @@
 #: screen = { width = 320, height = 200 }
 #: [nodes.bare]
 #: memory = 256
+#: screen = false
+#: keyboard = false
 import re
 import time
 from pathlib import Path
@@ -179,7 +181,7 @@ with subtest("wait_for_text, wrongly: of a guest that powers off"):
     with t.assertRaisesRegex(MachineError, "powered off"):
         machine.wait_for_text("nothing like that", timeout=300)
 
-# A script that hides the names of the calls: nobody has seen that `bare` needs anything.
+# The names of the calls are hidden from what looks at scripts before they run.
 bare.start()
 
 
@@ -189,15 +191,15 @@ def hidden(name: str, *arguments: object) -> None:
         getattr(bare, name)(*arguments)
 
 
-with subtest("get_screen_text, wrongly: of what could not be seen to need a screen"):
+with subtest("get_screen_text, wrongly: of a machine that has none"):
     hidden("get_screen_" + "text")
 
-with subtest("get_screen_text_variants, wrongly: of what could not be seen to need a screen"):
+with subtest("get_screen_text_variants, wrongly: of a machine that has none"):
     hidden("get_screen_text_" + "variants")
 
-with subtest("screenshot, wrongly: of what could not be seen to need a screen"):
+with subtest("screenshot, wrongly: of a machine that has none"):
     hidden("screen" + "shot", "picture")
 
-with subtest("send_key, wrongly: to what could not be seen to need a keyboard"):
+with subtest("send_key, wrongly: to a machine that has none"):
     hidden("send_" + "key", "ret")
     hidden("send_" + "chars", "text")
