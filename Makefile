@@ -25,7 +25,8 @@ export PIP_CONSTRAINT := $(abspath tests/tools.txt)
 
 .PHONY: fuzz demo test conformance lint bench clean build setup setup-tests kit
 
-demo: kit
+# The test has its guest made if it is not there.
+demo: build
 	$(FIRN) test tests/examples/ping/test.toml
 
 test: export FIRN_SKIPPED = $(SKIPPED)/list

@@ -75,4 +75,5 @@ def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
     print("The names of the script, which you can use too:")
     print("   ", ", ".join([*names, "rebuild"]))
     print("test_script() runs the script, start_all() starts all machines, Ctrl-D ends them.")
+    print("`firn view` in another terminal shows the machines' screens in the browser.")
     shell.mainloop()
