@@ -9,7 +9,7 @@ use super::area::Area;
 /// The longest text that a viewer may put on its clipboard, which nobody reads, in bytes.
 const MAX_CUT_TEXT: u32 = 1 << 20;
 
-/// The screen's size is told when it changes (RFC 6143, 7.8.2).
+/// The server says when the screen's size changes (RFC 6143, 7.8.2).
 pub(super) const DESKTOP_SIZE: i32 = -223;
 /// Keys come with the codes that the keyboard sends (QEMU's extended key event, -258 in the registry of RFB).
 pub(super) const EXTENDED_KEYS: i32 = -258;
@@ -21,7 +21,7 @@ pub(super) enum Message {
     Format(PixelFormat),
     /// The viewer understands these encodings.
     Encodings(Vec<i32>),
-    /// It wants to know what is in this area; if `changed`, once something there is not as it was told last.
+    /// It wants to know what is in this area; if `changed`, once something there has changed.
     Update { changed: bool, area: Area },
     /// A key of the X Window System's names went down or up.
     Symbol { symbol: u32, down: bool },

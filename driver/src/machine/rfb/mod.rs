@@ -109,7 +109,7 @@ async fn attend(stream: UnixStream, display: Display) -> io::Result<()> {
     }
 }
 
-/// The beginning of the protocol (RFC 6143, 7.1 to 7.3). Answers the picture whose size the viewer was told.
+/// The beginning of the protocol (RFC 6143, 7.1 to 7.3). Returns the picture whose size the viewer knows.
 async fn greet(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
@@ -151,14 +151,14 @@ struct Viewer {
     format: PixelFormat,
     /// It follows when the screen's size changes.
     resizes: bool,
-    /// It has yet to be told that keys may come by their scan codes.
+    /// It does not know yet that it may send keys by their scan codes.
     announce_keys: bool,
     /// What it wants to know, and whether only once that has changed.
     wants: Option<(Area, bool)>,
-    /// What it was told.
-    told: Picture,
-    /// Where in `told` it was told nothing at all.
-    untold: bool,
+    /// What it has been sent.
+    sent: Picture,
+    /// Nothing of `sent` has been: it only has the right size.
+    unsent: bool,
     /// The screen's version when it was last looked at, and where.
     seen: Option<(u64, Area)>,
     held: BTreeSet<u16>,
@@ -173,8 +173,8 @@ impl Viewer {
             resizes: false,
             announce_keys: false,
             wants: None,
-            told: picture,
-            untold: true,
+            sent: picture,
+            unsent: true,
             seen: None,
             held: BTreeSet::new(),
             buttons: 0,
@@ -183,7 +183,7 @@ impl Viewer {
 
     fn hear(&mut self, message: Message) {
         match message {
-            Message::Format(format) => (self.format, self.untold) = (format, true),
+            Message::Format(format) => (self.format, self.unsent) = (format, true),
             Message::Encodings(encodings) => {
                 self.resizes = encodings.contains(&DESKTOP_SIZE);
                 self.announce_keys = encodings.contains(&EXTENDED_KEYS);
@@ -226,7 +226,7 @@ impl Viewer {
             let at = u32::from(at) * u32::from(MAX_POSITION) / pixels.saturating_sub(1).max(1);
             u16::try_from(at).unwrap_or(MAX_POSITION)
         };
-        tablet.move_to(scale(x, self.told.width), scale(y, self.told.height));
+        tablet.move_to(scale(x, self.sent.width), scale(y, self.sent.height));
         let changed = buttons ^ self.buttons;
         self.buttons = buttons;
         for (bit, code) in BUTTONS.into_iter().enumerate() {
@@ -245,7 +245,7 @@ impl Viewer {
     fn update(&mut self) -> Option<Vec<u8>> {
         let (asked, changed) = self.wants?;
         let seen = (self.display.screen.version(), asked);
-        let still = changed && !self.untold && self.seen == Some(seen);
+        let still = changed && !self.unsent && self.seen == Some(seen);
         if still && !self.announce_keys {
             return None;
         }
@@ -254,28 +254,28 @@ impl Viewer {
         if std::mem::take(&mut self.announce_keys) {
             update.head(Area::default(), EXTENDED_KEYS);
         }
-        let resized = (picture.width, picture.height) != (self.told.width, self.told.height);
+        let resized = (picture.width, picture.height) != (self.sent.width, self.sent.height);
         if resized && self.resizes {
             // It asks for the pixels next.
             update.head(Area::of(&picture), DESKTOP_SIZE);
-            (self.told, self.untold) = (picture, true);
+            (self.sent, self.unsent) = (picture, true);
         } else {
-            // Of a picture of another size it is told as much as fits into the one that it knows.
-            let area = asked.common(Area::of(&self.told));
+            // Of a picture of another size it gets as much as fits into the size that it knows.
+            let area = asked.common(Area::of(&self.sent));
             let area = area.and_then(|area| area.common(Area::of(&picture)));
             let areas = match area {
-                Some(area) if changed && !self.untold && !resized => {
-                    area.changed(&self.told, &picture)
+                Some(area) if changed && !self.unsent && !resized => {
+                    area.changed(&self.sent, &picture)
                 }
                 area => area.into_iter().collect(),
             };
             for area in areas {
                 update.pixels(area, &picture, self.format);
                 if !resized {
-                    area.copy(&picture, &mut self.told);
+                    area.copy(&picture, &mut self.sent);
                 }
             }
-            (self.seen, self.untold) = (Some(seen), false);
+            (self.seen, self.unsent) = (Some(seen), false);
         }
         if changed && update.count == 0 {
             return None;
