@@ -103,8 +103,8 @@ with subtest("start, wrongly: the file of a credential is missing"):
     token.write_bytes(secret)
 
 with subtest("start, wrongly: QEMU_OPTS wants what only QEMU has"):
-    os.environ["QEMU_OPTS"] = "-vga std"
-    with t.assertRaisesRegex(MachineError, "`-vga std` is not for firn"):
+    os.environ["QEMU_OPTS"] = "-vga qxl"
+    with t.assertRaisesRegex(MachineError, "`-vga qxl` is not for firn"):
         machine.start()
     os.environ["QEMU_OPTS"] = ""
 
