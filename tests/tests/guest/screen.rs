@@ -259,7 +259,9 @@ fn a_gpu_shows_the_console_and_keys_and_tablet_are_heard() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
         let gpu = ScreenSpec { kind: ScreenKind::Gpu, ..ScreenSpec::default() };
-        let spec = spec(dir.path(), &systemd(), KitName::Systemd, gpu);
+        let mut spec = spec(dir.path(), &systemd(), KitName::Systemd, gpu);
+        // A login prompt would clear the screen, and take the keys.
+        spec.cmdline.push_str(" systemd.mask=getty@tty1.service");
         let mut guest = Guest::new(|host| Vm::new(&spec, host).unwrap());
         guest.vm.start().unwrap();
         let agent = AgentClient::connect(guest.stream()).await.unwrap();
