@@ -12,7 +12,8 @@ load_drivers() {
     *) continue ;;
     esac
     for driver in $drivers; do
-      [ -d "/sys/module/$driver" ] || insmod "/lib/modules/$driver.ko"
+      # What the initrd does not have, udev loads later.
+      [ -d "/sys/module/$driver" ] || [ ! -e "/lib/modules/$driver.ko" ] || insmod "/lib/modules/$driver.ko"
     done
   done
 }
