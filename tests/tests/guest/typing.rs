@@ -34,10 +34,10 @@ async fn listen(machine: &Machine, device: &str) {
     output(machine, &script).await;
 }
 
-/// Kind, code and value of what the guest has heard, once it is so much; without repetitions.
+/// Kind, code and value of what the guest has heard, once it is so much; without repetitions and lamps.
 async fn heard(machine: &Machine, device: &str, count: usize) -> Vec<(u16, u16, u16)> {
     let script = format!(
-        "od -An -v -tu2 -w24 /run/{device} | awk '$9 && !($9 == 1 && $11 == 2) {{print $9, $10, $11}}'"
+        "od -An -v -tu2 -w24 /run/{device} | awk '$9 && $9 != 17 && !($9 == 1 && $11 == 2) {{print $9, $10, $11}}'"
     );
     let look = || async {
         let number = |word: &str| word.parse().unwrap();
