@@ -1,4 +1,4 @@
-//! Where viewers find the screens of machines that other processes run.
+//! Where viewers find the screens of machines that other processes run, and how they are served there.
 
 use std::ffi::OsString;
 use std::fs;
@@ -7,7 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use firn_vmm::socket::connect_to;
+use firn_vmm::socket::{Listener, connect_to};
+use tokio::net::UnixListener;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use crate::private::Place;
 use crate::scratch;
@@ -22,6 +25,8 @@ pub const CARRIER_SOCKET: &str = "carrier.sock";
 
 /// How long a carrier may take to say which machines it has: it may be busy.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// What is waited before another client is accepted after an error.
+const PAUSE: Duration = Duration::from_millis(40);
 /// The longest list of them, in bytes.
 const MAX_LIST: u64 = 64 << 10;
 
@@ -117,6 +122,29 @@ fn listed(mut stream: UnixStream) -> io::Result<Vec<String>> {
     let mut list = String::new();
     BufReader::new(stream.take(MAX_LIST)).read_line(&mut list)?;
     Ok(serde_json::from_str(&list)?)
+}
+
+/// Serves viewers that connect to `listener`, at most `most` at once, each by `attend`, until it is dropped: then they
+/// are left, too.
+pub async fn serve<F>(listener: Listener, most: usize, attend: impl Fn(tokio::net::UnixStream) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let clients = match listener.try_clone().and_then(UnixListener::from_std) {
+        Ok(clients) => clients,
+        Err(error) => return tracing::debug!(%error, "no viewer can connect"),
+    };
+    let mut viewers = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = clients.accept(), if viewers.len() < most => match accepted {
+                Ok((stream, _)) => drop(viewers.spawn(attend(stream))),
+                // Out of descriptors, most likely: others will end.
+                Err(_) => sleep(PAUSE).await,
+            },
+            Some(_) = viewers.join_next() => {}
+        }
+    }
 }
 
 /// The directories of runs and machines in a place, as far as they belong to this user and nobody else can have put

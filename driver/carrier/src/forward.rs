@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use firn::kit::KitName;
 use firn_agent_client::{Exec, ExecEvent, ExecStdin, Exit, Stream};
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, sleep_until};
 
 use super::{Carrier, CarrierError, HostCommand, Options, command};
@@ -82,7 +82,7 @@ async fn run(
         number = signals.next() => return Ok(128 + number),
     };
     if let Some(stdin) = exec.take_stdin() {
-        tokio::spawn(feed(stdin));
+        tokio::spawn(feed(tokio::io::stdin(), stdin));
     }
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     let mut exit: Option<Exit> = None;
@@ -138,9 +138,8 @@ async fn forward(
     }
 }
 
-/// Sends this process's standard input to the command until either ends.
-async fn feed(mut stdin: ExecStdin) {
-    let mut input = tokio::io::stdin();
+/// Sends input to the command until either ends.
+pub(super) async fn feed(mut input: impl AsyncRead + Unpin, mut stdin: ExecStdin) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(length @ 1..) = input.read(&mut buffer).await {
         if !matches!(stdin.write_all(&buffer[..length]).await, Ok(true)) {

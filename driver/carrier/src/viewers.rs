@@ -10,10 +10,11 @@ use firn::scratch::Scratch;
 use firn::viewers;
 use firn_agent_client::{ExecEvent, Stream};
 use firn_vmm::socket::Listener;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::task::AbortHandle;
 
+use super::forward::feed;
 use super::{Carrier, HostCommand};
 
 /// Most viewers at once.
@@ -34,12 +35,12 @@ impl Door {
         let dir = Scratch::new().map_err(|error| failed(&error)).ok()?;
         let socket = dir.path().join(viewers::CARRIER_SOCKET);
         let listener = Listener::bind(&socket).map_err(|error| failed(&error)).ok()?;
-        let clients = listener.try_clone().and_then(UnixListener::from_std);
-        let clients = clients.map_err(|error| failed(&error)).ok()?;
         let command = HostCommand::new([firn.as_os_str(), "view".as_ref(), "--pipe".as_ref()]);
         let command = command.map_err(|error| failed(&error)).ok()?;
         let command = command.env("TMPDIR", super::accel::STATE_DIR).stdin();
-        let serving = tokio::spawn(serve(listener, clients, Arc::clone(carrier), command));
+        let carrier = Arc::clone(carrier);
+        let attend = move |stream| connect(stream, Arc::clone(&carrier), command.clone());
+        let serving = tokio::spawn(viewers::serve(listener, MAX_VIEWERS, attend));
         Some(Self { serving: serving.abort_handle(), _dir: dir })
     }
 }
@@ -50,38 +51,12 @@ impl Drop for Door {
     }
 }
 
-async fn serve(
-    _file: Listener,
-    clients: UnixListener,
-    carrier: Arc<Carrier>,
-    command: HostCommand,
-) {
-    let mut viewers = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = clients.accept(), if viewers.len() < MAX_VIEWERS => {
-                let Ok((stream, _)) = accepted else { return };
-                let (carrier, command) = (Arc::clone(&carrier), command.clone());
-                viewers.spawn(async move { connect(stream, &carrier, &command).await });
-            }
-            Some(_) = viewers.join_next() => {}
-        }
-    }
-}
-
 /// Passes bytes on in both directions until one side ends.
-async fn connect(viewer: UnixStream, carrier: &Carrier, command: &HostCommand) {
-    let Ok(mut exec) = carrier.exec(command).await else { return };
-    let Some(mut stdin) = exec.take_stdin() else { return };
-    let (mut from_viewer, mut to_viewer) = viewer.into_split();
-    let up = async {
-        let mut bytes = vec![0; 64 << 10];
-        while let Ok(read @ 1..) = from_viewer.read(&mut bytes).await {
-            if !matches!(stdin.write_all(&bytes[..read]).await, Ok(true)) {
-                return;
-            }
-        }
-    };
+async fn connect(viewer: UnixStream, carrier: Arc<Carrier>, command: HostCommand) {
+    let Ok(mut exec) = carrier.exec(&command).await else { return };
+    let Some(stdin) = exec.take_stdin() else { return };
+    let (from_viewer, mut to_viewer) = viewer.into_split();
+    let up = feed(from_viewer, stdin);
     let down = async {
         while let Ok(Some(event)) = exec.next().await {
             if let ExecEvent::Output { stream: Stream::Stdout, bytes } = event

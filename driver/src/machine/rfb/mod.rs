@@ -18,12 +18,13 @@ use firn_vmm::screen::{Picture, Screen};
 use firn_vmm::socket::Listener;
 use firn_vmm::virtio::input::{InputHandle, MAX_POSITION};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::machine::keyboard;
+use crate::{picture, viewers};
 use area::Area;
 use message::{DESKTOP_SIZE, EXTENDED_KEYS, Message, PixelFormat, invalid};
 
@@ -50,28 +51,17 @@ pub(super) struct Display {
     pub(super) tablet: Option<InputHandle>,
 }
 
-/// Serves viewers until it is dropped, or fails.
-pub(super) async fn serve(listener: Listener, display: Display) -> io::Result<()> {
-    let clients = UnixListener::from_std(listener.try_clone()?)?;
-    let mut viewers = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = clients.accept(), if viewers.len() < MAX_VIEWERS => {
-                let Ok((stream, _)) = accepted else {
-                    // Out of descriptors, most likely.
-                    sleep(PERIOD).await;
-                    continue;
-                };
-                let display = display.clone();
-                viewers.spawn(async move {
-                    if let Err(error) = attend(stream, display).await {
-                        tracing::debug!(%error, "a viewer has left");
-                    }
-                });
+/// Serves viewers until it is dropped.
+pub(super) async fn serve(listener: Listener, display: Display) {
+    viewers::serve(listener, MAX_VIEWERS, |stream| {
+        let display = display.clone();
+        async move {
+            if let Err(error) = attend(stream, display).await {
+                tracing::debug!(%error, "a viewer has left");
             }
-            Some(_) = viewers.join_next() => {}
         }
-    }
+    })
+    .await;
 }
 
 /// Serves one viewer until it leaves.
@@ -127,7 +117,7 @@ async fn greet(
     }
     to.write_u32(0).await?;
     let _shared = from.read_u8().await?;
-    let picture = display.screen.picture().unwrap_or_else(blank);
+    let picture = display.screen.picture().unwrap_or_else(picture::black);
     let name = &display.name;
     let mut init = Vec::new();
     for pixels in [picture.width, picture.height] {
@@ -138,12 +128,6 @@ async fn greet(
     init.extend(name.as_bytes());
     to.write_all(&init).await?;
     Ok(picture)
-}
-
-/// What a screen looks like that shows nothing.
-fn blank() -> Picture {
-    let (width, height) = (1024, 768);
-    Picture { width, height, rgb: vec![0; 3 * (width * height) as usize] }
 }
 
 struct Viewer {
@@ -249,7 +233,7 @@ impl Viewer {
         if still && !self.announce_keys {
             return None;
         }
-        let picture = self.display.screen.picture().unwrap_or_else(blank);
+        let picture = self.display.screen.picture().unwrap_or_else(picture::black);
         let mut update = Update::default();
         if std::mem::take(&mut self.announce_keys) {
             update.head(Area::default(), EXTENDED_KEYS);
