@@ -414,7 +414,7 @@ for bad, text in [
     ("/no/such", "cannot read /no/such"),
     ("{path} -m 512", "without arguments"),
     ({{"firn": 1}}, "missing field `name`"),
-    ({{"startCommand": "x", "qemuFlags": "-m 1"}}, "does not know 'qemuFlags'"),
+    ({{"startCommand": "x", "qemuFlags": "-m 1"}}, "unknown options 'qemuFlags'"),
     ({str(far)!r}, "far is on vlan 9, which this test does not have"),
 ]:
     with t.assertRaisesRegex(Exception, text):
