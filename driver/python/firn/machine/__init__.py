@@ -215,11 +215,11 @@ class ConsoleLines(queue.Queue[str]):
 
 
 class NspawnMachine(BaseMachine):
-    """A container. Not implemented yet."""
+    """A container. Not supported yet."""
 
     def __new__(cls, *args: object, **kwargs: object) -> NoReturn:
         """Raise MachineError."""
-        raise MachineError("containers are not implemented yet")
+        raise MachineError("containers are not supported yet")
 
 
 __all__ = [
