@@ -95,8 +95,7 @@ impl TestConfig {
         let raw: DriverKeys = document.typed(&Key::default(), value).map_err(known)?;
         let bad = |message: String| ConfigError::Key { path: path.to_owned(), message };
         if let Some(name) = raw.containers.keys().next() {
-            let message =
-                format!("`containers.{name}`: containers are not supported yet");
+            let message = format!("`containers.{name}`: containers are not supported yet");
             return Err(bad(message));
         }
         let global_timeout = raw.global_timeout.map(|timeout| {
