@@ -122,17 +122,18 @@ fn memory_of_another_size_is_refused() {
 
 #[test]
 fn ranges_without_others() {
-    let parts = |range: Range<u64>, holes: &[Range<u64>]| {
+    let parts = |range: (u64, u64), holes: &[(u64, u64)]| {
+        let holes: Vec<_> = holes.iter().map(|&(start, end)| start..end).collect();
         let mut parts = Vec::new();
-        without(&range, holes, |part| {
-            parts.push(part);
+        without(&(range.0..range.1), &holes, |part| {
+            parts.push((part.start, part.end));
             Ok(())
         })
         .unwrap();
         parts
     };
-    assert_eq!(parts(0..10, &[]), [0..10]);
-    assert_eq!(parts(2..8, &[0..2, 3..4, 6..9]), [2..3, 4..6]);
-    assert_eq!(parts(2..8, &[0..10]), []);
-    assert_eq!(parts(2..8, &[0..1, 8..9]), [2..8]);
+    assert_eq!(parts((0, 10), &[]), [(0, 10)]);
+    assert_eq!(parts((2, 8), &[(0, 2), (3, 4), (6, 9)]), [(2, 3), (4, 6)]);
+    assert_eq!(parts((2, 8), &[(0, 10)]), []);
+    assert_eq!(parts((2, 8), &[(0, 1), (8, 9)]), [(2, 8)]);
 }
