@@ -23,8 +23,8 @@ impl Machine {
     /// are followed.
     ///
     /// # Errors
-    /// [`MachineError::Missing`] if the source does not exist; [`Error::Assertion`] if the guest cannot write something; and
-    /// if something cannot be read on the host, or is neither a file nor a directory.
+    /// [`MachineError::Missing`] if the source does not exist; [`Error::Assertion`] if the guest cannot write
+    /// something; and if something cannot be read on the host, or is neither a file nor a directory.
     pub async fn copy_from_host(&self, source: &Path, target: &Path) -> Result<()> {
         let file = fs::canonicalize(source).await.map_err(unreadable(source))?;
         let target = in_guest(target);
@@ -60,8 +60,8 @@ impl Machine {
     /// `/tmp`, as commands do; an absolute target directory is used as it is.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if the guest cannot read something or it does not exist; and if something cannot be written on
-    /// the host, or is neither a file, a directory nor a link.
+    /// [`Error::Assertion`] if the guest cannot read something or it does not exist; and if something cannot be written
+    /// on the host, or is neither a file, a directory nor a link.
     pub async fn copy_from_machine(&self, source: &Path, target_dir: &Path) -> Result<()> {
         let Some(name) = source.file_name() else {
             let (machine, source) = (self.name(), source.display());

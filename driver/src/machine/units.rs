@@ -47,7 +47,8 @@ impl Machine {
     /// A property of a unit.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if there is no such property or `systemctl show` fails; otherwise those of [`Machine::execute`].
+    /// [`Error::Assertion`] if there is no such property or `systemctl show` fails; otherwise those of
+    /// [`Machine::execute`].
     pub async fn get_unit_property(
         &self,
         unit: &str,
@@ -118,8 +119,8 @@ impl Machine {
     /// Waits until a unit is active. Over the agent systemd announces it; otherwise it is polled every second.
     ///
     /// # Errors
-    /// [`Error::Assertion`] at once if it has failed or is inactive with no jobs pending, and after `timeout`; otherwise
-    /// those of [`Machine::execute`].
+    /// [`Error::Assertion`] at once if it has failed or is inactive with no jobs pending, and after `timeout`;
+    /// otherwise those of [`Machine::execute`].
     pub async fn wait_for_unit(
         &self,
         unit: &str,
