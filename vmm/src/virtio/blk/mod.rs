@@ -43,7 +43,7 @@ use super::{
 use crate::Cancel;
 use crate::event_loop::new_event;
 use crate::spec::DiskSpec;
-pub use create::CreateError;
+pub use create::{CreateError, create_image};
 use image::Image;
 pub use image::ImageError;
 

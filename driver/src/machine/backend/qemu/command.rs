@@ -116,7 +116,7 @@ pub(super) fn of_spec(
         self::disk(&mut arguments, at, disk);
     }
     for (at, (share, socket)) in spec.shares.iter().zip(shares).enumerate() {
-        arguments.add("-chardev", path(&format!("socket,id=share{at},path="), socket, ""));
+        arguments.add("-chardev", path(&format!("socket,id=share{at},path="), socket, ",server=on"));
         arguments
             .add("-device", format!("vhost-user-fs-pci,chardev=share{at},tag={}", &*share.tag));
     }

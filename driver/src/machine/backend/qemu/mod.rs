@@ -21,6 +21,8 @@ use firn_gateway::{Forward, Side};
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
 use firn_vmm::socket::{Listener, connect_to};
+use firn_vmm::virtio::blk::create_image;
+use firn_vmm::virtio::fs::ShareServer;
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
@@ -65,6 +67,8 @@ struct Running {
     /// The number of the first vlan's card among all.
     first_card: usize,
     viewers: Option<AbortHandle>,
+    /// They end with QEMU, which is dropped before.
+    _shares: Vec<ShareServer>,
 }
 
 impl Drop for Running {
@@ -140,7 +144,7 @@ impl Qemu {
                  directory with a shorter name"
             )).into());
         }
-        let mut command = self.command_line(&node, &dirs, &sockets, may_reboot).await?;
+        let (mut command, shares) = self.command_line(&node, &dirs, &sockets, may_reboot).await?;
         let vlans = self.vlan_directories()?;
         let vlans = vlans.iter().map(|(number, directory)| (*number, directory.as_path()));
         command::environment(&mut command, &dirs, vlans);
@@ -213,23 +217,23 @@ impl Qemu {
             false => 0,
         };
         let viewers = self.open_to_viewers(&qmp, &dirs);
-        let running = Arc::new(Running { process, qmp, dirs, first_card, viewers });
+        let running = Arc::new(Running { process, qmp, dirs, first_card, viewers, _shares: shares });
         tokio::spawn(tell_end(Arc::clone(&running), sender, all_heard));
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(running);
         Ok(Started { events, shell, agent: Some(agent) })
     }
 
-    /// The command that starts it, without its environment.
+    /// The command that starts it, without its environment, and who serves its shares.
     async fn command_line(
         &self,
         node: &NodeConfig,
         dirs: &Dirs,
         sockets: &Sockets,
         may_reboot: bool,
-    ) -> Result<tokio::process::Command> {
+    ) -> Result<(tokio::process::Command, Vec<ShareServer>)> {
         let added = command::added(sockets, may_reboot);
         if let Some(command) = &node.start_command {
-            return Ok(command::of_shell(command, added));
+            return Ok((command::of_shell(command, added), Vec::new()));
         }
         let spec = self.parts.source.spec(&self.parts.node, dirs, &self.parts.log).await?;
         let initrd = dirs.state.join("initrd");
@@ -243,7 +247,23 @@ impl Qemu {
             found.map(|(_, directory)| directory.clone())
         };
         let vlans: Vec<PathBuf> = node.vlans.iter().filter_map(of_node).collect();
-        Ok(command::own(command::of_spec(&spec, node, &initrd, &[], &vlans), added))
+        let shares: Vec<PathBuf> =
+            (0..spec.shares.len()).map(|at| dirs.state.join(format!("fs{at}"))).collect();
+        let command = command::own(command::of_spec(&spec, node, &initrd, &shares, &vlans), added);
+        let descriptors = self.parts.descriptors.monitor();
+        let prepare = move || {
+            for disk in &spec.disks {
+                create_image(disk).map_err(Cause::from)?;
+            }
+            let each = spec.shares.iter().zip(shares).map(|(share, socket)| {
+                // What an earlier run has left would be taken for this one's.
+                let _ = std::fs::remove_file(&socket);
+                ShareServer::start(share, descriptors, socket).map_err(Cause::from)
+            });
+            each.collect::<Result<Vec<_>, _>>()
+        };
+        let shares = spawn_blocking(prepare).await.map_err(|error| self.start_error(error))?;
+        Ok((command, shares.map_err(|error| self.start_error(error))?))
     }
 
     /// The vlans' numbers, and where QEMU plugs cards into them.

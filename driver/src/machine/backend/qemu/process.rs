@@ -214,7 +214,9 @@ async fn hear(pipe: impl AsyncRead + Unpin, log: &Logger, kept: &Mutex<VecDeque<
             Ok(1..) => {}
             _ => return,
         }
-        if count < MAX_LOGGED {
+        // It says so of each share.
+        let waits = memmem::find(&line, b": info: QEMU waiting for connection on: ").is_some();
+        if count < MAX_LOGGED && !waits {
             log.info(format_args!("QEMU: {}", printable(String::from_utf8_lossy(&line).trim_end())));
         }
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
