@@ -408,11 +408,13 @@ print(create_machine({str(path)!r}).name)
 print(create_machine({str(path)!r}, name="other", keep_machine_state=True).state_dir)
 print(create_machine({{"startCommand": {str(path)!r}, "name": "old"}}).name)
 print(create_machine({content!r}).name)
+print(create_machine("qemu-system-x86_64 -m 512").name)
+print(create_machine("/bin/sh", name="elf").name)
 for bad, text in [
     ({str(path)!r}, "there is a machine extra already"),
-    ("/bin/sh", "is no machine file of firn, it is a program"),
+    ("/etc/passwd", "is no machine file of firn, it is some text"),
     ("/no/such", "cannot read /no/such"),
-    ("{path} -m 512", "without arguments"),
+    ("{path} -m 512", "which takes no arguments"),
     ({{"firn": 1}}, "missing field `name`"),
     ({{"startCommand": "x", "qemuFlags": "-m 1"}}, "does not know 'qemuFlags'"),
     ({str(far)!r}, "far is on vlan 9, which this test does not have"),
@@ -425,7 +427,7 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         with self.spawn("--config", self.config(script)) as process:
             out, err = process.communicate(timeout=60)
         other = self.state / "vm-state-other"
-        self.assertEqual((process.returncode, out), (0, f"extra\n{other}\nold\ninline\n"), err)
+        self.assertEqual((process.returncode, out), (0, f"extra\n{other}\nold\ninline\nmachine\nelf\n"), err)
         self.assertEqual(list(self.state.iterdir()), [other])
 
     def test_machine_file_at_start(self) -> None:

@@ -108,7 +108,7 @@ impl MachineFile {
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         let executable = fs::metadata(&file).is_ok_and(|file| file.permissions().mode() & 0o111 != 0);
         let Some(word) = file.to_str().filter(|_| executable) else {
-            let what = "a start script that nobody may execute";
+            let what = "a program that nobody may execute";
             return Err(ConfigError::NotMachineFile { path: path.to_owned(), what });
         };
         Self::start_command(&quote(word), path)
@@ -120,6 +120,11 @@ impl MachineFile {
     /// # Errors
     /// If the machine's name cannot be one.
     pub fn start_command(command: &str, path: &Path) -> Result<Self, ConfigError> {
+        let first = command.split_whitespace().next().unwrap_or_default();
+        if MachineFile::read(Path::new(first)).is_ok_and(|file| file.command().is_none()) {
+            let message = format!("{first} is a machine file of firn, which takes no arguments");
+            return Err(ConfigError::Key { path: path.to_owned(), message });
+        }
         let program = command.trim_end_matches('\'').rsplit('/').next().unwrap_or_default();
         let name = program.strip_prefix("run-").and_then(|rest| rest.strip_suffix("-vm"));
         // Variables are the shell's.
@@ -179,6 +184,12 @@ impl MachineFile {
     /// Lets it have what a test's script needs, where it says nothing itself.
     pub fn supply(&mut self, needs: Needs) {
         self.needs.push(needs);
+    }
+
+    /// The command of the shell that starts it, if there is one.
+    #[must_use]
+    pub fn command(&self) -> Option<String> {
+        self.outline(1).ok()?.start_command
     }
 
     /// Where it was read from.

@@ -39,6 +39,9 @@ fn a_short_file_is_filled_up() {
         [NodeConfig {
             name: "machine".into(),
             number: 1,
+            backend: None,
+            start_command: None,
+            because: vec![],
             kit: KitName::Micro,
             kernel: None,
             initrd: None,

@@ -15,7 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use firn_gateway::{Forward, Side};
 use firn_vmm::device::boot_timer::Mark;
@@ -46,6 +46,8 @@ use protocol::{ANSWER_WITHIN, Qmp, QmpError};
 /// How long a start script may take until QEMU is there: it may make disk images before.
 const START_WITHIN: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_millis(20);
+/// No guest boots, and resets itself again, as fast.
+const ONE_RESET: Duration = Duration::from_secs(1);
 /// How long QEMU's last words may take after its end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -177,7 +179,7 @@ impl Qemu {
         // Nobody listens any more once the machine is being stopped.
         let _ = sender.send(Event::Booting);
         let (gone, all_heard) = oneshot::channel();
-        let mut heard = Heard { events: sender.clone(), gone: Some(gone) };
+        let mut heard = Heard { events: sender.clone(), reset: None, _gone: gone };
         let meet = async {
             let shell = accept(shell).await?;
             let agent = accept(agent).await?;
@@ -339,15 +341,24 @@ async fn early_end(process: &Process) -> Cause {
 /// What makes events of a machine of those of QEMU.
 struct Heard {
     events: mpsc::UnboundedSender<Event>,
+    /// When it was reset last.
+    reset: Option<Instant>,
     /// Dropped when there are no more.
-    gone: Option<oneshot::Sender<()>>,
+    _gone: oneshot::Sender<()>,
 }
 
 impl Heard {
     fn hear(&mut self, event: Value) {
         let reason = event["data"]["reason"].as_str().unwrap_or_default();
         let (ends, panicked) = match event["event"].as_str().unwrap_or_default() {
-            "RESET" => (vec![Event::Ended(End::Reset), Event::Booting], None),
+            // Linux resets a machine in several ways at once, of which QEMU tells one by one.
+            "RESET" if self.reset.is_some_and(|last| last.elapsed() < ONE_RESET) => {
+                (Vec::new(), None)
+            }
+            "RESET" => {
+                self.reset = Some(Instant::now());
+                (vec![Event::Ended(End::Reset), Event::Booting], None)
+            }
             "SHUTDOWN" => match reason {
                 "guest-shutdown" => (vec![Event::Ended(End::PoweredOff)], None),
                 "guest-reset" | "host-qmp-system-reset" => (vec![Event::Ended(End::Reset)], None),
@@ -361,12 +372,6 @@ impl Heard {
             // Nobody listens any more once the machine is being stopped.
             let _ = self.events.send(event);
         }
-    }
-}
-
-impl Drop for Heard {
-    fn drop(&mut self) {
-        drop(self.gone.take());
     }
 }
 
