@@ -106,7 +106,8 @@ impl MachineFile {
     fn start_script(path: &Path) -> Result<Self, ConfigError> {
         let file = std::path::absolute(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let executable = fs::metadata(&file).is_ok_and(|file| file.permissions().mode() & 0o111 != 0);
+        let executable =
+            fs::metadata(&file).is_ok_and(|file| file.permissions().mode() & 0o111 != 0);
         let Some(word) = file.to_str().filter(|_| executable) else {
             let what = "a program that nobody may execute";
             return Err(ConfigError::NotMachineFile { path: path.to_owned(), what });
@@ -129,7 +130,8 @@ impl MachineFile {
         let name = program.strip_prefix("run-").and_then(|rest| rest.strip_suffix("-vm"));
         // Variables are the shell's.
         let command = command.replace('$', "$$");
-        let text = json!({"firn": VERSION, "name": name.unwrap_or("machine"), "start_command": command});
+        let text =
+            json!({"firn": VERSION, "name": name.unwrap_or("machine"), "start_command": command});
         Self::parse(&text.to_string(), path)
     }
 

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
+use firn_gateway::Side;
 use firn_vmm::spec::{
     Cores, CredentialName, DiskSpec, Mac, MemoryMib, Number, ScreenSpec, ShareSpec, Tag,
     ValueError, VsockSpec,
 };
-use firn_gateway::Side;
 use serde::Deserialize;
 
 use crate::kit::{KitName, STORE_TAG};

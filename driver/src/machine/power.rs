@@ -56,14 +56,14 @@ impl Machine {
         let before = self.inner.state.send_replace(State::Starting);
         self.inner.console.restart();
         let (dirs, console) = (self.dirs().clone(), Arc::clone(&self.inner.console));
-        let Started { events, shell, agent } = match self.inner.backend.start(dirs, console, allow_reboot).await
-        {
-            Ok(started) => started,
-            Err(error) => {
-                self.inner.state.send_replace(before);
-                return Err(error);
-            }
-        };
+        let Started { events, shell, agent } =
+            match self.inner.backend.start(dirs, console, allow_reboot).await {
+                Ok(started) => started,
+                Err(error) => {
+                    self.inner.state.send_replace(before);
+                    return Err(error);
+                }
+            };
         let launched = Launched { events, hvc0: Arc::new(shell), agent };
         let (stop, stopped) = watch::channel(false);
         let access = Access::new(Arc::clone(&launched.hvc0));

@@ -144,7 +144,10 @@ where
         self.0.set_event_idx(enabled);
     }
 
-    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap<Self::Bitmap>>) -> io::Result<()> {
+    fn update_memory(
+        &self,
+        memory: GuestMemoryAtomic<GuestMemoryMmap<Self::Bitmap>>,
+    ) -> io::Result<()> {
         self.0.update_memory(memory)
     }
 

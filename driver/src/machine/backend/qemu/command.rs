@@ -41,8 +41,11 @@ impl Sockets {
 
 /// A start command, as the shell has it.
 pub(super) fn of_shell(command: &str, added: Vec<OsString>) -> Command {
+    // The path of a program takes the shell's place, so that its end is seen as it is.
+    let path = command.starts_with('\'') || command.starts_with('/') && !command.contains(' ');
+    let exec = if path { "exec " } else { "" };
     let mut shell = Command::new("/bin/sh");
-    shell.arg("-c").arg(format!("{command} \"$@\"")).arg("start").args(added);
+    shell.arg("-c").arg(format!("{exec}{command} \"$@\"")).arg("start").args(added);
     shell
 }
 
@@ -116,7 +119,8 @@ pub(super) fn of_spec(
         self::disk(&mut arguments, at, disk);
     }
     for (at, (share, socket)) in spec.shares.iter().zip(shares).enumerate() {
-        arguments.add("-chardev", path(&format!("socket,id=share{at},path="), socket, ",server=on"));
+        arguments
+            .add("-chardev", path(&format!("socket,id=share{at},path="), socket, ",server=on"));
         arguments
             .add("-device", format!("vhost-user-fs-pci,chardev=share{at},tag={}", &*share.tag));
     }

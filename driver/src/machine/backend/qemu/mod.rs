@@ -140,7 +140,8 @@ impl Qemu {
         dirs.make()?;
         let sockets = Sockets::of(&dirs.state);
         if let Some(path) = sockets.too_long() {
-            let (path, length, most) = (path.display(), path.as_os_str().len(), command::MAX_SOCKET);
+            let (path, length, most) =
+                (path.display(), path.as_os_str().len(), command::MAX_SOCKET);
             return Err(self.start_error(format!(
                 "the path of its socket {path} has {length} bytes, and the system allows {most}: set TMPDIR to a \
                  directory with a shorter name"
@@ -167,15 +168,16 @@ impl Qemu {
             }
         };
         let program = command.as_std().get_program().to_owned();
-        let process = Process::spawn(command, &self.parts.log, printed).map_err(|error| {
-            match error.kind() {
-                ErrorKind::NotFound => self.start_error(format!(
-                    "{} is not in PATH; on Debian it is in the package qemu-system-x86",
-                    program.display()
-                )),
-                _ => self.start_error(error),
-            }
-        })?;
+        let process =
+            Process::spawn(command, &self.parts.log, printed).map_err(|error| {
+                match error.kind() {
+                    ErrorKind::NotFound => self.start_error(format!(
+                        "{} is not in PATH; on Debian it is in the package qemu-system-x86",
+                        program.display()
+                    )),
+                    _ => self.start_error(error),
+                }
+            })?;
         // Nobody listens any more once the machine is being stopped.
         let _ = sender.send(Event::Booting);
         let (gone, all_heard) = oneshot::channel();
@@ -219,7 +221,8 @@ impl Qemu {
             false => 0,
         };
         let viewers = self.open_to_viewers(&qmp, &dirs);
-        let running = Arc::new(Running { process, qmp, dirs, first_card, viewers, _shares: shares });
+        let running =
+            Arc::new(Running { process, qmp, dirs, first_card, viewers, _shares: shares });
         tokio::spawn(tell_end(Arc::clone(&running), sender, all_heard));
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(running);
         Ok(Started { events, shell, agent: Some(agent) })
@@ -270,7 +273,13 @@ impl Qemu {
 
     /// The vlans' numbers, and where QEMU plugs cards into them.
     fn vlan_directories(&self) -> Result<Vec<(u8, PathBuf)>> {
-        Ok(Vec::new())
+        match self.parts.vlans.first() {
+            None => Ok(Vec::new()),
+            Some(vlan) => {
+                let vlan = vlan.number();
+                Err(self.start_error(format!("QEMU cannot be plugged into vlan {vlan} yet")).into())
+            }
+        }
     }
 
     fn listen(&self, path: &Path) -> Result<(Listener, UnixListener), MachineError> {

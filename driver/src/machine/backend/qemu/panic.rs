@@ -51,7 +51,9 @@ mod tests {
         assert!(finder.find(b"[    1.5] Kernel pan").is_empty());
         assert_eq!(finder.find(b"ic - not syncing: no init\r\n[  1.6]"), ["no init"]);
         assert_eq!(finder.find(b"\nKernel panic - not syncing: \xff\n"), ["\u{fffd}"]);
-        for quiet in ["echo Kernel panic - not syncing: x\n", "Kernel panic\n", "[1] end Kernel panic"] {
+        for quiet in
+            ["echo Kernel panic - not syncing: x\n", "Kernel panic\n", "[1] end Kernel panic"]
+        {
             assert!(finder.find(quiet.as_bytes()).is_empty(), "{quiet}");
         }
         finder.find(b"\n");

@@ -217,11 +217,92 @@ async fn hear(pipe: impl AsyncRead + Unpin, log: &Logger, kept: &Mutex<VecDeque<
         // It says so of each share.
         let waits = memmem::find(&line, b": info: QEMU waiting for connection on: ").is_some();
         if count < MAX_LOGGED && !waits {
-            log.info(format_args!("QEMU: {}", printable(String::from_utf8_lossy(&line).trim_end())));
+            log.info(format_args!(
+                "QEMU: {}",
+                printable(String::from_utf8_lossy(&line).trim_end())
+            ));
         }
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.extend(&line);
         let surplus = kept.len().saturating_sub(TAIL);
         kept.drain(..surplus);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(60);
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[tokio::test]
+    async fn its_streams_and_its_end() {
+        let (sender, printed) = mpsc::channel();
+        let send = move |bytes: &[u8]| sender.send(bytes.to_vec()).expect("heard");
+        let script = "read -r line; echo \"got $line\"; echo no such thing >&2; exit 3";
+        let process = Process::spawn(shell(script), &Logger::nowhere(), send).expect("it runs");
+        process.type_in(b"this\n").await.expect("it reads");
+        let (status, complaints) = timeout(SOON, process.ended()).await.expect("it ends");
+        assert_eq!(status.and_then(|status| status.code()), Some(3));
+        assert_eq!(complaints, "no such thing");
+        assert_eq!(printed.recv_timeout(SOON).expect("printed"), b"got this\n");
+        process.end().await;
+        process.end().await;
+    }
+
+    /// The processes that have written their numbers into `dir`, once there are `count`.
+    async fn started(dir: &Path, count: usize) -> Vec<String> {
+        loop {
+            let files: Vec<_> = fs::read_dir(dir).expect("there").flatten().collect();
+            let read = |entry: &fs::DirEntry| fs::read_to_string(entry.path()).ok();
+            let pids: Vec<String> = files.iter().filter_map(read).collect();
+            if pids.iter().filter(|pid| pid.ends_with('\n')).count() == count {
+                return pids;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_left_of_it_and_its_helpers() {
+        // One helper, one that leaves the group, and itself, none of which heeds a word.
+        let script = "trap '' TERM; cd \"$0\"; help='trap \"\" TERM; echo $$ > $0; sleep 1000; true'; \
+                      sh -c \"$help\" one & setsid sh -c \"$help\" two & echo $$ > own; sleep 1000; true";
+        for way in ["kill", "drop", "lost"] {
+            let dir = tempfile::tempdir().expect("a directory");
+            let mut command = shell(script);
+            command.arg(dir.path());
+            let process = Process::spawn(command, &Logger::nowhere(), |_| {}).expect("it runs");
+            let pids = timeout(SOON, started(dir.path(), 3)).await.expect("they start");
+            match way {
+                "kill" => process.kill().await,
+                "drop" => drop(process),
+                // As it is when this process is killed: nothing but the pipe's end is heard.
+                _ => {
+                    let mut group = process.group.lock().expect("whole").take().expect("there");
+                    drop(group.watcher.stdin.take());
+                    std::mem::forget(group);
+                }
+            }
+            let is_there = |pid: &String| {
+                let stat = fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+                stat.is_ok_and(|stat| !stat.contains(") Z "))
+            };
+            let gone = async {
+                while pids.iter().any(is_there) {
+                    tokio::time::sleep(PAUSE).await;
+                }
+            };
+            timeout(SOON, gone).await.unwrap_or_else(|_| panic!("{way}: {pids:?}"));
+        }
     }
 }
