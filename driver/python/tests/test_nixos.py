@@ -427,7 +427,9 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         with self.spawn("--config", self.config(script)) as process:
             out, err = process.communicate(timeout=60)
         other = self.state / "vm-state-other"
-        self.assertEqual((process.returncode, out), (0, f"extra\n{other}\nold\ninline\nmachine\nelf\n"), err)
+        self.assertEqual(
+            (process.returncode, out), (0, f"extra\n{other}\nold\ninline\nmachine\nelf\n"), err
+        )
         self.assertEqual(list(self.state.iterdir()), [other])
 
     def test_machine_file_at_start(self) -> None:

@@ -84,7 +84,9 @@ class QemuMachines(unittest.TestCase):
             "print(q.booted)\n",
             start,
         )
-        self.assertEqual((status, out), (0, "q VM status: paused (prelaunch)\nprelaunch\nFalse\n"), err)
+        self.assertEqual(
+            (status, out), (0, "q VM status: paused (prelaunch)\nprelaunch\nFalse\n"), err
+        )
         self.assertIn("q: runs under QEMU: its start command is not firn's", err)
 
     def test_it_does_not_start(self) -> None:
