@@ -113,7 +113,7 @@ let
   path = lib.makeBinPath ([ e2fsprogs ] ++ lib.optional enableOCR tesseract);
 in
 # A test has containers; `test-module.nix` says which.
-assert lib.assertMsg (!enableNspawn) "containers are not there yet with firn, only nodes are";
+assert lib.assertMsg (!enableNspawn) "firn does not support containers yet";
 python3Packages.buildPythonApplication {
   pname = "firn";
   inherit (common) version meta;

@@ -18,7 +18,7 @@ let
           (
             throwIfNot (
               (config.containers or { }) == { }
-            ) "test ${config.name}: containers are not there yet with firn, only nodes are" { }
+            ) "test ${config.name}: firn does not support containers yet" { }
           )
       );
 in

@@ -5,6 +5,8 @@
 //! the sender's thread, and keeps its offloads; [`without_offloads`] is for receivers that do not support them and
 //! [`Backlog`] for those without room at the moment.
 //!
+//! A [`plugs::PlugDir`] lets programs outside plug in, such as QEMU.
+//!
 //! The user network's gateway, which leads to the host and beyond, is a crate of its own that plugs
 //! into the same ports: `firn-gateway`.
 
@@ -14,6 +16,7 @@ mod attachment;
 mod backlog;
 pub mod checksum;
 mod offload;
+pub mod plugs;
 mod port;
 mod switch;
 mod table;

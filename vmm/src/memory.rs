@@ -1,5 +1,7 @@
 //! Guest physical memory; [`crate::arch::layout`] says at which addresses.
 
+pub mod checkpoint;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -143,23 +145,6 @@ pub fn low_end(memory: &MemoryMap) -> u64 {
     memory.iter().next().map_or(0, |region| region.last_addr().raw_value() + 1)
 }
 
-/// Makes all memory zero again, as after [`allocate`].
-///
-/// # Errors
-/// The host refuses.
-pub fn clear(memory: &MemoryMap) -> io::Result<()> {
-    for region in memory.iter() {
-        // SAFETY: the range is exactly one private anonymous mapping that `region` owns: this
-        // keeps it mapped and only empties it. Nobody holds references into guest memory.
-        let status =
-            unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTNEED) };
-        if status != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
-}
-
 /// Writes all memory to an empty file, one region after the other; pages of zeros become holes.
 ///
 /// # Errors
@@ -174,14 +159,29 @@ pub fn save(memories: &[&MemoryMap], file: &File) -> io::Result<()> {
             let len = usize::try_from(region.len() - offset).map_or(CHUNK, |rest| rest.min(CHUNK));
             let chunk = &mut buffer[..len];
             region.read_slice(chunk, MemoryRegionAddress(offset)).map_err(io::Error::other)?;
-            for (page, content) in (start + offset..).step_by(PAGE).zip(chunk.chunks(PAGE)) {
-                if content.iter().any(|byte| *byte != 0) {
-                    file.write_all_at(content, page)?;
-                }
-            }
+            write_sparse(file, chunk, start + offset)?;
         }
     }
     file.set_len(end)
+}
+
+/// Writes `content` at `at` of a file, without its pages of zeros: the file has holes there.
+fn write_sparse(file: &File, content: &[u8], at: u64) -> io::Result<()> {
+    let mut start = 0;
+    for end in (PAGE..content.len()).step_by(PAGE).chain([content.len()]) {
+        let page = end.next_multiple_of(PAGE) - PAGE;
+        if content[page..end].iter().all(|byte| *byte == 0) {
+            if start < page {
+                file.write_all_at(&content[start..page], at + start as u64)?;
+            }
+            start = end;
+        }
+    }
+    if start < content.len() {
+        file.write_all_at(&content[start..], at + start as u64)
+    } else {
+        Ok(())
+    }
 }
 
 /// Reads into fresh memory what [`save`] has written.
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_goes_to_a_file_and_back_and_can_be_cleared() {
+    fn memory_goes_to_a_file_and_back() {
         let memory = allocate(8).unwrap();
         let beside = allocate_at(layout::FRAME_BUFFER_START, 5000).unwrap();
         let beside_at = GuestAddress(layout::FRAME_BUFFER_START + 4999);
@@ -287,9 +287,6 @@ mod tests {
         assert!(pages[0] == pages[1]);
         assert!(written.iter().all(|&(at, value)| pages[1][usize::try_from(at).unwrap()] == value));
 
-        clear(&other).unwrap();
-        other.read_slice(&mut pages[1], GuestAddress(0)).unwrap();
-        assert!(pages[1].iter().all(|byte| *byte == 0));
         assert!(load(&[&other], &file).is_err(), "another size");
     }
 }

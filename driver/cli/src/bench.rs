@@ -24,7 +24,7 @@ use futures_util::future::try_join_all;
 
 use super::run::{options_here, runtime, test_of};
 
-/// Measure what firn does
+/// Measure firn's speed
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -38,22 +38,22 @@ enum Command {
     Once(Once),
 }
 
-/// Measure boots: whole processes, from exec to exit
+/// Measure boots, from exec to exit of the process
 ///
-/// A machine file is booted until it ends, a test file until all its machines take commands, which then power off.
-/// Without files these are booted: the micro kit's kernel with an initrd that says a line and restarts the machine, and
-/// the micro kit as tests have it, with a console, two network cards, two shares and a source of entropy.
+/// A machine file is booted until it ends; a test file until all its machines take commands and have powered off.
+/// Without files, two guests are booted: the micro kit's kernel with an initrd that prints a line and restarts the
+/// machine, and the micro kit as tests have it, with a console, two network cards, two shares and an entropy source.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Where KVM does not work, or with --exact, the boots run in a carrier whose clock counts executed instructions: the
-figures are instructions then, and repeat to half a per cent. Elsewhere, and with --machines, they are milliseconds.
+Where KVM does not work, or with --exact, boots run in a carrier whose clock counts executed instructions. Figures
+are instructions then, and repeat to half a per cent. Otherwise, and with --machines, they are milliseconds.
 
-Columns: when the first vCPU entered the guest, the kernel used a device, the guest's first program ran, the agent was
-ready, and the process was gone, since exec; then the processor's work for guest and monitor (user) and in the host's
-kernel (sys), how far apart the totals were, and the monitor's resident memory beside the guest's (firn's with a
-console, a source of entropy, a network card and a share).
+Columns: the time from exec until the first vCPU entered the guest, the kernel used a device, the guest's first program
+ran, the agent was ready, and the process exited; processor time of guest and monitor (user) and of the host's kernel
+(sys); the spread of the totals; and the monitor's resident memory without the guest's (for firn, with a console, an
+entropy source, a network card and a share).
 
-A monitor that fails or hangs is given up: the table says why, the others are measured, and the exit status is 1.
+If a monitor fails or hangs, the table says why, the others are still measured, and the exit status is 1.
 
 Examples:
   firn bench boot
@@ -63,25 +63,25 @@ Examples:
 struct Boot {
     /// Machine files and test files
     files: Vec<PathBuf>,
-    /// How often each is booted
+    /// How many times to boot each
     #[arg(long, default_value = "5", value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
-    /// Boot each machine file, or the reference guest, also this many times at once in one process; not exact
+    /// Also boot each machine file, or the reference guest, this many times at once in one process; not exact
     #[arg(long, value_name = "NUMBER", conflicts_with = "exact", value_parser = clap::value_parser!(u8).range(2..=64))]
     machines: Option<u8>,
-    /// Other monitors, as far as they are installed, to boot the first machine file's kernel, initrd and command line
+    /// Other monitors that boot the first machine file's kernel, initrd and command line, if they are installed
     #[arg(long, value_enum, value_delimiter = ',', value_name = "MONITORS")]
     compare: Vec<Monitor>,
-    /// What is printed
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     format: Format,
-    /// Write boot.json and boot.svg, a chart, to this directory as well; made if it is not there
+    /// Also write boot.json and a chart, boot.svg, to this directory; created if it is missing
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Count instructions in a carrier, also where KVM works
+    /// Count instructions in a carrier even where KVM works
     #[arg(long)]
     exact: bool,
-    /// In a carrier that counts instructions already
+    /// Set when already in a carrier that counts instructions
     #[arg(long, hide = true)]
     counted: bool,
 }
@@ -95,17 +95,17 @@ enum Format {
     Json,
 }
 
-/// One boot in a process of its own.
+/// One boot, in its own process.
 #[derive(Debug, clap::Args)]
 struct Once {
     file: PathBuf,
-    /// How many of it, if it is a machine file
+    /// How many machines to boot from a machine file
     #[arg(long, default_value = "1")]
     machines: u8,
     /// The micro kit's directory
     #[arg(long)]
     kit: PathBuf,
-    /// Where it writes when it reached which stage
+    /// File for the times at which stages were reached
     #[arg(long)]
     marks: PathBuf,
 }
@@ -148,7 +148,7 @@ fn boot(args: &Boot) -> Result<ExitCode> {
     Ok(run_again(&options, command)?.into())
 }
 
-/// What a file has.
+/// The contents of a file to boot.
 enum Machines {
     One(Box<MachineFile>),
     Test(Box<TestConfig>),
@@ -162,7 +162,7 @@ impl Machines {
         }
     }
 
-    /// As a test: of several machines that differ in their names, if it is a machine file.
+    /// As a test; several machines made from a machine file differ in name only.
     fn into_test(self, machines: u8) -> Result<TestConfig, ConfigError> {
         let file = match self {
             Self::One(file) if machines > 1 => file,
@@ -229,16 +229,16 @@ fn show(args: &Boot, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// What is to be measured.
+/// What to measure.
 struct Plan<'a> {
     subjects: Vec<Subject>,
-    /// What other monitors boot.
+    /// What the other monitors boot.
     guest: Option<Guest>,
     /// A copy of this program.
     program: PathBuf,
-    /// How many machines at once are measured beside one.
+    /// How many machines to boot at once, in addition to one.
     machines: Option<u8>,
-    /// For files that are needed for it; the micro kit is there too.
+    /// Directory for the files this needs; the micro kit is in it too.
     dir: &'a Path,
 }
 
@@ -282,7 +282,7 @@ impl Plan<'_> {
         self.subjects.push(Subject { name, machines: 1, run });
     }
 
-    /// Adds many of the machine that was added last.
+    /// Adds several machines like the last one.
     fn add_several(&mut self, name: &str, file: &Path) {
         let Some(machines) = self.machines else { return };
         let command = self.once(file, &self.subjects.len().to_string(), machines);
@@ -310,7 +310,7 @@ impl Plan<'_> {
         Ok(())
     }
 
-    /// The command that boots a file once, and where it writes its marks.
+    /// The command that boots a file once, and the file its marks go to.
     fn once(&self, file: &Path, name: &str, machines: u8) -> (Vec<OsString>, PathBuf) {
         let marks = self.dir.join(format!("{name}.marks"));
         let mut command: Vec<OsString> = vec![self.program.clone().into()];
@@ -372,7 +372,7 @@ async fn until_connected(driver: &Driver) -> Result<Stages> {
     Ok(stages)
 }
 
-/// Boots all machines at once. The stages are those of the first.
+/// Boots all machines at once. The stages reported are the first machine's.
 async fn until_ended(driver: &Driver) -> Result<Stages> {
     try_join_all(driver.machines().iter().map(until_one_ended)).await?;
     Ok(driver.machines().first().map(marks).unwrap_or_default())
@@ -395,7 +395,7 @@ async fn until_one_ended(machine: &Machine) -> Result<()> {
     }
 }
 
-/// The stages of a machine's last boot.
+/// The stages of a machine's latest boot.
 fn marks(machine: &Machine) -> Stages {
     let stage = |mark: &Mark| match mark.code {
         stage::RUN => Some((Stage::Run, mark.at_ns)),

@@ -9,7 +9,7 @@ use clap::{Subcommand, value_parser};
 use firn_carrier::Options;
 use firn_carrier::accel::Accel;
 
-/// Run commands where KVM works: in an emulated machine, for hosts without a usable KVM
+/// Run commands in an emulated machine where KVM works, on hosts without a usable KVM
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -18,29 +18,29 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a command of this host in a carrier of its own
+    /// Run a command of this host in a new carrier
     ///
-    /// The command sees this host's files, read-only but for the working directory and what --writable names; what it
-    /// writes to /tmp, /run and /dev/shm stays inside. It has a /dev/kvm and no network. Its output, input and exit
-    /// status are passed on.
+    /// The command sees this host's files. It can write to the working directory and to those that --writable names; what
+    /// it writes to /tmp, /run and /dev/shm stays inside. It has /dev/kvm and no network. Its output, input and exit status
+    /// are passed on.
     Exec(Exec),
 }
 
 #[derive(Debug, clap::Args)]
 struct Exec {
-    /// The carrier's memory in MiB; by default what this host has room for, at most 9216
+    /// The carrier's memory in MiB; by default what this host can spare, at most 9216
     #[arg(long, value_name = "MIB", value_parser = value_parser!(u64).range(512..))]
     memory: Option<u64>,
-    /// Its processors; QEMU 7.2 corrupts guests under load with more than one
+    /// The carrier's processors; with more than one, QEMU 7.2 corrupts guests under load
     #[arg(long, default_value = "1", value_parser = value_parser!(u32).range(1..=255), conflicts_with = "exact")]
     cores: Option<u32>,
-    /// Let its clock count executed instructions, 1 ns each: slower, but repeatable
+    /// Make the carrier's clock count executed instructions, 1 ns each: slower, but repeatable
     #[arg(long)]
     exact: bool,
-    /// A directory it may write, besides the working directory
+    /// A directory that the command may write to, besides the working directory
     #[arg(long, value_name = "DIR")]
     writable: Vec<PathBuf>,
-    /// Run the command on this host, without a carrier, if its KVM works
+    /// Run the command directly on this host if its KVM works
     #[arg(long)]
     if_needed: bool,
     /// The command and its arguments

@@ -10,11 +10,11 @@ use super::python;
 
 /// Lint and type-check a test's script
 ///
-/// Runs ruff and ty over it as the NixOS test framework does: with the machines' names and types. Exits with 0 if
-/// they find nothing, and with 1 if they do.
+/// Runs ruff and ty on the script with the machines' names and types, as the NixOS test framework does. Exits with 1
+/// if they find anything.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The script; by default that of the test
+    /// The script; by default, the test's own
     script: Option<PathBuf>,
     /// The test: a TOML file, or the JSON file of `nixos-test-driver --config`
     #[arg(long, value_name = "FILE")]

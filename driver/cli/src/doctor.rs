@@ -13,20 +13,20 @@ use firn_vmm::probe;
 
 use super::python;
 
-/// Say what this host can do and what is missing
+/// Show what this host can do and what is missing
 ///
-/// One line each for KVM, the carrier, the guest kit, Python, and what reads screens. Exits with 0 only if tests can run.
+/// Prints a line each for KVM, the carrier, the guest kits, Python and OCR. Exits with 0 only if tests can run.
 #[derive(Debug, clap::Args)]
 pub struct Args {}
 
 /// The program that emulates the carrier.
 const QEMU: &str = "qemu-system-x86_64";
 
-/// How well something is.
+/// The state of one part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Grade {
     Good,
-    /// Tests can run without it.
+    /// Missing, but tests can run without it.
     Warn,
     Bad,
 }

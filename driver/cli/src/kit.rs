@@ -15,15 +15,15 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make a kit, unless it is there and whole; prints its directory
+    /// Build a kit unless it is in the cache and intact; prints its directory
     ///
-    /// Packages are fetched by apt into the user's cache, without root. The network is needed the first time only.
+    /// apt downloads packages into the user's cache, without root. The network is needed the first time only.
     Build {
-        /// `micro`, which machines boot by default; `systemd`, a Debian system laid out as NixOS is; or `carrier`, which
-        /// the carrier boots
+        /// `micro`, the default of machines; `systemd`, a Debian system laid out like NixOS; or `carrier`, which the carrier
+        /// boots
         #[arg(value_parser = |name: &str| name.parse::<KitName>().map_err(|error: KitError| error.to_string()))]
         kit: KitName,
-        /// Take Debian's newest packages
+        /// Use Debian's newest packages
         #[arg(long)]
         update: bool,
     },

@@ -48,10 +48,10 @@ struct Cli {
 
 const AFTER_HELP: &str = "\
 Examples:
-  firn doctor                          can tests run here, and what is missing?
-  firn kit build micro                 make the guest that tests boot by default (once)
+  firn doctor                          can tests run here? what is missing?
+  firn kit build micro                 build the guest that tests boot by default (once)
   firn test tests/examples/ping/test.toml
-  firn test -o results my-test.toml    files that the script keeps go to results/
+  firn test -o results my-test.toml    the script's output files go to results/
   firn carrier exec -- cargo test      run a command where KVM works
   firn bench boot                      what does a boot cost?
 
@@ -65,11 +65,11 @@ A test is a TOML file:
   [nodes.machine2]
   memory = 1024
 
-Exit status: 0 success; 1 a test failed, or something is missing; 2 wrong usage, or a test file
-that makes no sense; 130 Ctrl-C; 143 SIGTERM, and the global timeout.
+Exit status: 0 success; 1 a test failed, or something is missing; 2 wrong usage, or an invalid
+test file; 130 Ctrl-C; 143 SIGTERM, or the global timeout.
 
-Environment: FIRN_PYTHON the Python to run scripts with; FIRN_LOG what firn itself logs (for
-example `debug` or `firn_vmm=trace`); NO_COLOR no colours; TMPDIR where runs keep their state.";
+Environment: FIRN_PYTHON is the Python that runs scripts; FIRN_LOG sets what firn itself logs (for
+example `debug` or `firn_vmm=trace`); NO_COLOR turns colours off; TMPDIR holds runs' state.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -79,7 +79,7 @@ enum Command {
     Ssh(ssh::Args),
     View(view::Args),
     Check(check::Args),
-    /// Say what this host can do and what is missing
+    /// Show what this host can do and what is missing
     Doctor(doctor::Args),
     Kit(kit::Args),
     Carrier(carrier::Args),
@@ -104,7 +104,7 @@ fn main() -> ExitCode {
     done.unwrap_or_else(|error| report(&error))
 }
 
-/// The flag of all commands that run machines.
+/// The flag shared by all commands that run machines.
 #[derive(Debug, clap::Args)]
 struct Place {
     /// Where machines run
@@ -117,7 +117,7 @@ fn accels() -> impl TypedValueParser<Value = Accel> {
     PossibleValuesParser::new(values).try_map(|name| name.parse::<Accel>())
 }
 
-/// Becomes the command. Returns only if that fails.
+/// Replaces this process by the command. Returns only if that fails.
 fn become_command(argv: &[OsString]) -> anyhow::Error {
     let Some((program, arguments)) = argv.split_first() else {
         return anyhow::Error::msg("there is no command to run");
@@ -126,7 +126,7 @@ fn become_command(argv: &[OsString]) -> anyhow::Error {
     anyhow::Error::new(error).context(format!("cannot run {}", program.display()))
 }
 
-/// Prints an error and its causes once, and answers the exit status for it.
+/// Prints an error and its causes once, and returns the exit status for it.
 fn report(error: &anyhow::Error) -> ExitCode {
     let colours = colours_wanted(&io::stderr());
     let mut err = io::stderr().lock();

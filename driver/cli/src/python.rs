@@ -7,15 +7,15 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Result, bail};
 
-/// A Python with firn's package.
+/// A Python interpreter with firn's package.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Python {
     pub(super) path: PathBuf,
-    /// Its version, as `3.11.2`.
+    /// Its version, such as `3.11.2`.
     pub(super) version: String,
 }
 
-/// Says the version, and whether the package is there and of this program's version.
+/// Prints the version, and whether the package is installed in this program's version.
 const PROBE: &str = "import sys, platform
 print(platform.python_version())
 try:
@@ -28,8 +28,8 @@ except ImportError as error:
 const HELP: &str =
     "install it with `maturin develop` (see the README), or name another Python by FIRN_PYTHON";
 
-/// Finds the first Python: `FIRN_PYTHON`, the one beside this program, the one of a `.venv` above it or above
-/// the current directory, the one in `PATH`.
+/// Finds a Python: `FIRN_PYTHON`, the one beside this program, one in a `.venv` above it or above the current directory,
+/// or the one in `PATH`, in this order.
 pub(super) fn find() -> Result<Python> {
     let Some(path) = candidates().into_iter().find(|path| path.is_file()) else {
         bail!("there is no python3: install it, or name one by FIRN_PYTHON");
@@ -91,7 +91,7 @@ mod tests {
 
     use super::*;
 
-    /// What `check` says of a Python that prints this.
+    /// What `check` makes of a Python that prints this.
     fn checked(output: &str) -> Result<Python> {
         let dir = tempfile::tempdir().expect("a temp dir");
         let path = dir.path().join("python3");

@@ -23,18 +23,18 @@ use super::Place;
 
 /// Boot a machine file on this terminal
 ///
-/// The terminal is the machine's serial console. Machine files have `#!… firn run` as their first line, so running
-/// one does this.
+/// The terminal is the machine's serial console. A machine file starts with `#!… firn run`, so executing one does the
+/// same.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Ctrl-A x ends the machine, Ctrl-A a types Ctrl-A.
+Ctrl-A x ends the machine, Ctrl-A a sends Ctrl-A.
 
-Relative paths in the file start at the current directory; disks that are made there stay there.
-TMPDIR in it is a directory that is removed in the end; with USE_TMPDIR in the environment it is
-TMPDIR itself. Vlans have no other machine on them.
+Relative paths in the file start at the current directory; disk images created there are kept.
+`${TMPDIR}` in it is a directory that is removed at the end; with USE_TMPDIR in the environment, it
+is TMPDIR itself. No other machine is on its vlans.
 
-Exit status: 0 the machine powered off, or was ended by Ctrl-A x; 1 it ended otherwise; 2 the file
-makes no sense.")]
+Exit status: 0 the machine powered off, or Ctrl-A x ended it; 1 it ended otherwise; 2 the file is
+invalid.")]
 pub struct Args {
     /// The machine file
     file: PathBuf,
@@ -45,7 +45,7 @@ pub struct Args {
     place: Place,
 }
 
-/// Ctrl-A, which begins a command to us.
+/// Ctrl-A, the prefix of commands to firn.
 const ESCAPE: u8 = 0x01;
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -90,7 +90,7 @@ fn by_itself(command: &str) -> Result<ExitCode> {
     Err(error).context("cannot run /bin/sh")
 }
 
-/// A test of nothing but the machine.
+/// A test with just this machine.
 pub(super) fn test_of(file: MachineFile) -> TestConfig {
     TestConfig {
         name: file.name().to_owned(),
@@ -103,8 +103,7 @@ pub(super) fn test_of(file: MachineFile) -> TestConfig {
     }
 }
 
-/// Options of a driver for files that were written by hand: their paths start at the current directory, and their
-/// consoles are not in the log.
+/// Driver options for files written by hand: paths are relative to the current directory, and consoles are not logged.
 pub(super) fn options_here() -> Result<DriverOptions> {
     let here = std::env::current_dir().context("there is no current directory")?;
     Ok(DriverOptions {
@@ -115,7 +114,7 @@ pub(super) fn options_here() -> Result<DriverOptions> {
     })
 }
 
-/// A runtime for a driver alone: one thread suffices, as the machines have their own.
+/// A runtime for a driver alone. One thread is enough, as machines have their own.
 pub(super) fn runtime() -> Result<Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -144,7 +143,7 @@ fn here(file: MachineFile, state: Option<PathBuf>) -> Result<ExitCode> {
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-/// Runs the machine on the terminal until it ends, or shall.
+/// Runs the machine on the terminal until it ends or is told to.
 async fn attend(machine: &Machine, signals: &mut Signals) -> Result<()> {
     let tap = machine.tap_console();
     tokio::select! {
@@ -180,14 +179,14 @@ fn show(bytes: &[u8]) -> io::Result<()> {
     out.flush()
 }
 
-/// What came from the terminal.
+/// Input from the terminal.
 #[derive(Debug, PartialEq, Eq)]
 enum Typed {
     Text(Vec<u8>),
     Quit,
 }
 
-/// Reads standard input until it ends or nobody listens.
+/// Reads standard input until it ends or the receiver is gone.
 fn read_keys(typed: &mpsc::Sender<Typed>) {
     let mut input = io::stdin().lock();
     let mut escaped = false;
@@ -201,7 +200,7 @@ fn read_keys(typed: &mpsc::Sender<Typed>) {
     }
 }
 
-/// Takes the commands to us out of what was typed.
+/// Separates commands to firn from what was typed.
 fn parse(bytes: &[u8], escaped: &mut bool) -> Vec<Typed> {
     let mut text = Vec::new();
     for byte in bytes {

@@ -12,10 +12,10 @@ use anyhow::{Context, Result, bail};
 use firn::private::Place;
 use firn::ssh;
 
-/// Enter a machine as root by ssh, over its vsock
+/// Open an ssh session in a machine as root, over its vsock
 ///
 /// The machine needs a vsock: `vsock` in a test or machine file, or nixos-test-driver's --dump-vsocks. Its guest needs
-/// an sshd that lets root in; systemd starts it for the vsock by itself, from version 256 on.
+/// an sshd that lets root in; systemd 256 and newer starts one on the vsock by itself.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -27,15 +27,15 @@ Where systemd 257 or newer is installed, `ssh root@vsock-mux//SOCKET` does the s
 
 Exit status: that of ssh.")]
 pub struct Args {
-    /// Its vsock's socket, the directory with its state, or the name that this is after in TMPDIR
+    /// The machine: its vsock's socket, its state directory, or the name that its state directory in TMPDIR has
     machine: PathBuf,
-    /// Be ssh's ProxyCommand, with ProxyUseFdpass: pass the connection on standard output
+    /// Act as ssh's ProxyCommand with ProxyUseFdpass: pass the connection to standard output
     #[arg(long, conflicts_with = "ssh")]
     proxy: bool,
-    /// The port of the guest
+    /// The guest's vsock port
     #[arg(long, default_value_t = ssh::PORT, requires = "proxy")]
     port: u32,
-    /// A command to run in the guest; options of ssh may be before it
+    /// A command to run in the guest; ssh options may come before it
     #[arg(last = true, value_name = "COMMAND")]
     ssh: Vec<OsString>,
 }
@@ -52,7 +52,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     Err(error).context("cannot run ssh; is OpenSSH's client installed?")
 }
 
-/// The socket of the machine that `machine` means.
+/// The vsock socket of `machine`.
 fn find(machine: &Path) -> Result<PathBuf> {
     if machine.is_dir() {
         return Ok(machine.join("vsock"));

@@ -18,11 +18,11 @@ use super::{Place, python};
 
 /// Run a test
 ///
-/// Boots the machines of the test and runs its script. The log goes to stderr.
+/// Boots the test's machines and runs its script. The log goes to stderr.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Exit status: 0 the script ended; 1 it failed; 2 the file makes no sense; 130 Ctrl-C; 143 SIGTERM,
-and the global timeout, after which everything is ended.")]
+Exit status: 0 the script succeeded; 1 it failed; 2 the file is invalid; 130 Ctrl-C; 143 SIGTERM,
+or the global timeout, which ends everything.")]
 pub struct Args {
     #[command(flatten)]
     flags: Flags,
@@ -30,21 +30,21 @@ pub struct Args {
     place: Place,
 }
 
-/// What the Python runner takes as it is.
+/// Flags passed on to the Python runner as they are.
 #[derive(Debug, Serialize, clap::Args)]
 struct Flags {
-    /// The test, a TOML file
+    /// The test: a TOML file
     file: PathBuf,
-    /// Where files that the script keeps go; made if it is not there
+    /// Directory for the script's output files; created if it is missing
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     output_dir: PathBuf,
-    /// Seconds the whole test may take, instead of what the file says
+    /// Limit for the whole test in seconds; overrides the file
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     global_timeout: Option<u32>,
-    /// A JUnit report, in the output directory: a test case for each subtest
+    /// Write a JUnit report to the output directory, with a test case for each subtest
     #[arg(long, value_name = "FILE")]
     junit_xml: Option<PathBuf>,
-    /// The least that the log shows
+    /// The lowest level that the log shows
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = Level::NAMES)]
     log_level: String,
 }
@@ -78,7 +78,7 @@ fn build_kit(name: KitName) -> Result<Kit> {
     })
 }
 
-/// What the Python runner is asked for.
+/// The Python runner's arguments.
 #[derive(Serialize)]
 struct Asked<'a> {
     #[serde(flatten)]

@@ -16,22 +16,22 @@ _Path = str | PathLike[str]
 __version__: str
 
 CHAR_TO_KEY: dict[str, str]
-"""The keys, as QEMU names them, of characters that are not themselves a key's name."""
+"""QEMU's key names for the characters that are not themselves the name of a key."""
 
 def read_picture(path: _Path, variants: bool) -> list[str]:
-    """Read a PNG or PPM file as it is, and with `variants` in other ways, too."""
+    """Read the text in a picture; with `variants`, also its dark and its bright text alone."""
 
 def interrupt_waits_by_signals() -> None:
     """Let Python's signal handlers run while the main thread waits in this module."""
 
 def set_wait_hook(hook: Callable[[], object] | None) -> None:
-    """Set what every wait of this module calls before it begins and about once a second.
+    """Set the function that every wait of this module calls first and about once a second.
 
-    What it raises ends the wait.
+    If it raises, the wait ends.
     """
 
 def check_wait_hook() -> None:
-    """Call what was set."""
+    """Call the function set by set_wait_hook()."""
 
 @final
 class Step:
@@ -47,7 +47,7 @@ class Step:
 _Attributes = dict[str, str] | None
 
 class Logger(AbstractLogger):
-    """A log. A new one goes nowhere, until something is added."""
+    """A log. A new one writes nowhere until an output is added."""
 
     def __new__(cls, *_arguments: object, **_named: object) -> Self: ...
     def add_terminal(self, level: str = "info") -> None: ...
@@ -55,14 +55,14 @@ class Logger(AbstractLogger):
     def add_junit(self, path: _Path) -> None: ...
     def add_log(self, other: Logger) -> None: ...
     def add_listener(self, listener: Callable[[str, str, str | None], object]) -> None:
-        """Call it with kind, text and machine of all that happens, in a thread that waits or logs.
+        """Call a listener with kind, text and machine for each event, while a thread waits or logs.
 
         The kind is a method of loggers, or `end` at the end of a step.
         """
 
     def finish(self) -> None: ...
     def fail(self, why: str) -> None:
-        """Note for the reports that the run fails; the terminal does not have it."""
+        """Record in the reports, not on the terminal, that the run fails."""
 
     def log(self, message: str, attributes: _Attributes = ...) -> None: ...
     def debug(self, message: object, attributes: _Attributes = ...) -> None: ...
@@ -77,7 +77,7 @@ class Logger(AbstractLogger):
     def set_log_level(self, level: LogLevel) -> None: ...
 
 def printable(text: str) -> str:
-    """Give text without what would drive the terminal."""
+    """Return text without control characters."""
 
 @final
 class VLan:
@@ -85,7 +85,7 @@ class VLan:
     def nr(self) -> int: ...
     @property
     def pid(self) -> int: ...
-    # Not here; they say so.
+    # # These raise NotHere.
     @property
     def socket_dir(self) -> Path: ...
     @property
@@ -305,4 +305,4 @@ class Timer:
 def in_carrier_if_needed(
     accel: str, argv: Sequence[str], writable: Sequence[_Path], terminal: bool = False
 ) -> int | None:
-    """Run a command in a carrier and answer its exit status; None if machines can run here."""
+    """Run a command in a carrier and return its exit status; None if machines can run here."""

@@ -16,10 +16,10 @@ from firn.errors import MachineError
 from firn.needs import needs
 from firn.nixos import SYMBOLS
 
-#: What ruff looks for: syntax errors, and what pyflakes finds (undefined names, unused imports…).
+# #: Ruff's rules: syntax errors, and those of pyflakes (undefined names, unused imports…).
 RULES = "E9,F"
 
-#: The stub of a module with what a script knows without having imported it.
+# #: The stub of a module with the names that a script has without importing them.
 PRELUDE = """\
 import os as os
 from collections.abc import Callable
@@ -78,14 +78,14 @@ vlans: list[VLan]
 
 
 def names(test: Test) -> tuple[list[str], list[str]]:
-    """Give the names of the script's machines and of its vlans."""
+    """Return the names of the script's machines and vlans."""
     machines = test.variables
     alias = ["machine"] if len(machines) == 1 and machines != ["machine"] else []
     return machines + alias, [f"vlan{number}" for number in test.vlans]
 
 
 def prelude(machines: Sequence[str], vlans: Sequence[str]) -> str:
-    """Declare all that a script knows."""
+    """Declare all names that a script has."""
     declared = [f"{name}: QemuMachine" for name in machines] + [f"{name}: VLan" for name in vlans]
     return PRELUDE + "".join(f"{line}\n" for line in declared)
 
@@ -100,7 +100,7 @@ def tool(name: str) -> str:
 
 
 def lint(script: str, shown: str, builtins: Sequence[str]) -> Iterator[str]:
-    """Run ruff over a script, and give what it finds. Ruff tells by a name what is Python."""
+    """Run ruff over a script and yield its findings. Ruff tells Python files by their name."""
     argv = [tool("ruff"), "check", "--isolated", "--quiet", "--select", RULES]
     argv += ["--config", f"builtins={json.dumps([*builtins])}", "--output-format", "concise"]
     done = subprocess.run(
@@ -118,13 +118,13 @@ def lint(script: str, shown: str, builtins: Sequence[str]) -> Iterator[str]:
 
 
 def check_types(script: str, shown: str, declared: str) -> Iterator[str]:
-    """Run ty over a script that knows what is declared, and give what it finds."""
+    """Run ty over a script with the declared names and yield its findings."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "test_script.py"
         file.write_text(f"from test_script_names import *\n{script}")
         (Path(directory) / "test_script_names.pyi").write_text(declared)
         argv = [tool("ty"), "check", "--python", sys.prefix, "--output-format", "concise"]
-        # Undefined names ruff has found.
+        # # Ruff has found undefined names already.
         argv += [
             "--ignore",
             "unresolved-reference",
@@ -145,7 +145,7 @@ def check_types(script: str, shown: str, declared: str) -> Iterator[str]:
 
 
 def check_needs(script: str, shown: str, test: Test) -> Iterator[str]:
-    """Give the calls that need what their machines' descriptions say that they do not have."""
+    """Find calls that need a part which their machine's description rules out."""
     for need in needs(ast.parse(script), test.variables):
         without = test.without(need.part)
         if need.variable in without or (need.variable is None and without == test.variables):
@@ -156,10 +156,10 @@ def check_needs(script: str, shown: str, test: Test) -> Iterator[str]:
 
 
 def check(script: str, shown: str, test: Test) -> list[str]:
-    """Give all that is wrong with a script."""
+    """Yield everything that is wrong with a script."""
     machines, vlans = names(test)
     found = list(lint(script, shown, [*SYMBOLS, *machines, *vlans]))
-    # What ruff cannot parse, ty cannot either.
+    # # What ruff cannot parse, ty cannot parse either.
     if any("syntax" in line.lower() for line in found):
         return found
     found += check_types(script, shown, prelude(machines, vlans))
@@ -167,11 +167,11 @@ def check(script: str, shown: str, test: Test) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the answer is the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="firn check", description="Lint and type-check a test's script."
     )
-    parser.add_argument("script", nargs="?", type=Path, help="by default that of the test")
+    parser.add_argument("script", nargs="?", type=Path, help="by default, the test's own")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the test")
     args = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""A test's configuration as the NixOS test framework writes it, by the names that scripts know."""
+"""A test's configuration as the NixOS test framework writes it, under upstream's names."""
 
 import re
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class DriverConfiguration:
 
     @classmethod
     def of(cls, test: Test) -> "DriverConfiguration":
-        """Give that of a test. Its machines are those that have files of their own."""
+        """Return a test's configuration. It lists the machines that have files of their own."""
         _, script, _ = test.script
         return cls(
             vms={name: NodeConfiguration(name, path) for name, path in test.files.items()},
@@ -46,5 +46,5 @@ def load_driver_configuration(file_path: str | PathLike[str]) -> DriverConfigura
 
 
 def pythonize_name(name: str) -> str:
-    """Give the variable of a script for a machine of this name."""
+    """Return the name of the script's variable for a machine of this name."""
     return re.sub(r"^[^A-Za-z_]|[^A-Za-z0-9_]", "_", name)

@@ -16,19 +16,19 @@ from types import FrameType
 
 from firn._firn import Logger
 
-#: The request that gives the user namespace to which another namespace belongs.
+# #: The ioctl that returns the user namespace that owns another namespace.
 NS_GET_USERNS = 0xB701
 
 
 class DebugAbstract(ABC):
-    """What scripts know as `debug`."""
+    """The script's `debug`."""
 
     @abstractmethod
     def breakpoint(self, host: str = "127.0.0.1", port: int = 4444) -> None:
-        """Stop here, if debugging is on, and serve a debugger at this address."""
+        """Stop here and serve a debugger at this address, if debugging is on."""
 
     def close(self) -> None:  # noqa: B027 - there is nothing to end by default
-        """End what still runs for the debugger."""
+        """End the debugger's helper processes."""
 
 
 class DebugNop(DebugAbstract):
@@ -42,13 +42,13 @@ class Debug(DebugAbstract):
     """Debugging is on."""
 
     def __init__(self, log: Logger, attach: str) -> None:
-        """Take the command by which people get to where the script runs."""
+        """Take the command with which people attach to the script's namespaces."""
         self._log = log
         self._attach = attach
         self._marks: list[subprocess.Popen[bytes]] = []
 
     def breakpoint(self, host: str = "127.0.0.1", port: int = 4444) -> None:
-        """Stop here until somebody connects to this address, and serve pdb there.
+        """Wait here for a connection to this address, and serve pdb on it.
 
         On a loopback address only this user and root are served: who gets a debugger runs code.
         """
@@ -63,21 +63,21 @@ class Debug(DebugAbstract):
         RemotePdb(connection).debug(sys._getframe().f_back)
 
     def _accept(self, server: socket.socket) -> socket.socket:
-        """Wait for a connection by somebody who may run code here."""
+        """Wait for a connection by a user who may run code here."""
         while True:
             connection, peer = server.accept()
             own = connection.getsockname()
             user = user_of(peer, own)
-            # Whoever listens on other addresses wants other hosts, too, of which nothing is known.
+            # # Who listens on other addresses wants other hosts too; their users cannot be checked.
             local = ipaddress.ip_address(own[0]).is_loopback
             if user in users() or (user is None and not local):
                 return connection
             connection.close()
-            who = "somebody unknown" if user is None else f"user {user}"
+            who = "an unknown user" if user is None else f"user {user}"
             self._log.warning(f"the debugger refused a connection by {who}")
 
     def close(self) -> None:
-        """End the processes that mark where we are."""
+        """End the processes that mark our namespaces."""
         for process in self._marks:
             process.kill()
             process.wait()
@@ -85,20 +85,20 @@ class Debug(DebugAbstract):
 
 
 class RemotePdb(pdb.Pdb):
-    """A debugger at the other end of a connection."""
+    """A debugger served over a connection."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Take the connection, which ends with the debugger."""
+        """Take the connection. It is closed when the debugger ends."""
         with connection:
             typed = connection.makefile("r")
-            # Lines end as telnet has them.
+            # # Telnet's line ends.
             shown = connection.makefile("w", newline="\r\n")
         shown.reconfigure(line_buffering=True)
         super().__init__(stdin=typed, stdout=shown)
 
     def debug(self, frame: FrameType | None) -> None:
-        """Stop in `frame`, unless whoever debugs has gone."""
-        # From here on whatever is called is debugged: nothing may be.
+        """Stop in `frame`, unless the user has left."""
+        # # Calls made from here on would be traced, so there are none.
         try:  # noqa: SIM105
             self.set_trace(frame)
         except ConnectionError:
@@ -106,28 +106,28 @@ class RemotePdb(pdb.Pdb):
 
 
 def user_of(peer: tuple[str, int], own: tuple[str, int]) -> int | None:
-    """Give the user who has the other end of a connection, if that is on this host."""
+    """Return the user at the other end of a connection, if that is on this host."""
     ends = [spelled(peer), spelled(own)]
-    # A socket of IPv6 can have the other end as well.
+    # # The other end may be an IPv6 socket.
     for table, prefix in (("tcp", ""), ("tcp6", "0000000000000000FFFF0000")):
         with contextlib.suppress(FileNotFoundError):
             for line in Path("/proc/net", table).read_text().splitlines()[1:]:
                 fields = line.split()
                 user, inode = fields[7], fields[9]
-                # An end that its program has closed has no inode, and would pass for root's.
+                # # A closed end has no inode, and would be taken for root's.
                 if fields[1:3] == [prefix + end for end in ends] and inode != "0":
                     return int(user)
     return None
 
 
 def spelled(end: tuple[str, int]) -> str:
-    """Spell an address as the kernel's tables do."""
+    """Write an address as the kernel's tables do."""
     address = int.from_bytes(socket.inet_aton(end[0]), sys.byteorder)
     return f"{address:08X}:{end[1]:04X}"
 
 
 def users() -> set[int]:
-    """Give the users who may run code as this one."""
+    """Return the users who may run code as this one."""
     all_of_them = {0, os.getuid()}
     unmapped = int(Path("/proc/sys/kernel/overflowuid").read_text())
     lines = Path("/proc/self/uid_map").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""A test run as its script sees it: the names, how the script is run, how its errors are shown."""
+"""A test run as its script sees it: its names, how it is run, and how errors are shown."""
 
 import ast
 import json
@@ -29,7 +29,7 @@ from firn.retry import retry
 
 
 class ScriptFailed(Exception):
-    """The script raised; what and where is in the log already."""
+    """The script raised. The log has the error already."""
 
 
 @dataclass(frozen=True)
@@ -38,42 +38,42 @@ class Settings:
 
     out_dir: Path = Path()
     kit_dirs: Sequence[Path] = ()
-    #: Replaces the test's own.
+    # #: Overrides the test's own.
     global_timeout: Duration | None = None
-    #: Keep state below TMPDIR by the machines' names, as NixOS tests have it.
+    # #: Keep state in TMPDIR under the machines' names, as NixOS tests do.
     named_state: bool = False
     keep_machine_state: bool = False
-    #: Let every machine be entered by ssh over vsock; CIDs are this and the machines' numbers.
+    # #: Set up ssh over vsock for every machine; a CID is this plus the machine's number.
     vsock_offset: int | None = None
-    #: People drive the machines: they get a screen, a keyboard and a tablet.
+    # #: For interactive use: machines get a screen, a keyboard and a tablet.
     interactive: bool = False
 
 
 class VhostVsock:
-    """How programs of the host reach the guests' vsock ports."""
+    """The host's ends of the guests' vsocks."""
 
     def __init__(self, sockets: Mapping[str, Path]) -> None:
-        """Take the host's sockets, by the machines' names."""
+        """Take the host's sockets, by machine name."""
         self.sockets = {name: SimpleNamespace(host=path) for name, path in sockets.items()}
 
 
 class RaceTimer:
-    """The global timeout: at its end everything is ended, and this process by SIGTERM."""
+    """The global timeout: ends everything when it runs out, and this process by SIGTERM."""
 
     def __init__(self, run: Run, interval: float | None) -> None:
-        """Take what to end, and after how many seconds; None: never."""
+        """Take the run to end and its limit in seconds; None for no limit."""
         self._run = run
         self.interval = interval
         self._timer: Timer | None = None
 
     def start(self) -> None:
-        """From now on time runs."""
+        """Start the timer."""
         self.cancel()
         if self.interval is not None:
             self._timer = self._run.terminate_after(self.interval)
 
     def cancel(self) -> None:
-        """Let the run take as long as it takes."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -89,7 +89,7 @@ class Driver:
         settings: Settings | None = None,
         debug: DebugAbstract | None = None,
     ) -> None:
-        """Make the machines and networks of a test; starts none."""
+        """Make the machines and networks of a test without starting any."""
         self.logger = log or CompositeLogger([TerminalLogger()])
         self.settings = settings or Settings()
         test = supplied(test, everything=self.settings.interactive)
@@ -117,7 +117,7 @@ class Driver:
             self._take_over()
             self.dump_machine_ssh()
         except BaseException:
-            # A signal, say: nobody else has this object to close it.
+            # # Perhaps a signal. Nobody else can close this object.
             self._run.close()
             raise
 
@@ -127,14 +127,14 @@ class Driver:
         self.vlans[:] = self._run.vlans
         text, file, line = self.test.script
         self.file = str(file)
-        # Line numbers are those of the file, of which the script may be a part.
+        # # The script may be a part of the file; keep the file's line numbers.
         self.text = "\n" * (line - 1) + text
         lines = self.text.splitlines(keepends=True)
         linecache.cache[self.file] = (len(self.text), None, lines, self.file)
         self.names.update(self.test_symbols())
 
     def dump_machine_ssh(self) -> None:
-        """Say how machines can be entered by ssh, if they can."""
+        """Log how to open an ssh session in each machine, if that is possible."""
         if not self.test.ssh_backdoor and self.settings.vsock_offset is None:
             return
         self.logger.info("SSH backdoor enabled, the machines can be accessed like this:")
@@ -148,16 +148,16 @@ class Driver:
 
     @property
     def config(self) -> DriverConfiguration:
-        """What the test consists of, as the NixOS test framework has it."""
+        """The test's configuration, as the NixOS test framework has it."""
         return DriverConfiguration.of(self.test)
 
     @property
     def polling_conditions(self) -> list[PollingCondition]:
-        """The conditions that have to hold now, the innermost last."""
+        """The active polling conditions, innermost last."""
         return active()
 
     def check_polling_conditions(self) -> None:
-        """Check the conditions that have to hold now, as far as that is due."""
+        """Check the active polling conditions that are due."""
         check_active()
 
     def terminate_test(self) -> NoReturn:
@@ -166,21 +166,21 @@ class Driver:
 
     @property
     def out_dir(self) -> Path:
-        """Where files that the user keeps go."""
+        """The output directory."""
         return self.settings.out_dir
 
     @property
     def state_dir(self) -> Path | None:
-        """Where the run keeps its state, as long as it lasts."""
+        """The directory of the run's state, while the run lasts."""
         return self._run.state_dir
 
     @property
     def vhost_vsock(self) -> VhostVsock:
-        """How programs of the host reach the guests' vsock ports."""
+        """The host's ends of the guests' vsocks."""
         return VhostVsock(self._run.vsock_sockets)
 
     def test_symbols(self) -> dict[str, object]:
-        """Give the names that the script can use, and what they stand for."""
+        """Return the names that the script has, with their values."""
         names: dict[str, object] = {
             "__name__": "__test__",
             "__file__": self.file,
@@ -215,7 +215,7 @@ class Driver:
         return names
 
     def start_all(self) -> None:
-        """Start all machines; does not wait for the guests to come up."""
+        """Start all machines. Does not wait for the guests to boot."""
         self._run.start_all()
 
     def join_all(self) -> None:
@@ -223,15 +223,15 @@ class Driver:
         self._run.join_all()
 
     def serial_stdout_on(self) -> None:
-        """Show what guests print on their consoles."""
+        """Show the guests' console output."""
         self.logger.print_serial_logs(True)
 
     def serial_stdout_off(self) -> None:
-        """Hide what guests print on their consoles."""
+        """Hide the guests' console output."""
         self.logger.print_serial_logs(False)
 
     def subtest(self, name: str) -> AbstractContextManager[None]:
-        """Group what happens inside: a step in the log, a case in the report."""
+        """Group what a `with` block does: a step in the log, a test case in the report."""
         return self.logger.subtest(name)
 
     def create_machine(
@@ -250,7 +250,7 @@ class Driver:
             name = name if given is None else str(given)
             keep_machine_state |= bool(options.pop("keep_vm_state", False))
             if options:
-                raise TypeError(f"create_machine does not know {', '.join(map(repr, options))}")
+                raise TypeError(f"create_machine: unknown options {', '.join(map(repr, options))}")
         parts = parts_of(self.test, everything=self.settings.interactive)
         if isinstance(made_of, dict):
             return self._run.create_machine_of_json(
@@ -285,7 +285,7 @@ class Driver:
         self._run.sync()
 
     def replace(self, test: Test) -> None:
-        """Go on with a changed test: machines that it does not change go on as they are."""
+        """Continue with a changed test. Machines that are unchanged keep running."""
         test = supplied(test, everything=self.settings.interactive)
         self._run = self._run.replace(test, self.settings.kit_dirs)
         self.race_timer.cancel()
@@ -313,7 +313,7 @@ class Driver:
             raise ScriptFailed from error
 
     def _warn_of_alias(self, tree: ast.AST) -> None:
-        """Warn if the script calls its only machine `machine`, and that is not its name."""
+        """Warn if the script calls its only machine `machine` though it has another name."""
         if len(self.machines) != 1 or self.machines[0].variable == "machine":
             return
         uses = [
@@ -322,11 +322,11 @@ class Driver:
         if uses and all(isinstance(node.ctx, ast.Load) for node in uses):
             self.logger.warning(
                 f"line {uses[0].lineno}: the script says `machine` for the machine "
-                f"`{self.machines[0].variable}`: better use its name"
+                f"`{self.machines[0].variable}`; use its name instead"
             )
 
     def _describe(self, error: Exception) -> Iterator[str]:
-        """Show an error with the script's own frames; its author did not write the others."""
+        """Show an error with the script's own frames only; its author did not write the others."""
         frames = [
             frame
             for frame in traceback.extract_tb(error.__traceback__)
@@ -342,7 +342,7 @@ class Driver:
 
 
 class Case(unittest.TestCase):
-    """The script's `t`: its methods assert."""
+    """The script's `t`, whose methods are assertions."""
 
     failureException = RequestedAssertionFailed
 

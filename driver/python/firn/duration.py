@@ -6,20 +6,20 @@ Duration = timedelta | float
 
 
 def seconds(duration: Duration) -> float:
-    """Seconds of a duration. A bool is none."""
+    """Convert a duration to seconds. A bool is not a duration."""
     if isinstance(duration, timedelta):
         return duration.total_seconds()
     if isinstance(duration, bool) or not isinstance(duration, int | float):
-        raise TypeError("a duration is a datetime.timedelta, or an int or float of seconds")
+        raise TypeError("a duration is a datetime.timedelta, or seconds as an int or float")
     return float(duration)
 
 
 def one_of(
     name: str, first: Duration | None, second: Duration | None, default: Duration
 ) -> Duration:
-    """Give an argument that has two names, of which a call may use one."""
+    """Return the value of an argument that has two names, only one of which may be used."""
     if first is not None and second is not None:
-        raise TypeError(f"{name} is given twice, by two names")
+        raise TypeError(f"{name} is given twice, under two names")
     if first is None:
         return default if second is None else second
     return first

@@ -1,17 +1,17 @@
-"""What can go wrong while a test runs."""
+"""Exceptions of a test run."""
 
 
 class MachineError(Exception):
-    """The machinery failed."""
+    """A machine, or firn itself, failed."""
 
 
 class NotHere(MachineError, AttributeError):
-    """The NixOS test driver has it, and here it has no meaning. `hasattr` says that it is not."""
+    """An attribute that the NixOS test driver has and firn does not; `hasattr` is False for it."""
 
 
 class PollingConditionError(Exception):
-    """A condition that had to hold does not."""
+    """A polling condition no longer holds."""
 
 
 class RequestedAssertionFailed(AssertionError):
-    """What the script asked for did not come true."""
+    """What the script required did not happen."""

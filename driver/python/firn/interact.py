@@ -1,4 +1,4 @@
-"""Hands the terminal to a machine's shell or serial console."""
+"""Connects the terminal to a machine's shell or serial console."""
 
 import selectors
 import subprocess
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def shell(machine: "QemuMachine", address: str | None = None) -> None:
-    """Let the user talk to the root shell on hvc0 until Ctrl-D or Ctrl-C.
+    """Connect the user to the root shell on hvc0 until Ctrl-D or Ctrl-C.
 
     The terminal keeps its line editing and echo, of which the shell has none. With an address it is
     socat's, not the terminal, that is connected to the shell.
@@ -51,13 +51,13 @@ def shell(machine: "QemuMachine", address: str | None = None) -> None:
 
 
 def _socat(address: str, console: socket) -> None:
-    """Let socat carry what goes between an address and the shell, until one of them ends."""
+    """Let socat connect an address to the shell until one of them ends."""
     try:
         subprocess.run(
             ["socat", address, f"FD:{console.fileno()}"], pass_fds=[console.fileno()], check=False
         )
     except FileNotFoundError:
-        raise MachineError(f"to connect {address} to the shell, socat is needed") from None
+        raise MachineError(f"socat is needed to connect {address} to the shell") from None
     except KeyboardInterrupt:
         pass
 

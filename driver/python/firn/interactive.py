@@ -1,4 +1,4 @@
-"""A prompt at which people drive the machines themselves."""
+"""The interactive prompt."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ from firn._firn import Test, interrupt_waits_by_signals
 from firn.driver import Driver, ScriptFailed
 from firn.errors import MachineError
 
-#: What was typed, in the directory where the driver runs.
+# #: The history file, in the directory where the driver runs.
 HISTORY = ".nixos-test-history"
 
 
 def history() -> str:
-    """Give the file for what was typed, made for this user alone; not one that others planted."""
+    """Return the history file, readable by this user alone; never one that others planted."""
     flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(HISTORY, flags, 0o600)
@@ -30,12 +30,12 @@ class Rebuild:
     """The prompt's `rebuild`."""
 
     def __init__(self, driver: Driver, load: Callable[[Path | None], Test]) -> None:
-        """Take how the test is read."""
+        """Take the function that reads the test."""
         self._driver = driver
         self._load = load
 
     def __call__(self, command: str) -> None:
-        """Run a shell command, load the configuration anew, and restart what has changed.
+        """Run a shell command, reload the configuration, and restart the machines that changed.
 
         If the last line that the command prints is the path of a file, that is the configuration
         from now on; otherwise the file is read again that the driver was started with.
@@ -51,7 +51,7 @@ class Rebuild:
 
 
 def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
-    """Give a prompt with the script's names; returns when the person leaves it."""
+    """Run a prompt with the script's names until the user leaves it."""
     try:
         from IPython.terminal.interactiveshell import (  # noqa: PLC0415 - optional, and slow
             TerminalInteractiveShell,
@@ -59,7 +59,7 @@ def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
         from traitlets.config import Config  # noqa: PLC0415 - comes with IPython
     except ImportError as error:
         raise MachineError(
-            f"the interactive mode needs IPython ({error}): pip install ipython"
+            f"interactive mode needs IPython ({error}): pip install ipython"
         ) from None
     driver.names["rebuild"] = Rebuild(driver, load)
     config = Config()
@@ -67,12 +67,12 @@ def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
     config.TerminalInteractiveShell.confirm_exit = False
     config.TerminalInteractiveShell.term_title = False
     shell: Any = TerminalInteractiveShell.instance(config=config, user_ns=driver.names)
-    # A script that fails has said so.
+    # # A script that failed has logged it.
     shell.set_custom_exc((ScriptFailed,), lambda *_: None)
-    # The prompt uses the way by which waits hear of Ctrl-C itself.
+    # # The prompt itself takes over the descriptor through which waits notice Ctrl-C.
     shell.events.register("pre_run_cell", lambda _info: interrupt_waits_by_signals())
     names = sorted(name for name in driver.test_symbols() if not name.startswith("_"))
-    print("The names of the script, which you can use too:")
+    print("Names you can use, as in the script:")
     print("   ", ", ".join([*names, "rebuild"]))
     print("test_script() runs the script, start_all() starts all machines, Ctrl-D ends them.")
     print("`firn view` in another terminal shows the machines' screens in the browser.")

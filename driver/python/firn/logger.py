@@ -1,4 +1,4 @@
-"""The log, by the names that scripts know."""
+"""The log, under the names that scripts use."""
 
 import atexit
 import sys
@@ -11,7 +11,7 @@ from firn._firn import Logger, Step
 
 
 class LogLevel(IntEnum):
-    """How important a message is."""
+    """The level of a message."""
 
     DEBUG = 1
     INFO = 2
@@ -20,11 +20,11 @@ class LogLevel(IntEnum):
 
 
 class AbstractLogger(ABC):
-    """What can be asked of a log. `attributes` may name the `machine` that a message is about."""
+    """The methods of every log. `attributes` may name the `machine` that a message is about."""
 
     @abstractmethod
     def log(self, message: str, attributes: dict[str, str] = {}) -> None:  # noqa: B006
-        """Write a message."""
+        """Log a message."""
 
     @abstractmethod
     def subtest(
@@ -32,7 +32,7 @@ class AbstractLogger(ABC):
         name: str,
         attributes: dict[str, str] = {},  # noqa: B006
     ) -> AbstractContextManager[None]:
-        """Group what happens inside as a test case."""
+        """Group what a `with` block does as a test case."""
 
     @abstractmethod
     def nested(
@@ -40,39 +40,39 @@ class AbstractLogger(ABC):
         message: str,
         attributes: dict[str, str] = {},  # noqa: B006
     ) -> AbstractContextManager[None]:
-        """Group what happens inside, and say how long it took."""
+        """Group what a `with` block does, and log its duration."""
 
     @abstractmethod
     def debug(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
-        """Write a message that helps to find out why."""
+        """Log a message for debugging."""
 
     @abstractmethod
     def info(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
-        """Write a message."""
+        """Log a message."""
 
     @abstractmethod
     def warning(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
-        """Write a message that somebody should look at though the test goes on."""
+        """Log a warning."""
 
     @abstractmethod
     def error(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
-        """Write an error; of a run's log that ends the run."""
+        """Log an error. In the log of a run this ends the run."""
 
     @abstractmethod
     def log_test_error(self, message: object, attributes: dict[str, str] = {}) -> None:  # noqa: B006
-        """Write an error of the test, and go on."""
+        """Log an error of the test without ending it."""
 
     @abstractmethod
     def log_serial(self, message: str, machine: str) -> None:
-        """Write a line that a guest printed."""
+        """Log a line that a guest printed."""
 
     @abstractmethod
     def print_serial_logs(self, enable: bool) -> None:
-        """Show or hide what guests print."""
+        """Show or hide the guests' console output."""
 
     @abstractmethod
     def set_log_level(self, level: LogLevel) -> None:
-        """Leave out what is less important."""
+        """Hide messages below a level."""
 
 
 AbstractLogger.register(Logger)
@@ -82,7 +82,7 @@ class TerminalLogger(Logger):
     """A log on stderr."""
 
     def __init__(self, level: str = "info") -> None:
-        """Leave out what is less important than `level`."""
+        """Hide messages below `level`."""
         self.add_terminal(level)
 
 
@@ -100,7 +100,7 @@ class XMLLogger(Logger):
 
 
 class JunitXMLLogger(Logger):
-    """A JUnit report, with a case for the script and one for each name of its subtests."""
+    """A JUnit report, with a test case for the script and one for each subtest's name."""
 
     def __init__(self, outfile: str | PathLike[str]) -> None:
         """Make the file; it is written when the run has ended, or at `close`."""
@@ -113,7 +113,7 @@ class JunitXMLLogger(Logger):
 
 
 class CompositeLogger(Logger):
-    """The log of a run: what is written to it goes to several."""
+    """The log of a run, which writes to several outputs."""
 
     def __init__(self, logger_list: list[AbstractLogger]) -> None:
         """Take the loggers."""
@@ -122,7 +122,7 @@ class CompositeLogger(Logger):
             self.add_logger(logger)
 
     def add_logger(self, logger: AbstractLogger) -> None:
-        """Write to this one as well."""
+        """Write to this logger too."""
         if isinstance(logger, Logger):
             self.add_log(logger)
         else:
@@ -130,29 +130,29 @@ class CompositeLogger(Logger):
         self.logger_list.append(logger)
 
     def error(self, message: object, attributes: dict[str, str] | None = None) -> None:
-        """Write an error, and end the run with the status 1."""
+        """Log an error and end the run with status 1."""
         self.log_test_error(message, attributes)
         sys.exit(1)
 
     def print_serial_logs(self, enable: bool) -> None:
-        """Show or hide what guests print."""
+        """Show or hide the guests' console output."""
         super().print_serial_logs(enable)
         for logger in self._foreign():
             logger.print_serial_logs(enable)
 
     def set_log_level(self, level: LogLevel) -> None:
-        """Leave out what is less important."""
+        """Hide messages below a level."""
         super().set_log_level(level)
         for logger in self._foreign():
             logger.set_log_level(level)
 
     def _foreign(self) -> list[AbstractLogger]:
-        """Loggers that scripts have written."""
+        """Loggers written by scripts."""
         return [logger for logger in self.logger_list if not isinstance(logger, Logger)]
 
 
 class _Listener:
-    """Tells a logger that a script has written what happens."""
+    """Passes events to a logger written by a script."""
 
     def __init__(self, logger: AbstractLogger) -> None:
         self._logger = logger

@@ -1,4 +1,4 @@
-"""What a script needs its machines to have: a screen, a keyboard, a tablet.
+"""The parts that a script needs its machines to have: a screen, a keyboard, a tablet.
 
 Machines whose scripts call nothing that needs one are made without: a screen costs time at each
 boot. What is seen here are the names of the calls; a script that hides them says in its machines'
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from firn._firn import Test
 
-#: All that a machine can have.
+# #: All such parts.
 PARTS = ("screen", "keyboard", "tablet")
 
-#: Calls of machines, and what each needs. An X server starts on a screen only.
+# #: Methods of machines, and the parts each needs. An X server needs a screen to start.
 CALLS = {
     "get_screen_text": "screen",
     "get_screen_text_variants": "screen",
@@ -27,7 +27,7 @@ CALLS = {
     "wait_for_x": "screen",
 }
 
-#: Words of commands to QEMU's monitors.
+# #: Commands of QEMU's monitors, and the parts each needs.
 COMMANDS = {
     "input-send-event": ("keyboard", "tablet"),
     "screendump": ("screen",),
@@ -38,11 +38,11 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Need:
-    """A place in a script that needs something."""
+    """A place in a script that needs a part."""
 
     line: int
     column: int
-    #: What stands there.
+    # #: The call as written.
     call: str
     part: str
     #: The machine's variable; None if it may be any machine.
@@ -52,7 +52,7 @@ class Need:
 def needs(tree: ast.AST, variables: Iterable[str]) -> Iterator[Need]:
     """Find what a script needs; `variables` are those of the machines."""
     nodes = list(ast.walk(tree))
-    # What the script gives another meaning may be any machine.
+    # # A name that the script reassigns may be any machine.
     rebound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     rebound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
     known = set(variables) - rebound
@@ -70,7 +70,7 @@ def needs(tree: ast.AST, variables: Iterable[str]) -> Iterator[Need]:
 
 
 def needs_of(test: Test) -> list[Need]:
-    """Find what the script of a test needs; nothing in one that Python cannot parse."""
+    """Find what a test's script needs; nothing if Python cannot parse it."""
     try:
         tree = ast.parse(test.script[0])
     except (SyntaxError, ValueError):
@@ -79,7 +79,7 @@ def needs_of(test: Test) -> list[Need]:
 
 
 def supplied(test: Test, everything: bool = False) -> Test:
-    """Let the machines of a test have what its script needs, or everything."""
+    """Add the parts that a test's script needs, or all parts, to its machines."""
     if everything:
         return test.supplied(PARTS)
     wanted = {(need.variable, need.part) for need in needs_of(test)}
@@ -89,7 +89,7 @@ def supplied(test: Test, everything: bool = False) -> Test:
 
 
 def parts_of(test: Test, everything: bool = False) -> list[str]:
-    """Say what a machine gets that the script makes itself."""
+    """Return the parts of machines that the script creates itself."""
     if everything:
         return list(PARTS)
     return sorted({need.part for need in needs_of(test)})

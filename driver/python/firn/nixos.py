@@ -14,12 +14,12 @@ from firn.logger import LogLevel
 from firn.runner import Options, end_at_once, guarded
 from firn.terminal import with_terminal
 
-#: Set for the driver in a carrier, which shall not look for another.
+# #: Set for a driver in a carrier, so that it does not start another.
 IN_CARRIER = "FIRN_IN_CARRIER"
 
 LEVELS = [level.name.lower() for level in LogLevel]
 
-#: The names of every script, without machines and vlans.
+# #: The names that every script has, without machines and vlans.
 SYMBOLS = (
     "BaseMachine",
     "NspawnMachine",
@@ -48,7 +48,7 @@ SYMBOLS = (
 
 
 def writable_directory(text: str) -> Path:
-    """Check an output directory. It is not made: a typing error would go unnoticed."""
+    """Check an output directory. It is not created, so that a typo does not go unnoticed."""
     path = Path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a directory")
@@ -67,9 +67,9 @@ def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(
         prog="nixos-test-driver",
         description="Run a NixOS test: boot its machines and run its script.",
-        epilog="Exit status: 0 the script ended; 1 it failed; 2 wrong usage; 130 Ctrl-C. "
+        epilog="Exit status: 0 the script succeeded; 1 it failed; 2 wrong usage; 130 Ctrl-C. "
         "The global timeout ends everything, and this process by SIGTERM. "
-        "Of the environment: TMPDIR, where state is kept; LOGFILE, a log in XML as well.",
+        "Environment: TMPDIR holds machines' state; LOGFILE names a file for a log in XML.",
     )
     add = new.add_argument
     add(
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="the test, as the framework writes it (JSON)",
+        help="the test's configuration, as the framework writes it (JSON)",
     )
     add(
         "--test-script",
@@ -91,22 +91,26 @@ def parser() -> argparse.ArgumentParser:
         "--keep-machine-state",
         "--keep-vm-state",
         action="store_true",
-        help="go on with the machines' state below TMPDIR, and leave it there",
+        help="start from the machines' state in TMPDIR, and keep it there",
     )
     add(
         "-I",
         "--interactive",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="give a prompt instead of running the script, or do not",
+        help="open a prompt instead of running the script",
     )
-    add("--debug-hook-attach", metavar="CMD", help="turn breakpoints on; CMD leads people to them")
+    add(
+        "--debug-hook-attach",
+        metavar="CMD",
+        help="turn breakpoints on; CMD attaches to the driver's namespaces",
+    )
     add(
         "--global-timeout",
         type=float,
         default=env("globalTimeout") or None,
         metavar="SECONDS",
-        help="time for the whole test (default: the variable globalTimeout, then the test's own)",
+        help="limit for the whole test (default: the variable globalTimeout, then the test's own)",
     )
     add(
         "-o",
@@ -114,37 +118,41 @@ def parser() -> argparse.ArgumentParser:
         type=writable_directory,
         default=".",
         metavar="DIR",
-        help="where files that the script keeps go; it has to be there (default: %(default)s)",
+        help="directory for the script's output files; it has to exist (default: %(default)s)",
     )
-    add("--junit-xml", type=Path, metavar="FILE", help="a JUnit report, in the output directory")
+    add(
+        "--junit-xml",
+        type=Path,
+        metavar="FILE",
+        help="write a JUnit report to the output directory",
+    )
     add(
         "--log-level",
         choices=LEVELS,
         default=env("logLevel") or "info",
-        help="what the log shows at least (default: the variable logLevel, then info)",
+        help="the lowest level that the log shows (default: the variable logLevel, then info)",
     )
     add(
         "--dump-vsocks",
         type=int,
         metavar="OFFSET",
-        help="turn the ssh backdoor on, and say how to enter machines; their CIDs follow OFFSET",
+        help="turn the ssh backdoor on and print its commands; CIDs count from OFFSET",
     )
     add(
         "--accel",
         choices=["auto", "kvm", "carrier", "none"],
         default="auto",
-        help="where machines run: auto takes KVM if it works here, else the carrier; "
-        "none does not look (default: %(default)s)",
+        help="where machines run: auto is KVM if it works here, else the carrier; "
+        "none does not check (default: %(default)s)",
     )
     add(
         "test_script",
         nargs="?",
         type=Path,
         metavar="SCRIPT",
-        help="as --test-script; a test without --config needs it (default: the variable "
-        "testScript)",
+        help="like --test-script; required without --config (default: the variable testScript)",
     )
-    old = new.add_argument_group("a test without --config")
+    old = new.add_argument_group("tests without --config")
     old.add_argument(
         "--start-scripts",
         nargs="*",
@@ -157,13 +165,13 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         type=int,
         metavar="N",
-        help="vlans beside those that machines are on (default: the variable vlans)",
+        help="vlans besides those that machines are on (default: the variable vlans)",
     )
     return new
 
 
 def source(args: argparse.Namespace, own: argparse.ArgumentParser) -> Callable[[Path | None], Test]:
-    """Give what reads the test that the command line names, or another configuration."""
+    """Return a function that reads the test of the command line, or another configuration."""
     scripts = [path for path in (args.other_script, args.test_script) if path is not None]
     if len(scripts) > 1:
         own.error(f"there are two scripts: --test-script {scripts[0]}, and {scripts[1]}")
@@ -233,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) -> int | None:
     """Run the command line in a carrier, unless machines can run here."""
-    # What is wrong with the test is said before anything is booted.
+    # # Errors in the test are reported before anything boots.
     test = options.load(None)
     # This process is Python, so the agent cannot be found beside it.
     agent = Path(sys.executable).with_name("firn-agent")
@@ -245,7 +253,7 @@ def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) 
         command = with_terminal(command)
     writable = [args.output_directory, *test.writable]
     if args.keep_machine_state:
-        # What shall outlive the run must not stay in the carrier.
+        # # What is kept after the run must not stay in the carrier.
         state = tempfile.gettempdir()
         writable.append(Path(state))
         command = ["env", f"TMPDIR={state}", *command]

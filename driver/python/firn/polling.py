@@ -1,4 +1,4 @@
-"""Conditions that have to hold while a part of a script runs."""
+"""Polling conditions, which have to hold while a part of a script runs."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ Check = Callable[[], bool | None]
 
 
 class PollingCondition:
-    """A condition: `with condition:` checks it now and then, `condition.wait()` waits for it.
+    """A condition: `with condition:` checks it regularly, `condition.wait()` waits for it.
 
     It is checked before every call of a machine and about once a second while one waits, but not
     more often than its interval says, and not while it is being checked already. Answering None
@@ -25,7 +25,7 @@ class PollingCondition:
     def __init__(
         self, check: Check, log: Logger, interval: Duration, description: str | None
     ) -> None:
-        """Take what to call, and how often."""
+        """Take the function to call, and the interval."""
         self._check = check
         self._log = log
         self._interval = seconds(interval)
@@ -40,20 +40,20 @@ class PollingCondition:
         return self
 
     def __call__(self) -> bool | None:
-        """Call the function that was decorated."""
+        """Call the decorated function."""
         return self._check()
 
     @property
     def overdue(self) -> bool:
-        """Whether the last check is longer ago than the interval."""
+        """Whether the last check was longer ago than the interval."""
         return time.monotonic() - self._checked >= self._interval
 
     def check(self, force: bool = False) -> bool:
-        """Whether it holds; looked at only if that is overdue or forced. Raising is failing."""
+        """Whether it holds. Checked only if overdue or forced; raising counts as failing."""
         if not (force or self.overdue):
             return True
         if not self._checking.acquire(blocking=False):
-            # This very check has called a machine, or another thread is at it.
+            # # This check itself called a machine, or another thread is checking.
             return not force
         try:
             with self._log.nested(f"checking polling condition: {self.description}"):
@@ -67,14 +67,14 @@ class PollingCondition:
             self._checking.release()
 
     def maybe_raise(self) -> None:
-        """Raise if it does not hold any more."""
+        """Raise if the condition no longer holds."""
         if not self.check():
             raise PollingConditionError(f"Polling condition failed: {self.description}")
 
     def wait(
         self, timeout_seconds: Duration | None = None, timeout: Duration | None = None
     ) -> None:
-        """Wait until it holds, looking each second.
+        """Wait until the condition holds, checking every second.
 
         timeout: seconds or a timedelta; 900 seconds by default. `timeout_seconds` is its older
         name.
@@ -85,7 +85,7 @@ class PollingCondition:
             retry(lambda _last: self.check(force=True), timeout_seconds, timeout)
 
     def __enter__(self) -> None:
-        """From now on it has to hold."""
+        """Require the condition from now on."""
         _active.add(self)
 
     def __exit__(
@@ -94,12 +94,12 @@ class PollingCondition:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """It no longer has to hold."""
+        """Stop requiring the condition."""
         _active.remove(self)
 
 
 class _Active:
-    """The conditions that have to hold, the innermost last; machines check them as they wait."""
+    """The active conditions, innermost last; machines check them while they wait."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -129,20 +129,20 @@ _active = _Active()
 
 
 def active() -> list[PollingCondition]:
-    """Give the conditions that have to hold now."""
+    """Return the active conditions."""
     return _active.all()
 
 
 def check_active() -> None:
-    """Check the conditions that have to hold now, as far as that is due."""
+    """Check the active conditions that are due."""
     _active.check()
 
 
 class Decorator:
-    """The script's `polling_condition`, with arguments or without."""
+    """The script's decorator `polling_condition`, used with or without arguments."""
 
     def __init__(self, log: Logger) -> None:
-        """Take where checks are logged."""
+        """Take the log of the checks."""
         self._log = log
 
     @overload
@@ -173,7 +173,7 @@ class Decorator:
         description: str | None = None,
         interval: Duration | None = None,
     ) -> PollingCondition | Callable[[Check], PollingCondition]:
-        """Make a condition of a function. The interval has two names, by default it is 2 s."""
+        """Turn a function into a condition. The interval has two names; the default is 2 s."""
         every = one_of("the interval", seconds_interval, interval, default=2.0)
 
         def made_of(check: Check) -> PollingCondition:

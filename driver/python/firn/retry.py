@@ -1,4 +1,4 @@
-"""Tries until it works."""
+"""Retries until a function succeeds."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ def retry(
     timeout_seconds: Duration | None = None,
     timeout: Duration | None = None,
 ) -> None:
-    """Call `fn(False)` each second until it is true; after `timeout` once more, with True.
+    """Call `fn(False)` every second until it returns true; after `timeout` once more, with True.
 
     fn: takes whether this is the last try, and gives whether it has worked.
     timeout: seconds or a timedelta; 900 seconds by default. `timeout_seconds` is its older name.
@@ -27,7 +27,7 @@ def retry(
 
 
 def retry_on(now: Callable[[], float], fn: Callable[[bool], bool], timeout: Duration) -> None:
-    """Do as `retry`, on another clock: that of a machine, say, which may be paused."""
+    """Like `retry`, on another clock, such as that of a machine that may be paused."""
     budget = seconds(timeout)
     began = now()
     while (left := began + budget - now()) > 0:

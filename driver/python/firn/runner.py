@@ -1,4 +1,4 @@
-"""Runs a test: `python3 -m firn.runner FILE`. The command `firn test` ends here."""
+"""Runs a test: `python3 -m firn.runner FILE`, which `firn test` executes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from firn.terminal import filter_output
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP came. No Exception, so that scripts do not catch it by accident."""
+    """SIGTERM or SIGHUP was received. Not an Exception, lest scripts catch it by accident."""
 
     def __init__(self, number: int) -> None:
         """Take the number of the signal."""
@@ -27,18 +27,18 @@ class Terminated(BaseException):
 
 
 def terminate(number: int, _frame: FrameType | None) -> None:
-    """Handle a signal by raising, so that all that is open is closed."""
+    """Handle a signal by raising, so that everything is closed."""
     raise Terminated(number)
 
 
 def end_at_once() -> None:
-    """Let signals end the process, also while Rust waits: nothing is there yet to be closed."""
+    """Let signals end the process, even while Rust waits: nothing needs closing yet."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_by_raising() -> None:
-    """Let signals raise, so that all that is open is closed."""
+    """Let signals raise, so that everything is closed."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -47,13 +47,13 @@ def end_by_raising() -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line asks for."""
+    """The options of a command line."""
 
-    #: Reads the test; with a path, from another file than the command line names.
+    # #: Reads the test, or with a path another test.
     load: Callable[[Path | None], Test]
     settings: Settings = field(default_factory=Settings)
     interactive: bool = False
-    #: The command by which people get to where the script runs; turns breakpoints on.
+    # #: Turns breakpoints on: the command with which people attach to the driver's namespaces.
     debug_attach: str | None = None
     #: A JUnit report, relative to the output directory.
     junit: Path | None = None
@@ -61,9 +61,9 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Run the test and leave nothing of it behind."""
+    """Run the test and clean up after it."""
     log = CompositeLogger([TerminalLogger(options.log_level)])
-    # As upstream's driver has it. Nothing need be written to nowhere.
+    # # As in upstream's driver. There is no need to write to /dev/null.
     xml = os.environ.get("LOGFILE")
     if xml and xml != os.devnull:
         log.add_logger(XMLLogger(xml))
@@ -83,7 +83,7 @@ def run(options: Options) -> None:
             else:
                 driver.run_tests()
         finally:
-            # Cleaning up is quick, and must not be cut short by a second Ctrl-C.
+            # # Cleaning up is quick; a second Ctrl-C must not interrupt it.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             driver.close()
@@ -98,7 +98,7 @@ def run(options: Options) -> None:
 
 
 def failure(error: BaseException) -> str | None:
-    """Say why a run fails that `error` ends; None if it does not."""
+    """Return why `error` makes a run fail; None if it does not."""
     match error:
         case SystemExit(code=None | 0):
             return None
@@ -112,7 +112,7 @@ def failure(error: BaseException) -> str | None:
 
 
 def guarded(options: Options) -> int:
-    """Run the test; the answer is the exit status."""
+    """Run the test and return the exit status."""
     filter_output()
     interrupt_waits_by_signals()
     end_at_once()
@@ -136,7 +136,7 @@ def guarded(options: Options) -> int:
 
 
 def options(asked: str) -> Options:
-    """Give the options that `firn test` was given, as JSON: flags and defaults are its own."""
+    """Read the options of `firn test` from JSON; it declares the flags and defaults."""
     given = json.loads(asked)
     file = Path(given["file"])
     junit = given["junit_xml"]

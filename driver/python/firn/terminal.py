@@ -1,4 +1,4 @@
-"""The terminal: filters what goes there, and gives a command one of its own.
+"""The terminal: filters output to it, and runs a command in one of its own.
 
 The latter is `python3 -m firn.terminal ROWS COLS CMD…`: a carrier passes on what is typed, but has
 no terminal, and a prompt needs one.
@@ -14,23 +14,23 @@ from typing import TextIO
 
 from firn._firn import printable
 
-#: Sets the terminal's size and becomes the command.
+# #: Sets the terminal's size, then executes the command.
 SIZED = 'stty rows "$1" cols "$2"; shift 2; exec "$@"'
 
 
-#: What sets colours, and does nothing else.
+# #: Escape sequences that set colours and nothing else.
 COLOURS = re.compile(r"(\x1b\[[0-9;:]*m)")
 
 
 class Filtered(io.TextIOWrapper):
-    """Text on its way to a terminal: nothing in it drives the terminal, but colours stay.
+    """Text for a terminal: control sequences are removed, colours are kept.
 
     What a script prints may be what a guest has said. Who means to drive the terminal, as the
     prompt does, writes to the buffer.
     """
 
     def write(self, text: str, /) -> int:
-        """Write what is printable of a text."""
+        """Write the printable part of a text."""
         parts = COLOURS.split(text)
         parts[::2] = map(printable, parts[::2])
         super().write("".join(parts))
@@ -38,7 +38,7 @@ class Filtered(io.TextIOWrapper):
 
 
 def filter_output() -> None:
-    """Filter what this process prints to a terminal. It comes at once, also through a pipe."""
+    """Filter this process's output to a terminal. It is not buffered, even through a pipe."""
     sys.stdout = _filtered(sys.stdout)
     sys.stderr = _filtered(sys.stderr)
 
@@ -46,7 +46,7 @@ def filter_output() -> None:
 def _filtered(stream: TextIO) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
-    # So is told in a carrier that its output goes to a terminal.
+    # # Set in a carrier whose output goes to a terminal.
     forced = os.environ.get("CLICOLOR_FORCE", "0") not in ("", "0")
     if not stream.isatty() and not forced:
         stream.reconfigure(line_buffering=True)
@@ -58,14 +58,14 @@ def _filtered(stream: TextIO) -> TextIO:
 
 
 def with_terminal(command: list[str]) -> list[str]:
-    """Give the command line that runs a command in a terminal as large as this process's."""
+    """Return the command line that runs a command in a terminal as large as this process's."""
     size = shutil.get_terminal_size()
     own = [sys.executable, "-P", "-m", "firn.terminal"]
     return [*own, str(size.lines), str(size.columns), *command]
 
 
 def main() -> int:
-    """Run the command line; the answer is the command's exit status."""
+    """Run the command line and return the command's exit status."""
     status = pty.spawn(["sh", "-c", SIZED, "sh", *sys.argv[1:]])
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

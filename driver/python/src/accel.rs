@@ -10,8 +10,8 @@ use firn_carrier::accel::{Accel, run_again};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
-/// Runs `argv` in a carrier that can write to `writable`, and answers its exit status; does nothing if machines
-/// can run here. `accel` is auto, kvm or carrier. With `terminal` the command gets what is typed, key by key.
+/// Runs `argv` in a carrier that can write to `writable` and returns its exit status; does nothing if machines can run
+/// here. `accel` is auto, kvm or carrier. With `terminal` the command receives each key as it is typed.
 #[pyfunction]
 #[pyo3(signature = (accel, argv, writable, terminal = false))]
 pub(super) fn in_carrier_if_needed(

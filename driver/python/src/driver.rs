@@ -24,28 +24,28 @@ use firn::kit::Kit;
 use firn::scratch::StatePlace;
 use firn::vlan::Vlan;
 
-/// How long a run that is not wanted any more may take to be there and to be removed.
+/// How long an abandoned run may take to be made and removed.
 const REMOVAL: Duration = Duration::from_secs(1);
 
-/// What a test consists of, as data.
+/// The description of a test.
 #[pyclass(frozen, name = "Test", module = "firn._firn")]
 pub(super) struct PyTest(TestConfig);
 
 #[pymethods]
 impl PyTest {
-    /// A test in a TOML file.
+    /// A test from a TOML file.
     #[staticmethod]
     fn from_toml_file(path: PathBuf) -> PyResult<Self> {
         TestConfig::from_toml_file(&path).map(Self).map_err(|e| senseless(&e))
     }
 
-    /// A test as the NixOS test framework describes it.
+    /// A test from the JSON file of the NixOS test framework.
     #[staticmethod]
     fn from_driver_file(path: PathBuf) -> PyResult<Self> {
         TestConfig::from_driver_file(&path).map(Self).map_err(|e| senseless(&e))
     }
 
-    /// A test of machine files.
+    /// A test made of machine files.
     #[staticmethod]
     fn from_start_scripts(
         scripts: Vec<PathBuf>,
@@ -63,15 +63,15 @@ impl PyTest {
             .map_err(|e| senseless(&e))
     }
 
-    /// The same test with the script in a file of its own.
+    /// The same test with its script taken from another file.
     fn with_script(&self, path: PathBuf) -> PyResult<Self> {
         let mut test = self.0.clone();
         test.replace_script(&path).map_err(|e| senseless(&e))?;
         Ok(Self(test))
     }
 
-    /// The same test whose machine of this variable, or all of them, have such parts: "screen", "keyboard", "tablet"; as
-    /// far as their descriptions do not say themselves whether they have them.
+    /// The same test with these parts ("screen", "keyboard", "tablet") added to the machine of this variable, or to all
+    /// machines, unless their descriptions set them.
     #[pyo3(signature = (parts, variable = None))]
     fn supplied(&self, parts: Vec<String>, variable: Option<&str>) -> PyResult<Self> {
         let mut test = self.0.clone();
@@ -79,7 +79,7 @@ impl PyTest {
         Ok(Self(test))
     }
 
-    /// The variables of the machines whose descriptions say that they do not have such a part.
+    /// The variables of the machines whose descriptions rule this part out.
     fn without(&self, part: &str) -> PyResult<Vec<String>> {
         let asked = needs(&[part])?;
         let lacks = |node: &NodeConfig| {
@@ -92,52 +92,52 @@ impl PyTest {
         Ok(all.filter(lacks).map(|node| node.variable()).collect())
     }
 
-    /// Its name.
+    /// The test's name.
     #[getter]
     fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// The machine files, by the machines' names.
+    /// The machine files, by machine name.
     #[getter]
     fn files(&self) -> BTreeMap<String, PathBuf> {
         let files = self.0.files.iter();
         files.map(|file| (file.name().to_owned(), file.path().to_owned())).collect()
     }
 
-    /// The script's text, its file, and the line of the file on which it begins.
+    /// The script's text, its file, and the line on which it begins.
     #[getter]
     fn script(&self) -> (&str, PathBuf, usize) {
         let script = &self.0.script;
         (&script.text, script.file.clone(), script.line)
     }
 
-    /// After how many seconds the whole run is ended; None: never.
+    /// The limit for the whole run, in seconds; None for no limit.
     #[getter]
     fn global_timeout(&self) -> Option<f64> {
         self.0.global_timeout.map(|time| time.as_secs_f64())
     }
 
-    /// Whether its machines can be entered by ssh over vsock.
+    /// Whether ssh over vsock is set up for all machines.
     #[getter]
     fn ssh_backdoor(&self) -> bool {
         self.0.vsock_offset.is_some()
     }
 
-    /// The names of the script's variables for the machines.
+    /// The names of the machines' variables in the script.
     #[getter]
     fn variables(&self) -> Vec<String> {
         self.0.variables()
     }
 
-    /// The numbers of its networks.
+    /// The numbers of the test's networks.
     #[getter]
     fn vlans(&self) -> Vec<u16> {
         // Of `u8` Python would make bytes.
         self.0.vlans().into_iter().map(|vlan| vlan.get().into()).collect()
     }
 
-    /// The directories of the host that its guests may write to, as far as they are there already.
+    /// The directories of the host that guests may write to, if they exist already.
     #[getter]
     fn writable(&self) -> Vec<PathBuf> {
         self.0.writable()
@@ -148,37 +148,37 @@ impl PyTest {
 #[pyclass(frozen, name = "Run", module = "firn._firn")]
 pub(super) struct PyRun(Arc<Driver>);
 
-/// A network: one virtual Ethernet segment, to which each machine with this vlan is plugged in.
+/// A network: a virtual Ethernet segment that joins all machines with this vlan.
 #[pyclass(frozen, name = "VLan", module = "firn")]
 pub(super) struct PyVlan(Vlan);
 
 #[pymethods]
 impl PyVlan {
-    /// Its number.
+    /// The network's number.
     #[getter]
     fn nr(&self) -> u8 {
         self.0.number().get()
     }
 
-    /// The process that passes the frames: this one.
+    /// The process that forwards frames: this one.
     #[getter]
     fn pid(&self) -> u32 {
         std::process::id()
     }
 
-    /// Not here: raises NotHere. Upstream's networks are processes with a directory of sockets.
+    /// Raises NotHere. Upstream's networks are processes with a directory of sockets.
     #[getter]
     fn socket_dir(&self, py: Python<'_>) -> PyResult<()> {
         Err(self.missing(py, "socket directory"))
     }
 
-    /// Not here: raises NotHere. firn's networks have no process of their own.
+    /// Raises NotHere. firn's networks have no process of their own.
     #[getter]
     fn process(&self, py: Python<'_>) -> PyResult<()> {
         Err(self.missing(py, "process of its own"))
     }
 
-    /// Stop it: from now on nothing gets from one machine to another here.
+    /// Stop the network: from now on it forwards nothing.
     fn stop(&self) {
         self.0.stop();
     }
@@ -222,25 +222,25 @@ impl PyRun {
         Ok(Self(Arc::new(make(py, test, options)?)))
     }
 
-    /// Its machines, in the order of the test.
+    /// The machines, in the test's order.
     #[getter]
     fn machines(&self, py: Python<'_>) -> PyResult<Vec<Py<PyAny>>> {
         self.0.machines().iter().map(|machine| PyMachine::object(py, machine.clone())).collect()
     }
 
-    /// Its networks.
+    /// The networks.
     #[getter]
     fn vlans(&self) -> Vec<PyVlan> {
         self.0.vlans().iter().cloned().map(PyVlan).collect()
     }
 
-    /// The directory in which all machines' state is, a text; None after the end.
+    /// The directory of all machines' state, as a string; None after the end.
     #[getter]
     fn state_dir(&self) -> Option<PathBuf> {
         self.0.state_dir()
     }
 
-    /// Where the host reaches the machines' vsock ports, by the machines' names.
+    /// The host's ends of the machines' vsocks, by machine name.
     #[getter]
     fn vsock_sockets(&self) -> HashMap<String, PathBuf> {
         let socket = |machine: &firn::Machine| {
@@ -250,7 +250,7 @@ impl PyRun {
         self.0.all_machines().iter().filter_map(socket).collect()
     }
 
-    /// Makes a machine of a machine file.
+    /// Makes a machine from a machine file.
     #[pyo3(
         signature = (start_script, name = None, keep_state = false, parts = Vec::new()),
         text_signature = "($self, start_script, name=None, keep_state=False, parts=())"
@@ -267,7 +267,7 @@ impl PyRun {
         self.create(py, file, name, keep_state, &parts)
     }
 
-    /// Makes a machine of a machine file's JSON.
+    /// Makes a machine from a machine file's JSON.
     #[pyo3(
         signature = (json, name = None, keep_state = false, parts = Vec::new()),
         text_signature = "($self, json, name=None, keep_state=False, parts=())"
@@ -302,36 +302,36 @@ impl PyRun {
         self.create(py, file, name, keep_state, &[])
     }
 
-    /// Start all machines that do not run; wait for no guest.
+    /// Start all machines that are not running, without waiting for the guests to boot.
     ///
     /// Raises MachineError if one cannot be started.
     fn start_all(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.start_all())
     }
 
-    /// Wait until all machines are off; see Machine.wait_for_shutdown().
+    /// Wait until all machines are off, as Machine.wait_for_shutdown() does.
     fn join_all(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.join_all())
     }
 
-    /// Write the dirty data of all guests that run back to their disks.
+    /// Sync the disks of all running guests.
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.sync())
     }
 
-    /// The run of a changed test in the place of this one.
+    /// Replaces this run by that of a changed test.
     #[pyo3(signature = (test, kit_dirs = Vec::new()), text_signature = "($self, test, kit_dirs=())")]
     fn replace(&self, py: Python<'_>, test: &PyTest, kit_dirs: Vec<PathBuf>) -> PyResult<Self> {
         let kits = kits_for(py, test, kit_dirs)?;
         Ok(Self(Arc::new(wait(py, self.0.replace(&test.0, &kits))?)))
     }
 
-    /// End all machines and remove their state unless it shall be kept.
+    /// End all machines and remove their state, unless it is to be kept.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         wait_through_signals(py, self.0.close())
     }
 
-    /// After `timeout` everything is ended, and this process by SIGTERM.
+    /// Ends everything after `timeout`, and this process by SIGTERM.
     fn terminate_after(&self, timeout: Timeout) -> PyResult<PyTimer> {
         let (driver, timeout) = (Arc::clone(&self.0), timeout.0);
         let timer = runtime()?.spawn(async move {
@@ -349,13 +349,13 @@ impl PyRun {
     }
 }
 
-/// What will end a run.
+/// A timer that ends a run.
 #[pyclass(frozen, name = "Timer", module = "firn._firn")]
 pub(super) struct PyTimer(AbortHandle);
 
 #[pymethods]
 impl PyTimer {
-    /// Lets the run go on.
+    /// Cancels the timer.
     fn cancel(&self) {
         self.0.abort();
     }
@@ -379,7 +379,7 @@ impl PyRun {
     }
 }
 
-/// Makes the driver of a test; a signal's handler that raises meanwhile ends that.
+/// Makes a test's driver; a signal handler that raises aborts it.
 fn make(py: Python<'_>, test: TestConfig, options: DriverOptions) -> PyResult<Driver> {
     let (sender, mut made) = mpsc::channel(1);
     // What an earlier run left may take a while to remove.
@@ -396,7 +396,7 @@ fn make(py: Python<'_>, test: TestConfig, options: DriverOptions) -> PyResult<Dr
     driver
 }
 
-/// Parts of a machine by their names.
+/// A machine's parts by name.
 fn needs(parts: &[impl AsRef<str>]) -> PyResult<Needs> {
     let mut needs = Needs::default();
     for part in parts {
@@ -404,18 +404,20 @@ fn needs(parts: &[impl AsRef<str>]) -> PyResult<Needs> {
             "screen" => needs.screen = true,
             "keyboard" => needs.keyboard = true,
             "tablet" => needs.tablet = true,
-            other => return Err(PyValueError::new_err(format!("a machine has no {other:?}"))),
+            other => {
+                return Err(PyValueError::new_err(format!("unknown part {other:?} of a machine")));
+            }
         }
     }
     Ok(needs)
 }
 
-/// What somebody wrote makes no sense.
+/// An error in what the user wrote.
 fn senseless(error: &ConfigError) -> PyErr {
     PyValueError::new_err(chain(error))
 }
 
-/// The kits that a test needs: those in `dirs`, others from the cache.
+/// The kits that a test needs: from `dirs`, or else from the cache.
 fn kits_for(py: Python<'_>, test: &PyTest, dirs: Vec<PathBuf>) -> PyResult<Vec<Kit>> {
     let unusable = |e: &(dyn std::error::Error + 'static)| {
         exception(py, &MachineError::Usage(chain(e)).into())

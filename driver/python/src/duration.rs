@@ -6,11 +6,11 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDelta};
 
-/// How long something may take.
+/// A duration given by a script.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Timeout(pub(super) Duration);
 
-/// Longest duration, about 30 years: more would overflow clocks, and stands for "for ever".
+/// Longest duration, about 30 years. Anything longer would overflow clocks and means "no limit".
 const MAX: Duration = Duration::from_secs(1_000_000_000);
 
 impl FromPyObject<'_, '_> for Timeout {
@@ -19,7 +19,7 @@ impl FromPyObject<'_, '_> for Timeout {
     fn extract(value: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let wrong = || {
             PyTypeError::new_err(
-                "a duration is a datetime.timedelta, or an int or float of seconds",
+                "a duration is a datetime.timedelta, or seconds as an int or float",
             )
         };
         if value.is_instance_of::<PyBool>() {

@@ -6,7 +6,7 @@ use pyo3::types::PyType;
 
 use firn::error::{Error, MachineError, chain};
 
-/// The exception for an error.
+/// The Python exception for an error.
 pub(super) fn exception(py: Python<'_>, error: &Error) -> PyErr {
     let name = match error {
         Error::Machine(MachineError::Missing { path }) => {
@@ -23,7 +23,7 @@ pub(super) fn exception(py: Python<'_>, error: &Error) -> PyErr {
     of_class(py, name, chain(error))
 }
 
-/// Upstream has it, and here it has no meaning.
+/// For what upstream has and firn does not.
 pub(super) fn not_here(py: Python<'_>, why: String) -> PyErr {
     of_class(py, "NotHere", why)
 }

@@ -16,7 +16,7 @@ mod log;
 mod machine;
 mod wait;
 
-/// What the package `firn` is made of.
+/// The native part of the Python package `firn`.
 #[pymodule(name = "_firn")]
 mod module {
     use pyo3::prelude::*;
@@ -37,7 +37,7 @@ mod module {
     #[allow(non_upper_case_globals, reason = "Python's name for it")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
-    /// Adds what is worked out: the keys of characters.
+    /// Adds the computed table of keys by character.
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         let keys = firn::machine::characters().into_iter().into_py_dict(module.py())?;

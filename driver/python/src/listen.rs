@@ -11,15 +11,15 @@ use pyo3::prelude::*;
 
 use firn::log::{Event, Level, Sink};
 
-/// Most events that are kept; guests may print while nobody waits. The oldest go first.
+/// Most events to keep, as guests may print while nobody waits. The oldest are dropped.
 const MAX_KEPT: usize = 100_000;
 
-/// All loggers, with what they have not heard yet.
+/// All loggers, with the events not yet delivered to them.
 static LISTENERS: Mutex<Vec<(Queue, Py<PyAny>)>> = Mutex::new(Vec::new());
 
 type Queue = Arc<Mutex<VecDeque<Heard>>>;
 
-/// Something that happened: its kind, which is a method of loggers or `end`.
+/// An event: its kind, which is a method of loggers or `end`.
 struct Heard {
     kind: &'static str,
     text: String,
@@ -67,14 +67,14 @@ impl Sink for Listener {
     }
 }
 
-/// What tells `logger` what happens; that is called with the kind, the text, and the machine's name or None.
+/// An output that passes events to `logger`, which is called with kind, text, and the machine's name or None.
 pub(super) fn listener(logger: Py<PyAny>) -> Box<dyn Sink> {
     let queue = Queue::default();
     lock(&LISTENERS).push((Arc::clone(&queue), logger));
     Box::new(Listener(queue))
 }
 
-/// Tells what has happened since the last call. Answers whether somebody listens.
+/// Delivers the events since the last call; returns whether anyone listens.
 pub(super) fn deliver(py: Python<'_>) -> PyResult<bool> {
     let listeners: Vec<_> = lock(&LISTENERS)
         .iter()

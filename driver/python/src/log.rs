@@ -11,63 +11,62 @@ use pyo3::types::{PyDict, PyTuple};
 use super::listen;
 use firn::log::{Level, Logger, Step, printable};
 
-/// The log of a run, or of a machine. A new one goes nowhere, until something is added.
+/// The log of a run or of a machine. A new one writes nowhere until an output is added.
 #[pyclass(frozen, subclass, name = "Logger", module = "firn")]
 pub(super) struct PyLogger(pub(super) Logger);
 
-/// What upstream's logger takes beside a message: the machine that it is about.
+/// The attributes that upstream's logger takes with a message: the machine it is about.
 type Attributes<'py> = Option<Bound<'py, PyDict>>;
 
-/// The error, with the file that it is about.
+/// The error, with the name of the file.
 fn about_file(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("cannot write {}: {error}", path.display()))
 }
 
 #[pymethods]
 impl PyLogger {
-    /// Subclasses take what they like.
+    /// Subclasses may take any arguments.
     #[new]
     #[pyo3(signature = (*_arguments, **_named))]
     fn new(_arguments: &Bound<'_, PyTuple>, _named: Option<&Bound<'_, PyDict>>) -> Self {
         Self(Logger::nowhere())
     }
 
-    /// Writes to stderr as well, without what is less important than `level`.
+    /// Writes to stderr too, messages of `level` and above.
     #[pyo3(signature = (level = "info"))]
     fn add_terminal(&self, level: &str) -> PyResult<()> {
         self.0.add_stderr(parse(level)?);
         Ok(())
     }
 
-    /// Write to an XML file as well, which is complete after finish().
+    /// Write to an XML file too. It is complete after finish().
     ///
     /// Raises OSError if it cannot be written.
     fn add_xml(&self, path: PathBuf) -> PyResult<()> {
         Ok(self.0.add_xml(&path).map_err(|error| about_file(&path, &error))?)
     }
 
-    /// Write a JUnit report as well: a case for the script, and one for each name of its subtests. It is written by
-    /// finish().
+    /// Write a JUnit report too, with a test case for the script and one for each subtest's name. finish() writes it.
     ///
     /// Raises OSError if it cannot be written.
     fn add_junit(&self, path: PathBuf) -> PyResult<()> {
         Ok(self.0.add_junit(&path).map_err(|error| about_file(&path, &error))?)
     }
 
-    /// Writes to another log as well.
+    /// Writes to another log too.
     fn add_log(&self, other: &Self) -> PyResult<()> {
         match self.0.add_log(&other.0) {
             true => Ok(()),
-            false => Err(PyValueError::new_err("a log cannot be a part of itself")),
+            false => Err(PyValueError::new_err("a log cannot write to itself")),
         }
     }
 
-    /// Calls `listener` with kind, text and machine of all that happens, in a thread that waits or logs.
+    /// Calls `listener` with kind, text and machine for each event, from a thread that waits or logs.
     fn add_listener(&self, listener: Py<PyAny>) {
         self.0.add_sink(listen::listener(listener));
     }
 
-    /// Complete the files; nothing is logged afterwards.
+    /// Complete the log's files. Nothing is logged afterwards.
     ///
     /// Raises OSError if one cannot be written.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
@@ -75,52 +74,52 @@ impl PyLogger {
         Ok(self.0.finish()?)
     }
 
-    /// Notes for the reports that the run fails; the terminal does not have it.
+    /// Records in the reports, not on the terminal, that the run fails.
     fn fail(&self, why: &str) {
         self.0.fail(why);
     }
 
-    /// Write a message, as info() does.
+    /// Log a message, as info() does.
     ///
-    /// attributes: more about it; `machine` names the machine that it is about.
+    /// attributes: `machine` names the machine the message is about.
     #[pyo3(signature = (message, attributes = None))]
     fn log(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.info(message, attributes)
     }
 
-    /// Write a message that helps to find out why.
+    /// Log a message for debugging.
     ///
-    /// attributes: more about it; `machine` names the machine that it is about.
+    /// attributes: `machine` names the machine the message is about.
     #[pyo3(signature = (message, attributes = None))]
     fn debug(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.say(message, attributes, |log, text| log.debug(text))
     }
 
-    /// Write a message.
+    /// Log a message.
     ///
-    /// attributes: more about it; `machine` names the machine that it is about.
+    /// attributes: `machine` names the machine the message is about.
     #[pyo3(signature = (message, attributes = None))]
     fn info(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.say(message, attributes, |log, text| log.info(text))
     }
 
-    /// Write a message that somebody should look at though the test goes on.
+    /// Log a warning.
     ///
-    /// attributes: more about it; `machine` names the machine that it is about.
+    /// attributes: `machine` names the machine the message is about.
     #[pyo3(signature = (message, attributes = None))]
     fn warning(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.say(message, attributes, |log, text| log.warning(text))
     }
 
-    /// Write an error of the test. In the log of a run this ends the script, too; see log_test_error().
+    /// Log an error of the test. In the log of a run this also ends the script; see log_test_error().
     ///
-    /// attributes: more about it; `machine` names the machine that it is about.
+    /// attributes: `machine` names the machine the message is about.
     #[pyo3(signature = (message, attributes = None))]
     fn error(&self, message: &Bound<'_, PyAny>, attributes: Attributes<'_>) -> PyResult<()> {
         self.log_test_error(message, attributes)
     }
 
-    /// An error of the test. Does not end it, as [`Self::error`] may in subclasses.
+    /// Logs an error of the test without ending it, which [`Self::error`] may do in subclasses.
     #[pyo3(signature = (message, attributes = None))]
     fn log_test_error(
         &self,
@@ -132,33 +131,33 @@ impl PyLogger {
 
     /// Group what happens inside a `with` block: a step in the log, with how long it took.
     ///
-    /// attributes: more about it; `machine` names the machine that it is about.
+    /// attributes: `machine` names the machine the message is about.
     #[pyo3(signature = (message, attributes = None))]
     fn nested(&self, message: &str, attributes: Attributes<'_>) -> PyResult<PyStep> {
         Ok(PyStep::new(self.about(attributes)?, message))
     }
 
-    /// Group what happens inside a `with` block as a test case of its own in the reports.
+    /// Group what a `with` block does as a test case of its own in the reports.
     ///
-    /// attributes: more about it; `machine` names the machine that it is about.
+    /// attributes: `machine` names the machine the message is about.
     #[pyo3(signature = (name, attributes = None))]
     fn subtest(&self, name: &str, attributes: Attributes<'_>) -> PyResult<PyStep> {
         let step = PyStep::new(self.about(attributes)?, name);
         Ok(PyStep { subtest: true, ..step })
     }
 
-    /// Write a line as if the guest of `machine` had printed it on its serial console.
+    /// Log a line as if the guest of `machine` had printed it on its serial console.
     fn log_serial(&self, py: Python<'_>, message: &str, machine: &str) -> PyResult<()> {
         self.0.serial(machine, message);
         listen::deliver(py).map(drop)
     }
 
-    /// Show or hide on the terminal what guests print; files have it always.
+    /// Show or hide guests' console output on the terminal. Files always have it.
     fn print_serial_logs(&self, enable: bool) {
         self.0.show_serial(enable);
     }
 
-    /// Leave out on the terminal what is less important.
+    /// Hide less important messages on the terminal.
     ///
     /// level: a LogLevel, or its name.
     fn set_log_level(&self, level: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -169,7 +168,7 @@ impl PyLogger {
 }
 
 impl PyLogger {
-    /// The log of the machine that the attributes name.
+    /// The log of the machine named in the attributes.
     fn about(&self, attributes: Attributes<'_>) -> PyResult<Logger> {
         let machine = attributes.map(|all| all.get_item("machine")).transpose()?.flatten();
         Ok(match machine {
@@ -193,7 +192,7 @@ fn parse(level: &str) -> PyResult<Level> {
     level.parse().map_err(PyValueError::new_err)
 }
 
-/// Text without what would drive the terminal.
+/// The text without control characters.
 #[pyfunction(name = "printable")]
 pub(super) fn py_printable(text: &str) -> String {
     printable(text)
@@ -249,7 +248,7 @@ impl PyStep {
     }
 }
 
-/// Why a step fails that `error` ends: by an exception, Ctrl-C, a signal, or an exit that says so.
+/// Why `error` makes a step fail: an exception, Ctrl-C, a signal, or an exit status.
 fn failure(error: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
     if error.is_none() || error.is_instance_of::<PyGeneratorExit>() {
         return Ok(None);

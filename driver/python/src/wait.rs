@@ -19,16 +19,16 @@ use super::errors::exception;
 use super::listen::deliver;
 use firn::error::Result;
 
-/// Changes when Python has caught a signal whose handler it has not run yet.
+/// Changes when Python has caught a signal and not yet run its handler.
 static SIGNALS: OnceLock<watch::Sender<()>> = OnceLock::new();
-/// Set when the process is about to end: whoever waits shall not go on.
+/// Set when the process is about to end: waits must not return.
 static ENDING: AtomicBool = AtomicBool::new(false);
-/// What is called before each wait, and every now and then during it: checks polling conditions.
+/// Called before each wait and about once a second during it: checks polling conditions.
 static HOOK: Mutex<Option<Py<PyAny>>> = Mutex::new(None);
-/// How often the hook is called during a wait. No event says when a condition has to be looked at.
+/// How often the hook is called during a wait. No event says when a condition has to be checked.
 const HOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Everything of this process runs here.
+/// The runtime of all async work in this process.
 pub(super) fn runtime() -> PyResult<&'static Runtime> {
     static RUNTIME: OnceLock<io::Result<Runtime>> = OnceLock::new();
     let runtime = RUNTIME.get_or_init(|| {
@@ -38,8 +38,7 @@ pub(super) fn runtime() -> PyResult<&'static Runtime> {
     runtime.as_ref().map_err(|e| PyOSError::new_err(format!("cannot start threads: {e}")))
 }
 
-/// Waits for `future`. Runs the handlers of signals that come meanwhile, and the hook; if one raises, the future is
-/// dropped.
+/// Waits for `future`. Meanwhile runs signal handlers and the hook; if one raises, the future is dropped.
 pub(super) fn wait<T: Send>(
     py: Python<'_>,
     future: impl Future<Output = Result<T>> + Send,
@@ -71,7 +70,7 @@ pub(super) fn wait<T: Send>(
     }
 }
 
-/// Calls the hook, and says whether there is one.
+/// Calls the hook; returns whether there is one.
 fn call_hook(py: Python<'_>) -> PyResult<bool> {
     // Not held during the call, which may wait in its turn.
     let hook = {
@@ -84,7 +83,7 @@ fn call_hook(py: Python<'_>) -> PyResult<bool> {
     }
 }
 
-/// Sets what every wait calls before it begins and about once a second; what it raises ends the wait. None: nothing.
+/// Sets the hook that every wait calls when it begins and about once a second. If the hook raises, the wait ends.
 #[pyfunction]
 pub(super) fn set_wait_hook(hook: Option<Py<PyAny>>) {
     let mut held = HOOK.lock().unwrap_or_else(PoisonError::into_inner);
@@ -93,13 +92,13 @@ pub(super) fn set_wait_hook(hook: Option<Py<PyAny>>) {
     drop(before);
 }
 
-/// Calls what [`set_wait_hook`] has set: for who waits in Python.
+/// Calls the hook of [`set_wait_hook`], for waits written in Python.
 #[pyfunction]
 pub(super) fn check_wait_hook(py: Python<'_>) -> PyResult<()> {
     call_hook(py).map(drop)
 }
 
-/// Waits for `future`, which must be quick, whatever signals come.
+/// Waits for `future`, which must be quick, ignoring signals.
 pub(super) fn wait_through_signals<T: Send>(
     py: Python<'_>,
     future: impl Future<Output = T> + Send,
@@ -108,13 +107,13 @@ pub(super) fn wait_through_signals<T: Send>(
     Ok(py.detach(|| runtime.block_on(future)))
 }
 
-/// From now on whoever waits does so until the process ends.
+/// From now on no wait returns.
 pub(super) fn hold_waiters() {
     ENDING.store(true, Ordering::Release);
 }
 
-/// Lets Python's own signal handling interrupt waits; once more, if somebody else has used its descriptor meanwhile.
-/// Does nothing outside of the main thread, where Python runs no handlers.
+/// Lets Python's signal handling interrupt waits; call it again if the wake-up descriptor was replaced since.
+/// Does nothing outside the main thread, where Python runs no handlers.
 #[pyfunction]
 pub(super) fn interrupt_waits_by_signals(py: Python<'_>) -> PyResult<()> {
     static PYTHONS: OnceLock<UnixStream> = OnceLock::new();
@@ -136,7 +135,7 @@ pub(super) fn interrupt_waits_by_signals(py: Python<'_>) -> PyResult<()> {
     }
 }
 
-/// Wakes the waits for each byte that Python writes.
+/// Wakes all waits whenever Python writes a byte.
 async fn announce_signals(ours: UnixStream) {
     let signals = SIGNALS.get_or_init(watch::Sender::default);
     let mut bytes = [0; 64];

@@ -140,7 +140,7 @@ class NixosTestDriver(unittest.TestCase):
         self.assertIn(f"{qemu} is no machine file of firn, it is a start script for QEMU", err)
         status, _, err = self.drive("--config", self.config("pass", containers={"c": {}}))
         self.assertEqual(status, 1)
-        self.assertIn("`containers.c`: containers are not there yet", err)
+        self.assertIn("`containers.c`: containers are not supported yet", err)
         status, _, err = self.drive("--config", "/no/such/file")
         self.assertEqual(status, 1)
         self.assertIn("/no/such/file", err)
@@ -416,7 +416,7 @@ for bad, text in [
     ("/no/such", "cannot read /no/such"),
     ("{path} -m 512", "which takes no arguments"),
     ({{"firn": 1}}, "missing field `name`"),
-    ({{"startCommand": "x", "qemuFlags": "-m 1"}}, "does not know 'qemuFlags'"),
+    ({{"startCommand": "x", "qemuFlags": "-m 1"}}, "unknown options 'qemuFlags'"),
     ({str(far)!r}, "far is on vlan 9, which this test does not have"),
 ]:
     with t.assertRaisesRegex(Exception, text):
@@ -530,7 +530,7 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
             "assert isinstance(debug, DebugNop) and isinstance(debug, DebugAbstract)\n"
             "assert isinstance(driver, Driver) and isinstance(vlan1, VLan) and r is retry\n"
             "assert isinstance(machine, QemuMachine) and isinstance(machine, BaseMachine)\n"
-            "with t.assertRaisesRegex(test_driver.errors.MachineError, 'not there yet'):\n"
+            "with t.assertRaisesRegex(test_driver.errors.MachineError, 'not supported yet'):\n"
             "    NspawnMachine()\n"
             "import test_driver.duration, test_driver.polling_condition\n"
             "from test_driver.config import DriverConfiguration, load_driver_configuration\n"

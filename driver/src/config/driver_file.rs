@@ -95,8 +95,7 @@ impl TestConfig {
         let raw: DriverKeys = document.typed(&Key::default(), value).map_err(known)?;
         let bad = |message: String| ConfigError::Key { path: path.to_owned(), message };
         if let Some(name) = raw.containers.keys().next() {
-            let message =
-                format!("`containers.{name}`: containers are not there yet, only machines are");
+            let message = format!("`containers.{name}`: containers are not supported yet");
             return Err(bad(message));
         }
         let global_timeout = raw.global_timeout.map(|timeout| {
@@ -263,7 +262,7 @@ mod tests {
             (r#"{"test_script": "DIR/gone"}"#.to_owned(), "/gone"),
             (
                 format!(r#"{{{script}, "containers": {{"c": {{}}}}}}"#),
-                "containers are not there yet",
+                "containers are not supported yet",
             ),
             (format!(r#"{{{script}, "global_timeout": 0}}"#), "`global_timeout` is 0; allowed: "),
             (

@@ -1,8 +1,8 @@
 //! The ways into a running guest: its agent, and its backdoor's shell on hvc0.
 //!
-//! The agent is preferred whenever it is there. A guest may have either, both or, until it is up, none. An agent that is
-//! there before its system is up is not used until then: what the first command meets must be what it meets over the
-//! backdoor, which is ordered behind basic.target.
+//! The agent is preferred if there is one. A guest may have either, both or, until it is up, none. An agent that starts
+//! before its system is up is not used until then: the first command must find what it finds over the backdoor, which
+//! is ordered after basic.target.
 
 use std::convert::Infallible;
 use std::os::unix::net::UnixStream;
@@ -14,10 +14,10 @@ use super::session::{AgentSession, Session, SessionError, ShellSession};
 use super::{DEFAULT_TIMEOUT, Machine, State};
 use crate::error::{Error, MachineError, Result, chain};
 
-/// How long a system may take to come up once its agent is there.
+/// How long a system may take to come up after its agent.
 const SYSTEM_UP_WITHIN: Duration = DEFAULT_TIMEOUT;
 
-/// Most sessions with the agent of one boot: it may be restarted, but a broken one must not keep the host busy.
+/// Most agent sessions per boot: the agent may be restarted, but a broken one must not keep the host busy.
 const MAX_SESSIONS: u32 = 16;
 
 /// The ways into a guest.
@@ -27,7 +27,7 @@ pub(super) struct Access {
     shell: Way,
     /// The host's end of hvc0.
     hvc0: Arc<UnixStream>,
-    /// Whether the log says which way commands go.
+    /// Whether the way that commands take has been logged.
     logged: bool,
 }
 
@@ -38,17 +38,17 @@ pub(super) enum By {
     Shell,
 }
 
-/// How far a way is open.
+/// The state of a way.
 #[derive(Clone)]
 enum Way {
-    /// The guest has not come up yet, or what answers is being started again. Most guests have no backdoor.
+    /// The guest is not up yet, or the service that answers is restarting. Most guests have no backdoor.
     Awaited,
-    /// It is there before its system is up; or the system does not come up, for this reason.
+    /// It answers but its system is not up yet, or fails to come up for this reason.
     Early(Session, Option<Arc<str>>),
     There(Session),
-    /// It is that of a boot which is over for the script, and the next one's is awaited.
+    /// It belongs to a boot that is over for the script; the next boot's is awaited.
     Left(Session),
-    /// There will be none any more as long as the guest runs.
+    /// There will be none for the rest of this run.
     Lost(Arc<SessionError>),
 }
 
@@ -60,7 +60,7 @@ impl Way {
         }
     }
 
-    /// From now on the next boot's is awaited. Whoever attends to it brings that one.
+    /// From now on the next boot's is awaited. The task that attends to this way sets it.
     fn leave(&mut self) {
         if let Self::There(session) = self {
             session.leave();
@@ -86,10 +86,10 @@ impl Access {
         [&self.agent, &self.shell].into_iter().filter_map(Way::session).for_each(Session::close);
     }
 
-    /// The best way there is now. One may be lost already, and whoever attends to it not know yet.
+    /// The best way at the moment. It may be lost already without its task having noticed.
     pub(super) fn session(&self) -> Option<Session> {
         let best = match (&self.agent, &self.shell) {
-            // Where the backdoor has come, the system is up.
+            // If the backdoor has started, the system is up.
             (Way::There(agent), _) | (Way::Early(agent, _), Way::There(_)) if !agent.is_lost() => {
                 agent
             }
@@ -107,7 +107,7 @@ impl Access {
         }
     }
 
-    /// Why its system does not come up, if so.
+    /// Why its system fails to come up, if it does.
     fn down(&self) -> Option<Arc<str>> {
         match &self.agent {
             Way::Early(_, why) => why.clone(),
@@ -115,7 +115,7 @@ impl Access {
         }
     }
 
-    /// Why there is no way any more, if so.
+    /// Why there is no way left, if there is none.
     fn lost(&self) -> Option<Arc<SessionError>> {
         use Way::{Awaited, Early, Left, Lost, There};
         match (&self.agent, &self.shell) {
@@ -127,21 +127,21 @@ impl Access {
 }
 
 impl Machine {
-    /// The host's end of hvc0, on which the backdoor's root shell is: for whoever wants to talk to it alone.
+    /// The host's end of hvc0, where the backdoor's root shell is, for exclusive use.
     ///
     /// # Errors
-    /// If the machine does not run.
+    /// If the machine is not running.
     pub fn shell(&self) -> Result<UnixStream> {
         let hvc0 = self.run()?.access.hvc0;
         hvc0.try_clone().map_err(|e| MachineError::file("open", "hvc0")(e).into())
     }
 
-    /// Starts it if need be and waits for a way into the guest, and for its system to be up.
+    /// Starts the machine if it is off, and waits for a way into the guest and for its system to be up.
     pub(super) async fn session(&self) -> Result<Session> {
         self.session_if(false).await
     }
 
-    /// The same, or with a way into a guest whose system does not come up.
+    /// The same, but also accepts a guest whose system fails to come up.
     pub(super) async fn session_even_down(&self) -> Result<Session> {
         self.session_if(true).await
     }
@@ -158,7 +158,7 @@ impl Machine {
                 false
             }
             State::Ended(end) => return Err(self.ended_error(end)),
-            // One that has ended by itself is not started again without a word.
+            // A machine that ended by itself is not silently restarted.
             State::Stopping => false,
             State::Off | State::Starting => true,
         };
@@ -179,8 +179,7 @@ impl Machine {
         session
     }
 
-    /// Has the next call wait for another way into the guest than the last one took: that of its next boot. If that is
-    /// there already, there is nothing to wait for.
+    /// Makes the next call wait for the next boot's way into the guest, unless it is there already.
     pub fn disconnect(&self) {
         let used = self.inner.used.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(used) = used else { return };
@@ -216,8 +215,8 @@ impl Machine {
         }
     }
 
-    /// Connects by one of the ways, and again when its session went: as services both may be restarted. The agent's
-    /// port may hold bytes of an earlier boot if the guest runs `again`.
+    /// Connects by one of the ways, and reconnects when its session is lost: both services may be restarted. The
+    /// agent's port may hold bytes of an earlier boot if the guest runs `again`.
     pub(super) async fn attend_way(
         &self,
         by: By,
@@ -233,7 +232,7 @@ impl Machine {
             let name = self.name();
             match by {
                 By::Agent => self.inner.log.warning(format_args!("no agent: {}", chain(&error))),
-                // Most guests can do without.
+                // Most guests do not need it.
                 By::Shell => tracing::debug!(machine = name, "no backdoor: {}", chain(&error)),
             }
             if error.is_final() || count == MAX_SESSIONS {
@@ -241,7 +240,7 @@ impl Machine {
                 break;
             }
         }
-        // Only another start of the guest can help.
+        // Only a restart of the guest can help.
         std::future::pending().await
     }
 
@@ -314,7 +313,7 @@ impl Machine {
         if matches!(session, Session::Agent(_)) {
             session.lost().await;
         }
-        // Nothing tells of the end of a shell on a console; the next one says that it is there.
+        // No event announces the end of a shell on a console; the next shell announces itself.
         self.set_access(|access| access.shell.leave());
     }
 
@@ -330,7 +329,7 @@ impl Machine {
         }
     }
 
-    /// Makes an error of a session one of the machine.
+    /// Converts an error of a session to one of the machine.
     pub(super) async fn session_error(&self, what: String, error: SessionError) -> Error {
         let machine = self.name().to_owned();
         if !error.lost() {
@@ -339,8 +338,8 @@ impl Machine {
         self.access_lost(error.into()).await
     }
 
-    /// There is no way into the guest any more. If the guest is about to end, that is the better reason: it is waited
-    /// for a moment.
+    /// There is no way into the guest left. If the guest is about to end, that is the better reason, so wait a moment
+    /// for it.
     async fn access_lost(&self, source: Box<dyn std::error::Error + Send + Sync>) -> Error {
         let mut state = self.inner.state.subscribe();
         match self.inner.clock.timeout(END_AFTER_LOSS, self.ended(&mut state)).await {

@@ -1,6 +1,6 @@
-//! systemd over D-Bus: the guest's bus, reached through the agent.
+//! systemd over D-Bus: the guest's bus, through the agent.
 //!
-//! `systemd-stdio-bridge`, which every systemd brings, connects its standard input and output to the bus; the agent
+//! `systemd-stdio-bridge`, which is part of systemd, connects its standard input and output to the bus; the agent
 //! carries both.
 
 use std::borrow::Cow;
@@ -40,7 +40,7 @@ const UNIT_TYPES: [&str; 11] = [
 /// Bytes moved at a time.
 const BUFFER: usize = 16 << 10;
 
-/// systemd cannot be asked over the bus.
+/// Why systemd cannot be reached over the bus.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BusError {
     #[error("the guest's bus cannot be reached")]
@@ -61,20 +61,20 @@ impl From<zbus::Error> for BusError {
 
 type Result<T> = std::result::Result<T, BusError>;
 
-/// A connection to the bus of the guest's system, or of a user. It ends when this is dropped.
+/// A connection to the guest's system bus or to a user's bus. Dropping it closes it.
 pub(super) struct Bus {
     connection: Connection,
     bridge: tokio::task::JoinHandle<()>,
 }
 
-/// What happens around a unit.
+/// The events of a unit.
 pub(super) struct Changes {
     path: OwnedObjectPath,
     seen: watch::Receiver<u64>,
 }
 
 impl Bus {
-    /// Connects to the bus with systemd on it; with `user` to that user's.
+    /// Connects to the bus that systemd is on: the system's, or that of `user`.
     pub(super) async fn connect(agent: &AgentSession, user: Option<&str>) -> Result<Self> {
         let mut request = match user {
             None => ExecRequest::argv(["systemd-stdio-bridge"]),
@@ -94,7 +94,7 @@ impl Bus {
         let (ours, theirs) = UnixStream::pair()?;
         theirs.set_nonblocking(true)?;
         let bridge = tokio::spawn(bridge(exec, tokio::net::UnixStream::from_std(theirs)?));
-        // The bridge has shown the bus who it is, and trusts whoever holds its other end.
+        // The bridge has authenticated itself to the bus, and trusts its own peer.
         let build = Builder::unix_stream(ours).auth_mechanism(AuthMechanism::Anonymous).build();
         let connection = match build.await {
             Ok(connection) => connection,
@@ -106,7 +106,7 @@ impl Bus {
         Ok(Self { connection, bridge })
     }
 
-    /// Begins to watch a unit, which need not be loaded, nor exist. As for `systemctl` a name without a type is that of
+    /// Starts watching a unit, which need not be loaded or even exist. As with `systemctl`, a name without a type means
     /// a service.
     pub(super) async fn watch_unit(&self, unit: &str) -> Result<Changes> {
         let manager = self.manager().await?;
@@ -136,7 +136,7 @@ impl Bus {
         Ok(proxy.get_property("ActiveState").await?)
     }
 
-    /// How many jobs systemd has to do.
+    /// How many jobs systemd has queued.
     pub(super) async fn pending_jobs(&self) -> Result<u32> {
         Ok(self.manager().await?.get_property("NJobs").await?)
     }
@@ -170,7 +170,7 @@ impl Drop for Bus {
 }
 
 impl Changes {
-    /// What has happened until now is known.
+    /// Earlier events are known already.
     pub(super) fn mark_seen(&mut self) {
         self.seen.mark_unchanged();
     }
@@ -181,7 +181,7 @@ impl Changes {
     }
 }
 
-/// Counts messages, at once: the connection's queue must not fill up while an answer is awaited.
+/// Takes messages at once and counts them: the connection's queue must not fill up while an answer is awaited.
 async fn count(mut stream: MessageStream, counter: watch::Sender<u64>) {
     use futures_util::StreamExt;
     while let Some(Ok(_)) = stream.next().await {

@@ -1,4 +1,4 @@
-//! What the guest prints on its serial console.
+//! The output of the guest's serial console.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,28 +15,28 @@ use firn_agent_client::Clock;
 #[cfg(test)]
 mod tests;
 
-/// Most bytes of a console that are kept; a guest that prints more loses its oldest lines.
+/// Most bytes kept of a console; older lines are dropped.
 const MAX_KEPT: usize = 32 << 20;
-/// How much more may gather before the oldest bytes are moved out.
+/// How many more bytes may gather before the oldest are dropped.
 const SLACK: usize = 8 << 20;
-/// A line longer than this is shown in pieces.
+/// A longer line is shown in pieces.
 const MAX_LINE: usize = 8 << 10;
 /// Lines of the console that an error quotes: a kernel's panic takes about 40.
 const TAIL_LINES: usize = 50;
-/// How long a begun line may gather more bytes before it is searched. Guests print single bytes, and no
-/// event says that a prompt without a line end is complete.
+/// How long an unfinished line may grow before it is searched. Guests print single bytes, and no event says that a
+/// prompt without a line end is complete.
 const GATHER: Duration = Duration::from_millis(20);
 
 /// The console's output since the machine was made, and who has read how far.
 pub(super) struct Console {
     clock: Clock,
     buffer: Mutex<Buffer>,
-    /// Changes when a line is complete, and when one has begun.
+    /// Changes when a line begins and when it is complete.
     grown: watch::Sender<()>,
     tap: Mutex<Option<Arc<Tap>>>,
 }
 
-/// Most bytes that wait at a tap; what a guest prints beyond that is lost to it.
+/// Most bytes that wait at a tap; output beyond that is lost to it.
 const MAX_TAPPED: usize = 1 << 20;
 
 /// The console's output byte by byte, as the guest prints it.
@@ -76,11 +76,11 @@ struct Buffer {
     bytes: Vec<u8>,
     /// Position of the first kept byte.
     base: u64,
-    /// From here on belongs to the machine's latest start.
+    /// Where the output of the machine's latest start begins.
     start: u64,
-    /// Up to here calls of `wait_for_text` have consumed.
+    /// How far calls of `wait_for_text` have consumed the output.
     consumed: u64,
-    /// Whether waiters know that a line has begun.
+    /// Whether waiters have been notified that a line has begun.
     announced: bool,
 }
 
@@ -100,21 +100,21 @@ impl Console {
         }
     }
 
-    /// From now on the output goes to this tap too, and to no other.
+    /// Sends further output to this tap too, and to no other.
     pub(super) fn tap(&self) -> Arc<Tap> {
         let tap = Arc::new(Tap::default());
         *self.tap.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&tap));
         tap
     }
 
-    /// From now on the output is that of a new start.
+    /// Marks the beginning of a new start.
     pub(super) fn restart(&self) {
         let mut buffer = self.lock();
         buffer.start = buffer.end();
         buffer.consumed = buffer.start;
     }
 
-    /// Everything since the start, as far as it is kept.
+    /// Everything kept since the start.
     pub(super) fn text(&self) -> String {
         let buffer = self.lock();
         String::from_utf8_lossy(buffer.since(buffer.start)).into_owned()
@@ -124,7 +124,7 @@ impl Console {
     pub(super) fn tail(&self) -> Tail {
         let buffer = self.lock();
         let bytes = buffer.since(buffer.start);
-        // Lines can be long: no more than what a screen of them takes.
+        // Lines can be long: at most a screenful.
         let bytes = &bytes[bytes.len().saturating_sub(TAIL_LINES * 200)..];
         let text = String::from_utf8_lossy(bytes);
         let mut lines: Vec<String> = text
@@ -138,12 +138,12 @@ impl Console {
         Tail(lines)
     }
 
-    /// Waits until `find` finds something in the output that no earlier call has consumed; it answers where
-    /// in the text the match ends. Consumes the text up to the end of the match's last line. As upstream's driver does,
-    /// it looks at the lines put together without their ends, too.
+    /// Waits until `find` finds a match in the output that no earlier call has consumed; it returns where in the text
+    /// the match ends. Consumes the text up to the end of the match's last line. As upstream's driver does, it also
+    /// searches the lines joined without their ends.
     ///
     /// # Errors
-    /// If the timeout is over, and what `find` answers.
+    /// If the timeout runs out, and errors of `find`.
     pub(super) async fn wait_for_text(
         &self,
         mut find: impl FnMut(&str) -> Result<Option<usize>>,
@@ -159,7 +159,7 @@ impl Console {
         }
     }
 
-    /// The same, for ever.
+    /// The same without a timeout.
     async fn search(&self, find: &mut impl FnMut(&str) -> Result<Option<usize>>) -> Result<()> {
         let mut grown = self.grown.subscribe();
         loop {
@@ -189,7 +189,7 @@ impl Console {
         }
     }
 
-    /// The next line that no call has consumed, which this one does; its end is not part of it.
+    /// Consumes and returns the next line, without its end.
     ///
     /// # Errors
     /// If none comes within `timeout`.
@@ -205,7 +205,7 @@ impl Console {
         Ok(line)
     }
 
-    /// How many complete lines no call has consumed.
+    /// The number of complete lines not consumed yet.
     pub(super) fn lines_left(&self) -> usize {
         self.unconsumed().1.iter().filter(|byte| **byte == b'\n').count()
     }
@@ -277,7 +277,7 @@ impl Console {
             tap.push(bytes);
         }
         let mut buffer = self.lock();
-        // As upstream's driver does: the line ends are those of a terminal, not of a text.
+        // As upstream's driver does: line ends are those of a terminal.
         buffer.bytes.extend(bytes.iter().filter(|b| **b != b'\r'));
         if buffer.bytes.len() > MAX_KEPT + SLACK {
             let surplus = buffer.bytes.len() - MAX_KEPT;
@@ -322,10 +322,10 @@ impl Write for ConsoleWriter {
     }
 }
 
-/// The lines of a text without what ends them.
+/// The lines of a text joined without their ends.
 struct Joined {
     text: String,
-    /// Where each line begins here and there.
+    /// Where each line begins in either text.
     begins: Vec<(usize, usize)>,
 }
 
@@ -340,15 +340,15 @@ impl Joined {
         Self { text, begins }
     }
 
-    /// Where in the whole text the byte before `end` of this one is followed.
+    /// Maps `end` in this text to the whole text.
     fn position(&self, end: usize) -> usize {
-        // The first line that reaches so far: the end of one is the beginning of the next.
+        // The first line that reaches that far: the end of one is the beginning of the next.
         let line = self.begins.partition_point(|(here, _)| *here < end).saturating_sub(1);
         self.begins.get(line).map_or(end, |(here, there)| there + (end - here))
     }
 }
 
-/// The length of the next line with its end; of a line without end if it is too long, or the last.
+/// The length of the next line with its end, or of an unfinished line if it is too long or the last.
 fn next_line(bytes: &[u8], partial_too: bool) -> Option<usize> {
     let end = bytes.iter().take(MAX_LINE).position(|b| *b == b'\n').map(|at| at + 1);
     end.or_else(|| (bytes.len() >= MAX_LINE).then_some(MAX_LINE))

@@ -8,18 +8,18 @@ use super::session::Command;
 use crate::error::{Error, MachineError, Result};
 use crate::retry::retry;
 
-/// How long a command may run unless its caller says otherwise, and how long a wait may take.
+/// The default timeout of commands and waits.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(900);
-/// How long a command's output may stay open after its end before the log says so.
+/// How long a command's output may stay open after its exit before the log mentions it.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// What the last probe of a wait may take at least, be its budget as small as it will.
+/// The least time that the last attempt of a wait gets, however small its budget.
 const LAST_PROBE: Duration = Duration::from_secs(5);
 
-/// Characters of a command that messages show.
+/// How many characters of a command messages show.
 const SHOWN: usize = 1000;
 
-/// What the last probe of a wait with this budget may take.
+/// The time that the last attempt of a wait with this budget gets.
 pub(super) fn last_probe(budget: Duration) -> Duration {
     budget.max(LAST_PROBE)
 }
@@ -27,11 +27,11 @@ pub(super) fn last_probe(budget: Duration) -> Duration {
 /// How [`Machine::execute`] runs a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExecOptions {
-    /// Whether to answer the command's exit status; otherwise it is -1, also if the machine ends meanwhile.
+    /// Whether to return the command's exit status. If not, it is -1, even if the machine ends meanwhile.
     pub check_return: bool,
-    /// Whether to wait for the command and its output; otherwise the answer is -2 and no output, at once.
+    /// Whether to wait for the command and its output. If not, the call returns -2 and no output at once.
     pub check_output: bool,
-    /// After this long the command is killed, and its status is 124. Zero is no limit, as `timeout` has it.
+    /// The command is killed after this time, and its status is 124. Zero means no limit, as for `timeout`.
     pub timeout: Option<Duration>,
 }
 
@@ -46,7 +46,7 @@ impl ExecOptions {
         Self { timeout, ..Self::default() }
     }
 
-    /// The answer to who does not ask how the command ended.
+    /// The status returned if the command's own is not wanted.
     fn unasked(self) -> Option<(i32, String)> {
         match (self.check_output, self.check_return) {
             (false, _) => Some((-2, String::new())),
@@ -57,14 +57,14 @@ impl ExecOptions {
 }
 
 impl Machine {
-    /// Runs a shell command as root. Waits until its standard output is closed, and answers its status and
-    /// what it printed there, which may be 256 MiB at most. Its standard error goes to the guest's console.
+    /// Runs a shell command as root. Waits until its standard output is closed, and returns its status and output, at
+    /// most 256 MiB. Its standard error goes to the guest's console.
     ///
     /// # Errors
-    /// If the machine cannot be started, or ends, or loses its agent.
+    /// If the machine cannot be started, ends, or loses its agent.
     pub async fn execute(&self, command: &str, options: ExecOptions) -> Result<(i32, String)> {
         let session = self.session().await?;
-        // What bash reads it reads without NUL bytes.
+        // bash ignores NUL bytes in what it reads.
         let script = command.replace('\0', "");
         let timeout = options.timeout.filter(|timeout| !timeout.is_zero());
         let run = async {
@@ -89,7 +89,7 @@ impl Machine {
         };
         let answer = self.answered(run, || format!("cannot run `{}`", shown(command))).await;
         match (answer, options.unasked()) {
-            // `poweroff -f`, say.
+            // For example `poweroff -f`.
             (
                 Err(Error::Machine(MachineError::Ended { .. } | MachineError::AgentLost { .. })),
                 Some(unasked),
@@ -98,10 +98,10 @@ impl Machine {
         }
     }
 
-    /// Runs commands that must all exit with 0, and answers their outputs joined.
+    /// Runs commands that must all succeed, and returns their joined output.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if one does not; else as [`Self::execute`].
+    /// [`Error::Assertion`] if one fails; otherwise those of [`Self::execute`].
     pub async fn succeed(&self, commands: &[&str], timeout: Option<Duration>) -> Result<String> {
         let mut all = String::new();
         for command in commands {
@@ -120,10 +120,10 @@ impl Machine {
         Ok(all)
     }
 
-    /// Runs commands none of which may exit with 0, and answers their outputs joined.
+    /// Runs commands that must all fail, and returns their joined output.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if one does; else as [`Self::execute`].
+    /// [`Error::Assertion`] if one succeeds; otherwise those of [`Self::execute`].
     pub async fn fail(&self, commands: &[&str], timeout: Option<Duration>) -> Result<String> {
         let mut all = String::new();
         for command in commands {
@@ -139,11 +139,11 @@ impl Machine {
         Ok(all)
     }
 
-    /// Runs a command each second until it exits with 0, and answers its output then. A try that takes longer
-    /// than `attempt_timeout` is given up.
+    /// Runs a command every second until it succeeds, and returns its output. An attempt that takes longer than
+    /// `attempt_timeout` is killed.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if it does not within `timeout`; else as [`Self::execute`].
+    /// [`Error::Assertion`] if it does not within `timeout`; otherwise those of [`Self::execute`].
     pub async fn wait_until_succeeds(
         &self,
         command: &str,
@@ -154,11 +154,11 @@ impl Machine {
         self.try_until(command, timeout, attempt_timeout, |status| status == 0).await
     }
 
-    /// Runs a command each second until it does not exit with 0, and answers its output then. A try that takes
-    /// longer than `attempt_timeout` is given up, and counts as failed.
+    /// Runs a command every second until it fails, and returns its output. An attempt that takes longer than
+    /// `attempt_timeout` is killed and counts as failed.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if it always does within `timeout`; else as [`Self::execute`].
+    /// [`Error::Assertion`] if it never fails within `timeout`; otherwise those of [`Self::execute`].
     pub async fn wait_until_fails(
         &self,
         command: &str,
@@ -180,7 +180,7 @@ impl Machine {
         let deadline = clock.now().saturating_add(timeout);
         let done = &done;
         let probe = |last: bool| async move {
-            // A try without a limit of its own has what is left of the budget.
+            // An attempt without a limit of its own gets the rest of the budget.
             let left = match last {
                 true => last_probe(timeout),
                 false => deadline.saturating_sub(clock.now()),
@@ -196,14 +196,14 @@ impl Machine {
     /// Sleeps in guest time.
     ///
     /// # Errors
-    /// As [`Self::succeed`].
+    /// Those of [`Self::succeed`].
     pub async fn sleep(&self, time: Duration) -> Result<()> {
         let command = format!("sleep {}", time.as_secs_f64());
         self.succeed(&[&command], None).await.map(drop)
     }
 }
 
-/// A command as messages show it: of a long one the beginning.
+/// A command as messages show it: long ones are cut.
 fn shown(command: &str) -> Cow<'_, str> {
     match command.char_indices().nth(SHOWN) {
         None => command.into(),

@@ -18,13 +18,13 @@ struct Job {
 }
 
 impl Machine {
-    /// Copies a file or directory of the host into the guest, with its modes, owned by root: to `target`, or into it
-    /// if that is a directory. Makes missing parents. A relative target starts at `/tmp`, as commands do. Symbolic links
+    /// Copies a file or directory from the host to the guest, with its modes, owned by root: to `target`, or into it if
+    /// that is a directory. Creates missing parents. A relative target starts at `/tmp`, as commands do. Symbolic links
     /// are followed.
     ///
     /// # Errors
-    /// [`MachineError::Missing`] if there is no source; [`Error::Assertion`] if something cannot be written there; also
-    /// if something cannot be read here, or is neither file nor directory.
+    /// [`MachineError::Missing`] if the source does not exist; [`Error::Assertion`] if the guest cannot write
+    /// something; and if something cannot be read on the host, or is neither a file nor a directory.
     pub async fn copy_from_host(&self, source: &Path, target: &Path) -> Result<()> {
         let file = fs::canonicalize(source).await.map_err(unreadable(source))?;
         let target = in_guest(target);
@@ -42,7 +42,7 @@ impl Machine {
     /// The same for a target that the guest's shell expands.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if that does not come to one path; else as [`Self::copy_from_host`].
+    /// [`Error::Assertion`] if the target does not expand to one path; otherwise those of [`Self::copy_from_host`].
     pub async fn copy_from_host_via_shell(&self, source: &Path, target: &str) -> Result<()> {
         let expand = format!("set -- {target}\n[ $# = 1 ] && printf %s \"$1\"");
         let (status, expanded) = self.execute(&expand, ExecOptions::default()).await?;
@@ -55,12 +55,13 @@ impl Machine {
         self.copy_from_host(source, Path::new(&expanded)).await
     }
 
-    /// Copies a file or directory of the guest to [`Machine::out_dir`]`/target_dir/`basename. A relative source starts at
-    /// `/tmp`, as commands do; an absolute target directory is taken as it is.
+    /// Copies a file or directory from the guest to [`Machine::out_dir`]`/target_dir/`basename. A relative source
+    /// starts at
+    /// `/tmp`, as commands do; an absolute target directory is used as it is.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if something cannot be read there, or is not there; also if something cannot be written here,
-    /// or is neither file, directory nor link.
+    /// [`Error::Assertion`] if the guest cannot read something or it does not exist; and if something cannot be written
+    /// on the host, or is neither a file, a directory nor a link.
     pub async fn copy_from_machine(&self, source: &Path, target_dir: &Path) -> Result<()> {
         let Some(name) = source.file_name() else {
             let (machine, source) = (self.name(), source.display());
@@ -77,7 +78,7 @@ impl Machine {
             let out = self.out_dir();
             let parent = without_dots(&out.join(target_dir));
             if parent.starts_with(without_dots(&out)) {
-                // A script may have named another one, which need not be there yet.
+                // A script may have set another directory, which need not exist yet.
                 fs::create_dir_all(&out).await.map_err(MachineError::file("make", &out))?;
                 self.check_inside(&parent).await?;
             }
@@ -90,7 +91,7 @@ impl Machine {
     async fn send_tree(&self, session: &Session, source: PathBuf, target: PathBuf) -> Result<()> {
         let mut jobs = vec![Job { from: source, to: target }];
         while let Some(Job { from, to }) = jobs.pop() {
-            // A link that leads back up ends where the kernel follows no more of them.
+            // The kernel's limit on links ends a loop.
             let meta = fs::metadata(&from).await.map_err(unreadable(&from))?;
             let mode = meta.permissions().mode() & 0o7777;
             let done = if meta.is_dir() {
@@ -120,7 +121,7 @@ impl Machine {
     async fn fetch_tree(&self, session: &Session, job: Job, info: FileInfo) -> Result<()> {
         let mut jobs = vec![(job, info)];
         let mut room = MAX_TREE;
-        // Set last: a directory that nobody may write to takes no files.
+        // Set last: nothing can be created in a read-only directory.
         let mut modes = Vec::new();
         while let Some((Job { from, to }, info)) = jobs.pop() {
             match (info.kind, &info.target) {
@@ -141,7 +142,7 @@ impl Machine {
                         .await
                         .map_err(MachineError::file("write", &to))?;
                     if let Err(error) = session.read_file(&from, &mut file).await {
-                        // Half a file would pass for a whole one.
+                        // A partial file could be taken for a complete one.
                         let _ = fs::remove_file(&to).await;
                         return Err(self.cannot_read(&from, error).await);
                     }
@@ -183,7 +184,7 @@ impl Machine {
         jobs.collect()
     }
 
-    /// An earlier copy may have brought symbolic links that lead out of the output directory.
+    /// An earlier copy may have created symbolic links that lead out of the output directory.
     async fn check_inside(&self, dir: &Path) -> Result<()> {
         let dir = dir.ancestors().find(|dir| dir.symlink_metadata().is_ok()).unwrap_or(dir);
         let real = |path: PathBuf| async move {
@@ -202,7 +203,7 @@ impl Machine {
         self.refused(format!("cannot copy {}", path.display()), error).await
     }
 
-    /// Makes an error of a session one of the machine, and one of the script if it is the guest that could not.
+    /// Converts an error of a session to one of the machine, or to an assertion if the guest refused.
     async fn refused(&self, what: String, error: SessionError) -> Error {
         if !error.refused() {
             return self.session_error(what, error).await;
@@ -211,14 +212,14 @@ impl Machine {
     }
 }
 
-/// Most bytes that the names and links of a copied tree may come to: some hundred thousand files.
+/// Limit for the names and links of a copied tree, in bytes: enough for some hundred thousand files.
 const MAX_TREE: usize = 256 << 20;
 
-/// Most components of a path that is copied to: more is a guest's trick.
+/// Most components of a target path: more is a guest's trick.
 const MAX_DEPTH: usize = 256;
 
-/// Removes what is where a file shall be. In particular a symbolic link that an earlier copy of the guest's
-/// made: it must not be written through.
+/// Removes what is in the place of a file to write, in particular a symbolic link that an earlier copy created: it must
+/// not be written through.
 async fn make_way(path: &Path) -> Result<()> {
     match fs::remove_file(path).await {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -228,7 +229,7 @@ async fn make_way(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes a directory, in place of anything but one: see [`make_way`].
+/// Creates a directory, replacing anything else: see [`make_way`].
 async fn make_dir(path: &Path) -> Result<()> {
     match fs::symlink_metadata(path).await {
         Ok(meta) if meta.is_dir() => Ok(()),
@@ -242,7 +243,7 @@ async fn make_dir(path: &Path) -> Result<()> {
     }
 }
 
-/// Without set-user-id and the like: what a guest marks so must not be so on the host.
+/// Without set-user-id and the like: a guest must not create such files on the host.
 async fn set_mode(path: &Path, mode: u32) -> Result<()> {
     let permissions = std::fs::Permissions::from_mode(mode & 0o777 | 0o200);
     fs::set_permissions(path, permissions)
@@ -250,12 +251,12 @@ async fn set_mode(path: &Path, mode: u32) -> Result<()> {
         .map_err(|e| MachineError::file("set the mode of", path)(e).into())
 }
 
-/// A path of the guest, where relative ones start as they do for commands.
+/// A path in the guest; relative ones start where commands do.
 pub(super) fn in_guest(path: &Path) -> PathBuf {
     Path::new("/tmp").join(path)
 }
 
-/// The path with each `..` taken at its word, whatever links there are.
+/// The path with each `..` resolved lexically.
 fn without_dots(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for part in path.components() {

@@ -1,4 +1,4 @@
-//! Files of the host that a start brings into the guest.
+//! Files of the host that are passed to the guest at its start.
 
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ use tokio::fs;
 use crate::config::NodeConfig;
 use crate::error::MachineError;
 
-/// A machine's credentials as texts of its firmware, where systemd looks for them (`man 7 systemd.system-credentials`).
+/// A machine's credentials as SMBIOS strings, where systemd looks for them (`man 7 systemd.system-credentials`).
 pub(super) async fn credentials(node: &NodeConfig) -> Result<Vec<String>, MachineError> {
     let mut texts = Vec::with_capacity(node.credentials.len());
     for (name, path) in &node.credentials {
@@ -23,8 +23,8 @@ pub(super) async fn credentials(node: &NodeConfig) -> Result<Vec<String>, Machin
     Ok(texts)
 }
 
-/// Copies into a share's directory what belongs there. `missing` is told of each file that is not there, first its
-/// name in the share.
+/// Copies the files that belong into a share's directory. Calls `missing` for each that does not exist, with its name
+/// in the share first.
 pub(super) async fn fill(
     share: &ShareSpec,
     missing: impl Fn(&str, &Path),
@@ -46,11 +46,11 @@ pub(super) async fn fill(
     Ok(())
 }
 
-/// Writes a whole file. What a guest has put in its place, even a link, is replaced and not followed.
+/// Writes a whole file. Anything a guest has put in its place, even a link, is replaced and not followed.
 fn put(directory: &Path, target: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = NamedTempFile::new_in(directory)?;
     file.write_all(bytes)?;
-    // Not only the guest's root reads it.
+    // Not only root in the guest reads it.
     file.as_file().set_permissions(PermissionsExt::from_mode(0o644))?;
     file.persist(target)?;
     Ok(())
@@ -87,7 +87,7 @@ mod tests {
         let mode = std::fs::metadata(&target).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, 0o644);
 
-        // A guest may do this between two starts.
+        // A guest may have done this between two starts.
         std::fs::remove_file(&target).expect("removed");
         std::os::unix::fs::symlink(&secret, &target).expect("linked");
         std::fs::write(&bundle, "second").expect("written");

@@ -1,4 +1,4 @@
-//! Keys by the names that QEMU's `sendkey` has for them, and characters by the keys of an American keyboard.
+//! Keys by the names of QEMU's `sendkey`, and characters by the keys of a US keyboard.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,20 +13,20 @@ mod tests;
 
 use names::KEYS;
 
-/// Most keys that are pressed together.
+/// Most keys of a chord.
 const MAX_CHORD: usize = 16;
-/// Up to here the scan codes of set 1 are Linux's numbers; those that have no name, too.
+/// Up to here the scan codes of set 1 are Linux's key codes, even those without a name.
 const SAME_SCANS: u8 = 0x58;
-/// How long a key is held at least, so that programs that look now and then see it, and at most: a guest repeats keys
-/// that are held for longer than 250 ms.
+/// The shortest and longest time that a key is held. Programs that poll must see it, and a guest repeats keys held for
+/// longer than 250 ms.
 const HOLD: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(100)];
-/// What is waited after each key unless the caller says otherwise.
+/// The default pause after each key.
 pub const DEFAULT_DELAY: Duration = Duration::from_millis(10);
-/// Names of keys that are shown to who uses one that is none.
+/// How many similar names are suggested for an unknown key.
 const SUGGESTIONS: usize = 6;
-/// How like the name that was used they are: from 0 to 1, by Jaro and Winkler.
+/// How similar they must be, from 0 to 1 (Jaro-Winkler).
 const ALIKE: f64 = 0.75;
-/// What others call keys.
+/// Aliases of keys.
 const ELSEWHERE: [(&str, &str); 10] = [
     ("control", "ctrl"),
     ("del", "delete"),
@@ -40,7 +40,7 @@ const ELSEWHERE: [(&str, &str); 10] = [
     ("windows", "meta_l"),
 ];
 
-/// Scan codes of keys whose names differ with the layout, with what they type plain and with shift.
+/// Scan codes of keys whose names depend on the layout, with what they type without and with shift.
 const SYMBOLS: [(u8, [char; 2]); 11] = [
     (0x0c, ['-', '_']),
     (0x0d, ['=', '+']),
@@ -54,10 +54,10 @@ const SYMBOLS: [(u8, [char; 2]); 11] = [
     (0x34, ['.', '>']),
     (0x35, ['/', '?']),
 ];
-/// What the digits' keys type with shift; their scan codes are those from 2 on.
+/// What the digit keys type with shift; their scan codes start at 2.
 const DIGITS: &str = "!@#$%^&*()";
 
-/// A key that is none.
+/// Why a key cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(in crate::machine) enum BadKey {
     #[error("there is no key `{name}`{}", close(close_to))]
@@ -84,7 +84,7 @@ fn close(names: &[&str]) -> String {
     }
 }
 
-/// Linux's numbers of the keys of a chord: `ctrl-alt-delete`, `0x2b`.
+/// Linux's key codes of a chord: `ctrl-alt-delete`, `0x2b`.
 pub(super) fn chord(text: &str) -> Result<Vec<u16>, BadKey> {
     let names: Vec<&str> = text.split('-').collect();
     if names.len() > MAX_CHORD {
@@ -97,7 +97,7 @@ pub(super) fn chord(text: &str) -> Result<Vec<u16>, BadKey> {
     names.iter().map(code).collect()
 }
 
-/// Linux's number of one key.
+/// Linux's code of one key.
 pub(super) fn key(name: &str) -> Result<u16, BadKey> {
     if let Some(hex) = name.strip_prefix("0x").or_else(|| name.strip_prefix("0X")) {
         let scan = u8::from_str_radix(hex, 16).ok();
@@ -114,7 +114,7 @@ pub(super) fn name_of(code: u16) -> Option<&'static str> {
     KEYS.iter().find(|key| key.code == code).map(|key| key.name)
 }
 
-/// Linux's number of the key with a scan code of set 1.
+/// Linux's code of the key with a scan code of set 1.
 pub(super) fn scan_code(scan: u8) -> Option<u16> {
     let named = KEYS.iter().find(|key| key.scan == Some(scan)).map(|key| key.code);
     named.or_else(|| (1..=SAME_SCANS).contains(&scan).then_some(scan.into()))
@@ -125,7 +125,7 @@ fn unknown(name: &str) -> BadKey {
     let likeness = |key: &str| match ELSEWHERE.contains(&(&*lower, key)) {
         true => 2.0,
         false if lower.len() > 1 && key.contains(&lower) => 1.0,
-        // One letter is like too much.
+        // A single letter is similar to too many.
         false if key.len() == 1 => 0.0,
         false => strsim::jaro_winkler(&lower, key),
     };
@@ -137,7 +137,7 @@ fn unknown(name: &str) -> BadKey {
     BadKey::Unknown { name: name.to_owned(), close_to }
 }
 
-/// The chord that types a character; None if that is not another name than its own.
+/// The chord that types a character; None if the character is itself the key's name.
 pub(super) fn of_character(character: char) -> Option<String> {
     let shifted = |scan: u8| format!("shift-0x{scan:02X}");
     match character {
@@ -156,25 +156,25 @@ pub(super) fn of_character(character: char) -> Option<String> {
     })
 }
 
-/// All names of keys, with Linux's numbers of them; some keys have two names.
+/// All names of keys with Linux's codes; some keys have two names.
 pub fn keys() -> impl Iterator<Item = (&'static str, u16)> {
     KEYS.iter().map(|key| (key.name, key.code))
 }
 
-/// All characters whose keys have other names than they, with the chords that type them.
+/// All characters that are not themselves the name of a key, with the chords that type them.
 #[must_use]
 pub fn characters() -> Vec<(char, String)> {
     (' '..='~').chain(['\n']).filter_map(|typed| Some((typed, of_character(typed)?))).collect()
 }
 
-/// The chord that a script means: one of names, or a character.
+/// The chord that a script means: key names, or a character.
 fn meant(key: &str) -> String {
     let mut characters = key.chars();
     let only = characters.next().filter(|_| characters.as_str().is_empty());
     only.and_then(of_character).unwrap_or_else(|| key.to_owned())
 }
 
-/// Keys that are down, until this is dropped: whoever waits may be interrupted.
+/// Keys that are down. Dropping this releases them, as a wait may be interrupted.
 struct Held<'a> {
     keyboard: &'a dyn Input,
     down: Vec<u16>,
@@ -200,10 +200,10 @@ impl Machine {
         self.type_chord(&*keyboard, codes, delay.unwrap_or_default()).await
     }
 
-    /// Types on an American keyboard, with `delay` after each character.
+    /// Types on a US keyboard, with `delay` after each character.
     ///
     /// # Errors
-    /// As [`Self::send_key`]; before anything is typed if a character has no key.
+    /// Those of [`Self::send_key`]. If a character has no key, nothing is typed.
     pub async fn send_chars(&self, chars: &str, delay: Option<Duration>) -> Result<()> {
         let _step = self.nested(format_args!("sending keys {}", quoted(chars)));
         let keyboard = self.keyboard().await?;
@@ -221,7 +221,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Presses keys in their order, holds them, releases them, and waits.
+    /// Presses keys in order, holds them, releases them, and waits.
     async fn type_chord(
         &self,
         keyboard: &dyn Input,
@@ -237,7 +237,7 @@ impl Machine {
         .await
     }
 
-    /// Presses keys in their order, holds them for so long, and releases them.
+    /// Presses keys in order, holds them for that long, and releases them.
     pub(super) async fn hold(
         &self,
         keyboard: &dyn Input,
@@ -245,7 +245,7 @@ impl Machine {
         time: Duration,
     ) -> Result<()> {
         let press = async {
-            // What is pressed while the machine stands still would be released before it goes on.
+            // Keys pressed while the machine is paused would be released before it resumes.
             self.inner.clock.sleep(Duration::ZERO).await;
             let held = Held { keyboard, down: codes };
             held.down.iter().for_each(|code| keyboard.key(*code, true));
@@ -262,7 +262,7 @@ impl Machine {
         self.inner.backend.keyboard().await?.ok_or_else(|| self.lacks("keyboard"))
     }
 
-    /// The error of a call that needs what the machine was started without.
+    /// The error of a call that needs a part which the machine lacks.
     pub(super) fn lacks(&self, part: &str) -> crate::Error {
         let value = if part == "screen" { "\"plain\"" } else { "true" };
         let name = self.name();
@@ -278,7 +278,7 @@ impl Machine {
     }
 }
 
-/// A text as upstream's log has it: as Python shows it.
+/// A text as in upstream's log: Python's repr.
 fn quoted(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut shown = String::from(quote);

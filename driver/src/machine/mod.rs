@@ -1,7 +1,7 @@
 //! A machine of a test, as its script sees it.
 //!
-//! A file for each family of calls: `power` (start to release), `exec`, `files`, `console`, `network`. A call that waits
-//! for the guest is ended at once when the guest ends ([`Machine::unless_ended`]).
+//! A file for each family of calls: `power` (start to release), `exec`, `files`, `console`, `network`. A call that
+//! waits for the guest is ended at once when the guest ends ([`Machine::unless_ended`]).
 
 use std::fmt::{self, Display};
 use std::path::PathBuf;

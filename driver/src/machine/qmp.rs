@@ -18,7 +18,8 @@ mod protocol;
 /// Most events that wait to be asked for.
 const MAX_EVENTS: usize = 1000;
 
-/// Commands of QEMU's human monitor for which firn has nothing, and why: as `help` has them, and who tries one reads it.
+/// Commands of QEMU's human monitor for which firn has nothing, and why: as `help` has them, and who tries one reads
+/// it.
 const REFUSED: &[(&[&str], &str)] = &[
     (
         &["device_add", "device_del", "drive_add", "drive_del", "netdev_add", "netdev_del"],

@@ -122,8 +122,8 @@ impl Machine {
         self.unless_ended(Box::pin(read)).await
     }
 
-    /// What is written on the screen, read in several ways: the text of the text console that it shows, if it does, then
-    /// what is read in the picture as it is, and in ones that were made of it for reading.
+    /// What is written on the screen, read in several ways: the text of the text console that it shows, if it does,
+    /// then what is read in the picture as it is, and in ones that were made of it for reading.
     ///
     /// # Errors
     /// As [`Self::get_screen_text`].

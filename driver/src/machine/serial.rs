@@ -8,7 +8,7 @@ use super::Machine;
 use crate::error::Result;
 
 impl Machine {
-    /// Everything the guest printed on its serial console since its start.
+    /// Everything the guest has printed on its serial console since its start.
     #[must_use]
     pub fn get_console_log(&self) -> String {
         self.inner.console.text()
@@ -17,7 +17,7 @@ impl Machine {
     /// Types into the guest's serial console.
     ///
     /// # Errors
-    /// If the machine does not run.
+    /// If the machine is not running.
     pub async fn send_console(&self, chars: &str) -> Result<()> {
         self.send_console_bytes(chars.as_bytes().to_vec()).await
     }
@@ -25,13 +25,13 @@ impl Machine {
     /// Types bytes into the guest's serial console.
     ///
     /// # Errors
-    /// If the machine is not running, or does not take them.
+    /// If the machine is not running or does not accept them.
     pub async fn send_console_bytes(&self, bytes: Vec<u8>) -> Result<()> {
         self.run()?;
         self.inner.backend.type_in(bytes).await
     }
 
-    /// The next line of the serial console that no earlier call has consumed; consumes it.
+    /// Consumes and returns the next line of the serial console.
     ///
     /// # Errors
     /// If none comes within `timeout`.
@@ -39,7 +39,7 @@ impl Machine {
         self.inner.console.next_line(timeout).await
     }
 
-    /// How many lines of the serial console no call has consumed.
+    /// The number of lines of the serial console not consumed yet.
     #[must_use]
     pub fn console_lines_left(&self) -> usize {
         self.inner.console.lines_left()
@@ -59,10 +59,10 @@ impl Machine {
         self.wait_for_console(regex.as_str(), find, timeout).await
     }
 
-    /// The same with any way to search: `find` answers where in the text its match ends. `what` is for the log.
+    /// The same for any search: `find` returns where in the text its match ends. `what` is for the log.
     ///
     /// # Errors
-    /// As [`Self::wait_for_console_text`], and what `find` answers.
+    /// Those of [`Self::wait_for_console_text`] and of `find`.
     pub async fn wait_for_console(
         &self,
         what: &str,

@@ -1,4 +1,4 @@
-//! From a node of a test to what the monitor is told to build.
+//! From a node of a test to the monitor's spec.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -22,9 +22,9 @@ use crate::private;
 /// Where a machine's description comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A test's file; it is complete.
+    /// A test's file, which is complete.
     Node { node: Box<NodeConfig>, boot: Boot },
-    /// A machine file, whose variables are looked up at each start; the number is for one that does not say it.
+    /// A machine file, whose variables are expanded at each start. `number` is used if the file has none.
     File { file: Box<MachineFile>, number: u8 },
 }
 
@@ -48,7 +48,7 @@ impl Source {
         }
     }
 
-    /// The machine as it shall be started now.
+    /// The machine as it would be started now.
     fn resolve(&self, known: &NodeConfig, dirs: &Dirs) -> Result<Box<(NodeConfig, Boot)>> {
         let start_error = |source| start_error(known, source);
         let (file, number) = match self {
@@ -69,7 +69,7 @@ impl Source {
         self.resolve(node, dirs).map(|resolved| resolved.0)
     }
 
-    /// The machine's user network as it shall be started now.
+    /// The machine's user network as it would be started now.
     pub(super) fn user_network(
         &self,
         node: &NodeConfig,
@@ -92,14 +92,14 @@ pub(crate) struct Boot {
     kernel: PathBuf,
     initrd: Vec<PathBuf>,
     cmdline: String,
-    /// What the kit's initrd is told about the machine; other initrds would not understand it.
+    /// The machine's configuration for the kit's initrd; other initrds do not understand it.
     overlay: Option<Arc<MachineConfig>>,
     /// The kit's store, if it has one.
     store: Option<PathBuf>,
 }
 
 impl Boot {
-    /// What `node` boots; `kit` fills in what it does not say.
+    /// What `node` boots, completed from `kit`.
     pub(crate) fn new(node: &NodeConfig, kit: Option<&Kit>, hosts: &[Host]) -> Option<Self> {
         if node.start_command.is_some() {
             return Some(Self::default());
@@ -126,7 +126,7 @@ impl Boot {
             return false;
         }
         let whole = node.kernel.is_some() && node.initrd.is_some() && node.cmdline.is_some();
-        // Of a kit with a store, more than that is used.
+        // A kit with a store is used for more than booting.
         !whole || node.kit != KitName::Micro
     }
 }
@@ -149,7 +149,7 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
         addresses: vec![(node.ipv4(*vlan).into(), 24), (node.ipv6(*vlan).into(), 64)],
         gateway: None,
     };
-    // Where no client is started, what DHCP would say.
+    // What DHCP would say, for guests without a client.
     let told = node.kit == KitName::Micro;
     let user = node.user_network.iter().map(|_| Interface {
         name: "eth0".to_owned(),
@@ -178,7 +178,7 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
 }
 
 impl Machine {
-    /// What it would be made of if it were started now, and its disks.
+    /// What the machine would be made of if it were started now, and its disks.
     pub(super) fn devices(&self) -> Result<(NodeConfig, Vec<DiskSpec>)> {
         let dirs = self.dirs().clone();
         let (node, _) = *self.inner.source.resolve(&self.inner.node, &dirs)?;
@@ -188,8 +188,7 @@ impl Machine {
 }
 
 impl Source {
-    /// Writes what the start of the machine that is `known` so far needs into its state directory, and says what to
-    /// build.
+    /// Prepares the state directory for a start of the machine `known` so far, and returns the spec to build.
     pub(super) async fn spec(
         &self,
         known: &NodeConfig,
@@ -259,18 +258,18 @@ async fn unpacked(kernel: PathBuf) -> PathBuf {
     let Some(dir) = kit::kernels_dir() else { return kernel };
     let original = kernel.clone();
     let work = move || Kernels::at(dir).unpacked(&kernel);
-    // One that panicked has left nothing.
+    // If it panicked, there is no result.
     tokio::task::spawn_blocking(work).await.unwrap_or(original)
 }
 
-/// The cards: that of the user network first, as in NixOS.
+/// The network cards: the user network's first, as in NixOS.
 fn nets(node: &NodeConfig) -> Vec<NetSpec> {
     let user = node.user_network.iter().map(|_| Mac(CARD_MAC));
     let vlans = node.vlans.iter().map(|vlan| node.mac(*vlan));
     user.chain(vlans).map(|mac| NetSpec { mac }).collect()
 }
 
-/// Its disks. Those without an image are made in the state directory, where they outlive the machine's restarts.
+/// The disks. Those without an image are created in the state directory, where they survive restarts of the machine.
 fn disks(node: &NodeConfig, dirs: &Dirs) -> Vec<DiskSpec> {
     let placed = |(at, disk): (usize, &DiskSpec)| match disk.image.as_os_str().is_empty() {
         true => DiskSpec { image: dirs.state.join(format!("disk{at}.img")), ..disk.clone() },

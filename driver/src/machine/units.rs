@@ -11,11 +11,11 @@ use crate::error::{Error, Result, chain};
 use crate::retry::{retry, timed_out};
 
 impl Machine {
-    /// Runs `systemctl` with the arguments `query`, shell words, and answers its status and output. With `user` it
-    /// asks that user's manager.
+    /// Runs `systemctl` with the arguments `query` (shell words), and returns its status and output. With `user`, asks
+    /// that user's service manager.
     ///
     /// # Errors
-    /// As [`Machine::execute`].
+    /// Those of [`Machine::execute`].
     pub async fn systemctl(&self, query: &str, user: Option<&str>) -> Result<(i32, String)> {
         let command = match user {
             None => format!("systemctl {query}"),
@@ -30,7 +30,7 @@ impl Machine {
     /// All properties of a unit, by name.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if `systemctl show` fails; else as [`Machine::execute`].
+    /// [`Error::Assertion`] if `systemctl show` fails; otherwise those of [`Machine::execute`].
     pub async fn get_unit_info(
         &self,
         unit: &str,
@@ -47,7 +47,8 @@ impl Machine {
     /// A property of a unit.
     ///
     /// # Errors
-    /// [`Error::Assertion`] if there is no such property, or `systemctl show` fails; else as [`Machine::execute`].
+    /// [`Error::Assertion`] if there is no such property or `systemctl show` fails; otherwise those of
+    /// [`Machine::execute`].
     pub async fn get_unit_property(
         &self,
         unit: &str,
@@ -85,7 +86,7 @@ impl Machine {
     /// Checks that a unit is in a state: `active`, `inactive`, `failed`, …
     ///
     /// # Errors
-    /// [`Error::Assertion`] if it is not; else as [`Self::get_unit_property`].
+    /// [`Error::Assertion`] if it is not; otherwise those of [`Self::get_unit_property`].
     pub async fn require_unit_state(&self, unit: &str, state: &str) -> Result<()> {
         let _step =
             self.nested(format_args!("checking if unit \"{unit}\" has reached state \"{state}\""));
@@ -99,27 +100,27 @@ impl Machine {
         )))
     }
 
-    /// Starts units, shell words with or without options of `systemctl start`; answers its status and output.
+    /// Starts units (shell words, with or without options of `systemctl start`), and returns the status and output.
     ///
     /// # Errors
-    /// As [`Machine::execute`].
+    /// Those of [`Machine::execute`].
     pub async fn start_job(&self, units: &str, user: Option<&str>) -> Result<(i32, String)> {
         self.systemctl(&format!("start {units}"), user).await
     }
 
-    /// Stops units, shell words with or without options of `systemctl stop`; answers its status and output.
+    /// Stops units (shell words, with or without options of `systemctl stop`), and returns the status and output.
     ///
     /// # Errors
-    /// As [`Machine::execute`].
+    /// Those of [`Machine::execute`].
     pub async fn stop_job(&self, units: &str, user: Option<&str>) -> Result<(i32, String)> {
         self.systemctl(&format!("stop {units}"), user).await
     }
 
-    /// Waits until a unit is active. Over the agent systemd itself says when; else it is asked each second.
+    /// Waits until a unit is active. Over the agent systemd announces it; otherwise it is polled every second.
     ///
     /// # Errors
-    /// [`Error::Assertion`] at once if it has failed, or is inactive with no jobs pending, and after `timeout`; else
-    /// as [`Machine::execute`].
+    /// [`Error::Assertion`] at once if it has failed or is inactive with no jobs pending, and after `timeout`;
+    /// otherwise those of [`Machine::execute`].
     pub async fn wait_for_unit(
         &self,
         unit: &str,
@@ -150,11 +151,11 @@ impl Machine {
         retry(&self.inner.clock, probe, timeout).await
     }
 
-    /// Waits until a unit is in a state: `active`, `inactive`, `activating`, `failed`, … Over the agent systemd itself
-    /// says when its state changes; else it is asked each second, and a state that lasts less may be missed.
+    /// Waits until a unit is in a state: `active`, `inactive`, `activating`, `failed`, … Over the agent systemd
+    /// announces changes; otherwise it is polled every second, and shorter states may be missed.
     ///
     /// # Errors
-    /// [`Error::Assertion`] after `timeout`; else as [`Self::get_unit_property`].
+    /// [`Error::Assertion`] after `timeout`; otherwise those of [`Self::get_unit_property`].
     pub async fn wait_for_unit_active_state(
         &self,
         unit: &str,
@@ -201,11 +202,11 @@ impl Machine {
     }
 }
 
-/// Why a unit is not waited for any longer.
+/// Why a wait for a unit ended.
 enum Unwatched {
     /// The unit will not become active.
     Unit(Error),
-    /// Nobody tells of it.
+    /// The unit cannot be watched.
     Bus(BusError),
 }
 
@@ -215,7 +216,7 @@ impl From<BusError> for Unwatched {
     }
 }
 
-/// Waits until a unit is active, as systemd tells.
+/// Waits until a unit is active, by systemd's events.
 async fn watch(bus: &Bus, unit: &str) -> std::result::Result<(), Unwatched> {
     let mut changes = bus.watch_unit(unit).await?;
     loop {
@@ -235,7 +236,7 @@ async fn watch(bus: &Bus, unit: &str) -> std::result::Result<(), Unwatched> {
     }
 }
 
-/// Waits until a unit is in a state, as systemd tells.
+/// Waits until a unit is in a state, by systemd's events.
 async fn watch_for(
     agent: &AgentSession,
     unit: &str,

@@ -1,7 +1,7 @@
-//! Waits for things that no event announces: ports, sockets, files, what a terminal shows.
+//! Waits for what no event announces: ports, sockets, files, a terminal's contents.
 //!
-//! Over the agent the guest itself looks, many times a second; over the backdoor's shell, which serves one call at a
-//! time, each look is a call, once a second.
+//! Over the agent the guest itself polls, many times a second; over the backdoor's shell, which serves one call at a
+//! time, each poll is a call, once a second.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use crate::error::Result;
 use crate::retry::{retry, timed_out};
 use firn_agent_client::Condition;
 
-/// Status of a command whose time was over.
+/// Status of a command that timed out.
 const TIMED_OUT: i32 = 124;
-/// A probe of a port that answers nothing is given up after so many seconds.
+/// Timeout for a probe of a port that does not answer, in seconds.
 const PROBE_SECONDS: u32 = 5;
-/// How long a single look by the agent may take.
+/// How long a single poll by the agent may take.
 const LOOK: Duration = Duration::from_secs(2);
 /// Defines `nap`: bash can wait by itself, other shells have to start a program.
 const NAP: &str = r#"nap() { sleep 0.05; }
@@ -26,7 +26,7 @@ impl Machine {
     /// Waits until `path`, which the guest's shell expands, exists.
     ///
     /// # Errors
-    /// [`crate::Error::Assertion`] if it does not within `timeout`; else as [`Machine::execute`].
+    /// [`crate::Error::Assertion`] if it does not within `timeout`; otherwise those of [`Machine::execute`].
     pub async fn wait_for_file(&self, path: &str, timeout: Duration) -> Result<()> {
         let _step = self.nested(format_args!("waiting for file '{path}'"));
         let condition = is_plain(path).then(|| Condition::Exists(path.into()));
@@ -36,7 +36,7 @@ impl Machine {
     /// Waits until something listens on a TCP port of `address`.
     ///
     /// # Errors
-    /// As [`Self::wait_for_file`].
+    /// Those of [`Self::wait_for_file`].
     pub async fn wait_for_open_port(
         &self,
         port: u16,
@@ -51,7 +51,7 @@ impl Machine {
     /// Waits until nothing listens on a TCP port of `address`.
     ///
     /// # Errors
-    /// As [`Self::wait_for_file`].
+    /// Those of [`Self::wait_for_file`].
     pub async fn wait_for_closed_port(
         &self,
         port: u16,
@@ -65,10 +65,10 @@ impl Machine {
         self.wait_until(Some(condition), &script, timeout).await
     }
 
-    /// Waits until something listens on a UNIX socket, of datagrams or of streams. The guest's shell expands `path`.
+    /// Waits until something listens on a UNIX datagram or stream socket. The guest's shell expands `path`.
     ///
     /// # Errors
-    /// As [`Self::wait_for_file`].
+    /// Those of [`Self::wait_for_file`].
     pub async fn wait_for_open_unix_socket(
         &self,
         path: &str,
@@ -82,21 +82,20 @@ impl Machine {
         self.wait_until(condition, &format!("nc -z {kind} {path}"), timeout).await
     }
 
-    /// What a virtual terminal of the guest shows, a line each. Nothing as long as nobody has opened it: the guest makes
-    /// it then.
+    /// The lines of a virtual terminal of the guest. Empty until something opens the terminal, which creates it.
     ///
     /// # Errors
-    /// As [`Machine::execute`].
+    /// Those of [`Machine::execute`].
     pub async fn get_tty_text(&self, tty: &str) -> Result<String> {
         let (device, screen) = (quote(&format!("/dev/tty{tty}")), quote(&format!("/dev/vcs{tty}")));
         let command = format!("fold -w \"$(stty -F {device} size | cut -d' ' -f2)\" {screen}");
         self.execute(&command, ExecOptions::default()).await.map(|(_, output)| output)
     }
 
-    /// Waits until `find` finds something on a virtual terminal. `what` is for the log.
+    /// Waits until `find` finds a match on a virtual terminal. `what` is for the log.
     ///
     /// # Errors
-    /// As [`Self::get_tty_text`]; [`crate::Error::Assertion`] if it does not within `timeout`; and what `find` answers.
+    /// Those of [`Self::get_tty_text`] and of `find`; [`crate::Error::Assertion`] if it does not within `timeout`.
     pub async fn wait_until_tty_matches(
         &self,
         tty: &str,
@@ -118,16 +117,16 @@ impl Machine {
         retry(&self.inner.clock, probe, timeout).await
     }
 
-    /// Writes what a virtual terminal shows to the guest's journal, and so to the log.
+    /// Prints what a virtual terminal shows to the guest's journal, and so to the log.
     ///
     /// # Errors
-    /// As [`Machine::execute`].
+    /// Those of [`Machine::execute`].
     pub async fn dump_tty_contents(&self, tty: &str) -> Result<()> {
         let command = format!("fold -w 80 {} | systemd-cat", quote(&format!("/dev/vcs{tty}")));
         self.execute(&command, ExecOptions::default()).await.map(drop)
     }
 
-    /// Waits until a condition holds that the agent can watch, or else a shell can: `script` says the same.
+    /// Waits for a condition through the agent, or through a shell, where `script` is the same condition.
     async fn wait_until(
         &self,
         condition: Option<Condition>,
@@ -149,7 +148,7 @@ impl Machine {
                         _ => Err(timed_out(timeout)),
                     };
                 }
-                // The condition is nothing that the shell understands now: a pattern with too many matches, say.
+                // The shell cannot evaluate the condition now, for example a pattern with too many matches.
                 _ => {}
             }
         }
@@ -166,7 +165,7 @@ impl Machine {
         condition: Condition,
         timeout: Duration,
     ) -> Result<bool> {
-        // A wait without a budget is a look, which takes its time too.
+        // A wait without a budget polls once, which takes its time too.
         let budget = if timeout.is_zero() { LOOK } else { timeout };
         let wait = async {
             match agent.wait(condition).await {
@@ -185,7 +184,7 @@ impl Machine {
     }
 }
 
-/// Whether a shell would not change it: then the agent can watch it.
+/// Whether a shell would leave it unchanged, so that the agent can watch it.
 fn is_plain(path: &str) -> bool {
     path.starts_with('/')
         && path.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+@:,".contains(c))

@@ -31,7 +31,7 @@ with subtest("machines_nspawn, wrongly: containers say that they are not there")
     from test_driver.errors import MachineError
     from test_driver.machine import NspawnMachine
 
-    with t.assertRaisesRegex(MachineError, "not there yet"):
+    with t.assertRaisesRegex(MachineError, "not supported yet"):
         NspawnMachine()
 
 with subtest("vlans: by number"):
@@ -70,7 +70,7 @@ with subtest("NspawnMachine: no machine is one yet"):
     t.assertFalse(any(isinstance(m, NspawnMachine) for m in machines))
 
 with subtest("NspawnMachine, wrongly: says when it is used that it is not there"):
-    with t.assertRaisesRegex(MachineError, "not there yet"):
+    with t.assertRaisesRegex(MachineError, "not supported yet"):
         NspawnMachine()
 
 with subtest("dump_machine_ssh: nothing without the backdoor"):

@@ -4,6 +4,7 @@
 
 mod balloon;
 mod boot;
+mod checkpoint;
 mod command;
 mod devices;
 mod disks;

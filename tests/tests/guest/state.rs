@@ -39,7 +39,7 @@ struct Machine {
     agent: UnixStream,
 }
 
-fn spec(dir: &Path, index: usize) -> MachineSpec {
+pub(super) fn spec(dir: &Path, index: usize) -> MachineSpec {
     let kit = micro();
     let name = NAMES[index];
     let mac = [0x52, 0x54, 0, 0x12, 1, u8::try_from(index + 1).unwrap()];
@@ -105,7 +105,7 @@ impl Connect for Ends {
     }
 }
 
-fn host_side(switch: &Switch, name: &str) -> (HostSide, UnixStream) {
+pub(super) fn host_side(switch: &Switch, name: &str) -> (HostSide, UnixStream) {
     let (agent, guest) = UnixStream::pair().unwrap();
     let host = HostSide {
         events: Box::new(|event| eprintln!("{event:?}")),
@@ -117,13 +117,13 @@ fn host_side(switch: &Switch, name: &str) -> (HostSide, UnixStream) {
     (host, agent)
 }
 
-fn tokio_stream(stream: &UnixStream) -> tokio::net::UnixStream {
+pub(super) fn tokio_stream(stream: &UnixStream) -> tokio::net::UnixStream {
     let stream = stream.try_clone().unwrap();
     stream.set_nonblocking(true).unwrap();
     tokio::net::UnixStream::from_std(stream).unwrap()
 }
 
-async fn output(agent: &AgentClient, script: &str) -> String {
+pub(super) async fn output(agent: &AgentClient, script: &str) -> String {
     let done = agent.exec_collect(ExecRequest::shell(script)).await.unwrap();
     let text = String::from_utf8_lossy(&done.stdout).trim().to_owned();
     assert!(done.exit.success(), "{script}: {:?} {text}", done.exit);
@@ -141,7 +141,7 @@ async fn booted(agent: &AgentClient) -> (f64, f64) {
     (before - uptime - 0.01, now() - uptime + 0.01)
 }
 
-fn run(script: impl Future<Output = ()>) {
+pub(super) fn run(script: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         tokio::time::timeout(Duration::from_secs(280), script).await.expect("it takes too long");

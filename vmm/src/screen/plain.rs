@@ -88,6 +88,7 @@ impl Screen for FrameBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::checkpoint::Backing;
     use crate::spec::{Pixels, ScreenKind};
 
     #[test]
@@ -110,7 +111,7 @@ mod tests {
         assert_eq!((picture.width, picture.height, picture.rgb.len()), (65, 1027, 65 * 1027 * 3));
         assert_eq!(picture.rgb[..9], [0, 0, 0, 3, 2, 1, 0, 0, 0]);
         assert!(picture.rgb.ends_with(&[0, 0, 0, 6, 5, 4]));
-        memory::clear(screen.memory()).unwrap();
+        Backing::default().clear(&[screen.memory()]).unwrap();
         assert_eq!((screen.version(), screen.picture()), (black, None));
     }
 }

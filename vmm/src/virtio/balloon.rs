@@ -302,7 +302,8 @@ fn report(chain: Chain, memory: &MemoryMap, turn: &mut Turn) -> Served {
     Served::Done(0)
 }
 
-/// Gives the whole pages inside `slice` back to the host; they read as zero from then on.
+/// Gives the whole pages inside `slice` back to the host. From then on they read as zero, or as at the machine's first
+/// checkpoint: the guest counts on neither.
 fn give_back(slice: &GuestSlice<'_>, turn: &mut Turn) {
     let page = usize::try_from(PAGE_SIZE).unwrap_or(usize::MAX);
     let guard = slice.ptr_guard_mut();
@@ -314,7 +315,7 @@ fn give_back(slice: &GuestSlice<'_>, turn: &mut Turn) {
         return;
     }
     // SAFETY: the range lies inside `slice`, which is guest memory and mapped for as long as the
-    // guard lives. It is a private anonymous mapping, so this keeps it mapped and only empties it;
+    // guard lives. It is a private mapping, so this keeps it mapped and only drops its own pages;
     // nobody holds references into guest memory, which changes under everybody's hands anyway.
     let status =
         unsafe { libc::madvise(guard.as_ptr().add(start).cast(), len, libc::MADV_DONTNEED) };

@@ -66,6 +66,8 @@ pub enum Handle {
     Balloon(BalloonHandle),
     /// Press keys, or move the pointer.
     Input(input::Kind, InputHandle),
+    /// Put the disk back to earlier contents.
+    Disk(blk::DiskHandle),
     /// Look at the screen.
     Screen(Arc<dyn Screen>),
 }

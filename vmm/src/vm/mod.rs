@@ -7,6 +7,7 @@
 //! ```
 
 mod build;
+mod checkpoint;
 mod descriptors;
 mod state;
 
@@ -25,6 +26,7 @@ use crate::device::boot_timer::{BootTimer, Mark};
 use crate::device::panic::PanicDevice;
 use crate::device::serial::{InputFull, SerialPort};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
+use crate::memory::checkpoint::Backing;
 use crate::memory::{self, Memory};
 use crate::screen::Screen;
 use crate::screen::plain::FrameBuffer;
@@ -35,13 +37,14 @@ use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::build::{BuildError, Connect, Handle};
 use crate::virtio::input::{self, InputHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
+pub use checkpoint::Checkpoint;
 pub use state::VmState;
 
 /// What happens to a running machine. More kinds will come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// Its vCPUs have started.
+    /// Its vCPUs have started, to boot the kernel.
     Booting,
     /// Its kernel has panicked.
     Panic {
@@ -206,6 +209,9 @@ pub struct Vm {
     vm: Arc<VmFd>,
     memory: Memory,
     frame_buffer: Option<Arc<FrameBuffer>>,
+    backing: Backing,
+    /// The next start begins a boot, and does not go on with one.
+    boots: bool,
 }
 
 impl Vm {
@@ -282,6 +288,8 @@ impl Vm {
             vm,
             memory,
             frame_buffer,
+            backing: Backing::default(),
+            boots: true,
         })
     }
 
@@ -312,7 +320,9 @@ impl Vm {
         for transport in &self.transports {
             transport.resume();
         }
-        (self.events)(Event::Booting);
+        if std::mem::take(&mut self.boots) {
+            (self.events)(Event::Booting);
+        }
         self.phase = Phase::Running;
         for vcpu in &self.vcpus {
             match self.spawn_vcpu(vcpu.clone()) {
@@ -401,14 +411,14 @@ impl Vm {
         }
         self.serial.reset();
         self.panic.reset();
-        for memory in build::memories(&self.memory, self.frame_buffer.as_ref()) {
-            memory::clear(memory).map_err(host("cannot clear guest memory"))?;
-        }
+        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+        self.backing.clear(&memories).map_err(host("cannot clear guest memory"))?;
         let entry = build::load_kernel(&self.spec, &self.memory)?;
         self.power_on_state()?;
         self.prepare_entry(entry)?;
         self.timer.restart();
         self.group.rearm();
+        self.boots = true;
         Ok(())
     }
 
@@ -430,6 +440,7 @@ impl Vm {
         for transport in &self.transports {
             transport.reset();
         }
+        self.merge_disks();
         self.phase = Phase::Stopped;
     }
 

@@ -41,12 +41,20 @@ impl Vm {
     /// # Errors
     /// It is not paused, the file cannot be written, or KVM refuses.
     pub fn save(&self, memory: &File) -> Result<VmState, VmError> {
+        let state = self.state()?;
+        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+        memory::save(&memories, memory).map_err(host("cannot write guest memory"))?;
+        Ok(state)
+    }
+
+    /// The state of a paused machine without its memory.
+    pub(super) fn state(&self) -> Result<VmState, VmError> {
         if self.phase != Phase::Paused {
             let problem = "only a paused machine can be saved".to_owned();
             return Err(VmError::Spec { machine: self.spec.name.clone(), problem });
         }
         let processors = ProcessorState::save(&self.kvm, &self.vm, &self.vcpu_fds());
-        let state = VmState {
+        Ok(VmState {
             version: VERSION,
             saved_at: now(),
             processors: processors.map_err(VmError::State)?,
@@ -54,10 +62,7 @@ impl Vm {
             panic: self.panic.save(),
             screen: self.spec.plain_screen().copied(),
             transports: self.transports.iter().map(|transport| transport.save()).collect(),
-        };
-        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
-        memory::save(&memories, memory).map_err(host("cannot write guest memory"))?;
-        Ok(state)
+        })
     }
 
     /// Builds the machine of `spec` in the saved state; [`Vm::start`] lets it go on. Its clocks are as if it had run
@@ -76,12 +81,14 @@ impl Vm {
         let frame_buffer = build::frame_buffer(spec)?;
         let memories = build::memories(&guest_memory, frame_buffer.as_ref());
         memory::load(&memories, memory).map_err(host("cannot read guest memory"))?;
-        let vm = Vm::assemble(spec, host_side, guest_memory, frame_buffer)?;
-        vm.apply(state)?;
+        let mut vm = Vm::assemble(spec, host_side, guest_memory, frame_buffer)?;
+        vm.boots = false;
+        vm.apply(state, now().saturating_sub(state.saved_at))?;
         Ok(vm)
     }
 
-    fn apply(&self, state: &VmState) -> Result<(), VmError> {
+    /// Takes a state back, with clocks as if so many nanoseconds had passed since.
+    pub(super) fn apply(&self, state: &VmState, passed: u64) -> Result<(), VmError> {
         if state.version != VERSION {
             return Err(self.not_restorable(&format!(
                 "its state has version {}, this firn reads version {VERSION}",
@@ -96,7 +103,6 @@ impl Vm {
         if state.screen.as_ref() != self.spec.plain_screen() {
             return Err(self.not_restorable("its state has another screen than its spec"));
         }
-        let passed = now().saturating_sub(state.saved_at);
         // Before the devices: they may raise interrupts.
         let restored = state.processors.restore(&self.vm, &self.vcpu_fds(), passed);
         restored.map_err(VmError::State)?;

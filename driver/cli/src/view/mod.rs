@@ -14,30 +14,30 @@ use super::run::runtime;
 mod pipe;
 mod server;
 
-/// Watch the screens of machines in a browser, and use their keyboards and pointers
+/// View machines' screens in a browser, and use their keyboards and pointers
 ///
-/// Shows the machines of all runs of this user, as they come and go. A machine has a screen if its test asks for one
-/// (`screen = "plain"`, enableOCR, or a script that takes screenshots), and always in interactive mode.
+/// Shows the machines of all your runs as they come and go. A machine has a screen if its test asks for one (`screen =
+/// "plain"`, enableOCR, or a script that takes screenshots), and always in interactive mode.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   firn view                      all machines, in the browser
-  firn view --no-open            only say the address
+  firn view --no-open            only print the address
   firn view /tmp/firn-run-x1y2   the machines of one run
   vncviewer /tmp/firn-run-x1y2/vm-state-machine/vnc.sock
-                                 the same screen in any viewer that knows UNIX sockets
+                                 the same screen in any viewer that supports UNIX sockets
 
-The page is on this host alone, and its address has a secret in it. Ctrl-C ends it.")]
+The page is served to this host only, and its address contains a secret. Ctrl-C ends it.")]
 pub struct Args {
-    /// The directory of a run, or of one machine's state; by default all that are in TMPDIR
+    /// A run's directory or a machine's state directory; by default, all in TMPDIR
     dir: Option<PathBuf>,
     /// Do not open a browser
     #[arg(long)]
     no_open: bool,
-    /// The port of the page; by default one that is free
+    /// The page's port; by default, a free one
     #[arg(long, default_value_t = 0)]
     port: u16,
-    /// Connect standard input and output to the machine whose id is the first line of input, or list them
+    /// Connect standard input and output to the machine whose id is the first line of input, or list the machines
     #[arg(long, hide = true, conflicts_with_all = ["no_open", "port"])]
     pipe: bool,
 }

@@ -8,7 +8,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use firn::viewers;
 
-/// The longest id of a machine, in bytes.
+/// The longest machine id, in bytes.
 const MAX_ID: u64 = 4096;
 
 pub(super) fn run(dir: &Path) -> Result<ExitCode> {

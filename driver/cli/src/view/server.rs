@@ -19,12 +19,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixStream};
 use tokio::task::spawn_blocking;
 
-/// How much of a machine's answer goes through at once, in bytes.
+/// How much of a machine's answer is passed on at once, in bytes.
 const CHUNK: usize = 64 << 10;
-/// The longest message of a viewer, in bytes; its keys and moves are much shorter.
+/// The longest message from a viewer, in bytes; keys and pointer moves are much shorter.
 const MAX_MESSAGE: usize = 64 << 10;
 
-/// The page needs nothing from elsewhere.
+/// The page loads nothing from elsewhere.
 const POLICY: &str =
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'";
 
@@ -46,7 +46,7 @@ struct Which {
     machine: String,
 }
 
-/// A secret that cannot be guessed.
+/// A random secret.
 pub(super) fn token() -> Result<String> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).context("cannot make a secret")?;
@@ -65,7 +65,7 @@ pub(super) async fn serve(listener: TcpListener, dir: PathBuf, token: String) ->
     axum::serve(listener, routes).await.context("cannot serve the page")
 }
 
-/// Lets in who knows the secret.
+/// Admits only requests with the secret.
 async fn guard(
     State(site): State<Arc<Site>>,
     Query(secret): Query<Secret>,
@@ -85,7 +85,7 @@ async fn guard(
     response
 }
 
-/// The machines that are there now.
+/// The machines running now.
 async fn find(site: &Site) -> io::Result<Vec<viewers::Found>> {
     let dir = site.dir.clone();
     spawn_blocking(move || viewers::find(&dir)).await.map_err(io::Error::other)?

@@ -1,4 +1,4 @@
-"""Machines, as scripts have them: `firn._firn.Machine`, and what is easier said in Python."""
+"""Machines as scripts see them: `firn._firn.Machine`, and what is simpler in Python."""
 
 import queue
 import shutil
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class assignable(Generic[T]):
-    """An attribute that is worked out, until a script assigns something to it."""
+    """A computed attribute that a script may override by assigning to it."""
 
     def __init__(self, get: Callable[[Any], T]) -> None:
-        """Take what works it out."""
+        """Take the function that computes it."""
         self._get = get
         self.__doc__ = get.__doc__
 
@@ -33,32 +33,32 @@ class assignable(Generic[T]):
     @overload
     def __get__(self, machine: object, owner: type) -> T: ...
     def __get__(self, machine: object | None, owner: type) -> "T | assignable[T]":
-        """Work it out."""
+        """Compute the value."""
         return self if machine is None else self._get(machine)
 
 
 class BaseMachine(Machine):
-    """A machine of whatever kind.
+    """A machine of any kind.
 
     A script's own class may be derived from it, or from QemuMachine: an object of that stands for
     the machine that it is made with.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        """Stand for the machine that is given."""
+        """Take the machine to stand for."""
         if not self._made:
             raise MachineError(
-                "a machine is made by create_machine(), with what a test says of its machines and "
-                "networks; a class of your own takes over one that there is: `M(machine)`"
+                "a machine is made by create_machine(), or from the test's own description of its "
+                "machines; a subclass M of yours wraps an existing one: `M(machine)`"
             )
 
     def __repr__(self) -> str:
-        """Show its name."""
+        """Show the machine's name."""
         return f"<machine {self.name}>"
 
     @property
     def callbacks(self) -> list[Callable[[], object]]:
-        """What is called before each command: functions without arguments. Scripts may add some."""
+        """Functions without arguments that are called before each command. Scripts may add some."""
         return self._callbacks
 
     @callbacks.setter
@@ -66,64 +66,64 @@ class BaseMachine(Machine):
         self._callbacks[:] = callbacks
 
     def run_callbacks(self) -> None:
-        """Call what is in `callbacks`, as every command does first."""
+        """Call the functions in `callbacks`, as every command does first."""
         for callback in self.callbacks:
             callback()
 
     @assignable
     def tmp_dir(self) -> Path:
-        """The directory in which all machines' state is."""
+        """The directory of all machines' state."""
         return self.shared_dir.parent
 
     @property
     def keep_machine_state(self) -> bool:
-        """Whether its state outlives the run."""
+        """Whether the machine's state is kept after the run."""
         return self._keeps_state
 
     @keep_machine_state.setter
     def keep_machine_state(self, keep: bool) -> None:
         if keep != self._keeps_state:
             raise MachineError(
-                f"{self.name}: whether its state is kept is said when it is made: by "
+                f"{self.name}: whether its state is kept is set when it is made: by "
                 "--keep-machine-state, or create_machine(…, keep_machine_state=True)"
             )
 
     def cleanup_statedir(self) -> None:
-        """Remove its state: its disks are new at the next start."""
+        """Remove the machine's state. Its disks are new at the next start."""
         if self.booted:
-            raise MachineError(f"{self.name} runs, and needs its state")
+            raise MachineError(f"{self.name} is running and needs its state")
         shutil.rmtree(self.state_dir)
         self.log(f"deleting machine state directory {self.state_dir}")
         self.log("if you want to keep the machine state, pass --keep-machine-state")
 
 
 class QemuMachine(Windows, BaseMachine):
-    """A virtual machine, by the name that scripts know."""
+    """A virtual machine, under the name that scripts use."""
 
     @assignable
     def pid(self) -> int | None:
-        """The process that it runs in, if it runs: this one."""
+        """The machine's process while it runs: this one."""
         process = self.process
         return None if process is None else process.pid
 
     @assignable
     def process(self) -> Process | None:
-        """What stands for its process, if it runs: it has none of its own."""
+        """A stand-in for the machine's process while it runs; it has no process of its own."""
         return Process(self) if self.booted else None
 
     @assignable
     def shell(self) -> socket | None:
-        """The socket of the backdoor's root shell, if it runs; each time another one."""
+        """The backdoor shell's socket while the machine runs; a new one at each call."""
         return self._shell()
 
     @assignable
     def start_command(self) -> QemuStartCommand:
-        """What would start it by hand."""
+        """The command that starts the machine by hand."""
         return QemuStartCommand(f"run-{self.name}-vm")
 
     @property
     def qmp_client(self) -> QMPSession:
-        """QEMU's machine protocol, as far as firn has the same thing."""
+        """A QMP session, for the commands that firn supports."""
         session = self.__dict__.get("_qmp_client")
         if not isinstance(session, QMPSession) or session.closed:
             session = QMPSession(self)
@@ -132,43 +132,43 @@ class QemuMachine(Windows, BaseMachine):
 
     @assignable
     def last_lines(self) -> "ConsoleLines":
-        """The lines of its console that nobody has taken yet: also wait_for_console_text() does."""
+        """The console lines not consumed yet; wait_for_console_text() consumes lines too."""
         return ConsoleLines(self)
 
     @assignable
     def full_console_log(self) -> list[str]:
-        """The lines of its console since its start."""
+        """All console lines since the start."""
         return self.get_console_log().splitlines()
 
     @assignable
     def monitor_path(self) -> Path:
-        """Where QEMU's monitor would be: send_monitor_command() reaches what there is."""
+        """The path of QEMU's monitor. There is no such socket: use send_monitor_command()."""
         return self.state_dir / "monitor"
 
     @assignable
     def qmp_path(self) -> Path:
-        """Where QEMU's machine protocol would be: `qmp_client` speaks it."""
+        """The path of QEMU's QMP socket. There is no such socket: use `qmp_client`."""
         return self.state_dir / "qmp"
 
     @assignable
     def shell_path(self) -> Path:
-        """Where the root shell's socket would be: `shell` is that."""
+        """The path of the root shell's socket. There is no such socket: use `shell`."""
         return self.state_dir / "shell"
 
     @assignable
     def vsock_host(self) -> Path | None:
-        """The UNIX socket by which the host reaches the guest's vsock ports, if it has any."""
+        """The UNIX socket through which the host reaches the guest's vsock ports, or None."""
         return self._vsock
 
     @assignable
     def vsock_guest(self) -> Path | None:
-        """The same: the guest's side is in this process, and needs no socket of its own."""
+        """The same socket: the guest's side is in this process and needs none of its own."""
         return self._vsock
 
     def wait_for_qmp_event(
         self, event_filter: Callable[[dict[str, Any]], object], timeout: Duration = 600
     ) -> dict[str, Any]:
-        """Wait for an event of QEMU's machine protocol that `event_filter` takes, and give it.
+        """Wait for a QMP event that `event_filter` accepts, and return it.
 
         There are SHUTDOWN, RESET, STOP, RESUME, POWERDOWN and GUEST_PANICKED. Each is seen once,
         also those that the filter does not take.
@@ -178,7 +178,7 @@ class QemuMachine(Windows, BaseMachine):
         return self.qmp_client.wait_for(event_filter, seconds(timeout))
 
     def shell_interact(self, address: str | None = None) -> None:
-        """Let the user talk to the root shell until Ctrl-D or Ctrl-C; for use at the prompt.
+        """Connect the user to the root shell until Ctrl-D or Ctrl-C, for use at the prompt.
 
         address: what socat shall connect to the shell instead of the terminal: `tcp-listen:4444`.
         """
@@ -190,7 +190,7 @@ class QemuMachine(Windows, BaseMachine):
 
 
 class ConsoleLines(queue.Queue[str]):
-    """The lines of a machine's console that nobody has taken yet, as a queue."""
+    """A machine's unconsumed console lines, as a queue."""
 
     def __init__(self, machine: Machine) -> None:
         """Take the machine."""
@@ -198,7 +198,7 @@ class ConsoleLines(queue.Queue[str]):
         self._machine = machine
 
     def get(self, block: bool = True, timeout: float | None = None) -> str:
-        """Take the next line; raise queue.Empty if there is none in time."""
+        """Take the next line. Raises queue.Empty if none comes in time."""
         limit = (float("inf") if timeout is None else timeout) if block else 0.0
         try:
             return self._machine._next_console_line(limit)
@@ -206,20 +206,20 @@ class ConsoleLines(queue.Queue[str]):
             raise queue.Empty from None
 
     def qsize(self) -> int:
-        """Say how many lines there are."""
+        """Return the number of lines."""
         return self._machine._console_lines_left()
 
     def empty(self) -> bool:
-        """Whether there is none."""
+        """Whether the queue is empty."""
         return self.qsize() == 0
 
 
 class NspawnMachine(BaseMachine):
-    """A container beside the machines: not there yet."""
+    """A container. Not supported yet."""
 
     def __new__(cls, *args: object, **kwargs: object) -> NoReturn:
-        """Say so."""
-        raise MachineError("containers are not there yet, only machines are")
+        """Raise MachineError."""
+        raise MachineError("containers are not supported yet")
 
 
 __all__ = [

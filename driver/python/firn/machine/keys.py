@@ -1,4 +1,4 @@
-"""The keys of an American keyboard by the characters that they type, as QEMU names keys."""
+"""QEMU's key names by the characters that they type on a US keyboard."""
 
 from firn._firn import CHAR_TO_KEY
 

@@ -1,4 +1,4 @@
-"""Reading of pictures, by upstream's names. A machine reads its own screen by get_screen_text()."""
+"""OCR of picture files, under upstream's names; for screens use get_screen_text()."""
 
 from os import PathLike
 
@@ -6,7 +6,7 @@ from firn._firn import read_picture
 
 
 def perform_ocr_on_screenshot(screenshot_path: str | PathLike[str]) -> str:
-    """Read a picture as it is, and give all words that are found.
+    """Return the words in a picture.
 
     screenshot_path: a PNG or PPM file.
 
@@ -19,7 +19,7 @@ def perform_ocr_on_screenshot(screenshot_path: str | PathLike[str]) -> str:
 def perform_ocr_variants_on_screenshot(
     screenshot_path: str | PathLike[str], variants: bool = True
 ) -> list[str]:
-    """Read a picture in several ways, in which different words may be found.
+    """Read a picture in several ways, each of which may find other words.
 
     variants: whether to read also two pictures that are made of it for reading, of its dark letters
     and of its bright ones; without it the answer is one text.

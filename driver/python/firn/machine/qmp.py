@@ -1,4 +1,4 @@
-"""QEMU's machine protocol, by upstream's names."""
+"""QMP, under upstream's names."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from firn.duration import Duration, seconds
 
 
 class QMPAPIError(RuntimeError):
-    """The protocol's answer is an error."""
+    """QMP answered with an error."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         """Take the answer."""
@@ -26,7 +26,7 @@ class QMPAPIError(RuntimeError):
 
 
 class QMPSession:
-    """What a script asks of the protocol."""
+    """A machine's QMP session."""
 
     def __init__(self, machine: Machine) -> None:
         """Take the machine."""
@@ -34,7 +34,7 @@ class QMPSession:
         self.closed = False
 
     def send(self, cmd: str, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Send a command, and give the whole answer: `{"return": …}`.
+        """Send a command and return the whole answer: `{"return": …}`.
 
         query-commands says which there are. Raises QMPAPIError for others, and for arguments that
         make no sense.
@@ -46,7 +46,7 @@ class QMPSession:
         return answer
 
     def wait_for_event(self, timeout: Duration = 10) -> dict[str, Any]:
-        """Give the next event that nobody has seen.
+        """Return the next event that has not been returned yet.
 
         timeout: seconds or a timedelta; 10 seconds by default. Raises TimeoutError after it.
         """
@@ -54,13 +54,12 @@ class QMPSession:
         event = self._machine._next_qmp_event(timeout)
         if event is None:
             raise TimeoutError(
-                f"{self._machine.name}: no event of QEMU's machine protocol "
-                f"within {seconds(timeout):g} seconds"
+                f"{self._machine.name}: no QMP event within {seconds(timeout):g} seconds"
             )
         return dict(json.loads(event))
 
     def events(self, timeout: Duration = 10) -> Iterator[dict[str, Any]]:
-        """Give the events that are there and that nobody has seen; waits for none."""
+        """Yield the events received so far that have not been returned yet, without waiting."""
         del timeout
         self._check()
         while (event := self._machine._next_qmp_event(0)) is not None:
@@ -69,7 +68,7 @@ class QMPSession:
     def wait_for(
         self, wanted: Callable[[dict[str, Any]], object], timeout: float
     ) -> dict[str, Any]:
-        """Give the next event that is wanted; see `QemuMachine.wait_for_qmp_event`."""
+        """Return the next event that the filter accepts; see `QemuMachine.wait_for_qmp_event`."""
         deadline = time.monotonic() + timeout
         while True:
             event = self.wait_for_event(max(0.0, deadline - time.monotonic()))
@@ -77,7 +76,7 @@ class QMPSession:
                 return event
 
     def close(self) -> None:
-        """End the session: the machine's `qmp_client` is another one then."""
+        """End the session. The machine's `qmp_client` is a new one then."""
         self.closed = True
 
     def _check(self) -> None:

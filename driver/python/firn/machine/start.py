@@ -1,4 +1,4 @@
-"""What stands for QEMU's process and its command line, by upstream's names."""
+"""Stand-ins for QEMU's process and command line, under upstream's names."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from firn.errors import MachineError
 
 
 def make_command(args: Iterable[object]) -> str:
-    """Make a command of the shell from words, each of which it takes as it is."""
+    """Join words into a shell command that takes each as it is."""
     return shlex.join(map(str, args))
 
 
 class QemuStartCommand:
-    """The command that starts a machine. firn reads what would be run, and runs nothing."""
+    """The command that starts a machine. firn reads the file it names and runs no command."""
 
     def __init__(self, script: str) -> None:
         """Take the command."""
@@ -27,27 +27,27 @@ class QemuStartCommand:
 
     @property
     def machine_name(self) -> str:
-        """The machine's name, which is part of the program's."""
+        """The machine's name, taken from the program's."""
         found = re.search("run-(.+)-vm$", self._cmd)
         return found[1] if found else "machine"
 
     @staticmethod
     def build_environment(state_dir: Path, shared_dir: Path) -> dict[str, str]:
-        """Give the environment in which the command would be run."""
+        """Return the environment in which the command would run."""
         own = {"TMPDIR": str(state_dir), "SHARED_DIR": str(shared_dir), "USE_TMPDIR": "1"}
         return os.environ | own
 
     def cmd(self, *args: object, **kwargs: object) -> NoReturn:
-        """Say that there is no QEMU to give options to."""
+        """Raise MachineError: there is no QEMU to give options to."""
         raise MachineError(f"{self._cmd}: firn starts machines itself: there is no QEMU to run")
 
     def run(self, *args: object, **kwargs: object) -> NoReturn:
-        """Say that there is no QEMU to run."""
+        """Raise MachineError: there is no QEMU to run."""
         self.cmd()
 
 
 class _Console:
-    """What is written to a machine's serial console, as a process's standard input."""
+    """A machine's serial console as a process's standard input."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -58,11 +58,11 @@ class _Console:
         return len(chars)
 
     def flush(self) -> None:
-        """Nothing waits to be written."""
+        """Do nothing: writes are not buffered."""
 
 
 class Process:
-    """A run of a machine, as if it was a process of its own: `subprocess.Popen`."""
+    """A run of a machine in the shape of `subprocess.Popen`."""
 
     def __init__(self, machine: Machine) -> None:
         """Take a machine that runs."""
@@ -73,13 +73,13 @@ class Process:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Give 0 if it has ended, else None."""
+        """Return 0 if the machine has ended, else None."""
         if self.returncode is None and not self._machine.booted:
             self.returncode = 0
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        """Wait for the machine's end. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         limit = float("inf") if timeout is None else timeout
         if self.poll() is None and not self._machine._wait_for_end(limit):
             raise subprocess.TimeoutExpired(self.args, limit)
@@ -87,7 +87,7 @@ class Process:
         return 0
 
     def terminate(self) -> None:
-        """End it at once."""
+        """End the machine at once."""
         if self.poll() is None:
             self._machine.crash()
 

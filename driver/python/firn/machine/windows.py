@@ -1,4 +1,4 @@
-"""Windows on a guest's screen: what its X server says of them, asked by commands."""
+"""Windows on a guest's screen, listed by commands to its X server."""
 
 import re
 
@@ -11,10 +11,10 @@ _NAME = re.compile(r'0x[0-9a-f]+ "(.*?)"')
 
 
 class Windows(Machine):
-    """What a machine can be asked about its X server."""
+    """A machine's methods about its X server."""
 
     def wait_for_x(self, timeout: Duration = 900) -> None:
-        """Wait until the guest's X server takes connections, and its session is there.
+        """Wait until the guest's X server takes connections and its session has started.
 
         timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed
         after it.
@@ -30,12 +30,12 @@ class Windows(Machine):
             retry_on(lambda: self._now, ready, timeout)
 
     def get_window_names(self) -> list[str]:
-        """Give the names of all windows of the guest's X server; needs xwininfo there."""
+        """Return the names of all windows of the guest's X server. Needs xwininfo in the guest."""
         lines = self.succeed("xwininfo -root -tree").splitlines()
         return [found[1] for line in lines if (found := _NAME.search(line))]
 
     def wait_for_window(self, regexp: str | re.Pattern[str], timeout: Duration = 900) -> None:
-        """Wait until a window is there whose name a regular expression matches.
+        """Wait until there is a window whose name matches a regular expression.
 
         timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed
         after it.

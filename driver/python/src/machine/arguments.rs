@@ -11,19 +11,19 @@ use pyo3::types::{PyBool, PyInt, PyString, PyTuple};
 use crate::duration::Timeout;
 use firn::error::{MachineError, Result};
 
-/// What a call waits for at most, unless the script says otherwise.
+/// The default timeout of calls that wait.
 pub(super) const DEFAULT: Timeout = Timeout(firn::machine::DEFAULT_TIMEOUT);
 
 pub(super) fn seconds(timeout: Option<Timeout>) -> Option<Duration> {
     timeout.map(|timeout| timeout.0)
 }
 
-/// As upstream's attributes: `pathlib.Path`.
+/// `pathlib.Path`, as upstream's attributes have it.
 pub(super) fn path(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
     Ok(py.import("pathlib")?.call_method1("Path", PyTuple::new(py, [path])?)?.unbind())
 }
 
-/// A port's number, or that as a text.
+/// A port number, or a string of one.
 #[derive(Clone, Copy)]
 pub(super) struct Port(pub(super) u16);
 
@@ -32,10 +32,10 @@ impl FromPyObject<'_, '_> for Port {
 
     fn extract(value: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let wrong =
-            || PyTypeError::new_err("a port is a number from 0 to 65535, or that as a text");
+            || PyTypeError::new_err("a port is a number from 0 to 65535, or a string of one");
         if let Ok(text) = value.cast::<PyString>() {
             let text = text.to_str()?;
-            let wrong = |_| PyValueError::new_err(format!("{text:?} is no port"));
+            let wrong = |_| PyValueError::new_err(format!("{text:?} is not a port"));
             return text.trim().parse().map(Self).map_err(wrong);
         }
         match value.is_instance_of::<PyInt>() && !value.is_instance_of::<PyBool>() {
@@ -45,7 +45,7 @@ impl FromPyObject<'_, '_> for Port {
     }
 }
 
-/// A path of the guest: a text, which its shell may expand, or a `pathlib.Path`.
+/// A path in the guest: a string, which its shell may expand, or a `pathlib.Path`.
 pub(super) struct GuestPath(String);
 
 impl FromPyObject<'_, '_> for GuestPath {
@@ -65,7 +65,7 @@ impl Deref for GuestPath {
     }
 }
 
-/// A virtual terminal: its number, or that as a text.
+/// The number of a virtual terminal, or a string of one.
 pub(super) struct Tty(String);
 
 impl FromPyObject<'_, '_> for Tty {
@@ -74,7 +74,7 @@ impl FromPyObject<'_, '_> for Tty {
     fn extract(value: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         match value.is_instance_of::<PyString>() || value.is_instance_of::<PyInt>() {
             true => Ok(Self(value.str()?.extract()?)),
-            false => Err(PyTypeError::new_err("a terminal is a number, or that as a text")),
+            false => Err(PyTypeError::new_err("a terminal is a number, or a string of one")),
         }
     }
 }
@@ -87,7 +87,7 @@ impl Deref for Tty {
     }
 }
 
-/// A regular expression of Python's `re`, whose syntax is not that of Rust's.
+/// A regular expression of Python's `re`; Rust's have another syntax.
 pub(super) struct Pattern {
     pub(super) shown: String,
     search: Py<PyAny>,
@@ -100,7 +100,7 @@ impl Pattern {
         Ok(Self { shown, search: pattern.getattr("search")?.unbind() })
     }
 
-    /// Where in the text, in bytes, the match ends.
+    /// Byte offset of the match's end in the text.
     pub(super) fn end_in(&self, text: &str) -> Result<Option<usize>> {
         let find = |py: Python<'_>| {
             let found = self.search.bind(py).call1((text,))?;

@@ -10,17 +10,17 @@ use firn::machine::ExecOptions;
 
 #[pymethods]
 impl PyMachine {
-    /// Run a shell command as root; give its exit status and what it printed on its standard output.
+    /// Run a shell command as root. Returns its exit status and its standard output.
     ///
-    /// It runs in bash with `set -euo pipefail`, in root's login environment. Its standard error goes to the guest's
-    /// console, and so to the log. The call waits until the output is closed: a program that stays in the background
-    /// has to close it or send it elsewhere (`>&2`).
+    /// It runs in bash with `set -euo pipefail`, in root's login environment. Standard error goes to the guest's console,
+    /// and so to the log. The call waits until standard output is closed, so a program left in the background has to
+    /// close it or redirect it (`>&2`).
     ///
-    /// check_return: False gives -1 as the status, and does not mind that the machine goes away.
-    /// check_output: False starts the command only, and gives (-2, "") at once.
-    /// timeout: seconds or a timedelta, after which the command is killed and the status is 124; None: never.
+    /// check_return: if False, the status is -1, and it is no error if the machine goes away.
+    /// check_output: if False, only start the command and return (-2, "") at once.
+    /// timeout: seconds or a timedelta, after which the command is killed and its status is 124; None for no limit.
     ///
-    /// Starts the machine if it is off. Raises MachineError if the guest ends meanwhile.
+    /// Starts the machine if it is off. Raises MachineError if the guest ends before the command does.
     #[pyo3(
         signature = (command, check_return = true, check_output = true, timeout = Some(DEFAULT)),
         text_signature = "($self, command, check_return=True, check_output=True, timeout=900)"
@@ -37,11 +37,11 @@ impl PyMachine {
         self.call(py, |machine| machine.execute(command, options))
     }
 
-    /// Run shell commands one after the other, as execute() does; give their outputs joined.
+    /// Run shell commands in turn, as execute() does. Returns their joined output.
     ///
-    /// timeout: for each command, in seconds or a timedelta; None: none.
+    /// timeout: limit for each command, in seconds or a timedelta; None for no limit.
     ///
-    /// Raises RequestedAssertionFailed at the first that does not exit with 0.
+    /// Raises RequestedAssertionFailed at the first command that fails.
     ///
     ///     kernel = machine.succeed("uname -r").strip()
     ///     machine.succeed("mkdir /tmp/a", "touch /tmp/a/b", timeout=10)
@@ -56,7 +56,7 @@ impl PyMachine {
         self.call(py, |machine| machine.succeed(&commands, seconds(timeout)))
     }
 
-    /// As succeed(), for commands none of which may exit with 0: raises RequestedAssertionFailed at the first that does.
+    /// Like succeed(), but every command has to fail: raises RequestedAssertionFailed at the first that succeeds.
     ///
     ///     machine.fail("ping -c 1 192.168.1.9")
     #[pyo3(signature = (*commands, timeout = None))]
@@ -70,12 +70,12 @@ impl PyMachine {
         self.call(py, |machine| machine.fail(&commands, seconds(timeout)))
     }
 
-    /// Run a command each second until it exits with 0; give its output then.
+    /// Run a command every second until it succeeds. Returns its output.
     ///
-    /// timeout: of all tries together, in seconds or a timedelta; 900 seconds by default. A last try is made after it.
-    /// attempt_timeout: of a single try, which is then given up and made again; None: what is left of the whole.
+    /// timeout: for all attempts together, in seconds or a timedelta; 900 seconds by default. One last attempt follows it.
+    /// attempt_timeout: for a single attempt, which is then killed and repeated; None for all the time that is left.
     ///
-    /// Raises RequestedAssertionFailed if the last try fails, too.
+    /// Raises RequestedAssertionFailed if the last attempt fails too.
     ///
     ///     machine.wait_until_succeeds("curl --fail http://localhost/", timeout=60)
     #[pyo3(
@@ -93,7 +93,7 @@ impl PyMachine {
         self.call(py, |machine| machine.wait_until_succeeds(command, timeout.0, attempt))
     }
 
-    /// As wait_until_succeeds(), until the command does not exit with 0.
+    /// Like wait_until_succeeds(), but waits until the command fails.
     #[pyo3(
         signature = (command, timeout = DEFAULT, attempt_timeout = None),
         text_signature = "($self, command, timeout=900, attempt_timeout=None)"
@@ -109,7 +109,7 @@ impl PyMachine {
         self.call(py, |machine| machine.wait_until_fails(command, timeout.0, attempt))
     }
 
-    /// Sleep, in the guest's time: `secs` seconds, or `duration`, seconds or a timedelta. One of them is needed.
+    /// Sleep in guest time. Takes either `secs` (seconds) or `duration` (seconds or a timedelta).
     #[pyo3(signature = (secs = None, duration = None))]
     fn sleep(
         &self,

@@ -14,25 +14,24 @@ use crate::wait::wait;
 
 #[pymethods]
 impl PyMachine {
-    /// Give all that the guest has printed on its serial console since its start.
+    /// Return everything the guest has printed on its serial console since it started.
     fn get_console_log(&self) -> PyResult<String> {
         Ok(self.machine()?.get_console_log())
     }
 
-    /// Type into the guest's serial console. Raises MachineError if the machine does not run.
+    /// Type into the guest's serial console. Raises MachineError if the machine is not running.
     fn send_console(&self, py: Python<'_>, chars: &str) -> PyResult<()> {
         self.call(py, |machine| machine.send_console(chars))
     }
 
-    /// Wait until a regular expression matches what the guest prints on its serial console.
+    /// Wait until a regular expression matches the output on the guest's serial console.
     ///
-    /// All is looked at that no earlier call has consumed, from the machine's start on, as it is and with its lines put
-    /// together without their ends. What is before the end of the match's last line is consumed then, and is in
-    /// get_console_log().
+    /// Searches everything since the machine's start that no earlier call has consumed, both as it is and with the line
+    /// ends removed. A match consumes the output up to the end of its last line; get_console_log() still has it.
     ///
-    /// regex: as for re.search(), or a compiled one.
-    /// timeout: seconds or a timedelta; None: none. Raises RequestedAssertionFailed after it, and MachineError if the
-    /// guest ends.
+    /// regex: as for re.search(), or compiled.
+    /// timeout: seconds or a timedelta; None for no limit. Raises RequestedAssertionFailed when it runs out, and
+    /// MachineError if the guest ends.
     #[pyo3(signature = (regex, timeout = None))]
     fn wait_for_console_text(
         &self,
@@ -45,7 +44,7 @@ impl PyMachine {
         self.call(py, |machine| machine.wait_for_console(&pattern.shown, find, seconds(timeout)))
     }
 
-    /// The next line of the console that nobody has consumed.
+    /// The next console line that nobody has consumed.
     fn _next_console_line(&self, py: Python<'_>, timeout: Timeout) -> PyResult<String> {
         wait(py, self.machine()?.next_console_line(timeout.0))
     }
@@ -54,8 +53,7 @@ impl PyMachine {
         Ok(self.machine()?.console_lines_left())
     }
 
-    /// The root shell's socket, if the machine runs. Python waits on it without making it blocking, which its other
-    /// users would notice.
+    /// The root shell's socket while the machine runs. Python polls it and leaves it non-blocking, as others use it too.
     fn _shell(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         let machine = self.machine()?;
         if !machine.booted() {
@@ -69,24 +67,24 @@ impl PyMachine {
         Ok(Some(shell.unbind()))
     }
 
-    /// Do what a command of QEMU's human monitor would; give what that would print, up to its next prompt.
+    /// Carry out a command of QEMU's human monitor. Returns what QEMU would print, up to its next prompt.
     ///
-    /// `help` names the commands that there are, and says of the others why not. Raises MachineError for those.
+    /// `help` lists the supported commands, and says why others are not. Raises MachineError for those.
     fn send_monitor_command(&self, py: Python<'_>, command: &str) -> PyResult<String> {
         let text = self.call(py, |machine| machine.send_monitor_command(command))?;
         // It is a terminal, which shows what is typed.
         Ok(format!("{command}\r\n{}(qemu) ", text.replace('\n', "\r\n")))
     }
 
-    /// Send a command of QEMU's machine protocol, and its arguments as JSON; give the whole answer as JSON.
+    /// Send a QMP command with its arguments as JSON. Returns the whole answer as JSON.
     fn _send_qmp(&self, py: Python<'_>, command: &str, arguments: &str) -> PyResult<String> {
         let arguments: Value = serde_json::from_str(arguments)
-            .map_err(|e| PyValueError::new_err(format!("these arguments are no JSON: {e}")))?;
+            .map_err(|e| PyValueError::new_err(format!("the arguments are not JSON: {e}")))?;
         let answer = self.call(py, |machine| machine.send_qmp(command, &arguments))?;
         Ok(answer.to_string())
     }
 
-    /// The next event of QEMU's machine protocol as JSON, or None if there is none in time.
+    /// The next QMP event as JSON, or None if none comes in time.
     fn _next_qmp_event(&self, py: Python<'_>, timeout: Timeout) -> PyResult<Option<String>> {
         let machine = self.machine()?;
         let next = async { Ok(machine.next_qmp_event(timeout.0).await) };

@@ -9,14 +9,14 @@ use super::PyMachine;
 
 #[pymethods]
 impl PyMachine {
-    /// Copy a file or directory of the host to the guest: bits of permission are kept, root owns it there.
+    /// Copy a file or directory from the host to the guest. Permission bits are kept; root owns the copy.
     ///
-    /// source: on the host. target: in the guest; missing parents are made.
+    /// source: path on the host. target: path in the guest; missing parent directories are created.
     fn copy_from_host(&self, py: Python<'_>, source: PathBuf, target: PathBuf) -> PyResult<()> {
         self.call(py, |machine| machine.copy_from_host(&source, &target))
     }
 
-    /// As copy_from_host(), but the guest's shell expands the target.
+    /// Like copy_from_host(), but the guest's shell expands the target.
     fn copy_from_host_via_shell(
         &self,
         py: Python<'_>,
@@ -27,9 +27,9 @@ impl PyMachine {
         self.call(py, |machine| machine.copy_from_host_via_shell(&source, &target))
     }
 
-    /// Copy a file or directory of the guest into `out_dir`.
+    /// Copy a file or directory from the guest into `out_dir`.
     ///
-    /// source: in the guest. target_dir: a directory below `out_dir`, made if it is missing.
+    /// source: path in the guest. target_dir: a directory below `out_dir`, created if it is missing.
     #[pyo3(
         signature = (source, target_dir = PathBuf::new()),
         text_signature = "($self, source, target_dir='')"
@@ -43,7 +43,7 @@ impl PyMachine {
         self.call(py, |machine| machine.copy_from_machine(&source, &target_dir))
     }
 
-    /// The old name of copy_from_machine().
+    /// Old name of copy_from_machine().
     #[pyo3(
         signature = (source, target_dir = PathBuf::new()),
         text_signature = "($self, source, target_dir='')"

@@ -28,22 +28,22 @@ pub(super) use screen::read_picture;
 /// A machine of a test.
 #[pyclass(frozen, subclass, name = "Machine", module = "firn._firn")]
 pub(super) struct PyMachine {
-    /// None for an object of a script's class that was made without one.
+    /// None for an instance of a script's subclass that was made without a machine.
     machine: Option<Machine>,
-    /// What is called before each command.
+    /// Called before each command.
     callbacks: Py<PyList>,
 }
 
 impl PyMachine {
-    /// A machine as scripts have it.
+    /// A machine, as scripts see it.
     pub(super) fn object(py: Python<'_>, machine: Machine) -> PyResult<Py<PyAny>> {
         let made = Self { machine: Some(machine), callbacks: PyList::empty(py).unbind() };
         let class = py.import("firn.machine")?.getattr("QemuMachine")?;
         Ok(class.call1((Py::new(py, made)?,))?.unbind())
     }
 
-    /// The machine. Without one the error is that of an attribute, so that a class whose `__getattr__` asks another
-    /// machine works.
+    /// The machine. If there is none the error is an AttributeError, so that a class whose `__getattr__` delegates to
+    /// another machine works.
     fn machine(&self) -> PyResult<&Machine> {
         self.machine.as_ref().ok_or_else(|| {
             PyAttributeError::new_err(
@@ -53,7 +53,7 @@ impl PyMachine {
         })
     }
 
-    /// Calls the callbacks, then waits for what the machine does.
+    /// Calls the callbacks, then waits for the machine's answer.
     fn call<'a, T, F>(&'a self, py: Python<'_>, work: impl FnOnce(&'a Machine) -> F) -> PyResult<T>
     where
         T: Send,
@@ -69,7 +69,7 @@ impl PyMachine {
 
 #[pymethods]
 impl PyMachine {
-    /// An object of a derived class stands for the first machine among the arguments, whatever its `__init__` does.
+    /// An instance of a subclass stands for the first machine among its arguments, whatever its `__init__` does.
     #[new]
     #[pyo3(signature = (*args, **kwargs))]
     fn new(py: Python<'_>, args: Bound<'_, PyTuple>, kwargs: Option<Bound<'_, PyDict>>) -> Self {
@@ -83,38 +83,38 @@ impl PyMachine {
         }
     }
 
-    /// Whether there is a machine behind this object.
+    /// Whether this object stands for a machine.
     #[getter]
     fn _made(&self) -> bool {
         self.machine.is_some()
     }
 
-    /// Its name in the test; `variable` is that of the script's variable.
+    /// The machine's name in the test; `variable` is the name of its variable in the script.
     #[getter]
     fn name(&self) -> PyResult<&str> {
         Ok(self.machine()?.name())
     }
 
-    /// The name of the script's variable for it.
+    /// The name of the machine's variable in the script.
     #[getter]
     fn variable(&self) -> PyResult<String> {
         Ok(self.machine()?.config().variable())
     }
 
-    /// What it is doing: "off", "starting", "running", "paused", "stopping", or "ended", which it is until a call has
-    /// taken note of its end.
+    /// The machine's state: "off", "starting", "running", "paused", "stopping", or "ended" until a call has noticed its
+    /// end.
     #[getter]
     fn status(&self) -> PyResult<&'static str> {
         Ok(self.machine()?.status().as_str())
     }
 
-    /// Its time in seconds, which stands still while it is paused.
+    /// The machine's time in seconds. It stands still while the machine is paused.
     #[getter]
     fn _now(&self) -> PyResult<f64> {
         Ok(self.machine()?.clock().now().as_secs_f64())
     }
 
-    /// Whether it was started, and has not ended. Assigning False ends it at once.
+    /// Whether the machine was started and has not ended. Assigning False ends it at once.
     #[getter]
     fn booted(&self) -> PyResult<bool> {
         Ok(self.machine()?.booted())
@@ -127,17 +127,19 @@ impl PyMachine {
             return Ok(());
         }
         if booted {
-            let what =
-                format!("{} does not run, whatever `booted` is set to: start it", machine.name());
+            let what = format!(
+                "{} is not running, and setting `booted` does not start it: call start()",
+                machine.name()
+            );
             return Err(exception(py, &MachineError::Usage(what).into()));
         }
         self.crash(py)
     }
 
-    /// Whether commands can be run in it at once.
+    /// Whether the machine takes commands now.
     ///
-    /// Assigning False says that the guest is about to boot again, by kexec or a reboot of its own: the next command
-    /// waits for the next boot's shell, unless that is there already.
+    /// Assign False if the guest is about to boot again, by kexec or a reboot of its own: the next command then waits for
+    /// the shell of the next boot, unless it is there already.
     #[getter]
     fn connected(&self) -> PyResult<bool> {
         Ok(self.machine()?.connected())
@@ -151,9 +153,9 @@ impl PyMachine {
         Ok(())
     }
 
-    /// The directory of its own state, a pathlib.Path: its disk images are there.
+    /// The directory of the machine's state, a pathlib.Path; its disk images are there.
     ///
-    /// From its next start on it uses what is assigned, which may be another machine's.
+    /// An assignment takes effect at the next start. It may be another machine's directory.
     #[getter]
     fn state_dir(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         path(py, self.machine()?.state_dir())
@@ -165,9 +167,9 @@ impl PyMachine {
         Ok(())
     }
 
-    /// The directory that all machines and the host share, a pathlib.Path: /tmp/shared in the guest.
+    /// The directory that all machines share with the host, a pathlib.Path; /tmp/shared in the guest.
     ///
-    /// From its next start on it shares what is assigned.
+    /// An assignment takes effect at the next start.
     #[getter]
     fn shared_dir(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         path(py, self.machine()?.shared_dir())
@@ -179,7 +181,7 @@ impl PyMachine {
         Ok(())
     }
 
-    /// The directory for files that the user keeps, a pathlib.Path: copy_from_machine() writes there.
+    /// The output directory, a pathlib.Path. copy_from_machine() writes there.
     #[getter]
     fn out_dir(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         path(py, self.machine()?.out_dir())
@@ -191,51 +193,51 @@ impl PyMachine {
         Ok(())
     }
 
-    /// Whether its state outlives the run, as -K or create_machine(keep_machine_state=True) has it.
+    /// Whether the machine's state is kept after the run: by -K or create_machine(keep_machine_state=True).
     #[getter]
     fn _keeps_state(&self) -> PyResult<bool> {
         Ok(self.machine()?.keeps_state())
     }
 
-    /// Where the host reaches the guest's vsock ports, if it has any.
+    /// The host's end of the guest's vsock, or None.
     #[getter]
     fn _vsock(&self) -> PyResult<Option<PathBuf>> {
         Ok(self.machine()?.config().vsock.as_ref().map(|vsock| vsock.socket.clone()))
     }
 
-    /// What is called before each command: a list of functions without arguments, to which a script may add.
+    /// Functions without arguments that are called before each command. A script may add to this list.
     #[getter]
     fn _callbacks(&self, py: Python<'_>) -> Py<PyList> {
         self.callbacks.clone_ref(py)
     }
 
-    /// The log, with the machine's name before each message.
+    /// The log; messages are prefixed with the machine's name.
     #[getter]
     fn logger(&self) -> PyResult<PyLogger> {
         Ok(PyLogger(self.machine()?.logger().clone()))
     }
 
-    /// Whether it runs and commands can be run in it at once.
+    /// Whether the machine runs and takes commands.
     fn is_up(&self) -> PyResult<bool> {
         Ok(self.machine()?.is_up())
     }
 
-    /// Write a message about it to the log.
+    /// Log a message about this machine.
     fn log(&self, py: Python<'_>, msg: &str) -> PyResult<()> {
         self.machine()?.log(msg);
         listen::deliver(py).map(drop)
     }
 
-    /// Write a line to the log as if the guest had printed it on its serial console.
+    /// Log a line as if the guest had printed it on its serial console.
     fn log_serial(&self, py: Python<'_>, msg: &str) -> PyResult<()> {
         let machine = self.machine()?;
         machine.logger().serial(machine.name(), msg);
         listen::deliver(py).map(drop)
     }
 
-    /// Group what happens inside a `with` block: a step in the log, with how long it took.
+    /// Group what a `with` block does: a step in the log, with its duration.
     ///
-    /// attrs: more about the step; `machine` may name another machine.
+    /// attrs: attributes of the step; `machine` may name another machine.
     #[pyo3(signature = (msg, attrs = None))]
     fn nested(&self, msg: &str, attrs: Option<Bound<'_, PyDict>>) -> PyResult<PyStep> {
         let logger = self.machine()?.logger();

@@ -1,4 +1,4 @@
-//! From start to end.
+//! Power: from the start to the end of a machine.
 
 use pyo3::prelude::*;
 
@@ -9,9 +9,9 @@ use crate::wait::{wait, wait_through_signals};
 
 #[pymethods]
 impl PyMachine {
-    /// Start it, if it does not run; does not wait until the guest is up.
+    /// Start the machine unless it is running. Does not wait for the guest to boot.
     ///
-    /// allow_reboot: whether the guest may restart; otherwise its reset ends the machine.
+    /// allow_reboot: whether the guest may restart; if not, a reset ends the machine.
     ///
     /// Raises MachineError if it cannot be started.
     #[pyo3(signature = (allow_reboot = false))]
@@ -19,9 +19,9 @@ impl PyMachine {
         self.call(py, |machine| machine.start(allow_reboot))
     }
 
-    /// Give the command that enters the guest by ssh over vsock.
+    /// Return the command that opens an ssh session in the guest over vsock.
     ///
-    /// index: upstream's way to number machines, which know their own number here; it may be left out.
+    /// index: ignored. Upstream needs the machine's number; here the machine knows it.
     ///
     /// Raises MachineError if the machine has no vsock.
     #[pyo3(signature = (index = None))]
@@ -30,64 +30,63 @@ impl PyMachine {
         self.machine()?.ssh_backdoor_command().map_err(|error| exception(py, &error))
     }
 
-    /// Start it if it is off, and wait until commands can be run in it. Every command does so first.
+    /// Start the machine if it is off, and wait until it takes commands. Every command does this first.
     ///
-    /// Raises MachineError if the guest ends meanwhile.
+    /// Raises MachineError if the guest ends before that.
     fn connect(&self, py: Python<'_>) -> PyResult<()> {
         self.call(py, |machine| machine.connect())
     }
 
-    /// Go on from systemd in the initrd, with the backdoor there, to the system itself.
+    /// Leave the initrd and boot the real system. For tests whose backdoor starts in a systemd initrd.
     ///
     /// Raises RequestedAssertionFailed if the guest is not in its initrd.
     fn switch_root(&self, py: Python<'_>) -> PyResult<()> {
         self.call(py, |machine| machine.switch_root())
     }
 
-    /// Power it off, and wait until that is done. Nothing if it is off.
+    /// Power the machine off and wait until it is. Does nothing if it is off.
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         self.call(py, |machine| machine.shutdown())
     }
 
-    /// Wait until it is off: has powered off, reset itself, or panicked, which the log then says. Nothing if it is off.
+    /// Wait until the machine is off: it powered off, reset, or panicked (the log says which). Returns at once if it is off.
     ///
-    /// Raises MachineError if the guest stands still for good, or the monitor cannot go on.
+    /// Raises MachineError if the guest has halted for good or the monitor failed.
     fn wait_for_shutdown(&self, py: Python<'_>) -> PyResult<()> {
         self.call(py, |machine| machine.wait_for_shutdown())
     }
 
-    /// Wait until it does not run, at most so long; says whether it does not.
+    /// Waits for the machine to end, for at most `timeout`; returns whether it has.
     fn _wait_for_end(&self, py: Python<'_>, timeout: crate::duration::Timeout) -> PyResult<bool> {
         let machine = self.machine()?;
         let end = machine.clock().timeout(timeout.0, machine.wait_for_end());
         wait(py, async { Ok(end.await.is_some()) })
     }
 
-    /// Have the guest restart, and wait until it does so; the next command waits until it is up again.
+    /// Reboot the guest and wait until it restarts. The next command waits until it is up again.
     ///
-    /// Raises MachineError unless it was started by start(allow_reboot=True).
+    /// Raises MachineError unless the machine was started with start(allow_reboot=True).
     fn reboot(&self, py: Python<'_>) -> PyResult<()> {
         self.call(py, |machine| machine.reboot())
     }
 
-    /// End it at once, as if the power went. Nothing if it is off.
+    /// Stop the machine at once, as if the power failed. Does nothing if it is off.
     pub(super) fn crash(&self, py: Python<'_>) -> PyResult<()> {
         wait_through_signals(py, self.machine()?.crash())
     }
 
-    /// End it at once, and remove its state unless that shall be kept.
+    /// Stop the machine at once and remove its state, unless that is to be kept.
     fn release(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.machine()?.release())
     }
 
-    /// Have the guest stand still until resume(). Nothing if it is paused.
+    /// Freeze the guest until resume(). Does nothing if it is paused.
     ///
-    /// Its processors and devices stop, and with them the time of all calls that wait for it: no timeout of theirs runs
-    /// out meanwhile. Calls that begin while it is paused wait too, so somebody has to resume it: this script, or another
-    /// thread of it. The guest's own clock shows afterwards what time it is: over the backdoor's shell, where the guest
-    /// itself counts a command's timeout, that runs on.
+    /// Its vCPUs and devices stop, and so do the timeouts of all calls that wait for it. Calls made while it is paused
+    /// wait too, so this script or another of its threads has to resume it. Afterwards the guest's clock shows the right
+    /// time. Over the backdoor shell the guest itself measures a command's timeout, and that goes on.
     ///
-    /// Raises MachineError if it does not run.
+    /// Raises MachineError if the machine is not running.
     ///
     ///     database.pause()
     ///     client.fail("curl --max-time 5 http://database")
@@ -97,20 +96,20 @@ impl PyMachine {
         wait(py, machine.pause())
     }
 
-    /// Let a guest go on after pause(). Nothing if it runs.
+    /// Continue after pause(). Does nothing if the machine is running.
     ///
-    /// Raises MachineError if the machine is off, or has ended.
+    /// Raises MachineError if the machine is off or has ended.
     fn resume(&self, py: Python<'_>) -> PyResult<()> {
         let machine = self.machine()?;
         wait(py, machine.resume())
     }
 
-    /// Forward a TCP port of the host's loopback to one of the guest, until the machine ends; give the host's port.
+    /// Forward a TCP port of the host's loopback to the guest until the machine ends. Returns the host's port.
     ///
-    /// host_port: a number, or that as a text; for 0 the system chooses one.
-    /// guest_port: a number, or that as a text.
+    /// host_port: a number, or a string of one; 0 picks a free port.
+    /// guest_port: a number, or a string of one.
     ///
-    /// Raises MachineError if the machine does not run, or the host's port is in use.
+    /// Raises MachineError if the machine is not running or the host's port is in use.
     #[pyo3(
         signature = (host_port = Port(8080), guest_port = Port(80)),
         text_signature = "($self, host_port=8080, guest_port=80)"
@@ -119,14 +118,14 @@ impl PyMachine {
         self.call(py, |machine| machine.forward_port(host_port.0, guest_port.0))
     }
 
-    /// Pull the cable of the first vlan: the guest no longer hears the others. Its way to the host stays.
+    /// Unplug the cable of the first vlan: the guest loses the other machines, but not the host.
     fn block(&self, py: Python<'_>) -> PyResult<()> {
         let machine = self.machine()?;
         py.detach(|| machine.block());
         Ok(())
     }
 
-    /// Plug the cable in again that block() has pulled.
+    /// Plug the cable back in after block().
     fn unblock(&self, py: Python<'_>) -> PyResult<()> {
         let machine = self.machine()?;
         py.detach(|| machine.unblock());

@@ -15,20 +15,20 @@ use firn::machine::DEFAULT_DELAY;
 use firn::ocr::{OcrError, Reader};
 use firn::picture;
 
-/// What is waited after a key.
+/// The default pause after a key.
 const DELAY: Option<Timeout> = Some(Timeout(DEFAULT_DELAY));
 
 #[pymethods]
 impl PyMachine {
-    /// Press a key of the keyboard, or several together, and release them.
+    /// Press a key, or several keys together, and release them.
     ///
-    /// key: names as QEMU's sendkey has them, with `-` between them: "ret", "f1", "ctrl-alt-delete"; or scan codes:
-    /// "0x2b"; or a character of an American keyboard: "A".
-    /// delay: seconds or a timedelta that are waited afterwards; 0.01 seconds by default.
-    /// log: whether the log has a step for it.
+    /// key: the key names of QEMU's sendkey, joined by `-`: "ret", "f1", "ctrl-alt-delete"; or scan codes: "0x2b"; or a
+    /// character of a US keyboard: "A".
+    /// delay: how long to wait afterwards, in seconds or a timedelta; 0.01 seconds by default.
+    /// log: whether to log it as a step.
     ///
-    /// Raises MachineError if there is no such key, naming ones that are close, if the machine does not run, or if it
-    /// has no keyboard. It gets one if its script calls this by name; else its description says `keyboard = true`.
+    /// Raises MachineError if there is no such key (the error suggests similar ones), if the machine is not running, or if
+    /// it has no keyboard. A machine has one if the script calls this method by name, or with `keyboard = true`.
     ///
     ///     machine.send_key("ctrl-alt-f2")
     #[pyo3(
@@ -45,11 +45,11 @@ impl PyMachine {
         self.call(py, |machine| machine.send_key(key, seconds(delay), log.unwrap_or_default()))
     }
 
-    /// Type a text on the keyboard, an American one.
+    /// Type a text on the (US) keyboard.
     ///
-    /// delay: seconds or a timedelta that are waited after each character; 0.01 seconds by default.
+    /// delay: how long to wait after each character, in seconds or a timedelta; 0.01 seconds by default.
     ///
-    /// Raises MachineError as send_key() does; before anything is typed if a character has no key.
+    /// Raises MachineError as send_key() does. If a character has no key, nothing is typed.
     ///
     ///     machine.send_chars("root\n")
     #[pyo3(
@@ -60,41 +60,41 @@ impl PyMachine {
         self.call(py, |machine| machine.send_chars(chars, seconds(delay)))
     }
 
-    /// Write what the screen shows to a PNG file: a black picture if nothing was shown yet.
+    /// Save what the screen shows as a PNG file. The picture is black if nothing has been shown yet.
     ///
-    /// filename: ".png" is added to one without a dot; one without a slash goes to `out_dir`.
+    /// filename: gets ".png" if it has no dot, and is relative to `out_dir` if it has no slash.
     ///
-    /// Raises MachineError if there is no such directory, if the machine does not run, or if it has no screen. It gets
-    /// one if its script calls this by name; else its description says `screen = "plain"`.
+    /// Raises MachineError if the directory does not exist, if the machine is not running, or if it has no screen. A
+    /// machine has one if the script calls this method by name, or with `screen = "plain"`.
     fn screenshot(&self, py: Python<'_>, filename: PathBuf) -> PyResult<()> {
         let filename = filename.to_string_lossy();
         self.call(py, |machine| machine.screenshot(&filename))
     }
 
-    /// Give what is written on the screen.
+    /// Return the text on the screen.
     ///
-    /// That is the exact text where the screen shows a text console and the guest has firn's agent. Everything else is
-    /// read in the picture by `tesseract`, which takes seconds and makes mistakes.
+    /// The text is exact if the screen shows a text console and the guest runs firn's agent. Everything else is read by
+    /// `tesseract` (OCR), which takes seconds and makes mistakes.
     ///
-    /// Raises MachineError if `tesseract` is not in PATH or fails, and as screenshot() does.
+    /// Raises MachineError if `tesseract` is not in PATH or fails, and when screenshot() does.
     fn get_screen_text(&self, py: Python<'_>) -> PyResult<String> {
         self.call(py, |machine| machine.get_screen_text())
     }
 
-    /// Give what is written on the screen, read in several ways: the exact text where there is one, then what is read in
-    /// the picture as it is, and in ones that were made of its dark letters and of its bright ones.
+    /// Return the text on the screen as read in several ways: the exact text if there is one, then OCR of the picture as
+    /// it is, of its dark text, and of its bright text.
     ///
-    /// Raises MachineError as get_screen_text() does.
+    /// Raises MachineError when get_screen_text() does.
     fn get_screen_text_variants(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         self.call(py, |machine| machine.get_screen_text_variants())
     }
 
-    /// Wait until a regular expression matches what is written on the screen, in one of the ways in which it is read: see
-    /// get_screen_text_variants(). What does not change is read once.
+    /// Wait until a regular expression matches the text on the screen, in any of the variants of
+    /// get_screen_text_variants(). A picture that does not change is read once.
     ///
-    /// regex: as for re.search(), or a compiled one. Words that are read in a picture may stand on lines of their own.
-    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it, and
-    /// MachineError as get_screen_text() does, or if the guest ends.
+    /// regex: as for re.search(), or compiled. OCR may put each word on a line of its own.
+    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed when it runs out, and
+    /// MachineError when get_screen_text() does or if the guest ends.
     #[pyo3(
         signature = (regex, timeout = DEFAULT),
         text_signature = "($self, regex, timeout=900)"
@@ -111,7 +111,7 @@ impl PyMachine {
     }
 }
 
-/// Reads a PNG or PPM file as it is, and with `variants` in other ways, too.
+/// Reads the text in a PNG or PPM file; with `variants`, also of its dark and of its bright text.
 #[pyfunction]
 pub(crate) fn read_picture(py: Python<'_>, path: PathBuf, variants: bool) -> PyResult<Vec<String>> {
     let failed =

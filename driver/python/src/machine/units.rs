@@ -10,9 +10,9 @@ use crate::duration::Timeout;
 
 #[pymethods]
 impl PyMachine {
-    /// Run systemctl with the arguments `q`, words of the shell; give its exit status and output.
+    /// Run systemctl with the arguments `q` (shell words). Returns its exit status and output.
     ///
-    /// user: the name of a user whose own manager is asked instead of the system's.
+    /// user: ask this user's service manager instead of the system's.
     #[pyo3(signature = (q, user = None))]
     fn systemctl(&self, py: Python<'_>, q: &str, user: Option<&str>) -> PyResult<(i32, String)> {
         self.call(py, |machine| machine.systemctl(q, user))
@@ -20,11 +20,11 @@ impl PyMachine {
 
     /// Wait until a unit is active.
     ///
-    /// user: the name of a user whose own manager has the unit.
+    /// user: the unit belongs to this user's service manager.
     /// timeout: seconds or a timedelta; 900 seconds by default.
     ///
-    /// Raises RequestedAssertionFailed at once if the unit has failed, or is inactive and no job is pending; and after
-    /// the timeout.
+    /// Raises RequestedAssertionFailed at once if the unit has failed, or is inactive with no job pending; and when the
+    /// timeout runs out.
     #[pyo3(
         signature = (unit, user = None, timeout = DEFAULT),
         text_signature = "($self, unit, user=None, timeout=900)"
@@ -41,11 +41,11 @@ impl PyMachine {
 
     /// Wait until a unit's ActiveState is `state`: active, reloading, inactive, failed, activating or deactivating.
     ///
-    /// Unlike wait_for_unit() it goes on waiting whatever other state the unit is in. Without firn's agent in the guest
-    /// it looks each second, and may miss a state that lasts less.
+    /// Unlike wait_for_unit(), this keeps waiting whatever other state the unit is in. Without firn's agent in the guest it
+    /// polls every second and may miss a shorter state.
     ///
-    /// user: the name of a user whose own manager has the unit.
-    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
+    /// user: the unit belongs to this user's service manager.
+    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed when it runs out.
     #[pyo3(
         signature = (unit, state, user = None, timeout = DEFAULT),
         text_signature = "($self, unit, state, user=None, timeout=900)"
@@ -61,7 +61,7 @@ impl PyMachine {
         self.call(py, |machine| machine.wait_for_unit_active_state(unit, state, user, timeout.0))
     }
 
-    /// Give all properties of a unit by their names, as `systemctl show` has them.
+    /// Return all properties of a unit as a dict, as `systemctl show` prints them.
     ///
     /// Raises RequestedAssertionFailed if systemctl fails.
     #[pyo3(signature = (unit, user = None))]
@@ -74,7 +74,7 @@ impl PyMachine {
         self.call(py, |machine| machine.get_unit_info(unit, user))
     }
 
-    /// Give a property of a unit, as `systemctl show` has it.
+    /// Return a property of a unit, as `systemctl show` prints it.
     ///
     /// Raises RequestedAssertionFailed if there is no such property, or systemctl fails.
     #[pyo3(signature = (unit, property, user = None))]
@@ -94,7 +94,7 @@ impl PyMachine {
         self.call(py, |machine| machine.require_unit_state(unit, require_state))
     }
 
-    /// Start units, as `systemctl start` does; give its exit status and output.
+    /// Start units, as `systemctl start` does. Returns its exit status and output.
     ///
     /// user: the name of a user whose own manager does it.
     #[pyo3(signature = (jobname, user = None))]
@@ -107,7 +107,7 @@ impl PyMachine {
         self.call(py, |machine| machine.start_job(jobname, user))
     }
 
-    /// Stop units, as `systemctl stop` does; give its exit status and output.
+    /// Stop units, as `systemctl stop` does. Returns its exit status and output.
     ///
     /// user: the name of a user whose own manager does it.
     #[pyo3(signature = (jobname, user = None))]

@@ -8,10 +8,10 @@ use crate::duration::Timeout;
 
 #[pymethods]
 impl PyMachine {
-    /// Wait until a file of the guest exists.
+    /// Wait until a file exists in the guest.
     ///
-    /// filename: a text, which the guest's shell expands, or a pathlib.Path.
-    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
+    /// filename: a string, which the guest's shell expands, or a pathlib.Path.
+    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed when it runs out.
     #[pyo3(
         signature = (filename, timeout = DEFAULT),
         text_signature = "($self, filename, timeout=900)"
@@ -22,9 +22,9 @@ impl PyMachine {
 
     /// Wait until something listens on a TCP port.
     ///
-    /// port: a number, or that as a text.
-    /// addr: where, as the guest sees it: a name or an address.
-    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
+    /// port: a number, or a string of one.
+    /// addr: the name or address, as seen in the guest.
+    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed when it runs out.
     #[pyo3(
         signature = (port, addr = "localhost", timeout = DEFAULT),
         text_signature = "($self, port, addr='localhost', timeout=900)"
@@ -39,7 +39,7 @@ impl PyMachine {
         self.call(py, |machine| machine.wait_for_open_port(port.0, addr, timeout.0))
     }
 
-    /// Wait until nothing listens on a TCP port; the arguments are those of wait_for_open_port().
+    /// Wait until nothing listens on a TCP port. Takes the arguments of wait_for_open_port().
     #[pyo3(
         signature = (port, addr = "localhost", timeout = DEFAULT),
         text_signature = "($self, port, addr='localhost', timeout=900)"
@@ -54,11 +54,11 @@ impl PyMachine {
         self.call(py, |machine| machine.wait_for_closed_port(port.0, addr, timeout.0))
     }
 
-    /// Wait until something listens on a UNIX socket of the guest.
+    /// Wait until something listens on a UNIX socket in the guest.
     ///
-    /// addr: its path: a text, which the guest's shell expands, or a pathlib.Path.
-    /// is_datagram: whether it is one of datagrams; by default of streams.
-    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
+    /// addr: its path: a string, which the guest's shell expands, or a pathlib.Path.
+    /// is_datagram: whether it is a datagram socket; by default it is a stream socket.
+    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed when it runs out.
     #[pyo3(
         signature = (addr, is_datagram = false, timeout = DEFAULT),
         text_signature = "($self, addr, is_datagram=False, timeout=900)"
@@ -73,18 +73,18 @@ impl PyMachine {
         self.call(py, |machine| machine.wait_for_open_unix_socket(&addr, is_datagram, timeout.0))
     }
 
-    /// Give what a virtual terminal shows, its lines as wide as its screen. Nothing if there is no such terminal yet.
+    /// Return what a virtual terminal shows, its lines padded to the width of the screen; "" if it does not exist yet.
     ///
-    /// tty: its number, or that as a text.
+    /// tty: its number, or a string of it.
     fn get_tty_text(&self, py: Python<'_>, tty: Tty) -> PyResult<String> {
         self.call(py, |machine| machine.get_tty_text(&tty))
     }
 
     /// Wait until a regular expression matches what a virtual terminal shows.
     ///
-    /// tty: its number, or that as a text; it need not be there yet.
-    /// regexp: as for re.search(), or a compiled one.
-    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed after it.
+    /// tty: its number, or a string of it; it need not exist yet.
+    /// regexp: as for re.search(), or compiled.
+    /// timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed when it runs out.
     #[pyo3(
         signature = (tty, regexp, timeout = DEFAULT),
         text_signature = "($self, tty, regexp, timeout=900)"
@@ -103,9 +103,9 @@ impl PyMachine {
         })
     }
 
-    /// Write what a virtual terminal shows to the guest's journal, and so to the log.
+    /// Print what a virtual terminal shows to the guest's journal, and so to the log.
     ///
-    /// tty: its number, or that as a text.
+    /// tty: its number, or a string of it.
     fn dump_tty_contents(&self, py: Python<'_>, tty: Tty) -> PyResult<()> {
         self.call(py, |machine| machine.dump_tty_contents(&tty))
     }

@@ -1,6 +1,6 @@
-//! The names of keys: those of QEMU's `QKeyCode`, their numbers in Linux (linux/input-event-codes.h), and their scan codes
-//! of set 1, an extended one as 0x80 and its second byte. The relations are those of keycodemapdb's keymaps.csv, the list
-//! by which QEMU translates.
+//! The names of keys: those of QEMU's `QKeyCode`, their numbers in Linux (linux/input-event-codes.h), and their scan
+//! codes of set 1, an extended one as 0x80 and its second byte. The relations are those of keycodemapdb's keymaps.csv,
+//! the list by which QEMU translates.
 
 /// A key.
 pub(super) struct Named {

@@ -165,8 +165,8 @@ impl Session {
         each!(self, session => session.spawn(command).await)
     }
 
-    /// Runs a command until its standard output is closed. Calls `lingering` if the output is still open `patience` after the command has exited, where
-    /// that can be seen.
+    /// Runs a command until its standard output is closed. Calls `lingering` if the output is still open `patience`
+    /// after the command has exited, where that can be seen.
     pub(super) async fn run(
         &self,
         command: Command,

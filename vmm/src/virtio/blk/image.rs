@@ -19,6 +19,7 @@ use thiserror::Error;
 use super::SECTOR;
 use super::check::check;
 use super::create::{CreateError, create};
+use super::layer::{Layer, Layered};
 use super::lock::{self, Outcome};
 use crate::Cancel;
 use crate::spec::{DiskFormat, DiskSpec};
@@ -79,6 +80,9 @@ pub enum ImageError {
 pub(super) struct Image {
     /// Discarding frees places that others may be reading or writing at, so it is done alone.
     access: RwLock<FormatAccess<File>>,
+    /// What was written since the first checkpoint, one for each checkpoint that counts; the image itself is not
+    /// written to then.
+    layers: RwLock<Vec<Arc<Layer>>>,
     /// The same open file, to sync without imago, which blocks reads and writes meanwhile.
     file: HostFile,
     size: u64,
@@ -115,7 +119,8 @@ impl Image {
             let problem = format!("its size of {size} bytes is no multiple of {SECTOR} above 0");
             return Err(content(io::Error::new(io::ErrorKind::InvalidData, problem)));
         }
-        Ok(Image { access: RwLock::new(access), file, size, path: path.clone() })
+        let (access, layers) = (RwLock::new(access), RwLock::default());
+        Ok(Image { access, layers, file, size, path: path.clone() })
     }
 
     /// Size of the disk in bytes, a multiple of [`SECTOR`].
@@ -128,6 +133,57 @@ impl Image {
         &self.path
     }
 
+    fn layers(&self) -> RwLockReadGuard<'_, Vec<Arc<Layer>>> {
+        self.layers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what the disk holds now; what is written from now on goes to a layer of its own. Nothing is written
+    /// meanwhile.
+    pub(super) fn freeze(&self) -> io::Result<Frozen> {
+        self.write_back()?;
+        let layer = Arc::new(Layer::new(self.size)?);
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        let frozen = Frozen(layers.clone());
+        layers.push(layer);
+        Ok(frozen)
+    }
+
+    /// How many blocks of 512 bytes all layers take.
+    #[cfg(test)]
+    pub(super) fn layer_blocks(&self) -> u64 {
+        self.layers().iter().map(|layer| layer.blocks()).sum()
+    }
+
+    /// Whether the disk still has all that `frozen` consists of.
+    pub(super) fn has(&self, frozen: &Frozen) -> bool {
+        let layers = self.layers();
+        let Frozen(below) = frozen;
+        layers.len() > below.len() && below.iter().zip(&*layers).all(|(a, b)| Arc::ptr_eq(a, b))
+    }
+
+    /// Puts the disk back to what it held when it was frozen. Nothing uses it meanwhile.
+    pub(super) fn thaw(&self, frozen: &Frozen) -> io::Result<()> {
+        if !self.has(frozen) {
+            return Err(io::Error::other("the disk went back to an earlier checkpoint"));
+        }
+        let layer = Arc::new(Layer::new(self.size)?);
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        layers.truncate(frozen.0.len());
+        layers.push(layer);
+        Ok(())
+    }
+
+    /// Writes all layers to the image and forgets them. Nothing uses the disk meanwhile.
+    pub(super) fn merge(&self) -> io::Result<()> {
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        if layers.is_empty() {
+            return Ok(());
+        }
+        guard(|| Layered { image: &self.access(), layers: &layers }.merge())?;
+        layers.clear();
+        self.write_back()
+    }
+
     fn access(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
         self.access.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -135,18 +191,28 @@ impl Image {
     /// Fills the guest's buffers from `offset` on, without a copy where the image stores the data unchanged.
     pub(super) fn read(&self, buffers: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
         let (buffers, _mapped) = IoVectorMut::from_volatile_slice(buffers);
-        self.access().readv(buffers, offset)
+        match &**self.layers() {
+            [] => self.access().readv(buffers, offset),
+            layers => Layered { image: &self.access(), layers }.read(buffers, offset),
+        }
     }
 
     /// Writes the guest's buffers from `offset` on. The guest may change them meanwhile: then it
     /// is the guest's affair what is written.
     pub(super) fn write(&self, buffers: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
         let (buffers, _mapped) = IoVector::from_volatile_slice(buffers);
-        self.access().writev(buffers, offset)
+        match &**self.layers() {
+            [] => self.access().writev(buffers, offset),
+            layers => Layered { image: &self.access(), layers }.write(buffers, offset),
+        }
     }
 
     /// On return all that was written before the call survives a failure of the host's power.
     pub(super) fn flush(&self) -> io::Result<()> {
+        if !self.layers().is_empty() {
+            // They are gone with the process, whatever is done for them.
+            return Ok(());
+        }
         self.write_back()?;
         self.file.sync_data()
     }
@@ -158,6 +224,9 @@ impl Image {
 
     /// Gives the space of a range back to the host where it can; what is read there is undefined.
     pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if !self.layers().is_empty() {
+            return Ok(());
+        }
         let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
         match access.discard_to_any(offset, len) {
             // It is advice.
@@ -168,6 +237,9 @@ impl Image {
 
     /// Makes a range read as zeroes. With `unmap` its space may go back to the host.
     pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if let layers @ [_, ..] = &**self.layers() {
+            return Layered { image: &self.access(), layers }.write_zeroes(offset, len);
+        }
         if unmap {
             let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
             return access.discard_to_zero(offset, len);
@@ -190,6 +262,9 @@ impl Image {
         Ok(())
     }
 }
+
+/// What a disk held at a checkpoint: the image with these layers.
+pub(super) struct Frozen(Vec<Arc<Layer>>);
 
 /// Opens and locks `path`; `None` if somebody else has locked it.
 fn open_locked(path: &Path, writable: bool) -> io::Result<Option<HostFile>> {

@@ -18,6 +18,7 @@
 mod check;
 mod create;
 mod image;
+mod layer;
 mod lock;
 mod request;
 #[cfg(test)]
@@ -44,8 +45,8 @@ use crate::Cancel;
 use crate::event_loop::new_event;
 use crate::spec::DiskSpec;
 pub use create::{CreateError, create_image};
-use image::Image;
 pub use image::ImageError;
+use image::{Frozen, Image};
 
 /// The unit of the protocol, in bytes, whatever the disk's own blocks are.
 const SECTOR: u64 = 512;
@@ -129,7 +130,49 @@ impl DeviceSpec for DiskSpec {
     }
 
     fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
-        Ok((Box::new(Blk::open(self, host.cores, host.cancel)?), Handle::None))
+        let disk = Blk::open(self, host.cores, host.cancel)?;
+        let handle = DiskHandle(Arc::clone(&disk.image));
+        Ok((Box::new(disk), Handle::Disk(handle)))
+    }
+}
+
+/// Puts a disk back to earlier contents.
+#[derive(Clone)]
+pub struct DiskHandle(Arc<Image>);
+
+/// What a disk held at some time.
+pub struct DiskCheckpoint(Frozen);
+
+impl DiskHandle {
+    /// Keeps what the disk of a paused machine holds. From now on its image stays as it is until [`Self::merge`].
+    ///
+    /// # Errors
+    /// The image cannot be written, or there is no room for what will be written from now on.
+    pub fn checkpoint(&self) -> io::Result<DiskCheckpoint> {
+        self.0.freeze().map(DiskCheckpoint)
+    }
+
+    /// Whether the disk can still go back there: it has not gone back further.
+    #[must_use]
+    pub fn has(&self, checkpoint: &DiskCheckpoint) -> bool {
+        self.0.has(&checkpoint.0)
+    }
+
+    /// Puts the disk of a machine that does not run back to what it held then.
+    ///
+    /// # Errors
+    /// It has gone back further already, or there is no room.
+    pub fn roll_back(&self, to: &DiskCheckpoint) -> io::Result<()> {
+        self.0.thaw(&to.0)
+    }
+
+    /// Writes to the image of a machine that does not run what was written since its first checkpoint. No checkpoint
+    /// can be gone back to then.
+    ///
+    /// # Errors
+    /// The image cannot be written.
+    pub fn merge(&self) -> io::Result<()> {
+        self.0.merge()
     }
 }
 

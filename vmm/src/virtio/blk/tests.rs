@@ -1,6 +1,7 @@
 //! The device from the driver's side. What is in the images is looked at through the host's files.
 
 mod images;
+mod layers;
 mod requests;
 mod trouble;
 
@@ -129,6 +130,10 @@ impl Rig {
 
     fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
         self.request(1, sector, data, 0).0
+    }
+
+    fn zero(&mut self, sector: u64, count: u32) -> u8 {
+        self.request(13, 0, &range(sector, count, 0), 0).0
     }
 
     fn flush(&mut self) -> u8 {

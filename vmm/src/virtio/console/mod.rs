@@ -9,6 +9,7 @@
 //!   driver spins with interrupts off until the buffer is back (`drivers/char/virtio_console.c`, `__send_to_port`).
 //!   So the holder of a console's socket must read it. For the same reason these queues are served inside the exit
 //!   that rings them.
+//! * Input that waits when a state is restored is dropped.
 //! * When the host's end is closed, the guest is notified (PORT_OPEN 0) and what it sends is dropped.
 //! * When the guest closes a port, the host's end is not notified: a socket cannot do that and stay open. Input that
 //!   the guest had not read by then is lost with its reader (Linux discards it), later input waits for the next. So a
@@ -244,6 +245,7 @@ impl VirtioDevice for Console {
         }
         for (port, state) in self.ports.iter_mut().zip(states) {
             port.state = state;
+            port.forget_input();
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 
 use serde::{Deserialize, Serialize};
-use vm_memory::{ReadVolatile, WriteVolatile};
+use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
 
 use super::control::Owed;
 use crate::memory::MemoryMap;
@@ -117,6 +117,15 @@ impl Port {
     /// Whether bytes of the host have somewhere to go. Until then they stay in the socket.
     pub fn wants_input(&self) -> bool {
         self.state.guest_open && self.host_open
+    }
+
+    /// Drops what the host has sent and the guest has not taken: it was meant for the guest of another time.
+    pub fn forget_input(&mut self) {
+        let mut dropped = [0; 4096];
+        while let Moved::Bytes(1..) =
+            transfer(|| (&self.socket).read_volatile(&mut VolatileSlice::from(&mut dropped[..])))
+        {
+        }
     }
 
     fn fill(&mut self, buffer: &mut GuestSlice<'_>) -> Moved {

@@ -1,0 +1,278 @@
+//! Guest memory that can be put back to earlier contents.
+//!
+//! At the first checkpoint all pages are copied once, to a file in memory that nobody changes any more (the *base*),
+//! and the base is mapped privately in the place of the guest's memory. From then on the kernel copies a page when it
+//! is first written to, and `/proc/self/pagemap` says which ones: a later checkpoint keeps copies of those, and a roll
+//! back drops them. KVM follows by itself, so its memory slots stay as they are.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::{MemoryMap, PAGE, Region, keep_from_children};
+
+/// Bits of an entry in `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst): the page is the file's, it is
+/// swapped out, it is in memory.
+const FILE_PAGE: u64 = 1 << 61;
+const SWAPPED: u64 = 1 << 62;
+const PRESENT: u64 = 1 << 63;
+/// How many entries of it are read at once.
+const ENTRIES: usize = 8192;
+
+/// All memory of a guest at its first checkpoint: regions one after the other, zeros as holes.
+struct Base(File);
+
+/// What a guest's memory held at some time.
+pub struct MemoryCheckpoint {
+    base: Arc<Base>,
+    /// Where pages differed from the base, as byte ranges of it, in order.
+    changed: Vec<Range<u64>>,
+    /// Their contents, one after the other.
+    pages: File,
+}
+
+/// What lies under a guest's memory.
+#[derive(Default)]
+pub struct Backing {
+    /// Mapped in the place of all memory; whatever differs from it is in private pages.
+    base: Option<Arc<Base>>,
+    /// Some of the memory may be mapped from a file: pages that are given back to the host read as that then, not as
+    /// zeros.
+    mapped: bool,
+}
+
+impl Backing {
+    /// Keeps the contents of `memories`, which nobody writes to meanwhile. Memory is as before if this fails.
+    ///
+    /// # Errors
+    /// The host has no memory left for the copies, or no `/proc`.
+    pub fn checkpoint(&mut self, memories: &[&MemoryMap]) -> io::Result<MemoryCheckpoint> {
+        let pages = anonymous_file(c"firn-checkpoint")?;
+        let Some(base) = &self.base else {
+            let base = anonymous_file(c"firn-memory")?;
+            let size: u64 = regions(memories).map(|(region, _)| region.len()).sum();
+            base.set_len(size)?;
+            let mut buffer = vec![0; super::CHUNK];
+            for (region, start) in regions(memories) {
+                private_pages(region, |range| {
+                    chunks(&range, |at, len| {
+                        let chunk = &mut buffer[..len];
+                        region.read_slice(chunk, at).map_err(io::Error::other)?;
+                        super::write_sparse(&base, chunk, start + at.0)
+                    })
+                })?;
+            }
+            let base = Arc::new(Base(base));
+            self.map(memories, &base)?;
+            return Ok(MemoryCheckpoint { base, changed: Vec::new(), pages });
+        };
+        let mut changed = Vec::new();
+        let mut end = 0;
+        let mut buffer = vec![0; super::CHUNK];
+        for (region, start) in regions(memories) {
+            private_pages(region, |range| {
+                chunks(&range, |at, len| {
+                    let chunk = &mut buffer[..len];
+                    region.read_slice(chunk, at).map_err(io::Error::other)?;
+                    pages.write_all_at(chunk, end)?;
+                    end += len as u64;
+                    Ok(())
+                })?;
+                changed.push(start + range.start..start + range.end);
+                Ok(())
+            })?;
+        }
+        Ok(MemoryCheckpoint { base: Arc::clone(base), changed, pages })
+    }
+
+    /// Puts the contents of `memories`, which nobody uses meanwhile, back to those of a checkpoint of theirs.
+    ///
+    /// # Errors
+    /// The host refuses; what the memory holds then is undefined.
+    pub fn roll_back(&mut self, memories: &[&MemoryMap], to: &MemoryCheckpoint) -> io::Result<()> {
+        if self.base.as_ref().is_some_and(|base| Arc::ptr_eq(base, &to.base)) {
+            for (region, start) in regions(memories) {
+                private_pages(region, |range| {
+                    let whole = start + range.start..start + range.end;
+                    without(&whole, &to.changed, |rest| {
+                        drop_pages(region, &(rest.start - start..rest.end - start))
+                    })
+                })?;
+            }
+        } else {
+            self.map(memories, &to.base)?;
+        }
+        let mut from = 0;
+        let mut buffer = vec![0; super::CHUNK];
+        for range in &to.changed {
+            let Some((region, start)) =
+                regions(memories).find(|(region, start)| range.start < start + region.len())
+            else {
+                return Err(io::Error::other("it is the memory of another machine"));
+            };
+            chunks(&(range.start - start..range.end - start), |at, len| {
+                let chunk = &mut buffer[..len];
+                to.pages.read_exact_at(chunk, from)?;
+                region.write_slice(chunk, at).map_err(io::Error::other)?;
+                from += len as u64;
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Makes all memory zero again.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn clear(&mut self, memories: &[&MemoryMap]) -> io::Result<()> {
+        for (region, _) in regions(memories) {
+            if self.mapped {
+                map_over(region, None)?;
+            } else {
+                drop_pages(region, &(0..region.len()))?;
+            }
+        }
+        *self = Self::default();
+        Ok(())
+    }
+
+    fn map(&mut self, memories: &[&MemoryMap], base: &Arc<Base>) -> io::Result<()> {
+        let size: u64 = regions(memories).map(|(region, _)| region.len()).sum();
+        if base.0.metadata()?.len() != size {
+            return Err(io::Error::other("it is the memory of another machine"));
+        }
+        (self.base, self.mapped) = (None, true);
+        for (region, start) in regions(memories) {
+            map_over(region, Some((&base.0, start)))?;
+        }
+        self.base = Some(Arc::clone(base));
+        let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+        fcntl(&base.0, FcntlArg::F_ADD_SEALS(seals))?;
+        Ok(())
+    }
+}
+
+/// The regions, each with where it starts in a base.
+fn regions<'a>(memories: &'a [&MemoryMap]) -> impl Iterator<Item = (&'a Region, u64)> {
+    let regions = memories.iter().flat_map(|memory| memory.iter());
+    regions.scan(0, |end, region| {
+        let start = *end;
+        *end += region.len();
+        Some((region, start))
+    })
+}
+
+/// Calls `each` with address and length of the parts of a range that are copied at once.
+fn chunks(
+    range: &Range<u64>,
+    mut each: impl FnMut(MemoryRegionAddress, usize) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        let len = to_usize(range.end - at)?.min(super::CHUNK);
+        each(MemoryRegionAddress(at), len)?;
+        at += len as u64;
+    }
+    Ok(())
+}
+
+fn to_usize(value: u64) -> io::Result<usize> {
+    usize::try_from(value).map_err(io::Error::other)
+}
+
+fn anonymous_file(name: &std::ffi::CStr) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    Ok(File::from(memfd_create(name, flags)?))
+}
+
+/// Calls `each` with the runs of pages of `region`, as byte ranges, that are not those of a file mapped there.
+fn private_pages(
+    region: &Region,
+    mut each: impl FnMut(Range<u64>) -> io::Result<()>,
+) -> io::Result<()> {
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let page = PAGE as u64;
+    let first = region.as_ptr().addr() as u64 / page;
+    let count = region.len() / page;
+    let mut run: Option<Range<u64>> = None;
+    let mut buffer = vec![0; ENTRIES * 8];
+    let mut index = 0;
+    while index < count {
+        let entries = to_usize(count - index)?.min(ENTRIES);
+        let bytes = &mut buffer[..entries * 8];
+        pagemap.read_exact_at(bytes, (first + index) * 8)?;
+        for entry in bytes.chunks_exact(8) {
+            let entry = u64::from_ne_bytes(entry.try_into().unwrap_or_default());
+            if entry & (PRESENT | SWAPPED) != 0 && entry & FILE_PAGE == 0 {
+                run.get_or_insert(index * page..index * page).end = (index + 1) * page;
+            } else if let Some(run) = run.take() {
+                each(run)?;
+            }
+            index += 1;
+        }
+    }
+    run.map_or(Ok(()), each)
+}
+
+/// Calls `each` with the parts of `range` that are in none of `holes`, which are in order and apart.
+fn without(
+    range: &Range<u64>,
+    holes: &[Range<u64>],
+    mut each: impl FnMut(Range<u64>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut at = range.start;
+    let first = holes.partition_point(|hole| hole.end <= range.start);
+    for hole in &holes[first..] {
+        if hole.start >= range.end {
+            break;
+        }
+        if at < hole.start {
+            each(at..hole.start)?;
+        }
+        at = hole.end;
+    }
+    if at < range.end { each(at..range.end) } else { Ok(()) }
+}
+
+/// Gives pages back to the host: what is read there then is the file mapped there, or zeros.
+fn drop_pages(region: &Region, range: &Range<u64>) -> io::Result<()> {
+    let (start, len) = (to_usize(range.start)?, to_usize(range.end - range.start)?);
+    assert!(range.end <= region.len(), "inside the region");
+    // SAFETY: the range is part of the private mapping that `region` owns, which stays mapped. Nobody holds
+    // references into guest memory.
+    let status =
+        unsafe { libc::madvise(region.as_ptr().add(start).cast(), len, libc::MADV_DONTNEED) };
+    if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Replaces what is mapped in the place of a region: by a private view of a file from an offset on, or by zeros.
+fn map_over(region: &Region, file: Option<(&File, u64)>) -> io::Result<()> {
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+    );
+    let (flags, fd, offset) = match file {
+        Some((file, offset)) => (flags, file.as_raw_fd(), offset),
+        None => (flags | libc::MAP_ANONYMOUS, -1, 0),
+    };
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    let start = region.as_ptr().cast();
+    // SAFETY: this replaces exactly the mapping that `region` owns by another of the same size and protection, so
+    // what `region` promises of its addresses holds on. Nobody holds references into guest memory.
+    let mapped = unsafe { libc::mmap(start, region.size(), protection, flags, fd, offset) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    keep_from_children(region)
+}
+
+#[cfg(test)]
+mod tests;

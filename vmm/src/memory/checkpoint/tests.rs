@@ -1,0 +1,139 @@
+use std::fs;
+
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::memory::{Memory, allocate, allocate_at};
+
+/// Two guests' worth of memory: one that a machine has, and beside it a frame buffer.
+fn memories() -> [Memory; 2] {
+    [allocate(8).unwrap(), allocate_at(crate::arch::layout::FRAME_BUFFER_START, 5000).unwrap()]
+}
+
+fn write(memory: &Memory, at: u64, value: u8) {
+    let start = memory.iter().next().unwrap().start_addr().0;
+    memory.write_obj(value, GuestAddress(start + at)).unwrap();
+}
+
+fn read(memory: &Memory, at: u64) -> u8 {
+    let start = memory.iter().next().unwrap().start_addr().0;
+    memory.read_obj(GuestAddress(start + at)).unwrap()
+}
+
+fn private(memory: &Memory) -> u64 {
+    let mut bytes = 0;
+    for region in memory.iter() {
+        private_pages(region, |range| {
+            bytes += range.end - range.start;
+            Ok(())
+        })
+        .unwrap();
+    }
+    bytes
+}
+
+#[test]
+fn memory_goes_back_to_each_checkpoint_as_often_as_wanted() {
+    let [ram, screen] = &memories();
+    let both: [&MemoryMap; 2] = [ram, screen];
+    let mut backing = Backing::default();
+    write(ram, 0x1000, 1);
+    write(ram, 0x40_0000, 2);
+    write(screen, 4999, 3);
+    let first = backing.checkpoint(&both).unwrap();
+    assert_eq!([read(ram, 0x1000), read(ram, 0x40_0000), read(screen, 4999)], [1, 2, 3]);
+    assert_eq!(private(ram), 0, "nothing is copied twice");
+
+    write(ram, 0x1000, 11);
+    write(ram, 0x2000, 12);
+    let second = backing.checkpoint(&both).unwrap();
+    for _ in 0..3 {
+        write(ram, 0x1000, 21);
+        write(ram, 0x3000, 22);
+        write(screen, 0, 23);
+        backing.roll_back(&both, &second).unwrap();
+        let values = [0x1000, 0x2000, 0x3000, 0x40_0000].map(|at| read(ram, at));
+        assert_eq!((values, read(screen, 0)), ([11, 12, 0, 2], 0));
+        assert_eq!(private(ram), 2 * PAGE as u64, "what was written since is given back");
+    }
+    backing.roll_back(&both, &first).unwrap();
+    let values = [0x1000, 0x2000, 0x3000, 0x40_0000].map(|at| read(ram, at));
+    assert_eq!((values, read(screen, 4999)), ([1, 0, 0, 2], 3));
+    backing.roll_back(&both, &second).unwrap();
+    assert_eq!([read(ram, 0x1000), read(ram, 0x2000)], [11, 12]);
+}
+
+#[test]
+fn cleared_memory_is_zero_and_can_still_go_back() {
+    let [ram, screen] = &memories();
+    let both: [&MemoryMap; 2] = [ram, screen];
+    let mut backing = Backing::default();
+    write(ram, 0x1000, 1);
+    backing.clear(&both).unwrap();
+    assert_eq!(read(ram, 0x1000), 0);
+    write(ram, 0x1000, 2);
+    let before = backing.checkpoint(&both).unwrap();
+    backing.clear(&both).unwrap();
+    assert_eq!(read(ram, 0x1000), 0, "not what the checkpoint has");
+    write(ram, 0x2000, 3);
+    let after = backing.checkpoint(&both).unwrap();
+    backing.roll_back(&both, &before).unwrap();
+    assert_eq!([read(ram, 0x1000), read(ram, 0x2000)], [2, 0]);
+    backing.roll_back(&both, &after).unwrap();
+    assert_eq!([read(ram, 0x1000), read(ram, 0x2000)], [0, 3]);
+}
+
+#[test]
+fn a_thousand_roll_backs_keep_nothing() {
+    let [ram, screen] = &memories();
+    let both: [&MemoryMap; 2] = [ram, screen];
+    let mut backing = Backing::default();
+    write(ram, 0, 1);
+    let first = backing.checkpoint(&both).unwrap();
+    // Tests beside this one map memory, too: only what belongs to this memory counts.
+    let mappings = || {
+        let start = ram.iter().next().unwrap().as_ptr().addr();
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let inside = maps.lines().filter(|line| {
+            let at = usize::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+            (start..start + (8 << 20)).contains(&at)
+        });
+        inside.count()
+    };
+    for round in 0..1000_u64 {
+        write(ram, round % 1000 * PAGE as u64, 7);
+        let nested = backing.checkpoint(&both).unwrap();
+        write(ram, 0x70_0000, 8);
+        backing.roll_back(&both, &nested).unwrap();
+        backing.roll_back(&both, &first).unwrap();
+    }
+    assert_eq!((mappings(), private(ram), read(ram, 0)), (1, 0, 1));
+}
+
+#[test]
+fn memory_of_another_size_is_refused() {
+    let [ram, _] = &memories();
+    let other = allocate(16).unwrap();
+    let checkpoint = Backing::default().checkpoint(&[&other]).unwrap();
+    write(ram, 0, 1);
+    assert!(Backing::default().roll_back(&[ram], &checkpoint).is_err());
+    assert_eq!(read(ram, 0), 1);
+}
+
+#[test]
+fn ranges_without_others() {
+    let parts = |range: (u64, u64), holes: &[(u64, u64)]| {
+        let holes: Vec<_> = holes.iter().map(|&(start, end)| start..end).collect();
+        let mut parts = Vec::new();
+        without(&(range.0..range.1), &holes, |part| {
+            parts.push((part.start, part.end));
+            Ok(())
+        })
+        .unwrap();
+        parts
+    };
+    assert_eq!(parts((0, 10), &[]), [(0, 10)]);
+    assert_eq!(parts((2, 8), &[(0, 2), (3, 4), (6, 9)]), [(2, 3), (4, 6)]);
+    assert_eq!(parts((2, 8), &[(0, 10)]), []);
+    assert_eq!(parts((2, 8), &[(0, 1), (8, 9)]), [(2, 8)]);
+}

@@ -1,0 +1,86 @@
+//! Going back in time: a machine returns to an earlier state of its own, as often as wanted.
+
+use super::{Phase, Vm, VmError, VmState, build, host};
+use crate::memory::checkpoint::MemoryCheckpoint;
+use crate::virtio::blk::{DiskCheckpoint, DiskHandle};
+use crate::virtio::build::Handle;
+
+/// What a machine was at some time. Checkpoints are a stack: going back to one ends all later ones.
+pub struct Checkpoint {
+    state: VmState,
+    memory: MemoryCheckpoint,
+    /// In the order of the disks.
+    disks: Vec<DiskCheckpoint>,
+}
+
+impl Vm {
+    /// Keeps what a paused machine is: processors, devices, memory and disks. The first time its memory is copied,
+    /// later only what has changed since. Files of shares, and what others have in their ends of sockets, is not part
+    /// of it. The machine may go on.
+    ///
+    /// # Errors
+    /// It is not paused, KVM refuses, or there is no room for memory or disks; the machine is as it was.
+    pub fn checkpoint(&mut self) -> Result<Checkpoint, VmError> {
+        let state = self.state()?;
+        let disks = self.disks().map(DiskHandle::checkpoint).collect::<Result<_, _>>();
+        let disks = disks.map_err(host("cannot keep what a disk holds"))?;
+        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+        let memory = self.backing.checkpoint(&memories);
+        Ok(Checkpoint { state, memory: memory.map_err(host("cannot keep guest memory"))?, disks })
+    }
+
+    /// Makes the machine, whatever became of it meanwhile, what it was at a checkpoint of its own; [`Vm::start`] lets
+    /// it go on from there. For its guest no time has passed. Connections of its vsock end, and what the host has sent
+    /// to its consoles and the guest has not taken is lost. Not after [`Vm::stop`].
+    ///
+    /// # Errors
+    /// The checkpoint is gone, because the machine went back to an earlier one: it goes on as it is then. KVM or the
+    /// host refuse: it is stopped.
+    pub fn roll_back(&mut self, to: &Checkpoint) -> Result<(), VmError> {
+        let there = self.disks().zip(&to.disks).all(|(disk, checkpoint)| disk.has(checkpoint));
+        if self.phase == Phase::Stopped || !there {
+            let problem =
+                if there { "it has been stopped" } else { "it went back to an earlier checkpoint" };
+            let (machine, problem) = (self.spec.name.clone(), problem.to_owned());
+            return Err(VmError::Saved { machine, problem });
+        }
+        self.end_vcpus();
+        let done = self.go_back(to);
+        match done {
+            Ok(()) => self.phase = Phase::Built,
+            Err(_) => self.stop(),
+        }
+        done
+    }
+
+    fn go_back(&mut self, to: &Checkpoint) -> Result<(), VmError> {
+        for transport in &self.transports {
+            transport.reset();
+        }
+        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+        self.backing.roll_back(&memories, &to.memory).map_err(host("cannot put memory back"))?;
+        for (disk, checkpoint) in self.disks().zip(&to.disks) {
+            disk.roll_back(checkpoint).map_err(host("cannot put a disk back"))?;
+        }
+        self.apply(&to.state, 0)?;
+        self.group.rearm();
+        self.boots = false;
+        Ok(())
+    }
+
+    /// Leaves in the images of its disks what they hold.
+    pub(super) fn merge_disks(&self) {
+        for disk in self.disks() {
+            if let Err(error) = disk.merge() {
+                tracing::error!(machine = self.spec.name, %error, "a disk's image lacks what was written last");
+            }
+        }
+    }
+
+    fn disks(&self) -> impl Iterator<Item = &DiskHandle> {
+        self.handles.iter().filter_map(|handle| match handle {
+            Handle::Disk(disk) => Some(disk),
+            _ => None,
+        })
+    }
+}
