@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use firn_gateway::{Forward, Side};
+use firn_net_switch::plugs::PlugError;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
 use firn_vmm::socket::{Listener, connect_to};
@@ -37,6 +38,7 @@ use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
 use crate::machine::rfb::{self, Display};
 use crate::viewers;
+use crate::vlan::Vlan;
 use command::Sockets;
 use panic::PanicFinder;
 use parts::{QemuInput, QemuScreen};
@@ -148,7 +150,7 @@ impl Qemu {
             )).into());
         }
         let (mut command, shares) = self.command_line(&node, &dirs, &sockets, may_reboot).await?;
-        let vlans = self.vlan_directories()?;
+        let vlans = self.vlan_directories(&dirs)?;
         let vlans = vlans.iter().map(|(number, directory)| (*number, directory.as_path()));
         command::environment(&mut command, &dirs, vlans);
 
@@ -246,7 +248,7 @@ impl Qemu {
         let joined = spawn_blocking(move || command::join(&initrds, &target)).await;
         let joined = joined.map_err(io::Error::other).flatten();
         joined.map_err(MachineError::file("write", &initrd))?;
-        let vlans = self.vlan_directories()?;
+        let vlans = self.vlan_directories(dirs)?;
         let of_node = |number: &firn_vmm::spec::Number| {
             let found = vlans.iter().find(|(vlan, _)| *vlan == number.get());
             found.map(|(_, directory)| directory.clone())
@@ -272,14 +274,12 @@ impl Qemu {
     }
 
     /// The vlans' numbers, and where QEMU plugs cards into them.
-    fn vlan_directories(&self) -> Result<Vec<(u8, PathBuf)>> {
-        match self.parts.vlans.first() {
-            None => Ok(Vec::new()),
-            Some(vlan) => {
-                let vlan = vlan.number();
-                Err(self.start_error(format!("QEMU cannot be plugged into vlan {vlan} yet")).into())
-            }
-        }
+    fn vlan_directories(&self, dirs: &Dirs) -> Result<Vec<(u8, PathBuf)>> {
+        // Where the run keeps its state: the paths of sockets have to be short.
+        let place = dirs.shared.parent().unwrap_or(&dirs.state);
+        let directory = |vlan: &Vlan| Ok((vlan.number().get(), vlan.sockets(place)?));
+        let all: Result<_, PlugError> = self.parts.vlans.iter().map(directory).collect();
+        all.map_err(|error| self.start_error(error).into())
     }
 
     fn listen(&self, path: &Path) -> Result<(Listener, UnixListener), MachineError> {
