@@ -106,9 +106,12 @@ async fn console_screen_and_keys(q: &Machine) {
     assert!(picture.width >= 640 && picture.rgb.iter().any(|shade| *shade != 0), "{picture:?}");
 
     // A press and a release of 30, the key a (struct input_event: 16 bytes of time, type, code, value).
-    output(q, "cat /dev/input/event* | head -c 96 > /tmp/keys & sleep 0.5").await;
+    let event =
+        r"sed -n '/QEMU Virtio Keyboard/,/^$/s/.*\(event[0-9]*\).*/\1/p' /proc/bus/input/devices";
+    let event = output(q, event).await;
+    output(q, &format!("head -c 96 /dev/input/{event} > /tmp/keys & sleep 0.5")).await;
     q.send_key("a", None, false).await.unwrap();
-    let keys = "while [ $(wc -c < /tmp/keys) -lt 96 ]; do sleep 0.1; done; od -An -tu2 -j16 -N8 -w8 /tmp/keys";
+    let keys = "for i in $(seq 100); do [ $(wc -c < /tmp/keys) -lt 96 ] || break; sleep 0.1; done; od -An -tu2 -j16 -N8 -w8 /tmp/keys";
     assert_eq!(output(q, keys).await.split_whitespace().collect::<Vec<_>>(), ["1", "30", "1", "0"]);
     let error = q.send_key("no-such-key", None, false).await.expect_err("no key").to_string();
     assert!(error.contains("there is no key `no`"), "{error}");
