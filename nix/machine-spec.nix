@@ -359,7 +359,12 @@ in
     inherit name number;
     backend = "qemu";
     start_command = startScript;
-    because = if reasons == [ ] then [ "virtualisation.firn.backend" ] else reasons;
+    because =
+      if reasons == [ ] then
+        [ "virtualisation.firn.backend" ]
+      else
+        # Machine files have variables in them, which these are not.
+        map (replaceStrings [ "$" ] [ "$$" ]) reasons;
   }
   // optionalAttrs (vlansFit && vlansDiffer) { inherit vlans; };
 
