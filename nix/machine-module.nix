@@ -44,7 +44,15 @@ let
     qemuOptions = fromOthers options.virtualisation.qemu.options;
     qemuDrives = fromOthers options.virtualisation.qemu.drives;
     qemuNetworkingOptions = fromOthers options.virtualisation.qemu.networkingOptions;
+    startScript = "${vmOfNixpkgs}/bin/run-${name}-vm";
   };
+
+  # The machine as qemu-vm.nix makes it, which this module replaces; others only pass it on.
+  vmOfNixpkgs =
+    (lib.findFirst (
+      definition: ofNixpkgs definition.file && definition.value ? vm && !(definition.value.vm ? _type)
+    ) (throw "${name}: nixpkgs makes no machine") options.system.build.definitionsWithLocations)
+    .value.vm;
 
   # As qemu-vm.nix makes it at each start, but made once.
   storeImage =
@@ -68,8 +76,21 @@ let
 
   script = hostPkgs.writeScript "run-${name}-vm" ''
     #!${cfg.firn.package}/bin/firn run
-    ${builtins.toJSON machine.spec}
+    ${builtins.toJSON (if underQemu then machine.qemu else machine.spec)}
   '';
+
+  vm =
+    hostPkgs.runCommand "firn-vm-${name}"
+      {
+        preferLocalBuild = true;
+        # By this the test framework finds the script.
+        meta.mainProgram = "run-${name}-vm";
+      }
+      ''
+        mkdir -p $out/bin
+        ln -s ${toplevel} $out/system
+        ln -s ${script} $out/bin/run-${name}-vm
+      '';
 
   # A command that runs out of memory ends alone, and a test may start as many as it likes.
   limits = {
@@ -92,91 +113,10 @@ let
       };
     };
 
-  leftToQemu = cfg.firn.fallback == "qemu" && machine.unsupported != [ ];
-in
-{
-  options.virtualisation.firn = {
-    package = lib.mkOption {
-      type = lib.types.package;
-      default = hostPkgs.firn or (hostPkgs.callPackage ./package.nix { });
-      defaultText = lib.literalMD "`firn` of the host's packages";
-      description = "The firn that runs this machine, and whose agent is in it.";
-    };
+  underQemu = cfg.firn.backend == "qemu" || cfg.firn.fallback == "qemu" && machine.unsupported != [ ];
 
-    settings = lib.mkOption {
-      type = lib.types.attrsOf lib.types.anything;
-      default = { };
-      example = {
-        balloon = true;
-      };
-      description = ''
-        Keys of the machine file, which replace those made from other options: what only firn has.
-        Those of `user_network` are replaced one by one.
-      '';
-    };
-
-    screen = lib.mkOption {
-      type = lib.types.nullOr (
-        lib.types.enum [
-          "plain"
-          "gpu"
-          false
-        ]
-      );
-      default = null;
-      description = ''
-        The machine's screen, of `virtualisation.resolution`: "plain" is a frame buffer on which every
-        kernel draws without a driver of its own, "gpu" a virtio graphics card without 3D, for
-        Wayland compositors. With null the machine has a plain one if the test sets `enableOCR`, if its
-        script calls what needs one by name, or at the interactive prompt. QEMU's options `-vga` and
-        `-device virtio-gpu-pci` in `virtualisation.qemu.options` are heeded first.
-      '';
-    };
-
-    keyboard = lib.mkOption {
-      type = lib.types.nullOr lib.types.bool;
-      default = null;
-      description = ''
-        Whether the machine has a keyboard. With null it has one if the test sets `enableOCR`, if its
-        script calls `send_key` or `send_chars` by name, or at the interactive prompt. Stage 1 has the
-        keyboard's drivers only with true or `enableOCR`.
-      '';
-    };
-
-    tablet = lib.mkOption {
-      type = lib.types.nullOr lib.types.bool;
-      default = null;
-      description = ''
-        Whether the machine has a tablet, a pointer that goes to places of the screen. With null it has
-        one if its script sends QEMU's `input-send-event`, or at the interactive prompt.
-      '';
-    };
-
-    fallback = lib.mkOption {
-      type = lib.types.nullOr (lib.types.enum [ "qemu" ]);
-      default = null;
-      description = ''
-        What becomes of this machine if it asks for what firn cannot do: with null the evaluation
-        fails and says what that is, with "qemu" it stays as nixpkgs has it, for QEMU.
-      '';
-    };
-  };
-
-  config = lib.mkIf (!leftToQemu) {
-    system.build.vm = lib.mkForce (
-      hostPkgs.runCommand "firn-vm-${name}"
-        {
-          preferLocalBuild = true;
-          # By this the test framework finds the script.
-          meta.mainProgram = "run-${name}-vm";
-        }
-        ''
-          mkdir -p $out/bin
-          ln -s ${toplevel} $out/system
-          ln -s ${script} $out/bin/run-${name}-vm
-        ''
-    );
-
+  # What the system of a machine in firn's own monitor has to have.
+  firnsOwn = {
     # Shares are virtio-fs, also where nixpkgs still mounts them by 9p. Stage 1 with systemd waits for
     # no device of theirs, so the drivers have to be there; stage 1 without it leaves `x-` options out.
     boot.initrd.availableKernelModules = [
@@ -255,4 +195,92 @@ in
     # It would wait for a port that is QEMU's.
     virtualisation.qemu.guestAgent.enable = lib.mkDefault false;
   };
+in
+{
+  options.virtualisation.firn = {
+    package = lib.mkOption {
+      type = lib.types.package;
+      default = hostPkgs.firn or (hostPkgs.callPackage ./package.nix { });
+      defaultText = lib.literalMD "`firn` of the host's packages";
+      description = "The firn that runs this machine, and whose agent is in it.";
+    };
+
+    settings = lib.mkOption {
+      type = lib.types.attrsOf lib.types.anything;
+      default = { };
+      example = {
+        balloon = true;
+      };
+      description = ''
+        Keys of the machine file, which replace those made from other options: what only firn has.
+        Those of `user_network` are replaced one by one.
+      '';
+    };
+
+    screen = lib.mkOption {
+      type = lib.types.nullOr (
+        lib.types.enum [
+          "plain"
+          "gpu"
+          false
+        ]
+      );
+      default = null;
+      description = ''
+        The machine's screen, of `virtualisation.resolution`: "plain" is a frame buffer on which every
+        kernel draws without a driver of its own, "gpu" a virtio graphics card without 3D, for
+        Wayland compositors. With null the machine has a plain one if the test sets `enableOCR`, if its
+        script calls what needs one by name, or at the interactive prompt. QEMU's options `-vga` and
+        `-device virtio-gpu-pci` in `virtualisation.qemu.options` are heeded first.
+      '';
+    };
+
+    keyboard = lib.mkOption {
+      type = lib.types.nullOr lib.types.bool;
+      default = null;
+      description = ''
+        Whether the machine has a keyboard. With null it has one if the test sets `enableOCR`, if its
+        script calls `send_key` or `send_chars` by name, or at the interactive prompt. Stage 1 has the
+        keyboard's drivers only with true or `enableOCR`.
+      '';
+    };
+
+    tablet = lib.mkOption {
+      type = lib.types.nullOr lib.types.bool;
+      default = null;
+      description = ''
+        Whether the machine has a tablet, a pointer that goes to places of the screen. With null it has
+        one if its script sends QEMU's `input-send-event`, or at the interactive prompt.
+      '';
+    };
+
+    fallback = lib.mkOption {
+      type = lib.types.enum [
+        "qemu"
+        "error"
+      ];
+      default = "qemu";
+      description = ''
+        What becomes of this machine if it asks for what firn cannot do: with "qemu" it runs under
+        QEMU, as nixpkgs makes it, and the test's log says why; with "error" the evaluation fails and
+        says why.
+      '';
+    };
+
+    backend = lib.mkOption {
+      type = lib.types.enum [
+        "firn"
+        "qemu"
+      ];
+      default = "firn";
+      description = ''
+        What runs this machine: with "qemu" it runs under QEMU whatever it asks for.
+      '';
+    };
+  };
+
+  config = lib.mkMerge [
+    { system.build.vm = lib.mkForce vm; }
+    (lib.mkIf (!underQemu) firnsOwn)
+  ];
 }

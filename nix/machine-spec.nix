@@ -22,6 +22,8 @@
   qemuOptions ? [ ],
   qemuDrives ? [ ],
   qemuNetworkingOptions ? [ ],
+  # The start script that nixpkgs makes, for a machine under QEMU.
+  startScript ? null,
 }:
 let
   inherit (builtins)
@@ -255,7 +257,7 @@ let
   # What firn cannot do: the option, and why.
   because =
     condition: option: reason:
-    optional condition "node ${node}: ${option} ${reason}";
+    optional condition "${option} ${reason}";
   unsupportedOfDrive =
     option: given:
     let
@@ -286,7 +288,7 @@ let
         "off"
       ])
     ) option "has readonly=${toString options.readonly}, and firn knows on and off";
-  unsupported = concatLists [
+  reasons = concatLists [
     (because (
       system != "x86_64-linux"
     ) "nixpkgs.hostPlatform" "is ${system}, and firn has machines of x86_64-linux only")
@@ -346,9 +348,25 @@ let
       "is QEMU's: firn has its own user network, or with [ ] none"
     )
   ];
+  unsupported = map (sentence: "node ${node}: ${sentence}") reasons;
 in
 {
   inherit unsupported;
+
+  # The machine under QEMU, as nixpkgs starts it.
+  qemu = {
+    firn = 1;
+    inherit name number;
+    backend = "qemu";
+    start_command = startScript;
+    because =
+      if reasons == [ ] then
+        [ "virtualisation.firn.backend" ]
+      else
+        # Machine files have variables in them, which these are not.
+        map (replaceStrings [ "$" ] [ "$$" ]) reasons;
+  }
+  // optionalAttrs (vlansFit && vlansDiffer) { inherit vlans; };
 
   # Whether somebody types on it, as far as that is known before its test's script is read.
   keyboard = (parts // settings).keyboard == true || given keyboards != [ ];

@@ -13,7 +13,7 @@
   # What the test framework asks of its driver.
   enableOCR ? false,
   extraPythonPackages ? (_: [ ]),
-  # Accepted, and of no use: firn has no QEMU.
+  # Accepted, and of no use: start scripts for QEMU name their own.
   qemu_pkg ? null,
   enableNspawn ? false,
 }:

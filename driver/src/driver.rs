@@ -10,7 +10,7 @@ use firn_vmm::spec::{Cid, Number, VsockSpec};
 use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
-use crate::config::{MachineFile, NodeConfig, TestConfig};
+use crate::config::{BackendKind, MachineFile, NodeConfig, TestConfig};
 use crate::descriptors::{self, Part};
 use crate::error::{MachineError, Result};
 use crate::kit::{Kit, KitName};
@@ -188,7 +188,7 @@ impl Driver {
             let what = format!("{} is on vlan {vlan}, which this test does not have", node.name);
             return Err(MachineError::Usage(what).into());
         }
-        if node.vsock.is_none() {
+        if node.vsock.is_none() && node.backend() == BackendKind::Firn {
             node.vsock = self.backdoor(&node, &dirs)?;
         }
         Machine::new(node, source, dirs, &self.vlans, &self.log, descriptors)

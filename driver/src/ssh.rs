@@ -15,6 +15,7 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use thiserror::Error;
 
+use crate::config::BackendKind;
 use crate::error::{MachineError, Result as MachineResult};
 use crate::machine::Machine;
 
@@ -75,7 +76,12 @@ impl Machine {
     /// [`MachineError::Usage`] if it has no vsock.
     pub fn ssh_backdoor_command(&self) -> MachineResult<String> {
         let name = self.name();
-        let none = || MachineError::Usage(format!("{name} has no vsock by which ssh could enter"));
+        let why = match self.config().backend() {
+            BackendKind::Firn => "",
+            BackendKind::Qemu => ": it runs under QEMU, whose vsocks lead to the host's kernel",
+        };
+        let what = format!("{name} has no vsock by which ssh could enter{why}");
+        let none = || MachineError::Usage(what);
         let vsock = self.config().vsock.as_ref().ok_or_else(none)?;
         Ok(command_line(&vsock.socket))
     }

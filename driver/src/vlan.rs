@@ -1,7 +1,9 @@
 //! A network of a test.
 
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use firn_net_switch::plugs::{PlugDir, PlugError};
 use firn_net_switch::{Switch, SwitchPort};
 use firn_vmm::spec::Number;
 
@@ -10,11 +12,13 @@ use firn_vmm::spec::Number;
 pub struct Vlan {
     number: Number,
     switch: Switch,
+    /// Where programs outside of this process plug in, once one shall.
+    sockets: Arc<Mutex<Option<PlugDir>>>,
 }
 
 impl Vlan {
     pub(crate) fn new(number: Number) -> Self {
-        Self { number, switch: Switch::new(format!("vlan{number}")) }
+        Self { number, switch: Switch::new(format!("vlan{number}")), sockets: Arc::default() }
     }
 
     /// Its number.
@@ -26,6 +30,16 @@ impl Vlan {
     /// From now on nothing gets from one machine to another here.
     pub fn stop(&self) {
         self.switch.stop();
+    }
+
+    /// The directory by which QEMU plugs in, with VDE; it is made in `place` the first time, and is gone with the network.
+    pub(crate) fn sockets(&self, place: &Path) -> Result<PathBuf, PlugError> {
+        let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sockets) = &*sockets {
+            return Ok(sockets.path().to_owned());
+        }
+        let made = PlugDir::open(place.join(format!("vlan{}", self.number)), &self.switch)?;
+        Ok(sockets.insert(made).path().to_owned())
     }
 
     pub(crate) fn plug(&self, machine: &str) -> Arc<SwitchPort> {

@@ -287,4 +287,16 @@ builtins.mapAttrs (name: args: rec {
   inherit (evaluate name args) spec;
   references = referencesOf spec;
 }) supported
-// builtins.mapAttrs (name: args: { inherit (evaluate name args) unsupported; }) unsupported
+// builtins.mapAttrs (
+  name: args:
+  let
+    machine = evaluate name (args // { startScript = "${storePath "vm"}/bin/run-${name}-vm"; });
+  in
+  {
+    unsupported = {
+      error = machine.unsupported;
+      inherit (machine) qemu;
+    };
+    references = referencesOf machine.qemu;
+  }
+) unsupported

@@ -41,6 +41,20 @@ let
       module = import ../../nix/machine-module.nix {
         inherit lib pkgs;
         modulesPath = "/nixpkgs/nixos/modules";
+        options.system.build.definitionsWithLocations = [
+          {
+            file = "/home/nixos/modules/a.nix";
+            value.vm = "/another-vm";
+          }
+          {
+            file = "/nixpkgs/nixos/modules/virtualisation/build-vm.nix";
+            value.vm._type = "override";
+          }
+          {
+            file = "/nixpkgs/nixos/modules/virtualisation/qemu-vm.nix";
+            value.vm = "/nixos-vm";
+          }
+        ];
         options.virtualisation.qemu = {
           options = defined [ "-vga qxl" ];
           drives = none;
@@ -58,15 +72,18 @@ let
             firn = {
               package = extended.firn;
               settings = { };
-              fallback = null;
+              fallback = "error";
+              backend = "firn";
             }
             // virtualisation.firn or { };
           };
         }
         // testing;
       };
+      merged = module.config;
     in
-    module.config;
+    # What it adds to the system if it runs in firn's own monitor, and the machine in both cases.
+    builtins.elemAt merged 1 // { vm = (builtins.head merged).system.build.vm.force; };
   inherit (import ./options.nix) defaults vmVariant;
   plain = defaults "plain";
   # `a` is asked for what firn cannot do, `b` is not.
@@ -83,7 +100,7 @@ let
     file = "/nixpkgs/nixos/modules/b.nix";
     virtualisation = vmVariant "plain";
   };
-  build = node: node.content.system.build.vm.force;
+  build = node: node.vm;
 
   contains = text: part: replaceStrings [ part ] [ "" ] text != text;
   testModule =
@@ -253,13 +270,40 @@ in
     && has { settings.keyboard = true; };
 
   what-others-ask-of-qemu-is-refused = a.condition && throws (build a).script;
-  or-left-to-qemu =
-    !(machine {
-      file = "/home/nixos/modules/a.nix";
-      virtualisation = plain // {
-        firn.fallback = "qemu";
+  or-runs-under-qemu =
+    let
+      node = machine {
+        file = "/home/nixos/modules/a.nix";
+        virtualisation = plain // {
+          firn.fallback = "qemu";
+        };
       };
-    }).condition;
+    in
+    !node.condition
+    && all (contains (build node).script) [
+      "#!/firn/bin/firn run\n"
+      "\"backend\":\"qemu\""
+      "\"because\":[\"virtualisation.qemu.options has `-vga qxl`, which is QEMU's and not firn's\"]"
+      "\"start_command\":\"/nixos-vm/bin/run-plain-vm\""
+    ]
+    && (build node).attributes.meta.mainProgram == "run-plain-vm";
+  fallback-is-qemu-unless-told-otherwise =
+    (import ../../nix/machine-module.nix {
+      inherit lib pkgs;
+      modulesPath = "/nixpkgs/nixos/modules";
+      config = throw "it is not looked at";
+      options = throw "it is not looked at";
+    }).options.virtualisation.firn.fallback.default == "qemu";
+  what-is-told-to-runs-under-qemu =
+    let
+      node = machine {
+        file = "/nixpkgs/nixos/modules/b.nix";
+        virtualisation = plain // {
+          firn.backend = "qemu";
+        };
+      };
+    in
+    !node.condition && contains (build node).script "\"because\":[\"virtualisation.firn.backend\"]";
   what-firn-can-do-is-not-left-to-qemu =
     (machine {
       file = "/nixpkgs/nixos/modules/b.nix";

@@ -41,6 +41,13 @@ let
     mkOption = option: option;
     literalMD = text: text;
     mkIf = condition: content: { inherit condition content; };
+    mkMerge = merged: merged;
+    findFirst =
+      wanted: none: list:
+      let
+        found = builtins.filter wanted list;
+      in
+      if found == [ ] then none else builtins.head found;
     mkForce = force: { inherit force; };
     mkDefault = default: { inherit default; };
     types = {

@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use firn::config::{MachineFile, Needs, Script, TestConfig};
@@ -49,6 +50,9 @@ const ESCAPE: u8 = 0x01;
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let mut file = MachineFile::read(&args.file)?;
+    if let Some(command) = file.command() {
+        return by_itself(&command);
+    }
     if args.screen {
         file.supply(Needs::ALL);
     }
@@ -78,6 +82,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         ..Options::default()
     };
     Ok(run_again(&options, command)?.into())
+}
+
+/// A start command for QEMU does all that this does itself.
+fn by_itself(command: &str) -> Result<ExitCode> {
+    let error = Command::new("/bin/sh").args(["-c", &format!("exec {command}")]).exec();
+    Err(error).context("cannot run /bin/sh")
 }
 
 /// A test with just this machine.

@@ -113,6 +113,7 @@ const MICRO: Recipe = Recipe {
         "virtio_input",
         "virtio_balloon",
         "virtio_blk",
+        "virtio_pci",
         "vmw_vsock_virtio_transport",
     ],
     boot: include_str!("scripts/micro.sh"),

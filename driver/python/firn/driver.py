@@ -241,7 +241,7 @@ class Driver:
         name: str | None = None,
         keep_machine_state: bool = False,
     ) -> Machine:
-        """Make a machine: of the path of a machine file, or of the content of one."""
+        """Make a machine: of a machine file, or its content, or a command that starts QEMU."""
         made_of = start_command_or_config
         if isinstance(made_of, dict) and "startCommand" in made_of:
             options = dict(made_of)
@@ -257,10 +257,9 @@ class Driver:
                 json.dumps(made_of), name=name, keep_state=keep_machine_state, parts=parts
             )
         words = shlex.split(made_of) if isinstance(made_of, str) else [os.fspath(made_of)]
-        if len(words) != 1:
-            raise ValueError(
-                f"{made_of!r} cannot start a machine: give the path of a firn machine file, "
-                "without arguments"
+        if isinstance(made_of, str) and (len(words) != 1 or "/" not in words[0]):
+            return self._run.create_machine_of_command(
+                made_of, name=name, keep_state=keep_machine_state
             )
         return self._run.create_machine(
             words[0], name=name, keep_state=keep_machine_state, parts=parts

@@ -285,6 +285,23 @@ impl PyRun {
         self.create(py, file, name, keep_state, &parts)
     }
 
+    /// Makes a machine of a command of the shell that starts QEMU.
+    #[pyo3(
+        signature = (command, name = None, keep_state = false),
+        text_signature = "($self, command, name=None, keep_state=False)"
+    )]
+    fn create_machine_of_command(
+        &self,
+        py: Python<'_>,
+        command: &str,
+        name: Option<&str>,
+        keep_state: bool,
+    ) -> PyResult<Py<PyAny>> {
+        let file = MachineFile::start_command(command, "create_machine".as_ref())
+            .map_err(|e| senseless(&e))?;
+        self.create(py, file, name, keep_state, &[])
+    }
+
     /// Start all machines that are not running, without waiting for the guests to boot.
     ///
     /// Raises MachineError if one cannot be started.

@@ -137,7 +137,9 @@ class NixosTestDriver(unittest.TestCase):
         config = self.config("pass", vms={"a": {"start_script": str(qemu)}})
         status, _, err = self.drive("--config", config)
         self.assertEqual(status, 1)
-        self.assertIn(f"{qemu} is no machine file of firn, it is a start script for QEMU", err)
+        self.assertIn(
+            f"{qemu} is no machine file of firn, it is a program that nobody may execute", err
+        )
         status, _, err = self.drive("--config", self.config("pass", containers={"c": {}}))
         self.assertEqual(status, 1)
         self.assertIn("`containers.c`: containers are not supported yet", err)
@@ -408,11 +410,13 @@ print(create_machine({str(path)!r}).name)
 print(create_machine({str(path)!r}, name="other", keep_machine_state=True).state_dir)
 print(create_machine({{"startCommand": {str(path)!r}, "name": "old"}}).name)
 print(create_machine({content!r}).name)
+print(create_machine("qemu-system-x86_64 -m 512", name="command").name)
+print(create_machine("/bin/sh", name="elf").name)
 for bad, text in [
     ({str(path)!r}, "there is a machine extra already"),
-    ("/bin/sh", "is no machine file of firn, it is a program"),
+    ("/etc/passwd", "is no machine file of firn, it is some text"),
     ("/no/such", "cannot read /no/such"),
-    ("{path} -m 512", "without arguments"),
+    ("{path} -m 512", "which takes no arguments"),
     ({{"firn": 1}}, "missing field `name`"),
     ({{"startCommand": "x", "qemuFlags": "-m 1"}}, "unknown options 'qemuFlags'"),
     ({str(far)!r}, "far is on vlan 9, which this test does not have"),
@@ -425,7 +429,9 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         with self.spawn("--config", self.config(script)) as process:
             out, err = process.communicate(timeout=60)
         other = self.state / "vm-state-other"
-        self.assertEqual((process.returncode, out), (0, f"extra\n{other}\nold\ninline\n"), err)
+        self.assertEqual(
+            (process.returncode, out), (0, f"extra\n{other}\nold\ninline\ncommand\nelf\n"), err
+        )
         self.assertEqual(list(self.state.iterdir()), [other])
 
     def test_machine_file_at_start(self) -> None:

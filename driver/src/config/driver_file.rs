@@ -272,7 +272,7 @@ mod tests {
             (format!(r#"{{{script}, "vlans": [1, 255]}}"#), "`vlans[1]`: 255 cannot be used"),
             (
                 format!(r#"{{{script}, "vms": {{"a": {{"start_script": "DIR/qemu"}}}}}}"#),
-                "/qemu is no machine file of firn, it is a start script for QEMU, whose machines are not there yet",
+                "/qemu is no machine file of firn, it is a program that nobody may execute",
             ),
             (
                 format!(r#"{{{script}, "vms": {{"a b": {{"start_script": "DIR/run-vm"}}}}}}"#),

@@ -27,6 +27,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use firn_vmm::spec::{MachineName, Number, ValueError};
@@ -38,6 +39,7 @@ use super::expand::Variables;
 use super::report::ConfigError;
 use super::screen::Needs;
 use super::{NodeConfig, read};
+use crate::machine::quote;
 
 /// The format's version, the value of the key `firn`.
 pub const VERSION: u32 = 1;
@@ -93,10 +95,44 @@ impl MachineFile {
         let other = |what| ConfigError::NotMachineFile { path: path.to_owned(), what };
         match std::str::from_utf8(&bytes) {
             Ok(text) if is_ours(text) => Self::parse(text, path),
+            Ok(text) if text.starts_with("#!") => Self::start_script(path),
             Ok(text) => Err(other(describe(text))),
-            Err(_) if bytes.starts_with(b"\x7fELF") => Err(other("a program (ELF)")),
+            Err(_) if bytes.starts_with(b"\x7fELF") => Self::start_script(path),
             Err(_) => Err(other("no text")),
         }
+    }
+
+    /// A machine that a program starts: a start script for QEMU.
+    fn start_script(path: &Path) -> Result<Self, ConfigError> {
+        let file = std::path::absolute(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let executable =
+            fs::metadata(&file).is_ok_and(|file| file.permissions().mode() & 0o111 != 0);
+        let Some(word) = file.to_str().filter(|_| executable) else {
+            let what = "a program that nobody may execute";
+            return Err(ConfigError::NotMachineFile { path: path.to_owned(), what });
+        };
+        Self::start_command(&quote(word), path)
+    }
+
+    /// A machine that a command of the shell starts, which ends in QEMU. Its name is that of the NixOS start script
+    /// `run-NAME-vm` if the command ends in one, else `machine`.
+    ///
+    /// # Errors
+    /// If the machine's name cannot be one.
+    pub fn start_command(command: &str, path: &Path) -> Result<Self, ConfigError> {
+        let first = command.split_whitespace().next().unwrap_or_default();
+        if MachineFile::read(Path::new(first)).is_ok_and(|file| file.command().is_none()) {
+            let message = format!("{first} is a machine file of firn, which takes no arguments");
+            return Err(ConfigError::Key { path: path.to_owned(), message });
+        }
+        let program = command.trim_end_matches('\'').rsplit('/').next().unwrap_or_default();
+        let name = program.strip_prefix("run-").and_then(|rest| rest.strip_suffix("-vm"));
+        // Variables are the shell's.
+        let command = command.replace('$', "$$");
+        let text =
+            json!({"firn": VERSION, "name": name.unwrap_or("machine"), "start_command": command});
+        Self::parse(&text.to_string(), path)
     }
 
     /// Reads a machine file's text; the first line may be missing.
@@ -150,6 +186,12 @@ impl MachineFile {
     /// Lets it have what a test's script needs, where it says nothing itself.
     pub fn supply(&mut self, needs: Needs) {
         self.needs.push(needs);
+    }
+
+    /// The command of the shell that starts it, if there is one.
+    #[must_use]
+    pub fn command(&self) -> Option<String> {
+        self.outline(1).ok()?.start_command
     }
 
     /// Where it was read from.
@@ -232,7 +274,7 @@ impl MachineFile {
         if self.keys.contains_key("kit") {
             return Err(self.bad("kit", "a machine file is whole: nothing comes from a kit"));
         }
-        if node.kernel.is_none() {
+        if node.kernel.is_none() && node.start_command.is_none() {
             return Err(self.bad("kernel", "missing; allowed: the path of a kernel image"));
         }
         // Options of QEMU that lack the value of a variable are not looked at.
@@ -277,12 +319,7 @@ fn is_ours(text: &str) -> bool {
 
 /// What a text is that is no machine file.
 fn describe(text: &str) -> &'static str {
-    let script = text.starts_with("#!");
-    if script && text.contains("qemu") {
-        "a start script for QEMU, whose machines are not there yet"
-    } else if script {
-        "a script that is not firn's"
-    } else if text.trim().is_empty() {
+    if text.trim().is_empty() {
         "empty"
     } else if text.trim_start().starts_with('{') {
         "JSON without the first line `#!… firn run`"

@@ -20,7 +20,7 @@ mod test_file;
 pub use expand::Variables;
 pub use machine_file::MachineFile;
 pub use network::{PortForward, UserNetwork};
-pub use node::NodeConfig;
+pub use node::{BackendKind, NodeConfig};
 pub use report::ConfigError;
 pub use screen::{Needs, ScreenChoice};
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
+use firn_gateway::Side;
 use firn_vmm::spec::{
     Cores, CredentialName, DiskSpec, Mac, MemoryMib, Number, ScreenSpec, ShareSpec, Tag,
     ValueError, VsockSpec,
@@ -31,6 +32,12 @@ pub struct NodeConfig {
     /// Its place among the sorted names, from 1.
     #[serde(skip)]
     pub number: u8,
+    /// What runs it: firn's own monitor, or QEMU; without a word of it QEMU if it has a start command.
+    pub backend: Option<BackendKind>,
+    /// A shell command that starts QEMU; the driver adds arguments. Without one firn makes QEMU's command line itself.
+    pub start_command: Option<String>,
+    /// Why it runs under QEMU, for the log.
+    pub because: Vec<String>,
     /// The guest kit.
     #[serde(deserialize_with = "guest_kit")]
     pub kit: KitName,
@@ -84,6 +91,9 @@ impl Default for NodeConfig {
         Self {
             name: String::new(),
             number: 1,
+            backend: None,
+            start_command: None,
+            because: Vec::new(),
             kit: KitName::Micro,
             kernel: None,
             initrd: None,
@@ -109,7 +119,27 @@ impl Default for NodeConfig {
     }
 }
 
+/// What runs a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendKind {
+    /// firn's own monitor.
+    Firn,
+    /// QEMU.
+    Qemu,
+}
+
 impl NodeConfig {
+    /// What runs it.
+    #[must_use]
+    pub fn backend(&self) -> BackendKind {
+        let unsaid = match self.start_command {
+            Some(_) => BackendKind::Qemu,
+            None => BackendKind::Firn,
+        };
+        self.backend.unwrap_or(unsaid)
+    }
+
     /// Memory in MiB: its own, or as much as its kit wants.
     #[must_use]
     pub fn memory(&self) -> MemoryMib {
@@ -199,6 +229,7 @@ impl NodeConfig {
 
     /// Checks what no value says alone; `at` is the key of the machine.
     pub(super) fn check(&self, at: &Key) -> Result<(), Problem> {
+        self.check_backend(at)?;
         for (index, disk) in self.disks.iter().enumerate() {
             let place = || at.name("disks").index(index);
             disk.check().map_err(|(key, error)| Problem::new(place().name(key), error))?;
@@ -238,6 +269,40 @@ impl NodeConfig {
                 Err(Problem::new(at.name("macs").name(vlan.to_string()), error))
             }
         }
+    }
+}
+
+impl NodeConfig {
+    /// Checks that what runs it can do what it asks for.
+    fn check_backend(&self, at: &Key) -> Result<(), Problem> {
+        let bad = |key: &str, value: &str, allowed: &str| {
+            Err(Problem::new(at.name(key), ValueError::new(value, allowed)))
+        };
+        if self.backend() == BackendKind::Firn {
+            return match self.start_command {
+                Some(_) => bad("backend", "\"firn\"", "\"qemu\", with a `start_command`"),
+                None => Ok(()),
+            };
+        }
+        if self.vsock.is_some() {
+            return bad("vsock", "vsock", "none under QEMU: its host's end is firn's");
+        }
+        let network = self.user_network.iter().filter(|_| self.start_command.is_none());
+        for network in network {
+            let bad = |key: &str, value: &str, allowed: &str| {
+                let key = at.name("user_network").name(key);
+                Err(Problem::new(key, ValueError::new(value, allowed)))
+            };
+            if !network.host_loopback {
+                return bad("host_loopback", "false", "true under QEMU, whose user network has it");
+            }
+            let from_guest = |PortForward(forward): &PortForward| forward.from == Side::Guest;
+            if network.forward_ports.iter().any(from_guest) {
+                let allowed = "`from = \"host\"` under QEMU";
+                return bad("forward_ports", "`from = \"guest\"`", allowed);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -39,6 +39,9 @@ fn a_short_file_is_filled_up() {
         [NodeConfig {
             name: "machine".into(),
             number: 1,
+            backend: None,
+            start_command: None,
+            because: vec![],
             kit: KitName::Micro,
             kernel: None,
             initrd: None,
@@ -211,7 +214,10 @@ fn ipv6_repeats_the_decimal_digits() {
 fn unknown_key() {
     let message = refused(&node("memroy_size = 3"));
     assert!(message.contains("/nowhere/ping.toml:3:1"), "{message}");
-    assert!(message.contains("unknown field `memroy_size`, expected one of `kit`"), "{message}");
+    assert!(
+        message.contains("unknown field `memroy_size`, expected one of `backend`"),
+        "{message}"
+    );
     assert!(message.contains("memroy_size = 3"), "{message}");
 }
 

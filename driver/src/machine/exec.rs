@@ -212,6 +212,6 @@ fn shown(command: &str) -> Cow<'_, str> {
 }
 
 /// A word of the shell's language.
-pub(super) fn quote(word: &str) -> String {
+pub(crate) fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }

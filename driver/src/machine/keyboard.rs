@@ -1,10 +1,10 @@
 //! Keys by the names of QEMU's `sendkey`, and characters by the keys of a US keyboard.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use firn_vmm::virtio::input::InputHandle;
-
 use super::Machine;
+use super::backend::Input;
 use crate::error::{MachineError, Result};
 
 mod names;
@@ -109,6 +109,11 @@ pub(super) fn key(name: &str) -> Result<u16, BadKey> {
     found.map(|at| KEYS[at].code).map_err(|_| unknown(name))
 }
 
+/// The name of the key that Linux numbers `code`.
+pub(super) fn name_of(code: u16) -> Option<&'static str> {
+    KEYS.iter().find(|key| key.code == code).map(|key| key.name)
+}
+
 /// Linux's code of the key with a scan code of set 1.
 pub(super) fn scan_code(scan: u8) -> Option<u16> {
     let named = KEYS.iter().find(|key| key.scan == Some(scan)).map(|key| key.code);
@@ -171,7 +176,7 @@ fn meant(key: &str) -> String {
 
 /// Keys that are down. Dropping this releases them, as a wait may be interrupted.
 struct Held<'a> {
-    keyboard: &'a InputHandle,
+    keyboard: &'a dyn Input,
     down: Vec<u16>,
 }
 
@@ -192,7 +197,7 @@ impl Machine {
         let _step = log.then(|| self.nested(format_args!("sending key {}", quoted(&key))));
         let keyboard = self.keyboard().await?;
         let codes = chord(&key).map_err(|error| self.bad_key(&error))?;
-        self.type_chord(&keyboard, codes, delay.unwrap_or_default()).await
+        self.type_chord(&*keyboard, codes, delay.unwrap_or_default()).await
     }
 
     /// Types on a US keyboard, with `delay` after each character.
@@ -211,7 +216,7 @@ impl Machine {
         });
         let keys = keys.collect::<Result<Vec<_>, _>>().map_err(|error| self.bad_key(&error))?;
         for codes in keys {
-            self.type_chord(&keyboard, codes, delay.unwrap_or_default()).await?;
+            self.type_chord(&*keyboard, codes, delay.unwrap_or_default()).await?;
         }
         Ok(())
     }
@@ -219,7 +224,7 @@ impl Machine {
     /// Presses keys in order, holds them, releases them, and waits.
     async fn type_chord(
         &self,
-        keyboard: &InputHandle,
+        keyboard: &dyn Input,
         codes: Vec<u16>,
         delay: Duration,
     ) -> Result<()> {
@@ -235,7 +240,7 @@ impl Machine {
     /// Presses keys in order, holds them for that long, and releases them.
     pub(super) async fn hold(
         &self,
-        keyboard: &InputHandle,
+        keyboard: &dyn Input,
         codes: Vec<u16>,
         time: Duration,
     ) -> Result<()> {
@@ -252,7 +257,7 @@ impl Machine {
     }
 
     /// The machine's keyboard.
-    pub(super) async fn keyboard(&self) -> Result<InputHandle> {
+    pub(super) async fn keyboard(&self) -> Result<Arc<dyn Input>> {
         self.run()?;
         self.inner.backend.keyboard().await?.ok_or_else(|| self.lacks("keyboard"))
     }

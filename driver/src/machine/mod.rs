@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{Mutex, watch};
 
-use crate::config::{NodeConfig, Variables};
+use crate::config::{BackendKind, NodeConfig, Variables};
 use crate::descriptors::Part;
 use crate::error::{End, Error, MachineError, Result, Tail};
 use crate::log::{Logger, Step};
@@ -37,6 +37,7 @@ mod units;
 mod waits;
 
 pub use console::Tap;
+pub(crate) use exec::quote;
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
 pub use keyboard::{DEFAULT_DELAY, characters, keys};
 pub use screen::Format;
@@ -225,10 +226,11 @@ impl Machine {
         descriptors: Arc<Part>,
     ) -> Result<Self> {
         dirs.make()?;
+        let own = node.backend() == BackendKind::Firn;
         let plugged = node
             .vlans
             .iter()
-            .filter_map(|number| vlans.iter().find(|vlan| vlan.number() == *number));
+            .filter_map(|number| vlans.iter().find(|vlan| own && vlan.number() == *number));
         let ports = plugged.map(|vlan| vlan.plug(&node.name)).collect();
         let (node, source) = (Arc::new(node), Arc::new(source));
         let (log, clock) = (log.for_machine(&node.name), Clock::new());
@@ -238,6 +240,7 @@ impl Machine {
             log: log.clone(),
             descriptors: Arc::clone(&descriptors),
             ports,
+            vlans: vlans.to_vec(),
         });
         Ok(Self {
             inner: Arc::new(Inner {
@@ -249,7 +252,7 @@ impl Machine {
                 dirs: dirs.into(),
                 log,
                 descriptors,
-                events: qmp::Events::new(),
+                events: qmp::Events::new(own),
                 state: watch::Sender::new(State::Off),
                 used: std::sync::Mutex::default(),
                 changing: Mutex::new(()),

@@ -56,13 +56,14 @@ impl Machine {
         let before = self.inner.state.send_replace(State::Starting);
         self.inner.console.restart();
         let (dirs, console) = (self.dirs().clone(), Arc::clone(&self.inner.console));
-        let Started { events, shell, agent } = match self.inner.backend.start(dirs, console).await {
-            Ok(started) => started,
-            Err(error) => {
-                self.inner.state.send_replace(before);
-                return Err(error);
-            }
-        };
+        let Started { events, shell, agent } =
+            match self.inner.backend.start(dirs, console, allow_reboot).await {
+                Ok(started) => started,
+                Err(error) => {
+                    self.inner.state.send_replace(before);
+                    return Err(error);
+                }
+            };
         let launched = Launched { events, hvc0: Arc::new(shell), agent };
         let (stop, stopped) = watch::channel(false);
         let access = Access::new(Arc::clone(&launched.hvc0));
@@ -176,7 +177,9 @@ impl Machine {
     /// # Errors
     /// [`MachineError::Usage`] if it was started without `allow_reboot`; else as [`Self::shutdown`].
     pub async fn reboot(&self) -> Result<()> {
-        let keyboard = match self.booted() {
+        // QEMU's guests need not have a driver for the keyboard that they have.
+        let typed = self.booted() && !(self.connected() && self.inner.backend.monitor().is_some());
+        let keyboard = match typed {
             true => self.inner.backend.keyboard().await?,
             false => None,
         };
@@ -422,6 +425,7 @@ impl Machine {
             match event {
                 Event::Booting => {}
                 Event::Warning(what) => self.inner.log.warning(what),
+                Event::Told(event) => self.inner.events.pass_on(event),
                 Event::Ended(end) => return end,
                 Event::Panicked(mut reason) => {
                     let end = async {

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use super::backend::Monitor;
 use super::{Machine, Status};
 use crate::error::{End, MachineError, Result};
 
@@ -60,25 +61,36 @@ const REFUSED: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// What QEMU's machine protocol would have told, of what happened to a machine.
+/// What QEMU's machine protocol tells of what happens to a machine, or would have told.
 pub(super) struct Events {
+    /// Whether there is no QEMU that tells it.
+    made: bool,
     queue: Mutex<VecDeque<Value>>,
     grown: watch::Sender<()>,
 }
 
 impl Events {
-    pub(super) fn new() -> Self {
-        Self { queue: Mutex::default(), grown: watch::Sender::new(()) }
+    pub(super) fn new(made: bool) -> Self {
+        Self { made, queue: Mutex::default(), grown: watch::Sender::new(()) }
     }
 
+    /// Tells what QEMU would have told.
     pub(super) fn tell(&self, event: &str, data: &Value) {
+        if !self.made {
+            return;
+        }
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let timestamp = json!({"seconds": now.as_secs(), "microseconds": now.subsec_micros()});
+        self.pass_on(json!({"event": event, "data": data, "timestamp": timestamp}));
+    }
+
+    /// Tells what QEMU has told.
+    pub(super) fn pass_on(&self, event: Value) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.len() == MAX_EVENTS {
             queue.pop_front();
         }
-        queue.push_back(json!({"event": event, "data": data, "timestamp": timestamp}));
+        queue.push_back(event);
         drop(queue);
         self.grown.send_replace(());
     }
@@ -103,6 +115,36 @@ impl Events {
 }
 
 impl Machine {
+    /// What the monitor for people of a machine that has QEMU's prints for a command.
+    async fn ask_monitor(&self, monitor: &dyn Monitor, command: &str) -> Result<String> {
+        // What the machine has to know of.
+        match command.trim() {
+            "quit" | "q" => self.crash().await,
+            "stop" | "s" => self.pause().await?,
+            "cont" | "c" => self.resume().await?,
+            command => {
+                self.run()?;
+                return self.unless_ended(monitor.human(command)).await;
+            }
+        }
+        Ok(String::new())
+    }
+
+    /// The same of the monitor for programs.
+    async fn ask_qmp(
+        &self,
+        monitor: &dyn Monitor,
+        command: &str,
+        arguments: &Value,
+    ) -> Result<Value> {
+        if let "quit" | "stop" | "cont" = command {
+            self.ask_monitor(monitor, command).await?;
+            return Ok(json!({"return": {}}));
+        }
+        self.run()?;
+        self.unless_ended(monitor.qmp(command, arguments)).await
+    }
+
     /// The next event that QEMU's machine protocol would have told: `SHUTDOWN`, `RESET`, `STOP`, `RESUME`, `POWERDOWN`,
     /// `GUEST_PANICKED`. Each is seen once. None if there is none within `limit`, of the host's time: whoever asks may be
     /// who shall resume a machine that is paused.

@@ -12,7 +12,7 @@ use firn_vmm::spec::{
 };
 
 use super::{Dirs, Machine, inputs};
-use crate::config::{EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, UserNetwork};
+use crate::config::{BackendKind, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, UserNetwork};
 use crate::error::{MachineError, Result, chain};
 use crate::kernels::Kernels;
 use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
@@ -64,6 +64,11 @@ impl Source {
         Ok(Box::new((node, boot)))
     }
 
+    /// The machine's description as it shall be started now.
+    pub(super) fn resolved(&self, node: &NodeConfig, dirs: &Dirs) -> Result<NodeConfig> {
+        self.resolve(node, dirs).map(|resolved| resolved.0)
+    }
+
     /// The machine's user network as it would be started now.
     pub(super) fn user_network(
         &self,
@@ -82,7 +87,7 @@ fn start_error(
 }
 
 /// What a machine boots.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Boot {
     kernel: PathBuf,
     initrd: Vec<PathBuf>,
@@ -96,10 +101,18 @@ pub(crate) struct Boot {
 impl Boot {
     /// What `node` boots, completed from `kit`.
     pub(crate) fn new(node: &NodeConfig, kit: Option<&Kit>, hosts: &[Host]) -> Option<Self> {
+        if node.start_command.is_some() {
+            return Some(Self::default());
+        }
+        // QEMU boots an unpacked kernel not on all machines.
+        let kernel = match node.backend() {
+            BackendKind::Firn => Kit::vmlinux,
+            BackendKind::Qemu => Kit::kernel,
+        };
         let cmdline =
             node.cmdline.clone().or_else(|| kit.map(|kit| kit.manifest.cmdline.clone()))?;
         Some(Self {
-            kernel: node.kernel.clone().or_else(|| kit.map(Kit::vmlinux))?,
+            kernel: node.kernel.clone().or_else(|| kit.map(kernel))?,
             initrd: node.initrd.clone().or_else(|| kit.map(|kit| vec![kit.initrd()]))?,
             cmdline,
             overlay: node.initrd.is_none().then(|| Arc::new(overlay(node, hosts))),
@@ -109,6 +122,9 @@ impl Boot {
 
     /// Whether `node` boots anything of the kit.
     pub(crate) fn needs_kit(node: &NodeConfig) -> bool {
+        if node.start_command.is_some() {
+            return false;
+        }
         let whole = node.kernel.is_some() && node.initrd.is_some() && node.cmdline.is_some();
         // A kit with a store is used for more than booting.
         !whole || node.kit != KitName::Micro
@@ -201,7 +217,10 @@ impl Source {
             private::write(&path, &bytes).map_err(MachineError::file("write", &path))?;
             initrd.push(path);
         }
-        let kernel = unpacked(boot.kernel.clone()).await;
+        let kernel = match node.backend() {
+            BackendKind::Firn => unpacked(boot.kernel.clone()).await,
+            BackendKind::Qemu => boot.kernel.clone(),
+        };
         let own = [(SHARED_TAG, dirs.shared.clone()), (EXCHANGE_TAG, dirs.exchange())];
         let own = own
             .into_iter()

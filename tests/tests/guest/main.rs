@@ -11,6 +11,7 @@ mod disks;
 mod files;
 mod network;
 mod power;
+mod qemu;
 mod run;
 mod screen;
 mod share_files;

@@ -3,3 +3,4 @@
 
 mod carrier;
 mod cli;
+mod qemu;

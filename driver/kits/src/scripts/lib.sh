@@ -2,6 +2,14 @@
 
 # Loads the drivers of devices that few machines have; the numbers are those of virtio 1.2, 5.
 load_drivers() {
+  # Only QEMU's machines have a bus of this kind.
+  for device in /sys/bus/pci/devices/*; do
+    [ -e "$device" ] || break
+    for driver in virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci; do
+      [ -d "/sys/module/$driver" ] || [ ! -e "/lib/modules/$driver.ko" ] || insmod "/lib/modules/$driver.ko"
+    done
+    break
+  done
   for file in /sys/bus/virtio/devices/*/device; do
     read -r device <"$file" || continue
     case $device in

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use firn_vmm::spec::{CachePolicy, Cores, DiskFormat, ScreenKind, ScreenSpec, VsockSpec};
 
 use super::*;
-use crate::config::{ScreenChoice, UserNetwork};
+use crate::config::{BackendKind, ScreenChoice, UserNetwork};
 use crate::kit::KitName;
 
 /// The text of a machine file with these lines of JSON beside what every one has.
@@ -38,6 +38,9 @@ fn a_short_file() {
     let expected = NodeConfig {
         name: "server".into(),
         number: 7,
+        backend: None,
+        start_command: None,
+        because: vec![],
         kit: KitName::Micro,
         kernel: Some("/k".into()),
         initrd: Some(vec![]),
@@ -220,11 +223,11 @@ fn other_files_are_said_to_be_what_they_are() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("file");
     for (content, what) in [
-        (&b"\x7fELF\x02\xff"[..], "a program (ELF)"),
+        (&b"\x7fELF\x02\xff"[..], "a program that nobody may execute"),
         (b"\xff\xfe", "no text"),
         (b"", "empty"),
-        (b"#!/bin/sh\nexec qemu-system-x86_64\n", "a start script for QEMU"),
-        (b"#!/bin/sh\necho firn\n", "a script that is not firn's"),
+        (b"#!/bin/sh\nexec qemu-system-x86_64\n", "a program that nobody may execute"),
+        (b"#!/bin/sh\necho firn\n", "a program that nobody may execute"),
         (b"{\"firn\": 1}", "JSON without the first line"),
         (b"hello", "some text"),
     ] {
@@ -235,6 +238,11 @@ fn other_files_are_said_to_be_what_they_are() {
             "{error}"
         );
     }
+    fs::write(&path, "#!/bin/sh\nexec qemu-system-x86_64\n").expect("written");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("ours");
+    let file = MachineFile::read(&path).expect("a start script");
+    let command = format!("'{}'", path.display());
+    assert_eq!((file.name(), file.command()), ("machine", Some(command)));
     assert!(MachineFile::read(dir.path()).is_err(), "a directory");
     fs::write(&path, text("\"memory\": 256")).expect("written");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("ours");
@@ -276,8 +284,17 @@ fn qemus_variables() {
 fn golden(name: &str) -> Option<NodeConfig> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/nix/golden/{name}"));
     let json = fs::read_to_string(path).expect("it was listed");
-    // The evaluation's errors are there too.
-    if serde_json::from_str::<Vec<String>>(&json).is_ok() {
+    let made: Value = serde_json::from_str(&json).expect("Nix writes JSON");
+    if let Some(under_qemu) = made.get("qemu") {
+        // What would be said without QEMU is there, too.
+        assert!(made["error"].as_array().is_some_and(|error| !error.is_empty()), "{name}");
+        let text = under_qemu.to_string();
+        let file = MachineFile::parse(&text, Path::new(name)).expect("Nix and we agree");
+        let node = file.node(254, &variables(), Path::new("/state")).expect("nothing is missing");
+        let command = format!("/bin/run-{}-vm", name.trim_end_matches(".json"));
+        assert!(node.start_command.expect("there is one").ends_with(&command), "{name}");
+        assert_eq!(node.backend, Some(BackendKind::Qemu));
+        assert!(node.because.iter().all(|why| why.contains(' ')), "{name}");
         return None;
     }
     let text = format!("#!/nix/store/hash-firn-0.1.0/bin/firn run\n{json}");
@@ -388,4 +405,31 @@ fn what_its_script_needs() {
         (gpu, Some(true), Some(true))
     );
     assert_eq!(of(r#""screen": "gpu""#), (gpu, Some(true), None));
+}
+
+#[test]
+fn start_commands() {
+    for (command, name) in [
+        ("qemu-system-x86_64 -m 512 $OPTIONS", "machine"),
+        ("/nix/store/hash-nixos-vm/bin/run-web-1-vm", "web-1"),
+        ("'/nix/store/hash-nixos-vm/bin/run-web-1-vm'", "web-1"),
+        ("/bin/run-web-1-vm -snapshot", "machine"),
+    ] {
+        let file = MachineFile::start_command(command, Path::new("script")).expect(command);
+        let node = file.node(3, &variables(), Path::new("/state")).expect(command);
+        assert_eq!((file.name(), node.start_command.as_deref()), (name, Some(command)));
+        assert_eq!(node.backend(), BackendKind::Qemu);
+    }
+    for (lines, said) in [
+        (r#""backend": "xen""#, "`backend`: unknown variant `xen`"),
+        (r#""backend": "firn", "start_command": "qemu""#, "`backend`: \"firn\" cannot be used"),
+        (r#""backend": "qemu", "vsock": {"cid": 3, "socket": "v"}"#, "`vsock`"),
+        (
+            r#""backend": "qemu", "user_network": {"host_loopback": false}"#,
+            "`user_network.host_loopback`: false cannot be used",
+        ),
+    ] {
+        let error = refused(lines);
+        assert!(error.contains(said), "{error}");
+    }
 }

@@ -15,13 +15,12 @@ use firn_vmm::socket::Listener;
 use firn_vmm::spec::{ConsolePortSpec, Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::balloon::BalloonHandle;
 use firn_vmm::virtio::build::Connect;
-use firn_vmm::virtio::input::InputHandle;
 use firn_vmm::vm::{self, HostSide, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, spawn_blocking};
 
-use super::{Backend, Event, Parts, Started};
+use super::{Backend, Event, Input, Parts, Started};
 use crate::config::PortForward;
 use crate::error::{End, MachineError, Result, chain};
 use crate::machine::Dirs;
@@ -124,8 +123,8 @@ impl Firn {
         let display = Display {
             name: self.name(),
             screen: vm.screen()?,
-            keyboard: vm.keyboard(),
-            tablet: vm.tablet(),
+            keyboard: vm.keyboard().map(|hand| Arc::new(hand) as _),
+            tablet: vm.tablet().map(|hand| Arc::new(hand) as _),
         };
         match Listener::bind(&dirs.state.join(viewers::SOCKET)) {
             Ok(listener) => Some(tokio::spawn(rfb::serve(listener, display)).abort_handle()),
@@ -191,7 +190,12 @@ impl Firn {
 }
 
 impl Backend for Firn {
-    fn start(&self, dirs: Dirs, console: Arc<Console>) -> BoxFuture<'_, Result<Started>> {
+    fn start(
+        &self,
+        dirs: Dirs,
+        console: Arc<Console>,
+        _may_reboot: bool,
+    ) -> BoxFuture<'_, Result<Started>> {
         *lock(&self.cancel) = Cancel::default();
         Box::pin(async move {
             self.open_user_network(&dirs).await?;
@@ -309,12 +313,12 @@ impl Backend for Firn {
         }))
     }
 
-    fn keyboard(&self) -> BoxFuture<'_, Result<Option<InputHandle>>> {
-        Box::pin(self.with(|running| running.vm.keyboard()))
+    fn keyboard(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Input>>>> {
+        Box::pin(self.with(|running| running.vm.keyboard().map(|hand| Arc::new(hand) as _)))
     }
 
-    fn tablet(&self) -> BoxFuture<'_, Result<Option<InputHandle>>> {
-        Box::pin(self.with(|running| running.vm.tablet()))
+    fn tablet(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Input>>>> {
+        Box::pin(self.with(|running| running.vm.tablet().map(|hand| Arc::new(hand) as _)))
     }
 
     fn screen(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Screen>>>> {

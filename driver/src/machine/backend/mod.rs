@@ -10,17 +10,20 @@ use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
 use firn_vmm::virtio::input::InputHandle;
 use futures_util::future::BoxFuture;
+use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::Dirs;
 use super::console::Console;
 use super::setup::Source;
-use crate::config::NodeConfig;
+use crate::config::{BackendKind, NodeConfig};
 use crate::descriptors::Part;
 use crate::error::{End, Result};
 use crate::log::Logger;
+use crate::vlan::Vlan;
 
 mod firn;
+mod qemu;
 
 /// What a machine gives to whatever runs it.
 pub(super) struct Parts {
@@ -29,20 +32,31 @@ pub(super) struct Parts {
     pub(super) log: Logger,
     /// How many files its guest may make this process open.
     pub(super) descriptors: Arc<Part>,
-    /// Where its cards on vlans are plugged in, in the order of the node's vlans.
+    /// Where its cards on vlans are plugged in, in the order of the node's vlans, if it runs in firn's own monitor.
     pub(super) ports: Vec<Arc<SwitchPort>>,
+    /// All networks of the test.
+    pub(super) vlans: Vec<Vlan>,
 }
 
-/// Chooses what runs a machine, by what it was made from. All there is so far runs in firn's own monitor.
+/// Chooses what runs a machine, by what it was made from.
 pub(super) fn backend_for(parts: Parts) -> Box<dyn Backend> {
-    Box::new(firn::Firn::new(parts))
+    match parts.node.backend() {
+        BackendKind::Firn => Box::new(firn::Firn::new(parts)),
+        BackendKind::Qemu => Box::new(qemu::Qemu::new(parts)),
+    }
 }
 
 /// What runs a machine, from before its first start to after its last end. Which calls make sense when is the machine's
 /// to know: it starts what is off, and asks things of what runs.
 pub(super) trait Backend: Send + Sync {
-    /// Puts everything together and starts the guest, whose serial console is `console`.
-    fn start(&self, dirs: Dirs, console: Arc<Console>) -> BoxFuture<'_, Result<Started>>;
+    /// Puts everything together and starts the guest, whose serial console is `console`. Unless it may reboot, its reset
+    /// is its end.
+    fn start(
+        &self,
+        dirs: Dirs,
+        console: Arc<Console>,
+        may_reboot: bool,
+    ) -> BoxFuture<'_, Result<Started>>;
 
     /// Has a start that is under way fail soon.
     fn cancel_start(&self);
@@ -82,16 +96,63 @@ pub(super) trait Backend: Send + Sync {
     fn set_memory(&self, bytes: u64) -> BoxFuture<'_, Result<bool>>;
 
     /// The host's hand on its keyboard; None if it has none.
-    fn keyboard(&self) -> BoxFuture<'_, Result<Option<InputHandle>>>;
+    fn keyboard(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Input>>>>;
 
     /// The host's hand on its tablet; None if it has none.
-    fn tablet(&self) -> BoxFuture<'_, Result<Option<InputHandle>>>;
+    fn tablet(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Input>>>>;
 
     /// Its screen, which can be looked at for longer than the machine runs; None if it has none.
     fn screen(&self) -> BoxFuture<'_, Result<Option<Arc<dyn Screen>>>>;
 
     /// When its last boot, if that has ended, reached which stage.
     fn boot_marks(&self) -> Vec<Mark>;
+
+    /// QEMU's own monitors, if it has them; else what scripts ask of those is firn's to answer.
+    fn monitor(&self) -> Option<&dyn Monitor> {
+        None
+    }
+}
+
+/// The host's hand on a keyboard or a pointer.
+pub(super) trait Input: Send + Sync {
+    /// Presses or releases the key that Linux numbers `code`.
+    fn key(&self, code: u16, down: bool);
+
+    /// The same of a pointer's button.
+    fn button(&self, code: u16, down: bool);
+
+    /// Moves a pointer: 0 is left and top, [`firn_vmm::virtio::input::MAX_POSITION`] right and bottom.
+    fn move_to(&self, x: u16, y: u16);
+
+    /// Turns a pointer's wheel, away from the user if `steps` are positive.
+    fn wheel(&self, steps: i16);
+}
+
+impl Input for InputHandle {
+    fn key(&self, code: u16, down: bool) {
+        Self::key(self, code, down);
+    }
+
+    fn button(&self, code: u16, down: bool) {
+        Self::button(self, code, down);
+    }
+
+    fn move_to(&self, x: u16, y: u16) {
+        Self::move_to(self, x, y);
+    }
+
+    fn wheel(&self, steps: i16) {
+        Self::wheel(self, steps);
+    }
+}
+
+/// QEMU's monitors.
+pub(super) trait Monitor: Send + Sync {
+    /// What the one for people prints for a command.
+    fn human<'a>(&'a self, command: &'a str) -> BoxFuture<'a, Result<String>>;
+
+    /// What the one for programs replies to a command: an object with `return`, or with `error`.
+    fn qmp<'a>(&'a self, command: &'a str, arguments: &'a Value) -> BoxFuture<'a, Result<Value>>;
 }
 
 /// What a start gives to the machine.
@@ -115,4 +176,6 @@ pub(super) enum Event {
     Ended(End),
     /// Something that people may want to know.
     Warning(String),
+    /// An event of QEMU's machine protocol.
+    Told(Value),
 }

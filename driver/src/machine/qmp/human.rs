@@ -46,6 +46,9 @@ impl Machine {
     /// # Errors
     /// [`crate::MachineError::Usage`] for another command; else as [`Machine::execute`].
     pub async fn send_monitor_command(&self, command: &str) -> Result<String> {
+        if let Some(monitor) = self.inner.backend.monitor() {
+            return self.ask_monitor(monitor, command).await;
+        }
         let words: Vec<&str> = command.split_whitespace().collect();
         match words.as_slice() {
             [] => {}

@@ -1,6 +1,7 @@
 //! What the machine protocol says of keys, buttons and pictures.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -9,6 +10,7 @@ use serde_json::Value;
 use super::{Machine, usage};
 use crate::error::{MachineError, Result};
 use crate::machine::Format;
+use crate::machine::backend::Input;
 use crate::machine::keyboard::{self, BadKey};
 
 /// How long keys are held unless something else is said.
@@ -123,7 +125,7 @@ impl Machine {
         let codes: Result<Vec<u16>, BadKey> = keys.iter().map(Key::code).collect();
         let codes = codes.map_err(|error| usage(&error.to_string()))?;
         let keyboard = self.keyboard().await?;
-        self.hold(&keyboard, codes, hold_time.map_or(HOLD, Duration::from_millis)).await
+        self.hold(&*keyboard, codes, hold_time.map_or(HOLD, Duration::from_millis)).await
     }
 
     /// Presses or releases keys and buttons, and moves the pointer; it stays so.
@@ -171,11 +173,11 @@ impl Machine {
         let codes = keyboard::chord(keys)
             .map_err(|error| MachineError::Usage(format!("{}: sendkey: {error}", self.name())))?;
         let keyboard = self.keyboard().await?;
-        self.hold(&keyboard, codes, hold).await
+        self.hold(&*keyboard, codes, hold).await
     }
 
     /// The machine's tablet.
-    async fn tablet(&self) -> Result<firn_vmm::virtio::input::InputHandle> {
+    async fn tablet(&self) -> Result<Arc<dyn Input>> {
         self.run()?;
         self.inner.backend.tablet().await?.ok_or_else(|| self.lacks("tablet"))
     }

@@ -57,6 +57,9 @@ impl Machine {
     /// # Errors
     /// As [`Machine::execute`].
     pub async fn send_qmp(&self, command: &str, arguments: &Value) -> Result<Value> {
+        if let Some(monitor) = self.inner.backend.monitor() {
+            return self.ask_qmp(monitor, command, arguments).await;
+        }
         match self.answer_qmp(command, arguments).await {
             Ok(value) => Ok(json!({"return": value})),
             Err(Failure::Told { class, description }) => {

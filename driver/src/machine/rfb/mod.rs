@@ -16,13 +16,14 @@ use std::time::Duration;
 
 use firn_vmm::screen::{Picture, Screen};
 use firn_vmm::socket::Listener;
-use firn_vmm::virtio::input::{InputHandle, MAX_POSITION};
+use firn_vmm::virtio::input::MAX_POSITION;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
+use crate::machine::backend::Input;
 use crate::machine::keyboard;
 use crate::{picture, viewers};
 use area::Area;
@@ -40,6 +41,8 @@ const VERSION: &[u8; 12] = b"RFB 003.008\n";
 const NO_SECURITY: u8 = 1;
 /// The encoding of pixels as they are (7.7.1).
 const RAW: i32 = 0;
+/// `BTN_LEFT`, `BTN_MIDDLE` and `BTN_RIGHT` of linux/input-event-codes.h, in RFB's order.
+const BUTTONS: [u16; 3] = [0x110, 0x112, 0x111];
 
 /// What a viewer is shown, and may touch.
 #[derive(Clone)]
@@ -47,8 +50,8 @@ pub(super) struct Display {
     /// The machine's name.
     pub(super) name: String,
     pub(super) screen: Arc<dyn Screen>,
-    pub(super) keyboard: Option<InputHandle>,
-    pub(super) tablet: Option<InputHandle>,
+    pub(super) keyboard: Option<Arc<dyn Input>>,
+    pub(super) tablet: Option<Arc<dyn Input>>,
 }
 
 /// Serves viewers until it is dropped.
@@ -203,8 +206,6 @@ impl Viewer {
     }
 
     fn pointer(&mut self, buttons: u8, x: u16, y: u16) {
-        /// `BTN_LEFT`, `BTN_MIDDLE` and `BTN_RIGHT` of linux/input-event-codes.h, in RFB's order.
-        const BUTTONS: [u16; 3] = [0x110, 0x112, 0x111];
         let Some(tablet) = &self.display.tablet else { return };
         let scale = |at: u16, pixels: u32| {
             let at = u32::from(at) * u32::from(MAX_POSITION) / pixels.saturating_sub(1).max(1);
@@ -276,7 +277,7 @@ impl Drop for Viewer {
             self.key(code, false);
         }
         if let Some(tablet) = self.display.tablet.as_ref().filter(|_| self.buttons != 0) {
-            tablet.release_all();
+            BUTTONS.into_iter().for_each(|code| tablet.button(code, false));
         }
     }
 }

@@ -47,6 +47,14 @@ fn host(operation: &'static str) -> impl Fn(io::Error) -> CreateError {
     move |source| CreateError::Host { operation, source }
 }
 
+/// Creates the image of a disk, if it is not there and has a size.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn create_image(disk: &crate::spec::DiskSpec) -> Result<(), CreateError> {
+    disk.size.map_or(Ok(()), |size| create(&disk.image, disk.format(), size, disk.label.as_ref()))
+}
+
 /// Creates the image at `path`, which appears once it is complete. An existing one is left alone.
 pub(super) fn create(
     path: &Path,

@@ -44,7 +44,7 @@ use super::{
 use crate::Cancel;
 use crate::event_loop::new_event;
 use crate::spec::DiskSpec;
-pub use create::CreateError;
+pub use create::{CreateError, create_image};
 pub use image::ImageError;
 use image::{Frozen, Image};
 

@@ -38,6 +38,7 @@ mod listing;
 mod server;
 #[cfg(test)]
 mod tests;
+mod vhost_user;
 mod xattr;
 
 use std::fs::{File, OpenOptions};
@@ -63,6 +64,7 @@ use super::{
 use crate::event_loop::new_event;
 use crate::spec::ShareSpec;
 use server::{Fuse, Session, detach_thread, is_quick};
+pub use vhost_user::ShareServer;
 
 /// Longest tag in bytes, and its room in the configuration space (virtio 1.2, 5.11.4).
 pub const TAG_LEN: usize = 36;
@@ -142,15 +144,7 @@ impl Fs {
     /// # Errors
     /// As [`Self::new`].
     pub fn limited(spec: &ShareSpec, descriptors: u64) -> Result<Fs, FsError> {
-        let root = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
-            .open(&spec.source)
-            .map_err(|source| FsError::Source {
-                tag: spec.tag.to_string(),
-                path: spec.source.clone(),
-                source,
-            })?;
+        let root = open(spec)?;
         let refused = |source| FsError::Server {
             tag: spec.tag.to_string(),
             path: spec.source.clone(),
@@ -177,6 +171,17 @@ impl Fs {
             Err(error) => tracing::error!(share = &*self.spec.tag, %error, "the share is lost"),
         }
     }
+}
+
+/// Opens a share's directory.
+fn open(spec: &ShareSpec) -> Result<File, FsError> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC);
+    options.open(&spec.source).map_err(|source| FsError::Source {
+        tag: spec.tag.to_string(),
+        path: spec.source.clone(),
+        source,
+    })
 }
 
 impl DeviceConfig for Fs {

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,7 @@ use virtiofsd::soft_idmap::cmdline::IdMap;
 use vm_memory::{Address, Bytes};
 
 use super::confined::{Confined, Rules};
+use super::vhost_user::Client;
 use super::xattr::{self, Names};
 use crate::spec::{CachePolicy, ShareSpec};
 use crate::virtio::queue::Chain;
@@ -86,20 +87,21 @@ thread_local! {
     static DETACHED: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Whether the calling thread has called [`detach_thread`].
+pub(super) fn is_detached() -> bool {
+    DETACHED.get()
+}
+
 /// Refuses what only a thread that has called [`detach_thread`] may do. [`is_quick`] keeps such requests from others,
 /// but a guest may change a request after it was checked.
 pub(super) fn on_detached_thread() -> io::Result<()> {
-    if DETACHED.get() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EIO)) }
+    if is_detached() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EIO)) }
 }
 
 /// Makes the server for `spec` on its opened directory `root`, which must outlive it. It keeps no more than
 /// `descriptors` for the guest, which holds one for each inode that it remembers.
 pub(super) fn start(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Arc<dyn Fuse>> {
-    let squash = !can_act_for_others()?;
-    let names = if spec.read_only { None } else { Names::suiting(root) };
-    let config = config(spec, root, squash, names.is_some(), descriptors);
-    // Without attributes the host refuses them by these names, too.
-    let rules = Rules { allow_setuid: spec.allow_setuid, names: names.unwrap_or(Names::User) };
+    let (config, rules) = settings(spec, root, descriptors)?;
     // PassthroughFs::new sets the umask, which threads share until they say otherwise.
     on_own_thread(move || {
         detach_thread()?;
@@ -110,6 +112,34 @@ pub(super) fn start(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Resu
             share(PassthroughFs::new(config)?, rules, mounted)
         })
     })
+}
+
+/// As [`start`], for a machine in another process: the thread that serves it.
+pub(super) fn start_elsewhere(
+    spec: &ShareSpec,
+    root: &File,
+    descriptors: u64,
+    client: Client,
+) -> io::Result<JoinHandle<()>> {
+    let (config, rules) = settings(spec, root, descriptors)?;
+    on_own_thread(move || {
+        detach_thread()?;
+        let mounted = Arc::new(AtomicBool::new(false));
+        if spec.read_only {
+            client.serve(Confined::new(PassthroughFsRo::new(config)?, rules, mounted))
+        } else {
+            client.serve(Confined::new(PassthroughFs::new(config)?, rules, mounted))
+        }
+    })
+}
+
+fn settings(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<(Config, Rules)> {
+    let squash = !can_act_for_others()?;
+    let names = if spec.read_only { None } else { Names::suiting(root) };
+    let config = config(spec, root, squash, names.is_some(), descriptors);
+    // Without attributes the host refuses them by these names, too.
+    let rules = Rules { allow_setuid: spec.allow_setuid, names: names.unwrap_or(Names::User) };
+    Ok((config, rules))
 }
 
 fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {

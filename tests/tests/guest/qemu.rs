@@ -1,0 +1,159 @@
+//! Machines under QEMU beside firn's own.
+
+use std::fs;
+use std::path::Path;
+
+use firn::Machine;
+use firn_tests::{PATIENCE, noise, output, with_machines};
+use serde_json::json;
+
+/// The size of what is transferred.
+const TRANSFER: usize = 100 << 20;
+
+/// Pings by name, both ways and with both protocols.
+async fn reach_each_other(one: &Machine, other: &Machine) {
+    for (from, to) in [(one, other), (other, one)] {
+        output(from, &format!("ping -4 -c 1 {0} && ping -6 -c 1 {0}", to.name())).await;
+    }
+}
+
+/// How many processes there are in a state directory, or were started for it.
+fn processes_in(state: &Path) -> usize {
+    let variable = format!("TMPDIR={}\0", state.display());
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    let environments = all.filter_map(|entry| fs::read(entry.path().join("environ")).ok());
+    environments.filter(|environment| contains(environment, variable.as_bytes())).count()
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+#[test]
+fn one_beside_two_of_firn() {
+    let nodes = "[nodes.a]\nmemory = 768\n[nodes.b]\n\
+                 [nodes.q]\nbackend = 'qemu'\nmemory = 768\ndisks = [{ size = 20, serial = 'data' }]\n\
+                 screen = 'plain'\nkeyboard = true";
+    with_machines(nodes, async |driver| {
+        let [a, b, q] = driver.machines() else { panic!("three machines") };
+        a.start(false).await.unwrap();
+        b.start(false).await.unwrap();
+        q.start(true).await.unwrap();
+        reach_each_other(q, a).await;
+        reach_each_other(q, b).await;
+        files_come_whole(a, q).await;
+        cable_can_be_pulled(b, q).await;
+        console_screen_and_keys(q).await;
+        monitors_answer(q).await;
+        it_stands_still_and_goes_on(q).await;
+
+        q.reboot().await.unwrap();
+        reach_each_other(q, b).await;
+        let state = q.state_dir();
+        assert_ne!(processes_in(&state), 0);
+        q.crash().await;
+        assert!(!q.booted());
+        assert_eq!(processes_in(&state), 0);
+        q.start(false).await.unwrap();
+        q.execute("echo c > /proc/sysrq-trigger", spawned()).await.unwrap();
+        q.wait_for_shutdown().await.unwrap();
+    });
+}
+
+/// Options of a command whose end nobody waits for.
+fn spawned() -> firn::ExecOptions {
+    firn::ExecOptions { check_output: false, ..firn::ExecOptions::default() }
+}
+
+async fn files_come_whole(a: &Machine, q: &Machine) {
+    let data = noise(TRANSFER);
+    fs::write(a.shared_dir().join("data"), &data).unwrap();
+    output(a, "cp /tmp/shared/data /tmp/data; httpd -p 5000 -h /tmp >/dev/null 2>&1").await;
+    output(q, "wget -q -O /tmp/received http://a:5000/data").await;
+    output(q, "cp /tmp/received /tmp/shared/received").await;
+    assert!(fs::read(q.shared_dir().join("received")).unwrap() == data);
+    output(q, "cmp /tmp/received /tmp/shared/data; rm /tmp/received /tmp/shared/data").await;
+    // The other way, and without a share.
+    let out = tempfile::tempdir().unwrap();
+    let file = out.path().join("file");
+    fs::write(&file, noise(100_001)).unwrap();
+    q.copy_from_host(&file, Path::new("/tmp/there/file")).await.unwrap();
+    q.set_out_dir(out.path().join("out"));
+    q.copy_from_machine(Path::new("/tmp/there"), Path::new("")).await.unwrap();
+    assert!(fs::read(out.path().join("out/there/file")).unwrap() == noise(100_001));
+    assert_eq!(output(q, "cat /sys/block/vda/serial /sys/block/vda/size").await, "data40960");
+}
+
+async fn cable_can_be_pulled(b: &Machine, q: &Machine) {
+    q.block();
+    b.fail(&["ping -c 1 -W 1 q"], None).await.unwrap();
+    assert_eq!(output(q, "cat /sys/class/net/eth1/carrier").await, "0");
+    assert_eq!(output(q, "cat /sys/class/net/eth0/carrier").await, "1");
+    q.unblock();
+    b.wait_until_succeeds("ping -c 1 -W 2 q", PATIENCE, None).await.unwrap();
+}
+
+async fn console_screen_and_keys(q: &Machine) {
+    output(q, "(read line; echo got $line) < /dev/ttyS0 > /dev/ttyS0 2>&1 &").await;
+    q.send_console("typed\n").await.unwrap();
+    let find = |console: &str| Ok(console.find("got typed").map(|at| at + 9));
+    q.wait_for_console("an answer", find, Some(PATIENCE)).await.unwrap();
+
+    let out = tempfile::tempdir().unwrap();
+    q.set_out_dir(out.path().to_owned());
+    q.screenshot("screen").await.unwrap();
+    let picture = firn::picture::read(&out.path().join("screen.png")).unwrap();
+    assert!(picture.width >= 640 && picture.rgb.iter().any(|shade| *shade != 0), "{picture:?}");
+
+    // A press and a release of 30, the key a (struct input_event: 16 bytes of time, type, code, value).
+    let event =
+        r"sed -n '/QEMU Virtio Keyboard/,/^$/s/.*\(event[0-9]*\).*/\1/p' /proc/bus/input/devices";
+    let event = output(q, event).await;
+    output(q, &format!("head -c 96 /dev/input/{event} > /tmp/keys & sleep 0.5")).await;
+    q.send_key("a", None, false).await.unwrap();
+    let keys = "for i in $(seq 100); do [ $(wc -c < /tmp/keys) -lt 96 ] || break; sleep 0.1; done; od -An -tu2 -j16 -N8 -w8 /tmp/keys";
+    assert_eq!(output(q, keys).await.split_whitespace().collect::<Vec<_>>(), ["1", "30", "1", "0"]);
+    let error = q.send_key("no-such-key", None, false).await.expect_err("no key").to_string();
+    assert!(error.contains("there is no key `no`"), "{error}");
+}
+
+async fn monitors_answer(q: &Machine) {
+    let status = q.send_monitor_command("info status").await.unwrap();
+    assert_eq!(status.trim(), "VM status: running");
+    let reply = q.send_qmp("query-name", &json!({})).await.unwrap();
+    assert!(reply["return"].is_object(), "{reply}");
+    let reply = q.send_qmp("no-such-command", &json!({})).await.unwrap();
+    assert_eq!(reply["error"]["class"], "CommandNotFound");
+    let error = q.ssh_backdoor_command().expect_err("there is none").to_string();
+    assert!(error.contains("under QEMU"), "{error}");
+
+    let port = q.forward_port(0, 5001).await.unwrap();
+    output(q, "httpd -p 5001 -h /etc >/dev/null 2>&1").await;
+    let fetched = tokio::task::spawn_blocking(move || {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.write_all(b"GET /hostname HTTP/1.0\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    });
+    let answer = fetched.await.unwrap();
+    assert!(answer.ends_with("\r\n\r\nq\n"), "{answer}");
+    let error = q.forward_port(port, 80).await.expect_err("it is in use").to_string();
+    assert!(error.contains("cannot forward a port"), "{error}");
+}
+
+async fn it_stands_still_and_goes_on(q: &Machine) {
+    q.pause().await.unwrap();
+    let status = q.send_monitor_command("info status").await.unwrap();
+    assert_eq!(status.trim(), "VM status: paused");
+    q.resume().await.unwrap();
+    let mut seen = Vec::new();
+    while let Some(event) = q.next_qmp_event(PATIENCE).await {
+        seen.push(event["event"].as_str().unwrap().to_owned());
+        if seen.ends_with(&["STOP".to_owned(), "RESUME".to_owned()]) {
+            return;
+        }
+    }
+    panic!("{seen:?}");
+}

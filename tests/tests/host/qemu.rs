@@ -1,0 +1,94 @@
+//! A machine under QEMU needs no KVM.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use firn::config::{MachineFile, Script, TestConfig};
+use firn::kit::{Host, Interface, MachineConfig, machine_overlay};
+use firn_tests::{PATIENCE, micro, only, output, with_config};
+
+/// A start script as nixpkgs makes them, with a firmware and a TPM.
+fn start_script(dir: &Path) -> PathBuf {
+    let kit = micro();
+    let address = std::net::Ipv4Addr::new(192, 168, 1, 2).into();
+    let host = Host { address, names: vec!["s".to_owned()] };
+    let overlay = machine_overlay(&MachineConfig {
+        hostname: "s".to_owned(),
+        hosts: vec![host],
+        interfaces: vec![Interface {
+            name: "eth1".to_owned(),
+            mac: [0x52, 0x54, 0, 0x12, 1, 2],
+            addresses: vec![(address, 24)],
+            gateway: None,
+        }],
+        dns: vec![],
+        mounts: vec![],
+    });
+    let mut initrd = fs::read(kit.initrd()).unwrap();
+    initrd.resize(initrd.len().next_multiple_of(4), 0);
+    initrd.extend(overlay.unwrap());
+    fs::write(dir.join("initrd"), initrd).unwrap();
+    let script = format!(
+        r#"#!/bin/bash
+set -e
+cd "$TMPDIR"
+cp /usr/share/OVMF/OVMF_VARS_4M.fd s-efi-vars.fd
+NIX_SWTPM_DIR=$(readlink -f s-swtpm)
+mkdir -p "$NIX_SWTPM_DIR"
+swtpm socket --tpmstate dir="$NIX_SWTPM_DIR" --ctrl type=unixio,path="$NIX_SWTPM_DIR"/socket.ctrl \
+  --pid file="$NIX_SWTPM_DIR"/pid --daemon --tpm2
+exec qemu-system-x86_64 -name s -machine accel=tcg,type=q35 -cpu max -m 512 \
+  -drive if=pflash,format=raw,unit=0,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd \
+  -drive if=pflash,format=raw,unit=1,file=s-efi-vars.fd \
+  -chardev socket,id=chrtpm,path="$NIX_SWTPM_DIR"/socket.ctrl \
+  -tpmdev emulator,id=tpm_dev_0,chardev=chrtpm -device tpm-tis,tpmdev=tpm_dev_0 \
+  -net nic,netdev=user.0,model=virtio -netdev user,id=user.0,"$QEMU_NET_OPTS" \
+  -device virtio-net-pci,netdev=vlan1,mac=52:54:00:12:01:02 \
+  -netdev vde,id=vlan1,sock="$QEMU_VDE_SOCKET_1" \
+  -kernel {kernel} -initrd {initrd} \
+  -append "{cmdline} of-the-script $QEMU_KERNEL_PARAMS" \
+  $QEMU_OPTS "$@"
+"#,
+        kernel = kit.kernel().display(),
+        initrd = dir.join("initrd").display(),
+        cmdline = kit.manifest.cmdline,
+    );
+    let path = dir.join("run-s-vm");
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn start_script_with_firmware_and_tpm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = start_script(dir.path());
+    let config = TestConfig {
+        name: "firmware".to_owned(),
+        script: Script { text: String::new(), file: PathBuf::new(), line: 1 },
+        global_timeout: None,
+        nodes: vec![],
+        files: vec![MachineFile::read(&path).unwrap()],
+        more_vlans: vec![1_u64.try_into().unwrap()],
+        vsock_offset: None,
+    };
+    with_config(&config, async |driver| {
+        let s = only(driver);
+        assert_eq!(s.name(), "s");
+        s.start(false).await.unwrap();
+        output(s, "ls -d /sys/firmware/efi /sys/firmware/acpi/tables/TPM2").await;
+        output(s, "grep of-the-script /proc/cmdline && ping -c 1 s").await;
+        assert_eq!(output(s, "cat /sys/class/net/eth1/carrier").await, "1");
+        s.block();
+        let pulled = "[ $(cat /sys/class/net/eth1/carrier) = 0 ]";
+        s.wait_until_succeeds(pulled, PATIENCE, None).await.unwrap();
+        let swtpm = fs::read_to_string(s.state_dir().join("s-swtpm/pid")).unwrap();
+        let swtpm = Path::new("/proc").join(swtpm.trim());
+        // One that has ended has none, even if nobody has taken note of that.
+        let runs = || fs::read(swtpm.join("cmdline")).is_ok_and(|line| !line.is_empty());
+        assert!(runs());
+        s.shutdown().await.unwrap();
+        assert!(!runs(), "a helper is left");
+    });
+}
