@@ -80,6 +80,7 @@ lint: setup-tests build
 kit: build
 	$(FIRN) kit build micro
 	$(FIRN) kit build systemd
+	$(FIRN) kit build desktop
 
 build: setup $(VENV)/python
 	RUSTFLAGS="-C target-feature=+crt-static" \

@@ -19,8 +19,8 @@ enum Command {
     ///
     /// Packages are fetched by apt into the user's cache, without root. The network is needed the first time only.
     Build {
-        /// `micro`, which machines boot by default; `systemd`, a Debian system laid out as NixOS is; or `carrier`, which
-        /// the carrier boots
+        /// `micro`, which machines boot by default; `systemd`, a Debian system laid out as NixOS is; `desktop`, the same
+        /// with an X server and a Wayland compositor; or `carrier`, which the carrier boots
         #[arg(value_parser = |name: &str| name.parse::<KitName>().map_err(|error: KitError| error.to_string()))]
         kit: KitName,
         /// Take Debian's newest packages
