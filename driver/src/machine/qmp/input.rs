@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use firn_vmm::virtio::input::{BTN_EXTRA, BTN_LEFT, BTN_MIDDLE, BTN_RIGHT, BTN_SIDE, InputHandle};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -77,11 +78,11 @@ impl Button {
     /// Linux's number of it, or how far it turns the wheel.
     fn meaning(self) -> Result<u16, i16> {
         match self {
-            Self::Left => Ok(0x110),
-            Self::Right => Ok(0x111),
-            Self::Middle => Ok(0x112),
-            Self::Side => Ok(0x113),
-            Self::Extra => Ok(0x114),
+            Self::Left => Ok(BTN_LEFT),
+            Self::Right => Ok(BTN_RIGHT),
+            Self::Middle => Ok(BTN_MIDDLE),
+            Self::Side => Ok(BTN_SIDE),
+            Self::Extra => Ok(BTN_EXTRA),
             Self::WheelUp => Err(1),
             Self::WheelDown => Err(-1),
         }
@@ -175,7 +176,7 @@ impl Machine {
     }
 
     /// The machine's tablet.
-    async fn tablet(&self) -> Result<firn_vmm::virtio::input::InputHandle> {
+    async fn tablet(&self) -> Result<InputHandle> {
         self.run()?;
         self.inner.backend.tablet().await?.ok_or_else(|| self.lacks("tablet"))
     }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use firn_vmm::screen::{Picture, Screen};
 use firn_vmm::socket::Listener;
-use firn_vmm::virtio::input::{InputHandle, MAX_POSITION};
+use firn_vmm::virtio::input::{BTN_LEFT, BTN_MIDDLE, BTN_RIGHT, InputHandle, MAX_POSITION};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -203,8 +203,8 @@ impl Viewer {
     }
 
     fn pointer(&mut self, buttons: u8, x: u16, y: u16) {
-        /// `BTN_LEFT`, `BTN_MIDDLE` and `BTN_RIGHT` of linux/input-event-codes.h, in RFB's order.
-        const BUTTONS: [u16; 3] = [0x110, 0x112, 0x111];
+        /// In RFB's order.
+        const BUTTONS: [u16; 3] = [BTN_LEFT, BTN_MIDDLE, BTN_RIGHT];
         let Some(tablet) = &self.display.tablet else { return };
         let scale = |at: u16, pixels: u32| {
             let at = u32::from(at) * u32::from(MAX_POSITION) / pixels.saturating_sub(1).max(1);
