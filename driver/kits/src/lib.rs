@@ -193,7 +193,7 @@ const SYSTEMD: Recipe = Recipe {
         "button",
         "pvpanic_mmio",
     ],
-    on_demand: &["virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
+    on_demand: &["drm", "virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
     boot: include_str!("systemd/stage-1.sh"),
     cmdline: SYSTEMD_PARAMS,
 };
