@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod input;
 pub mod skip;
 
 use std::io::{self, Write};

@@ -240,8 +240,9 @@ impl Carrier {
         let writable = command::writable_roots(&options.writable)?;
         // A guest that boots from a store reads thousands of files, and over 9p that takes ten times as long. Without a
         // usable kit there is none to be read.
-        let store = firn_kits::lookup(KitName::Systemd).ok().flatten();
-        let store = store.and_then(|kit| Some((kit.store_image()?, kit.store()?)));
+        let kits = KitName::GUESTS.into_iter().filter_map(|kit| firn_kits::lookup(kit).ok()?);
+        let stores = kits.filter_map(|kit| Some((kit.store_image()?, kit.store()?)));
+        let stores: Vec<_> = stores.collect();
         let machine = Machine {
             kernel: kit.vmlinux(),
             initrd: kit.initrd(),
@@ -256,7 +257,7 @@ impl Carrier {
                 .enumerate()
                 .map(|(n, path)| (format!("w{n}"), path))
                 .collect(),
-            disks: store.iter().map(|(image, _)| image.clone()).collect(),
+            disks: stores.iter().map(|(image, _)| image.clone()).collect(),
         };
         let (qemu, port) = Qemu::start(&machine)?;
         let client = connect(&qemu, port).await?;
@@ -267,8 +268,8 @@ impl Carrier {
             for (tag, path) in &machine.writable {
                 carrier.mount(MOUNT_WRITABLE, tag, path).await?;
             }
-            if let Some((_, mount_point)) = &store {
-                carrier.mount(MOUNT_DISK, "a", mount_point).await?;
+            for ((_, mount_point), letter) in stores.iter().zip('a'..) {
+                carrier.mount(MOUNT_DISK, &letter.to_string(), mount_point).await?;
             }
             Ok(())
         };

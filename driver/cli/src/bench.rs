@@ -1,6 +1,6 @@
 //! `firn bench`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
@@ -123,8 +123,13 @@ fn boot(args: &Boot) -> Result<ExitCode> {
         return here(args);
     }
     // What is wrong with a file is said before anything is built or booted.
-    args.files.iter().try_for_each(|file| Machines::read(file).map(drop))?;
-    firn_kits::build(KitName::Micro, &|line| eprintln!("{line}"))?;
+    let read = args.files.iter().map(|file| Machines::read(file)?.into_test(1));
+    let tests = read.collect::<Result<Vec<_>, _>>()?;
+    // In a carrier no kit can be built.
+    let kits = tests.iter().flat_map(Driver::kits_needed).chain([KitName::Micro]);
+    for kit in kits.collect::<BTreeSet<_>>() {
+        firn_kits::build(kit, &|line| eprintln!("{line}"))?;
+    }
     // A carrier that counts instructions (QEMU 7.2) lets machines that run at once hang sooner or later: their locks
     // stay taken.
     let exact = args.machines.is_none();

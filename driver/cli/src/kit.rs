@@ -19,8 +19,8 @@ enum Command {
     ///
     /// apt downloads packages into the user's cache, without root. The network is needed the first time only.
     Build {
-        /// `micro`, the default of machines; `systemd`, a Debian system laid out like NixOS; or `carrier`, which the carrier
-        /// boots
+        /// `micro`, the default of machines; `systemd`, a Debian system laid out like NixOS; `desktop`, the same with an X
+        /// server and a Wayland compositor; or `carrier`, which the carrier boots
         #[arg(value_parser = |name: &str| name.parse::<KitName>().map_err(|error: KitError| error.to_string()))]
         kit: KitName,
         /// Use Debian's newest packages

@@ -96,12 +96,27 @@ impl Apt {
             fs::create_dir_all(state.join(dir)).map_err(io)?;
         }
         fs::write(state.join("sources.list"), sources(suite, &mirror)).map_err(io)?;
+        // Nothing is installed as far as this apt knows.
+        fs::write(state.join("status"), "").map_err(io)?;
         Ok(Self { suite, state: state.to_owned(), mirror })
     }
 
     /// Brings the package lists up to date.
     pub(crate) fn update(&self) -> Result<(), AptError> {
         self.run("fetching package lists", self.command("apt-get").arg("update")).map(drop)
+    }
+
+    /// Takes the newest versions of `packages` for installed, so that nothing brings them.
+    pub(crate) fn pretend(&self, packages: &[&str]) -> Result<(), AptError> {
+        let mut status = String::new();
+        for package in packages {
+            let mut command = self.command("apt-cache");
+            let shown = self.run(package, command.args(["show", "--no-all-versions", package]))?;
+            status.push_str(&installed(package, &String::from_utf8_lossy(&shown.stdout)));
+        }
+        let path = self.state.join("status");
+        fs::write(&path, status)
+            .map_err(|source| AptError::Io { action: format!("write {}", path.display()), source })
     }
 
     /// The kernel image that the metapackage `meta` depends on, such as `linux-image-6.1.0-56-amd64`.
@@ -163,8 +178,7 @@ impl Apt {
             "Dir::Etc::SourceParts=/dev/null".to_owned(),
             "Dir::Etc::Preferences=/dev/null".to_owned(),
             "Dir::Etc::PreferencesParts=/dev/null".to_owned(),
-            // Nothing is installed as far as this apt knows.
-            "Dir::State::Status=/dev/null".to_owned(),
+            format!("Dir::State::Status={state}/status"),
             "APT::Architecture=amd64".to_owned(),
             "APT::Architectures=amd64".to_owned(),
             // Root's cache is closed to the user that apt would download as.
@@ -246,6 +260,13 @@ fn sources(suite: &str, mirror: &str) -> String {
         .concat()
 }
 
+/// What dpkg would note of a package of which `apt-cache show` printed this, but for its dependencies. Unless it is on
+/// hold, apt would take what has the others for newer.
+fn installed(package: &str, shown: &str) -> String {
+    let version = shown.lines().find(|line| line.starts_with("Version: ")).unwrap_or_default();
+    format!("Package: {package}\nStatus: hold ok installed\nArchitecture: amd64\n{version}\n\n")
+}
+
 /// The kernel image in what `apt-cache depends` printed.
 fn kernel_in(depends: &str) -> Option<String> {
     depends
@@ -298,6 +319,15 @@ mod tests {
     }
 
     #[test]
+    fn what_shall_be_absent_is_noted_as_there() {
+        let shown = "Package: a\nSource: b (1.0)\nVersion: 2:1.0-1\nDepends: c, d\nSize: 1\n\n";
+        assert_eq!(
+            installed("a", shown),
+            "Package: a\nStatus: hold ok installed\nArchitecture: amd64\nVersion: 2:1.0-1\n\n"
+        );
+    }
+
+    #[test]
     fn sources_are_signed() {
         let sources = sources("bookworm", "http://mirror.example");
         assert_eq!(sources.lines().count(), 3);
@@ -315,6 +345,7 @@ mod tests {
             state: dir.path().to_owned(),
             mirror: "http://nowhere.invalid".to_owned(),
         };
+        apt.pretend(&[]).unwrap();
         let error = apt.download(&["no-such-package-at-all"], dir.path()).unwrap_err().to_string();
         assert!(
             error.contains("no-such-package-at-all") && error.contains("nowhere.invalid"),

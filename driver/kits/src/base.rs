@@ -71,12 +71,13 @@ impl Base {
         progress(&format!("kit {kit}: fetching the package lists of Debian {}", recipe.suite));
         let apt = Apt::new(recipe.suite, &cache.apt_dir(recipe.suite))?;
         apt.update()?;
+        apt.pretend(recipe.absent)?;
         let kernel = apt.kernel_of(recipe.kernel)?;
         let what = if recipe.packages.is_empty() { "" } else { " and a Debian system" };
         progress(&format!("kit {kit}: downloading {kernel}, {BUSYBOX}{what}"));
         let mut packages = apt.download(&[&kernel, BUSYBOX], &debs)?;
         if !recipe.packages.is_empty() {
-            packages = apt.download_all(recipe.packages, &debs)?;
+            packages = apt.download_all(&recipe.packages.concat(), &debs)?;
         }
         progress(&format!("kit {kit}: unpacking {} packages", packages.len()));
         for package in &packages {
@@ -108,13 +109,13 @@ impl Base {
 /// Names a base by what this program asks for, so that another firn's base is not taken for it.
 fn key(recipe: &Recipe) -> String {
     let (modules, on_demand) = (recipe.modules, recipe.on_demand);
-    let (suite, packages) = (recipe.suite, recipe.packages);
+    let (suite, packages) = (recipe.suite, recipe.packages.concat());
     let mut wanted = format!(
         "{FORMAT} {suite} {} {BUSYBOX} {packages:?} {modules:?} {on_demand:?}",
         recipe.kernel
     );
     if !packages.is_empty() {
-        wanted.push_str(&Debian::recipe());
+        wanted.push_str(&format!("{} {:?}", Debian::recipe(), recipe.absent));
     }
     hex(&Sha256::digest(wanted)[..8])
 }

@@ -10,8 +10,8 @@
 //!   lock                 held while anything below is changed
 //!   apt/                 apt's package lists
 //!   staging/             what is being built; leftovers of killed builds are removed by the next one
-//!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json, files.json; of the kit `systemd`: debian/
-//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of the kit `systemd`: store/, store.img
+//!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json, files.json; of kits with a store: debian/
+//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of kits with a store: store/, store.img
 //! ```
 //!
 //! No other user can look into it. What a kit boots is compared with its manifest at each start, by sizes and times; a
@@ -60,7 +60,7 @@ const MANIFEST_FORMAT: u32 = 1;
 const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
                              i8042.noaux i8042.nomux i8042.dumbkbd";
 
-/// As [`MICRO_CMDLINE`], for the systemd kit; the console comes behind them.
+/// As [`MICRO_CMDLINE`], for kits with a store; the console comes behind them.
 ///
 /// `lsm` leaves out access control by path names, as NixOS does; `rcu_expedited` has mounts and modules not wait for
 /// the next tick.
@@ -82,7 +82,9 @@ struct Recipe {
     /// The release of Debian.
     suite: &'static str,
     /// Packages that come, with all that they depend on, as a store; if there are none, there is no store.
-    packages: &'static [&'static str],
+    packages: &'static [&'static [&'static str]],
+    /// Packages that the others do without, whatever they say.
+    absent: &'static [&'static str],
     /// The metapackage that depends on the newest kernel image.
     kernel: &'static str,
     /// Modules to load, in this order but for their dependencies, which come first.
@@ -98,6 +100,7 @@ const MICRO: Recipe = Recipe {
     name: KitName::Micro.as_str(),
     suite: "bookworm",
     packages: &[],
+    absent: &[],
     kernel: "linux-image-cloud-amd64",
     modules: &[
         "virtio_mmio",
@@ -120,50 +123,65 @@ const MICRO: Recipe = Recipe {
     cmdline: MICRO_CMDLINE,
 };
 
+/// A Debian system with what tests of NixOS use.
+const SYSTEM: &[&str] = &[
+    "base-files",
+    "bash",
+    "bsdutils",
+    "coreutils",
+    "curl",
+    "dash",
+    "dbus",
+    "dbus-user-session",
+    "diffutils",
+    "e2fsprogs",
+    "ethtool",
+    "findutils",
+    "grep",
+    "gzip",
+    "hostname",
+    "iproute2",
+    "iputils-ping",
+    "kexec-tools",
+    "kmod",
+    "less",
+    "libc-bin",
+    "libpam-systemd",
+    "login",
+    "mawk",
+    "mount",
+    "ncurses-base",
+    "ncurses-bin",
+    "netcat-openbsd",
+    "openssh-client",
+    "openssh-server",
+    "passwd",
+    "procps",
+    "python3",
+    "sed",
+    "systemd",
+    "systemd-sysv",
+    "tar",
+    "udev",
+    "util-linux",
+];
+
+/// Screens with windows, and who tells their names.
+const WINDOWS: &[&str] = &[
+    "foot",
+    "sway",
+    "x11-utils",
+    "xserver-xorg-core",
+    "xserver-xorg-input-libinput",
+    "xserver-xorg-video-fbdev",
+    "xterm",
+];
+
 const SYSTEMD: Recipe = Recipe {
     name: KitName::Systemd.as_str(),
     suite: "trixie",
-    packages: &[
-        "base-files",
-        "bash",
-        "bsdutils",
-        "coreutils",
-        "curl",
-        "dash",
-        "dbus",
-        "dbus-user-session",
-        "diffutils",
-        "e2fsprogs",
-        "ethtool",
-        "findutils",
-        "grep",
-        "gzip",
-        "hostname",
-        "iproute2",
-        "iputils-ping",
-        "kexec-tools",
-        "kmod",
-        "less",
-        "libc-bin",
-        "libpam-systemd",
-        "login",
-        "mawk",
-        "mount",
-        "ncurses-base",
-        "ncurses-bin",
-        "netcat-openbsd",
-        "openssh-client",
-        "openssh-server",
-        "passwd",
-        "procps",
-        "python3",
-        "sed",
-        "systemd",
-        "systemd-sysv",
-        "tar",
-        "udev",
-        "util-linux",
-    ],
+    packages: &[SYSTEM],
+    absent: &[],
     // The full flavour: the cloud one has no graphics.
     kernel: "linux-image-amd64",
     modules: &[
@@ -176,15 +194,24 @@ const SYSTEMD: Recipe = Recipe {
         "button",
         "pvpanic_mmio",
     ],
-    on_demand: &["virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
+    on_demand: &["drm", "virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
     boot: include_str!("systemd/stage-1.sh"),
     cmdline: SYSTEMD_PARAMS,
+};
+
+const DESKTOP: Recipe = Recipe {
+    name: KitName::Desktop.as_str(),
+    packages: &[SYSTEM, WINDOWS],
+    // Drivers that draw in software what no guest here has drawn: two thirds of the desktop's bytes.
+    absent: &["mesa-libgallium"],
+    ..SYSTEMD
 };
 
 const CARRIER: Recipe = Recipe {
     name: KitName::Carrier.as_str(),
     suite: "bookworm",
     packages: &[],
+    absent: &[],
     // The cloud flavour has no 9p.
     kernel: "linux-image-amd64",
     modules: &[
@@ -297,6 +324,7 @@ const fn recipe(name: KitName) -> &'static Recipe {
     match name {
         KitName::Micro => &MICRO,
         KitName::Systemd => &SYSTEMD,
+        KitName::Desktop => &DESKTOP,
         KitName::Carrier => &CARRIER,
     }
 }

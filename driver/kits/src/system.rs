@@ -57,6 +57,7 @@ const FILES: &[(&str, u32, &str)] = &[
         0o644,
         include_str!("systemd/firn-system-up.service"),
     ),
+    ("etc/systemd/user.conf.d/firn.conf", 0o644, include_str!("systemd/user.conf")),
     (
         "etc/systemd/system/sshd-keygen.service.d/firn.conf",
         0o644,

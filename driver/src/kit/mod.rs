@@ -42,13 +42,15 @@ pub enum KitName {
     Micro,
     /// Debian with systemd, laid out as a NixOS test machine is.
     Systemd,
+    /// The same with an X server, a Wayland compositor, and a terminal for each.
+    Desktop,
     /// What the carrier boots: a kernel with 9p and KVM.
     Carrier,
 }
 
 impl KitName {
     /// Those that machines of a test can boot.
-    pub const GUESTS: [Self; 2] = [Self::Micro, Self::Systemd];
+    pub const GUESTS: [Self; 3] = [Self::Micro, Self::Systemd, Self::Desktop];
 
     /// The name people type.
     #[must_use]
@@ -56,17 +58,18 @@ impl KitName {
         match self {
             Self::Micro => "micro",
             Self::Systemd => "systemd",
+            Self::Desktop => "desktop",
             Self::Carrier => "carrier",
         }
     }
 
-    /// Memory of a machine that does not say how much it wants. The roots of both kits are a tmpfs, of which
+    /// Memory of a machine that does not say how much it wants. The roots of all kits are a tmpfs, of which
     /// the kernel lets files take half of the memory.
     #[must_use]
     pub fn default_memory(self) -> MemoryMib {
         let mib = match self {
             Self::Micro | Self::Carrier => 512_u64,
-            Self::Systemd => 1024,
+            Self::Systemd | Self::Desktop => 1024,
         };
         mib.try_into().unwrap_or(MemoryMib::MIN)
     }
@@ -76,8 +79,9 @@ impl FromStr for KitName {
     type Err = KitError;
 
     fn from_str(name: &str) -> Result<Self, KitError> {
-        [Self::Micro, Self::Systemd, Self::Carrier]
+        Self::GUESTS
             .into_iter()
+            .chain([Self::Carrier])
             .find(|kit| kit.as_str() == name)
             .ok_or_else(|| KitError::Unknown(name.to_owned()))
     }
@@ -192,7 +196,7 @@ pub struct Manifest {
 #[derive(Debug, Error)]
 pub enum KitError {
     /// No kit has this name.
-    #[error("there is no kit `{0}`; kits are: micro, systemd, carrier")]
+    #[error("there is no kit `{0}`; kits are: micro, systemd, desktop, carrier")]
     Unknown(String),
     /// Neither `XDG_CACHE_HOME` nor `HOME` says where the cache is.
     #[error("no place for the cache: set XDG_CACHE_HOME or HOME to an absolute path")]
@@ -268,6 +272,6 @@ mod tests {
     fn names_are_checked() {
         assert_eq!("micro".parse::<KitName>().unwrap(), KitName::Micro);
         let error = "mikro".parse::<KitName>().unwrap_err().to_string();
-        assert_eq!(error, "there is no kit `mikro`; kits are: micro, systemd, carrier");
+        assert_eq!(error, "there is no kit `mikro`; kits are: micro, systemd, desktop, carrier");
     }
 }

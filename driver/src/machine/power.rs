@@ -19,6 +19,8 @@ use crate::private;
 pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
 /// A kernel that panicked goes on to print why.
 const PRINT_AFTER_PANIC: Duration = Duration::from_millis(300);
+/// A guest that was told to restart and has not done so for so long may never do it.
+const SLOW_REBOOT: Duration = Duration::from_secs(60);
 /// What is said of a panic whose reason is not on the serial console.
 const UNKNOWN_REASON: &str = "its kernel printed no reason on the serial console";
 
@@ -208,7 +210,15 @@ impl Machine {
             }
             let mut state = self.inner.state.subscribe();
             let booted = |state: &State| state.run().is_some_and(|run| run.boots > boots);
-            let _ = state.wait_for(booted).await;
+            let mut restarts = std::pin::pin!(state.wait_for(booted));
+            // Who would go on would talk to the system that was to restart.
+            if self.inner.clock.timeout(SLOW_REBOOT, &mut restarts).await.is_none() {
+                self.log(format_args!(
+                    "the guest has not restarted for {} seconds; where Ctrl+Alt+Delete is ignored it never will",
+                    SLOW_REBOOT.as_secs()
+                ));
+                let _ = restarts.await;
+            }
             Ok(())
         };
         self.unless_ended(again).await

@@ -134,43 +134,6 @@ with subtest("send_monitor_command, wrongly: no such key"):
     ):
         machine.send_monitor_command("sendkey ent")
 
-# What runs in the guest is what counts for these three; an X server is in a kit of its own.
-XWININFO = """\
-#!/bin/sh
-echo '     0x1000001 "Terminal — root": ("xterm" "XTerm")  484x316+0+0'
-echo '     0x1000002 (has no name): ()  1x1+0+0'
-"""
-machine.succeed(f"mkdir -p /usr/local/bin && cat >/usr/local/bin/xwininfo <<'E'\n{XWININFO}E")
-machine.succeed("chmod +x /usr/local/bin/xwininfo")
-
-with subtest("get_window_names: of all that have one"):
-    t.assertEqual(machine.get_window_names(), ["Terminal — root"])
-
-with subtest("wait_for_window: by a part of its name"):
-    machine.wait_for_window("Term.*root", timeout=60)
-    t.assertEqual(len(machine.get_window_names()), 1)
-
-with subtest("wait_for_window, wrongly: one that does not come"):
-    with t.assertRaisesRegex(RequestedAssertionFailed, "timed out after"):
-        machine.wait_for_window("Browser", timeout=1)
-
-with subtest("get_window_names, wrongly: where nobody can be asked"):
-    machine.succeed("rm /usr/local/bin/xwininfo")
-    with t.assertRaisesRegex(RequestedAssertionFailed, "xwininfo.*failed"):
-        machine.get_window_names()
-
-with subtest("wait_for_x: once its session is there"):
-    journal = "Reached target Current graphical user session."
-    machine.succeed(f"printf '#!/bin/sh\\necho {journal}\\n' >/usr/local/bin/journalctl")
-    machine.succeed("cd /usr/local/bin; chmod +x journalctl; mkdir /tmp/.X11-unix")
-    machine.execute("sleep 1; touch /tmp/.X11-unix/X0", check_output=False)
-    machine.wait_for_x(timeout=60)
-    t.assertEqual(machine.succeed("ls /tmp/.X11-unix; rm /tmp/.X11-unix/X0"), "X0\n")
-
-with subtest("wait_for_x, wrongly: without an X server"):
-    with t.assertRaisesRegex(RequestedAssertionFailed, "timed out after"):
-        machine.wait_for_x(timeout=1)
-
 with subtest("reboot: by Ctrl+Alt+Delete, where there is a keyboard"):
     machine.succeed("touch /run/before")
     machine.reboot()

@@ -9,17 +9,16 @@ use std::time::{Duration, Instant};
 
 use firn::kit::{Kit, KitName, MachineConfig, STORE_TAG, machine_overlay};
 use firn_agent_client::{AgentClient, ExecRequest};
-use firn_tests::{micro, systemd};
+use firn_tests::input::{self, DROWSY, END, Event, press};
+use firn_tests::{PATIENCE, micro, systemd};
 use firn_vmm::Cancel;
 use firn_vmm::screen::{Picture, Screen};
 use firn_vmm::spec::{
     CachePolicy, ConsolePortSpec, Cores, MachineSpec, ScreenKind, ScreenSpec, ShareSpec,
 };
 use firn_vmm::virtio::build::Connect;
-use firn_vmm::vm::{HostSide, Vm};
-
-/// Nothing that is waited for here takes as long.
-const PATIENCE: Duration = Duration::from_secs(120);
+use firn_vmm::virtio::input::BTN_LEFT;
+use firn_vmm::vm::{HostSide, Vm, VmState};
 
 fn spec(dir: &Path, kit: &Kit, name: KitName, screen: ScreenSpec) -> MachineSpec {
     let nothing = MachineConfig {
@@ -95,6 +94,21 @@ impl Guest {
         let stream = self.ends[0].try_clone().unwrap();
         stream.set_nonblocking(true).unwrap();
         tokio::net::UnixStream::from_std(stream).unwrap()
+    }
+
+    /// Saves it to a file of its memory, and ends it. Gives the rest of its state, and its screen.
+    fn save(mut self, memory: &Path) -> (VmState, Option<Picture>, Arc<dyn Screen>) {
+        self.vm.pause();
+        let before = self.screen.picture();
+        let state = self.vm.save(&File::create_new(memory).unwrap()).unwrap();
+        (state, before, self.screen)
+    }
+
+    /// Starts it once it was restored.
+    async fn goes_on(&mut self, before: &Option<Picture>) -> AgentClient {
+        assert_eq!(self.screen.picture(), *before);
+        self.vm.start().unwrap();
+        AgentClient::reconnect(self.stream()).await.unwrap()
     }
 
     /// Waits until the screen shows what `wanted` looks for.
@@ -190,18 +204,13 @@ fn a_plain_screen_shows_the_console_after_a_reset_a_restore_and_the_end() {
                 assert_eq!(guest.screen.picture(), None, "it is new after a reset");
             }
         }
-        guest.vm.pause();
-        let before = guest.screen.picture();
         let memory = dir.path().join("memory");
-        let state = guest.vm.save(&File::create_new(&memory).unwrap()).unwrap();
-        drop(guest.vm);
-        assert_eq!(guest.screen.picture(), before, "the last picture outlives the machine");
+        let (state, before, screen) = guest.save(&memory);
+        assert_eq!(screen.picture(), before, "the last picture outlives the machine");
 
         let memory = File::open(&memory).unwrap();
         let mut guest = Guest::new(|host| Vm::restore(&spec, host, &state, &memory).unwrap());
-        assert_eq!(guest.screen.picture(), before);
-        guest.vm.start().unwrap();
-        let agent = AgentClient::reconnect(guest.stream()).await.unwrap();
+        let agent = guest.goes_on(&before).await;
         write(&agent, 0, "HOLE").await;
         guest.shows(|picture| reads(picture, 0, "HOLE")).await;
         guest.vm.pause();
@@ -215,43 +224,14 @@ fn a_plain_screen_shows_the_console_after_a_reset_a_restore_and_the_end() {
     });
 }
 
-/// Keys that ask a system to go down or to sleep.
-const DROWSY: [u16; 3] = [116, 142, 205];
 const LEFT_SHIFT: u16 = 42;
-const BTN_LEFT: u16 = 0x110;
 
-/// What the guest hears of an event device from now on, as `kind code value` lines in `/tmp/NAME`.
-async fn listen(agent: &AgentClient, name: &str) {
-    let script = format!(
-        "cd /tmp; for d in /sys/class/input/event*; do \
-         [ \"$(cat $d/device/name)\" = 'firn {name}' ] && event=/dev/input/${{d##*/}}; done; \
-         rm -f {name} {name}.ready; \
-         setsid sh -c 'exec 3<'$event'; >{name}.ready; exec dd bs=24 <&3 >{name}' >/dev/null 2>&1 & \
-         until [ -e {name}.ready ]; do sleep 0.01; done"
-    );
-    output(agent, &script).await;
+async fn listen(agent: &AgentClient, device: &str) {
+    output(agent, &input::listen(device)).await;
 }
 
-/// What the guest has heard, once it is so many events, without their times, the repetitions of a held key, and the
-/// keyboard's lamps, of which the guest tells itself.
-async fn heard(agent: &AgentClient, name: &str, count: usize) -> Vec<(u16, u16, i32)> {
-    let event = |line: &str| {
-        let words: Vec<u16> = line.split_whitespace().map(|word| word.parse().unwrap()).collect();
-        let value = u32::from(words[10]) | u32::from(words[11]) << 16;
-        (words[8], words[9], value.cast_signed())
-    };
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let text = output(agent, &format!("od -An -v -t u2 -w24 /tmp/{name}")).await;
-        let events = text.lines().map(event);
-        let events: Vec<_> =
-            events.filter(|event| !matches!(event, (1, _, 2) | (0, 0, 1) | (17, ..))).collect();
-        if events.len() >= count {
-            return events;
-        }
-        assert!(Instant::now() < deadline, "{events:?}, not {count}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+async fn heard(agent: &AgentClient, device: &str, count: usize) -> Vec<Event> {
+    input::heard(device, count, async |script| output(agent, script).await).await
 }
 
 #[test]
@@ -280,28 +260,18 @@ fn a_gpu_shows_the_console_and_keys_and_tablet_are_heard() {
         listen(&agent, "keyboard").await;
         guest.vm.keyboard().expect("it has one").key(LEFT_SHIFT, true);
         heard(&agent, "keyboard", 2).await;
-        guest.vm.pause();
-        let before = guest.screen.picture();
         let memory = dir.path().join("memory");
-        let state = guest.vm.save(&File::create_new(&memory).unwrap()).unwrap();
-        drop(guest.vm);
-        assert_eq!(guest.screen.picture(), None, "its picture was the guest's memory");
+        let (state, before, screen) = guest.save(&memory);
+        assert_eq!(screen.picture(), None, "its picture was the guest's memory");
 
         let memory = File::open(&memory).unwrap();
         let mut guest = Guest::new(|host| Vm::restore(&spec, host, &state, &memory).unwrap());
-        assert_eq!(guest.screen.picture(), before);
-        guest.vm.start().unwrap();
-        let agent = AgentClient::reconnect(guest.stream()).await.unwrap();
+        let agent = guest.goes_on(&before).await;
         assert_eq!(heard(&agent, "keyboard", 4).await, press(LEFT_SHIFT));
         write(&agent, 5, "HELLO").await;
         guest.shows(|picture| reads(picture, 5, "HELLO")).await;
         keys_and_tablet(&mut guest, &agent).await;
     });
-}
-
-/// What the guest hears of a key that goes down and up.
-fn press(code: u16) -> Vec<(u16, u16, i32)> {
-    vec![(1, code, 1), (0, 0, 0), (1, code, 0), (0, 0, 0)]
 }
 
 async fn keys_and_tablet(guest: &mut Guest, agent: &AgentClient) {
@@ -334,8 +304,7 @@ async fn keys_and_tablet(guest: &mut Guest, agent: &AgentClient) {
     tablet.button(BTN_LEFT, true);
     tablet.button(BTN_LEFT, false);
     tablet.wheel(-1);
-    let mut expected = vec![(3, 0, 100), (3, 1, 32767), (0, 0, 0)];
-    expected.extend(press(BTN_LEFT));
-    expected.extend([(2, 8, -1), (0, 0, 0)]);
+    let moved = [(3, 0, 100), (3, 1, 32767), END];
+    let expected = [&moved[..], &press(BTN_LEFT), &[(2, 8, -1), END]].concat();
     assert_eq!(heard(agent, "tablet", expected.len()).await, expected);
 }

@@ -6,50 +6,25 @@ use firn::error::MachineError;
 use firn::machine::keys;
 use firn::ocr::Reader;
 use firn::{Error, Machine, picture};
-use firn_tests::{skip, with_machines};
+use firn_tests::input::{self, DROWSY, END, Event, press};
+use firn_tests::{output, skip, with_machines};
+use firn_vmm::virtio::input::BTN_LEFT;
 use serde_json::json;
 
 /// Nothing that is waited for here takes as long.
 const PATIENCE: Duration = Duration::from_secs(240);
-/// Keys that ask logind to have the system go down or to sleep, by Linux's numbers.
-const DROWSY: [u16; 3] = [116, 142, 205];
-
-async fn output(machine: &Machine, command: &str) -> String {
-    machine.succeed(&[command], None).await.unwrap().trim().to_owned()
-}
 
 async fn wait_for_text(machine: &Machine, text: &str) {
     let find = |shown: &str| Ok(shown.contains(text));
     machine.wait_for_text(text, find, PATIENCE).await.unwrap();
 }
 
-/// Writes what the guest hears of a device from now on to a file.
 async fn listen(machine: &Machine, device: &str) {
-    let script = format!(
-        "for d in /sys/class/input/event*; do \
-         [ \"$(cat $d/device/name)\" = 'firn {device}' ] && event=/dev/input/${{d##*/}}; done; \
-         rm -f /run/{device}; exec 3<$event; \
-         setsid dd bs=24 <&3 >/run/{device} 2>/dev/null &"
-    );
-    output(machine, &script).await;
+    output(machine, &input::listen(device)).await;
 }
 
-/// Kind, code and value of what the guest has heard, once it is so much; without repetitions and lamps.
-async fn heard(machine: &Machine, device: &str, count: usize) -> Vec<(u16, u16, u16)> {
-    let script = format!(
-        "od -An -v -tu2 -w24 /run/{device} | awk '$9 && $9 != 17 && !($9 == 1 && $11 == 2) {{print $9, $10, $11}}'"
-    );
-    let look = || async {
-        let number = |word: &str| word.parse().unwrap();
-        let text = output(machine, &script).await;
-        let lines = text.lines().map(|line| line.split(' ').map(number).collect::<Vec<_>>());
-        lines.map(|words| (words[0], words[1], words[2])).collect::<Vec<_>>()
-    };
-    let enough = |_| async {
-        let events = look().await;
-        Ok((events.len() >= count).then_some(events))
-    };
-    firn::retry(machine.clock(), enough, PATIENCE).await.unwrap()
+async fn heard(machine: &Machine, device: &str, count: usize) -> Vec<Event> {
+    input::heard(device, count, async |script| output(machine, script).await).await
 }
 
 #[test]
@@ -101,7 +76,7 @@ async fn every_name_is_a_key(machine: &Machine) {
     for some in names.chunks(8) {
         for (name, code) in some {
             machine.send_key(name, None, false).await.unwrap();
-            wanted.extend([(1, *code, 1), (1, *code, 0)]);
+            wanted.extend(press(*code));
         }
         assert_eq!(heard(machine, "keyboard", wanted.len()).await, wanted);
     }
@@ -120,7 +95,8 @@ async fn the_tablet_goes_where_it_is_told(machine: &Machine) {
     ]);
     let answer = machine.send_qmp("input-send-event", &json!({"events": events})).await.unwrap();
     assert_eq!(answer, json!({"return": {}}));
-    let wanted = [(3, 0, 100), (3, 1, 200), (1, 0x110, 1), (1, 0x110, 0), (2, 8, 1)];
+    let moved = [(3, 0, 100), (3, 1, 200), END];
+    let wanted = [&moved[..], &press(BTN_LEFT), &[(2, 8, 1), END]].concat();
     assert_eq!(heard(machine, "tablet", wanted.len()).await, wanted);
     let half = json!({"events": [{"type": "abs", "data": {"axis": "x", "value": 1}}]});
     let answer = machine.send_qmp("input-send-event", &half).await.unwrap();

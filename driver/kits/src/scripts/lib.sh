@@ -15,6 +15,8 @@ load_drivers() {
     case $device in
     0x0002) drivers=virtio_blk ;;
     0x0005) drivers=virtio_balloon ;;
+    # logind lets sessions have only devices that the kernel knew when it started.
+    0x0010) drivers=drm ;;
     0x0012) drivers='virtio_input evdev' ;;
     0x0013) drivers="vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport" ;;
     *) continue ;;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use firn_vmm::virtio::input::{BTN_EXTRA, BTN_LEFT, BTN_MIDDLE, BTN_RIGHT, BTN_SIDE};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -79,11 +80,11 @@ impl Button {
     /// Linux's number of it, or how far it turns the wheel.
     fn meaning(self) -> Result<u16, i16> {
         match self {
-            Self::Left => Ok(0x110),
-            Self::Right => Ok(0x111),
-            Self::Middle => Ok(0x112),
-            Self::Side => Ok(0x113),
-            Self::Extra => Ok(0x114),
+            Self::Left => Ok(BTN_LEFT),
+            Self::Right => Ok(BTN_RIGHT),
+            Self::Middle => Ok(BTN_MIDDLE),
+            Self::Side => Ok(BTN_SIDE),
+            Self::Extra => Ok(BTN_EXTRA),
             Self::WheelUp => Err(1),
             Self::WheelDown => Err(-1),
         }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use firn_vmm::screen::{Picture, Screen};
 use firn_vmm::socket::Listener;
-use firn_vmm::virtio::input::MAX_POSITION;
+use firn_vmm::virtio::input::{BTN_LEFT, BTN_MIDDLE, BTN_RIGHT, MAX_POSITION};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -41,8 +41,8 @@ const VERSION: &[u8; 12] = b"RFB 003.008\n";
 const NO_SECURITY: u8 = 1;
 /// The encoding of pixels as they are (7.7.1).
 const RAW: i32 = 0;
-/// `BTN_LEFT`, `BTN_MIDDLE` and `BTN_RIGHT` of linux/input-event-codes.h, in RFB's order.
-const BUTTONS: [u16; 3] = [0x110, 0x112, 0x111];
+/// A pointer's buttons, in RFB's order.
+const BUTTONS: [u16; 3] = [BTN_LEFT, BTN_MIDDLE, BTN_RIGHT];
 
 /// What a viewer is shown, and may touch.
 #[derive(Clone)]

@@ -24,8 +24,18 @@ pub(super) const ABS_Y: u16 = 1;
 /// The keyboard's: from `KEY_ESC` to the last that has a name in QEMU, `KEY_MEDIA` 226, and what shares its byte. The
 /// guest reads the bitmap byte by byte, with an exit for each.
 pub(super) const KEYS: RangeInclusive<u16> = 1..=231;
-/// `BTN_LEFT`, `BTN_RIGHT`, `BTN_MIDDLE`, `BTN_SIDE` and `BTN_EXTRA`.
-pub(super) const BUTTONS: RangeInclusive<u16> = 0x110..=0x114;
+/// A tablet's button.
+pub const BTN_LEFT: u16 = 0x110;
+/// A tablet's button.
+pub const BTN_RIGHT: u16 = 0x111;
+/// A tablet's button.
+pub const BTN_MIDDLE: u16 = 0x112;
+/// A tablet's button.
+pub const BTN_SIDE: u16 = 0x113;
+/// A tablet's button.
+pub const BTN_EXTRA: u16 = 0x114;
+/// All of a tablet's buttons.
+pub(super) const BUTTONS: RangeInclusive<u16> = BTN_LEFT..=BTN_EXTRA;
 /// `LED_NUML`, `LED_CAPSL` and `LED_SCROLLL`.
 pub(super) const LAMPS: RangeInclusive<u16> = 0..=2;
 

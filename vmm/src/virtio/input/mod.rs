@@ -29,6 +29,7 @@ use super::turn::Again;
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
 use super::{SavedState, VirtioDevice};
 use codes::{ABS_X, ABS_Y, EV_ABS, EV_KEY, EV_LED, EV_REL, EV_REP, Event, REL_WHEEL};
+pub use codes::{BTN_EXTRA, BTN_LEFT, BTN_MIDDLE, BTN_RIGHT, BTN_SIDE};
 pub use handle::{InputHandle, MAX_POSITION};
 use handle::{Shared, Waiting};
 

@@ -99,13 +99,13 @@ fn a_report_comes_whole_or_not_yet() {
     bench.handle.move_to(10, 20);
     // Only where it is in the end matters.
     bench.handle.move_to(u16::MAX, 30);
-    bench.handle.button(0x110, true);
+    bench.handle.button(BTN_LEFT, true);
     bench.handle.wheel(-2);
     bench.handle.key(A, true);
     assert_eq!(bench.heard(2), []);
     let position = [(EV_ABS, ABS_X, 32767), (EV_ABS, ABS_Y, 30), SYN];
     assert_eq!(bench.heard(2), position);
-    assert_eq!(bench.heard(4), [(EV_KEY, 0x110, 1), SYN, (EV_REL, REL_WHEEL, -2), SYN]);
+    assert_eq!(bench.heard(4), [(EV_KEY, BTN_LEFT, 1), SYN, (EV_REL, REL_WHEEL, -2), SYN]);
 }
 
 #[test]
@@ -248,7 +248,7 @@ proptest! {
             driver.vandalise(ring);
         }
         handle.move_to(1, 2);
-        handle.button(0x110, true);
+        handle.button(BTN_LEFT, true);
         for index in 0..3 {
             let _ = device.notify(index);
         }
