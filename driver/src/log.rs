@@ -1,7 +1,7 @@
-//! The log of a test run: what the script does, and what the guests print meanwhile.
+//! The log of a test run: the script's steps and the guests' console output.
 //!
 //! It goes to the terminal in the format of nixpkgs' driver, so that people and tools that read its logs can read
-//! these, and to files if they are asked for: as XML, and as a JUnit report.
+//! these, and on request to files: as XML and as a JUnit report.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -20,22 +20,22 @@ use junit::Junit;
 use terminal::Terminal;
 use xml::XmlLog;
 
-/// How important a message is.
+/// The level of a message.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// What helps to find out why.
+    /// For debugging.
     Debug,
-    /// What happens, step by step, and what guests print.
+    /// Steps, and the guests' console output.
     #[default]
     Info,
-    /// What somebody should look at though the test goes on.
+    /// Something to look at, though the test goes on.
     Warning,
-    /// What went wrong.
+    /// An error.
     Error,
 }
 
 impl Level {
-    /// The names of all, from the least.
+    /// The names of all levels, lowest first.
     pub const NAMES: [&str; 4] = ["debug", "info", "warning", "error"];
 }
 
@@ -57,7 +57,7 @@ impl std::str::FromStr for Level {
 #[derive(Clone)]
 pub struct Logger {
     core: Arc<Core>,
-    /// Put before each message: the machine it is about.
+    /// The machine that messages are about; it prefixes them.
     machine: Option<Arc<str>>,
 }
 
@@ -66,37 +66,37 @@ struct Core {
     serial: AtomicBool,
 }
 
-/// Something that happened.
+/// An event.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
-    /// Somebody said something.
+    /// A message.
     Message {
-        /// How important it is.
+        /// Its level.
         level: Level,
         /// The machine it is about.
         machine: Option<&'a str>,
-        /// What was said.
+        /// The text.
         text: &'a str,
     },
     /// A guest has printed a line.
     Serial {
         /// The guest's machine.
         machine: &'a str,
-        /// Without its end.
+        /// Without the line end.
         line: &'a str,
-        /// Whether people want to see it now.
+        /// Whether to show it on the terminal.
         shown: bool,
     },
     /// A step begins.
     Begin {
         /// The machine it is about.
         machine: Option<&'a str>,
-        /// What is done.
+        /// What the step does.
         text: &'a str,
-        /// The name of the subtest that it is.
+        /// The subtest's name, if it is one.
         subtest: Option<&'a str>,
     },
-    /// The run fails, and says why elsewhere.
+    /// The run fails; the reason is logged elsewhere.
     Failure {
         /// The reason, in short.
         why: &'a str,
@@ -105,9 +105,9 @@ pub enum Event<'a> {
     End {
         /// The machine it was about.
         machine: Option<&'a str>,
-        /// What was done.
+        /// What the step did.
         text: &'a str,
-        /// The name of the subtest that it was.
+        /// The subtest's name, if it was one.
         subtest: Option<&'a str>,
         /// Why a subtest failed.
         failure: Option<&'a str>,
@@ -118,16 +118,16 @@ pub enum Event<'a> {
 
 /// Where a log goes.
 pub trait Sink: Send {
-    /// Takes what happened, in its order.
+    /// Takes events in order.
     fn take(&mut self, event: Event<'_>);
 
-    /// Leaves out what is less important, where it is for people to read as it comes.
+    /// Hides messages below a level, if this is for people.
     fn set_level(&mut self, _level: Level) {}
 
-    /// Completes what was written. Answers whether more may come.
+    /// Completes the output. Returns whether it takes more events.
     ///
     /// # Errors
-    /// If what came could not be written.
+    /// If events could not be written.
     fn finish(&mut self) -> io::Result<bool>;
 }
 
@@ -165,7 +165,7 @@ impl Logger {
         Self::stderr_from(Level::Info)
     }
 
-    /// As [`Self::stderr`], without what is less important than `level`.
+    /// Like [`Self::stderr`], from `level` up.
     #[must_use]
     pub fn stderr_from(level: Level) -> Self {
         let new = Self::nowhere();
@@ -173,7 +173,7 @@ impl Logger {
         new
     }
 
-    /// Writes to stderr as well, as [`Self::stderr_from`].
+    /// Writes to stderr too, like [`Self::stderr_from`].
     pub fn add_stderr(&self, level: Level) {
         let out = io::stderr();
         let colours = colours_wanted(&out);
@@ -188,14 +188,14 @@ impl Logger {
         new
     }
 
-    /// A log that goes nowhere, until something is added.
+    /// A log that writes nowhere until an output is added.
     #[must_use]
     pub fn nowhere() -> Self {
         let core = Core { sinks: Mutex::default(), serial: AtomicBool::new(true) };
         Self { core: Arc::new(core), machine: None }
     }
 
-    /// Writes to another log as well. Answers false, and does nothing, if that is this one.
+    /// Writes to another log too. Does nothing and returns false if that is this one.
     #[must_use]
     pub fn add_log(&self, other: &Self) -> bool {
         let new = !Arc::ptr_eq(&self.core, &other.core);
@@ -205,30 +205,30 @@ impl Logger {
         new
     }
 
-    /// Writes to this as well, from now on.
+    /// Adds an output.
     pub fn add_sink(&self, sink: Box<dyn Sink>) {
         self.sinks().push(sink);
     }
 
-    /// Writes the log to an XML file as well.
+    /// Writes the log to an XML file too.
     ///
     /// # Errors
-    /// If the file cannot be made.
+    /// If the file cannot be created.
     pub fn add_xml(&self, path: &Path) -> io::Result<()> {
         self.add_sink(Box::new(XmlLog::create(path)?));
         Ok(())
     }
 
-    /// Writes a JUnit report as well: a test case for each subtest, and one for the rest of the script.
+    /// Writes a JUnit report too, with a test case for each subtest and one for the rest of the script.
     ///
     /// # Errors
-    /// If the file cannot be made.
+    /// If the file cannot be created.
     pub fn add_junit(&self, path: &Path) -> io::Result<()> {
         self.add_sink(Box::new(Junit::create(path)?));
         Ok(())
     }
 
-    /// Completes the files of the log. What comes later goes nowhere but to the terminal.
+    /// Completes the log's files. Later events go only to the terminal.
     ///
     /// # Errors
     /// The first error of writing them.
@@ -236,7 +236,7 @@ impl Logger {
         let mut done = Ok(());
         self.sinks().retain_mut(|sink| {
             sink.finish().unwrap_or_else(|error| {
-                // The first one tells the most.
+                // The first error is the most telling.
                 done = std::mem::replace(&mut done, Ok(())).and(Err(error));
                 false
             })
@@ -244,20 +244,20 @@ impl Logger {
         done
     }
 
-    /// Leaves out of the terminal what is less important than `level`.
+    /// Hides messages below `level` on the terminal.
     pub fn set_level(&self, level: Level) {
         for sink in self.sinks().iter_mut() {
             sink.set_level(level);
         }
     }
 
-    /// The same log, with the machine's name before each message.
+    /// The same log, with messages prefixed by the machine's name.
     #[must_use]
     pub fn for_machine(&self, name: &str) -> Self {
         Self { core: Arc::clone(&self.core), machine: Some(name.into()) }
     }
 
-    /// Writes a message that helps to find out why.
+    /// Logs a message for debugging.
     pub fn debug(&self, message: impl Display) {
         self.message(Level::Debug, &message.to_string());
     }
@@ -267,28 +267,28 @@ impl Logger {
         self.message(Level::Info, &message.to_string());
     }
 
-    /// Writes a message that somebody should look at though the test goes on.
+    /// Logs a warning.
     pub fn warning(&self, message: impl Display) {
         self.message(Level::Warning, &message.to_string());
     }
 
-    /// Writes an error of the test, each line behind `!!!`.
+    /// Logs an error of the test, each line prefixed with `!!!`.
     pub fn error(&self, text: impl Display) {
         self.message(Level::Error, &text.to_string());
     }
 
-    /// Notes for the reports that the run fails. The terminal does not have it: who calls this says it there.
+    /// Records in the reports that the run fails. The caller reports it on the terminal.
     pub fn fail(&self, why: impl Display) {
         self.emit(Event::Failure { why: &why.to_string() });
     }
 
-    /// Begins a step; it ends, and its duration is written, when the answer is dropped.
+    /// Begins a step. When the returned value is dropped, the step ends and its duration is logged.
     #[must_use = "the step ends when this is dropped"]
     pub fn nested(&self, message: impl Display) -> Step {
         self.step(message.to_string(), None)
     }
 
-    /// Begins a subtest: a step that is a test case of its own in a report.
+    /// Begins a subtest: a step that is a test case of its own in reports.
     #[must_use = "the subtest ends when this is dropped"]
     pub fn subtest(&self, name: &str) -> Step {
         self.step(format!("subtest: {name}"), Some(name.to_owned()))
@@ -310,7 +310,7 @@ impl Logger {
         self.core.serial.load(Ordering::Relaxed)
     }
 
-    /// Shows or hides what the guests print. Files have it always.
+    /// Shows or hides the guests' output on the terminal. Files always have it.
     pub fn show_serial(&self, show: bool) {
         self.core.serial.store(show, Ordering::Relaxed);
     }
@@ -340,7 +340,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// Takes note that the step fails. Of a subtest the log and the report say so.
+    /// Marks the step as failed. For a subtest, the log and the report show it.
     pub fn fail(&mut self, why: &str) {
         if let Some(name) = &self.subtest {
             self.logger.error(format_args!("Test \"{name}\" failed with error: \"{why}\""));
@@ -361,22 +361,21 @@ impl Drop for Step {
     }
 }
 
-/// What the log says at the end of a step.
+/// The log line at the end of a step.
 fn finished(text: &str, took: Duration) -> String {
     format!("(finished: {text}, in {:.2} seconds)", took.as_secs_f64())
 }
 
-/// Whether output to `stream` should be coloured: on a terminal, and where `CLICOLOR_FORCE` says so, but not
-/// against `NO_COLOR`.
+/// Whether to colour output to `stream`: on a terminal or with `CLICOLOR_FORCE`, unless `NO_COLOR` is set.
 pub fn colours_wanted(stream: &impl IsTerminal) -> bool {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     let forced = set("CLICOLOR_FORCE").is_some_and(|value| value != "0");
     set("NO_COLOR").is_none() && (forced || stream.is_terminal())
 }
 
-/// Text without escape sequences and control characters other than tabs and line ends: those could move the cursor,
-/// change the colours or the title of the reader's terminal, or answer in its name. Wherever text of a guest may be in
-/// what is written to a terminal, it goes through this.
+/// Removes escape sequences and control characters other than tabs and line ends. They could move the cursor, change
+/// the terminal's colours or title, or type into it. All output to a terminal that may contain a guest's text goes
+/// through this.
 #[must_use]
 pub fn printable(text: &str) -> String {
     anstream::adapter::strip_str(text)

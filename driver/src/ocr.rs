@@ -1,4 +1,4 @@
-//! Reads text in pictures, by the program `tesseract`.
+//! Reads text in pictures with the program `tesseract`.
 
 use std::env;
 use std::os::unix::fs::PermissionsExt;
@@ -20,18 +20,18 @@ use crate::picture::{self, Grey};
 const PROGRAM: &str = "tesseract";
 /// A dense screen takes half a minute on a busy machine.
 const LIMIT: Duration = Duration::from_secs(300);
-/// Both engines that it may have; some systems' data have the second alone.
+/// Both of its engines; some systems have data for the second only.
 const BOTH_ENGINES: &str = "2";
 const NEURAL_ENGINE: &str = "1";
-/// What it is told of the resolution of a picture that was enlarged: that of print.
+/// The resolution given for an enlarged picture: that of print.
 const PRINTED_DPI: &str = "300";
-/// Most of its complaint that is shown.
+/// How much of its error output is shown, in bytes.
 const SHOWN: usize = 300;
 
 /// Why a picture was not read.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OcrError {
-    /// There is no program for it.
+    /// The program is not installed.
     #[error(
         "OCR requested but `tesseract` is not available: it has to be in PATH, from Debian's package tesseract-ocr or, in a \
          NixOS test, by `enableOCR = true`"
@@ -45,10 +45,10 @@ pub enum OcrError {
         /// Why not.
         source: Arc<std::io::Error>,
     },
-    /// It did not come to an end.
+    /// It did not finish in time.
     #[error("OCR failed: tesseract has not ended within {} seconds", .0.as_secs())]
     Endless(Duration),
-    /// It ended, but not well.
+    /// It failed.
     #[error("OCR failed: tesseract: {status}{said}")]
     Failed {
         /// How.
@@ -56,16 +56,16 @@ pub enum OcrError {
         /// What it said.
         said: String,
     },
-    /// A picture could not be made ready.
+    /// A picture could not be prepared.
     #[error("OCR failed: the picture cannot be made ready")]
     Picture,
 }
 
-/// The program, and what is known of it.
+/// The program and its capabilities.
 #[derive(Debug)]
 pub struct Reader {
     program: PathBuf,
-    /// It has no other engine than the neural one.
+    /// Only the neural engine is available.
     neural: AtomicBool,
     /// How long it may take for one picture.
     limit: Duration,
@@ -105,8 +105,8 @@ impl Reader {
         self.run(&picture::ppm(picture), None).await
     }
 
-    /// The texts in a picture as it is, and in two that were made of it for reading: of its dark letters and of its bright
-    /// ones. They come as they are found, with their places; the programs that still run end when this is dropped.
+    /// The texts in a picture as it is, and in two made from it: of its dark letters and of its bright ones. They
+    /// arrive as they are found, with their index. Dropping this ends the programs that still run.
     pub fn variants(
         &self,
         picture: Arc<Picture>,
@@ -136,7 +136,7 @@ impl Reader {
             .collect::<FuturesUnordered<_>>()
     }
 
-    /// The texts of [`Self::variants`], in their order.
+    /// The texts of [`Self::variants`], in order.
     ///
     /// # Errors
     /// If the program fails.
@@ -181,7 +181,7 @@ impl Reader {
         let stdin = child.stdin.take();
         let feed = async move {
             if let Some(mut stdin) = stdin {
-                // One that has ended says itself why.
+                // A program that has ended reports the reason itself.
                 let _ = stdin.write_all(image).await;
             }
         };

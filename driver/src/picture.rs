@@ -1,4 +1,4 @@
-//! Pictures of screens: as files, and made ready for being read.
+//! Pictures of screens: as files, and prepared for OCR.
 
 use std::io::{self, BufReader, Cursor};
 use std::path::Path;
@@ -6,16 +6,16 @@ use std::path::Path;
 use firn_vmm::screen::Picture;
 use firn_vmm::spec::Pixels;
 
-/// A picture file that is larger is none of a screen.
+/// Larger picture files are rejected.
 const MAX_FILE: u64 = 256 << 20;
-/// A picture is enlarged until it has so many pixels; beyond, more of them cost time and find no more.
+/// Pictures are enlarged up to this many pixels; more cost time and improve nothing.
 const ENLARGED: usize = 8 << 20;
-/// Small letters are read best when they are so many times as large.
+/// The factor by which small letters are read best.
 const MAX_FACTOR: usize = 3;
-/// How many of a thousand pixels may be darker than what counts as black, and brighter than what counts as white.
+/// Per mille of pixels that may be darker than what counts as black, and brighter than what counts as white.
 const OUTLIERS: usize = 5;
-/// What is darker than the first is black once a picture is ready for reading, and what is brighter than the second
-/// white: text on a background of any other shade stands out.
+/// In a prepared picture, shades below the first become black and those above the second white, so that text stands out
+/// on a background of any other shade.
 const INK: [u8; 2] = [70, 130];
 
 /// The picture of a screen that shows nothing.
@@ -52,7 +52,7 @@ pub fn ppm(picture: &Picture) -> Vec<u8> {
 /// Reads a picture file: PNG, or PPM as [`ppm`] writes it.
 ///
 /// # Errors
-/// If it cannot be read, or is neither.
+/// If it cannot be read or is neither.
 pub fn read(path: &Path) -> io::Result<Picture> {
     let file = std::fs::File::open(path)?;
     let mut bytes = Vec::new();
@@ -105,7 +105,7 @@ pub(crate) struct Grey {
 
 impl Grey {
     pub(crate) fn of(picture: &Picture) -> Self {
-        // As the eye weighs them (ITU-R BT.601), in parts of 256.
+        // Weights of the colours for the eye (ITU-R BT.601), in 1/256.
         let luma = |[r, g, b]: &[u8; 3]| {
             let sum = u32::from(*r) * 77 + u32::from(*g) * 150 + u32::from(*b) * 29;
             shade(sum >> 8)
@@ -117,7 +117,7 @@ impl Grey {
         }
     }
 
-    /// As large as is good for reading, with all shades from black to white used.
+    /// Enlarged for reading, with the full range from black to white.
     pub(crate) fn for_reading(&self) -> Self {
         let room = ENLARGED / self.pixels.len().max(1);
         let factor = (1..=MAX_FACTOR).rev().find(|factor| factor * factor <= room).unwrap_or(1);
@@ -126,7 +126,7 @@ impl Grey {
         large
     }
 
-    /// So many times as wide and as high; what is between pixels is between their shades (bilinear).
+    /// Enlarges the picture by a factor, bilinearly.
     fn enlarged(&self, factor: usize) -> Self {
         let (width, height) = (self.width * factor, self.height * factor);
         let across: Vec<_> = (0..width).map(|at| between(at, factor, self.width)).collect();
@@ -146,7 +146,7 @@ impl Grey {
         Self { width, height, pixels }
     }
 
-    /// Spreads the shades from black to white, but for a few outliers. A picture of one shade stays as it is.
+    /// Stretches the shades to the full range, except for a few outliers. A picture of one shade stays as it is.
     fn stretch(&mut self) {
         let mut counts = [0_usize; 256];
         self.pixels.iter().for_each(|shade| counts[usize::from(*shade)] += 1);
@@ -165,7 +165,7 @@ impl Grey {
         }
     }
 
-    /// Makes what is as dark as `dark` black, what is as bright as `bright` white, and what is between grey.
+    /// Turns shades up to `dark` black, those from `bright` white, and those between grey.
     fn ramp(&mut self, dark: u8, bright: u8) {
         let span = u32::from(bright - dark);
         for pixel in &mut self.pixels {
@@ -174,7 +174,7 @@ impl Grey {
         }
     }
 
-    /// Dark letters on white, made of dark ones; with `bright` of bright ones.
+    /// Dark letters on white, made from the dark letters, or with `bright` from the bright ones.
     pub(crate) fn letters(&self, bright: bool) -> Self {
         let mut letters = self.clone();
         if bright {
@@ -197,9 +197,9 @@ fn shade(value: u32) -> u8 {
     value.to_le_bytes()[0]
 }
 
-/// The pixels on both sides of a place in an enlarged picture, and how near the second is, in parts of 256.
+/// The pixels on both sides of a position in an enlarged picture, and the weight of the second, in 1/256.
 fn between(at: usize, factor: usize, count: usize) -> (usize, usize, u32) {
-    // A pixel's middle is what has its shade.
+    // A pixel's shade is that of its centre.
     let place = (2 * at + 1).saturating_sub(factor);
     let (first, part) = (place / (2 * factor), place % (2 * factor));
     let first = first.min(count - 1);
@@ -210,8 +210,8 @@ fn between(at: usize, factor: usize, count: usize) -> (usize, usize, u32) {
     )
 }
 
-/// A text console's text, if it is what the picture shows: cells with characters have more than one colour, others one.
-/// The console may have stopped to be drawn without anybody being told, for a desktop.
+/// A text console's text, if the picture shows it: cells with characters have more than one colour, others one.
+/// A desktop may have replaced the console on the screen without notice.
 pub(crate) fn shows(picture: &Picture, columns: usize, text: &[u8]) -> bool {
     let rows = text.len().checked_div(columns).unwrap_or(0);
     let (width, height) = (picture.width as usize, picture.height as usize);
@@ -230,7 +230,7 @@ pub(crate) fn shows(picture: &Picture, columns: usize, text: &[u8]) -> bool {
     let mut counts = [[0_usize; 2]; 2];
     for (cell, character) in text.iter().enumerate().take(rows * columns) {
         match character {
-            // What is not ASCII may be drawn as anything.
+            // Characters other than ASCII may look like anything.
             b'!'..=b'>' | b'@'..=b'~' => counts[1][usize::from(drawn(cell))] += 1,
             b' ' => counts[0][usize::from(drawn(cell))] += 1,
             _ => {}

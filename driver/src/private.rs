@@ -1,10 +1,10 @@
-//! Directories that no other user can look into or put anything into.
+//! Directories that no other user can read or write.
 //!
-//! Runs keep their state in places whose names everybody knows, such as /tmp. Nothing there is used that another user
-//! owns or could have made. For that, a directory is opened once, from the root on and without following links, and
-//! counts as a [`Place`] only if it and all directories above it belong to this user or root, and nobody else may write
-//! to them; where others may, the sticky bit must keep them from renaming what is not theirs. An entry of a place that
-//! belongs to this user can then be exchanged by nobody else, so that its path means the same from then on.
+//! Runs keep their state in well-known places such as /tmp. Nothing there is used that another user owns or could have
+//! created. So a directory is opened once, from the root on and without following links, and counts as a [`Place`] only
+//! if it and all directories above it belong to this user or root and nobody else may write to them; where others may,
+//! the sticky bit must keep them from renaming what is not theirs. Then nobody else can replace an entry of a place
+//! that belongs to this user, and its path keeps its meaning.
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Metadata, Permissions};
@@ -21,12 +21,12 @@ use nix::unistd::geteuid;
 pub(crate) const DIR_MODE: u32 = 0o700;
 /// The mode of a file for this user alone.
 pub(crate) const FILE_MODE: u32 = 0o600;
-/// Whom files of users belong to that a user namespace does not know, such as the root of the system around it.
+/// The owner shown for files of users outside the user namespace, such as the root of the system around it.
 const UNKNOWN_USER: u32 = 65534;
 /// The map of users where there is no such namespace.
 const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 
-/// A directory in which nobody else can exchange what belongs to this user.
+/// A directory in which nobody else can replace what belongs to this user.
 #[derive(Debug)]
 pub struct Place {
     dir: File,
@@ -34,10 +34,10 @@ pub struct Place {
 }
 
 impl Place {
-    /// The directory `path`, if it is such a one.
+    /// Opens the directory `path`, if it is one.
     ///
     /// # Errors
-    /// If it is not, or is not there.
+    /// If it is not one, or does not exist.
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = fs::canonicalize(path)?;
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -52,10 +52,10 @@ impl Place {
         Ok(Self { dir, path })
     }
 
-    /// The directory `path`, if it is such a one and only this user and root write to it.
+    /// Opens the directory `path`, if it is one and only this user and root may write to it.
     ///
     /// # Errors
-    /// If it is not, or is not there.
+    /// If it is not one, or does not exist.
     pub fn closed(path: &Path) -> io::Result<Self> {
         let place = Self::open(path)?;
         match others_write(&place.dir.metadata()?) {
@@ -64,41 +64,41 @@ impl Place {
         }
     }
 
-    /// Where it is, without symbolic links.
+    /// Its path, without symbolic links.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The path of an entry, by the descriptor: it stays in this directory whatever becomes of the names above.
+    /// The path of an entry through the descriptor, which stays in this directory whatever happens to the names above.
     pub(crate) fn entry(&self, name: &OsStr) -> PathBuf {
         Path::new("/proc/self/fd").join(self.dir.as_raw_fd().to_string()).join(name)
     }
 
-    /// Closes it to all other users, if it is this user's.
+    /// Removes all other users' permissions, if it is this user's.
     ///
     /// # Errors
-    /// If that cannot be done.
+    /// If that fails.
     pub fn close(&self) -> io::Result<()> {
         let meta = self.dir.metadata()?;
         if meta.uid() != me() || meta.mode() & 0o077 == 0 {
             return Ok(());
         }
         match fs::set_permissions(self.entry(".".as_ref()), Permissions::from_mode(DIR_MODE)) {
-            // Nor can anybody else change anything there, as in the carrier.
+            // Nor can anybody else, as in the carrier.
             Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => Ok(()),
             done => done,
         }
     }
 
-    /// Whether nobody but this user can look into it.
+    /// Whether only this user can read it.
     fn is_private(&self) -> io::Result<bool> {
         let meta = self.dir.metadata()?;
         Ok(meta.uid() == me() && meta.mode() & 0o077 == 0)
     }
 
-    /// Opens the directory `name`, made with `mode` if it is not there. One that is there must be this user's, and
-    /// nobody else may have put anything into it.
+    /// Opens the directory `name`, created with `mode` if missing. An existing one must be this user's, and nobody else
+    /// may have been able to write to it.
     pub(crate) fn make(&self, name: &OsStr, mode: u32) -> io::Result<File> {
         match DirBuilder::new().mode(mode).create(self.entry(name)) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
@@ -107,10 +107,10 @@ impl Place {
         self.open_own(name)
     }
 
-    /// Opens the directory `name`, which must be this user's, and nobody else may have put anything into it.
+    /// Opens the directory `name`, which must be this user's and never writable for anybody else.
     ///
     /// # Errors
-    /// If it is not so, or is not there.
+    /// If that is not so, or it does not exist.
     pub fn open_own(&self, name: &OsStr) -> io::Result<File> {
         self.is_mine(name)?;
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
@@ -130,7 +130,7 @@ impl Place {
         Ok(dir)
     }
 
-    /// Opens the file `name`, made if it is not there; never waits. It must be this user's.
+    /// Opens the file `name`, created if missing, without blocking. It must be this user's.
     pub(crate) fn open_file(&self, name: &OsStr) -> io::Result<File> {
         let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         let file = File::options()
@@ -140,7 +140,7 @@ impl Place {
             .mode(FILE_MODE)
             .custom_flags(flags.bits())
             .open(self.entry(name));
-        // If another user made it, that is what there is to say.
+        // If another user created it, that is the error to report.
         let file = file.or_else(|error| self.is_mine(name).and(Err(error)))?;
         let meta = file.metadata()?;
         let path = self.path.join(name);
@@ -153,7 +153,7 @@ impl Place {
         Ok(file)
     }
 
-    /// Removes `name`, if it is there, and everything in it. It must be this user's.
+    /// Removes `name` and everything in it, if it exists. It must be this user's.
     pub(crate) fn remove(&self, name: &OsStr) -> io::Result<()> {
         match self.is_mine(name) {
             Ok(()) => remove_tree(&self.entry(name)),
@@ -170,17 +170,17 @@ impl Place {
     }
 }
 
-/// Makes a directory that only this user can look into, and the ones above it that are missing. One that is there must
-/// be this user's, and nobody else may have put anything into it.
+/// Creates a directory that only this user can read, and missing ones above it. An existing one must be this user's,
+/// and nobody else may have been able to write to it.
 ///
 /// # Errors
-/// If it is not so, or cannot be made.
+/// If that is not so, or it cannot be created.
 pub fn make(path: &Path) -> io::Result<()> {
     let (parent, name) = split(path)?;
     above(parent)?.make(name, DIR_MODE).map(drop)
 }
 
-/// As [`make`], for a directory that guests see: all their users may look into it, if this host's cannot come there.
+/// Like [`make`], for a directory that guests see: all their users may read it, as this host's cannot reach it.
 pub(crate) fn make_for_guests(path: &Path) -> io::Result<()> {
     let (parent, name) = split(path)?;
     let place = above(parent)?;
@@ -201,7 +201,7 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file?.write_all(bytes)
 }
 
-/// Removes `path`, if it is there, and everything in it. It must be this user's.
+/// Removes `path` and everything in it, if it exists. It must be this user's.
 pub(crate) fn remove(path: &Path) -> io::Result<()> {
     let (parent, name) = split(path)?;
     match Place::open(parent) {
@@ -210,7 +210,7 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Closes a directory of this user to all others.
+/// Removes all other users' permissions on a directory of this user's.
 pub(crate) fn close(dir: &File) -> io::Result<()> {
     if dir.metadata()?.mode() & 0o077 == 0 {
         return Ok(());
@@ -218,10 +218,10 @@ pub(crate) fn close(dir: &File) -> io::Result<()> {
     dir.set_permissions(Permissions::from_mode(DIR_MODE))
 }
 
-/// Makes a temporary directory in `place`, for this user alone.
+/// Creates a temporary directory in `place`, for this user alone.
 ///
 /// # Errors
-/// If it cannot be made.
+/// If it cannot be created.
 pub fn temporary(place: &Place, prefix: &str) -> io::Result<tempfile::TempDir> {
     tempfile::Builder::new()
         .prefix(prefix)
@@ -252,7 +252,7 @@ fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
     }
 }
 
-/// Removes a tree of this user's. Guests may have left directories in it that its owner must open first.
+/// Removes a tree of this user's. Guests may have left directories in it whose permissions must be changed first.
 fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => {
@@ -264,7 +264,7 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 }
 
 fn open_up(dir: &Path) {
-    // What cannot be changed cannot be removed, either: that will say why.
+    // If permissions cannot be changed, the removal fails too and reports why.
     let _ = fs::set_permissions(dir, Permissions::from_mode(DIR_MODE));
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -277,7 +277,7 @@ fn me() -> u32 {
     geteuid().as_raw()
 }
 
-/// Whether the directory `path` is one in which others cannot exchange what is this user's.
+/// Whether others cannot replace what is this user's in the directory `path`.
 fn vet(meta: &Metadata, path: &Path) -> io::Result<()> {
     let uid = meta.uid();
     if uid != me() && uid != 0 && !(uid == UNKNOWN_USER && in_user_namespace()) {
@@ -289,7 +289,7 @@ fn vet(meta: &Metadata, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether others than this user and root may write to it. A group that has the user's number is the user's own: most
+/// Whether anyone but this user and root may write to it. A group with the user's number counts as the user's own: most
 /// distributions give each user one.
 fn others_write(meta: &Metadata) -> bool {
     let mode = meta.mode();

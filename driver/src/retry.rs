@@ -1,20 +1,20 @@
-//! Tries until it works.
+//! Retries until a probe succeeds.
 
 use std::time::Duration;
 
 use crate::error::{Error, Result};
 use firn_agent_client::Clock;
 
-/// Time between two tries.
+/// Time between two attempts.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Calls `probe` each second until it answers something; after `timeout` a last time, with `true`. What is measured is
-/// the time of `clock`.
+/// Calls `probe` every second until it returns something; after `timeout` once more, with `true`. Time is that of
+/// `clock`.
 ///
-/// For what no event announces: only the probe knows what it looks at.
+/// For conditions that no event announces.
 ///
 /// # Errors
-/// The probe's error, at once; [`Error::Assertion`] if the last call answers nothing too.
+/// The probe's error, at once; [`Error::Assertion`] if the last call returns nothing either.
 pub async fn retry<T, F>(
     clock: &Clock,
     mut probe: impl FnMut(bool) -> F,
@@ -33,7 +33,7 @@ where
     probe(true).await?.ok_or_else(|| timed_out(timeout))
 }
 
-/// The error of a wait whose time is over.
+/// The error of a wait that timed out.
 pub(crate) fn timed_out(timeout: Duration) -> Error {
     let seconds = timeout.as_secs_f64();
     Error::Assertion(format!("action timed out after {seconds} seconds (timeout={seconds})"))

@@ -1,4 +1,4 @@
-//! The directories a test run keeps its state in, removed in the end.
+//! The directories that hold a test run's state, removed at the end.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, TryLockError};
@@ -12,19 +12,19 @@ use nix::fcntl::OFlag;
 use crate::error::MachineError;
 use crate::private::{self, DIR_MODE, FILE_MODE, Place};
 
-/// Where the machines of a run keep their state: below `TMPDIR`, or /tmp. No other user can look into it.
+/// Where the machines of a run keep their state: in `TMPDIR` or /tmp. No other user can read it.
 #[derive(Clone, Debug, Default)]
 pub enum StatePlace {
-    /// In a new directory, which is removed in the end.
+    /// In a new directory, which is removed at the end.
     #[default]
     New,
-    /// In `vm-state-NAME` for each machine, as NixOS tests have it. One run at a time can do that. What an earlier run
-    /// left is removed, and in the end everything, unless it is kept.
+    /// In `vm-state-NAME` for each machine, as in NixOS tests. Only one run at a time can do this. What an earlier run
+    /// left is removed first, and everything at the end, unless it is kept.
     Named {
-        /// Whether to go on with what is there, and to leave it there.
+        /// Whether to start from the existing state and keep it.
         keep: bool,
     },
-    /// In this directory, which is the only machine's own, and is left there. Only this user may write to it.
+    /// In this directory, for a run with one machine; it is kept. Only this user may write to it.
     Of(PathBuf),
 }
 
@@ -58,7 +58,7 @@ impl State {
         }
     }
 
-    /// The directories of a machine, made: its own, the one that all share, and whether its own is kept.
+    /// Creates the directories of a machine: its own, the shared one, and whether its own is kept.
     pub(crate) fn machine(
         &self,
         name: &str,
@@ -82,13 +82,13 @@ impl State {
     }
 }
 
-/// The error for a place where no state can be kept.
+/// The error for a place that cannot hold state.
 fn unusable(place: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> MachineError {
     let path = place.into();
     move |reason| MachineError::State { path, reason }
 }
 
-/// `dir`, if only this user writes to it; made if it is not there.
+/// Opens `dir` if only this user may write to it, and creates it if missing.
 fn own(dir: &Path) -> io::Result<PathBuf> {
     if !dir.exists() {
         private::make(dir)?;
@@ -96,7 +96,7 @@ fn own(dir: &Path) -> io::Result<PathBuf> {
     Place::closed(dir).map(|place| place.path().to_owned())
 }
 
-/// How the names of machines' directories begin.
+/// The prefix of machines' directories.
 const MACHINE_PREFIX: &str = "vm-state-";
 
 /// The machine whose state a directory of this name holds.
@@ -104,22 +104,22 @@ pub(crate) fn machine_of(name: &OsStr) -> Option<String> {
     name.to_str()?.strip_prefix(MACHINE_PREFIX).map(str::to_owned)
 }
 
-/// What is special in the name of a run's directory.
+/// The variable part of the name of a run's directory.
 pub(crate) fn run_of(name: &OsStr) -> Option<String> {
     name.to_str()?.strip_prefix(PREFIX).map(str::to_owned)
 }
 
 /// The directory that all machines share.
 const SHARED: &str = "shared-xchg";
-/// Locked as long as a run with named directories lives.
+/// Locked while a run with named directories lives.
 const NAMED_LOCK: &str = ".firn-run.lock";
 
-/// Directories with names that everybody knows.
+/// Directories with fixed names.
 #[derive(Debug)]
 pub(crate) struct Named {
     place: Place,
     keep: bool,
-    /// What to remove in the end.
+    /// What to remove at the end.
     entered: Mutex<Vec<OsString>>,
     _lock: File,
 }
@@ -137,7 +137,7 @@ impl Named {
         Ok(named)
     }
 
-    /// Makes a directory; answers whether it will be kept.
+    /// Creates a directory; returns whether it will be kept.
     fn enter(&self, name: &OsStr, keep: bool) -> io::Result<bool> {
         let keep = keep || self.keep;
         if !keep {
@@ -149,7 +149,7 @@ impl Named {
         Ok(keep)
     }
 
-    /// Makes a directory, or closes the one that is there to others who could look into it.
+    /// Creates a directory, or removes others' permissions on an existing one.
     fn reopen(&self, name: &OsStr) -> io::Result<()> {
         private::close(&self.place.make(name, DIR_MODE)?)
     }
@@ -161,14 +161,14 @@ impl Drop for Named {
             std::mem::take(self.entered.get_mut().unwrap_or_else(PoisonError::into_inner));
         let shared = Some(OsString::from(SHARED)).filter(|_| !self.keep);
         for name in entered.into_iter().chain(shared) {
-            // Nobody is left to tell.
+            // There is nobody to report an error to.
             let _ = self.place.remove(&name);
         }
         let _ = fs::remove_file(self.place.entry(NAMED_LOCK.as_ref()));
     }
 }
 
-/// The lock file, held. The one who held it before may have removed it meanwhile.
+/// Locks the lock file. Its previous holder may have removed it meanwhile.
 fn lock_named(place: &Place) -> io::Result<File> {
     loop {
         let file = place.open_file(NAMED_LOCK.as_ref())?;
@@ -189,15 +189,15 @@ fn lock_named(place: &Place) -> io::Result<File> {
     }
 }
 
-/// How such directories' names begin.
+/// The prefix of such directories.
 const PREFIX: &str = "firn-run-";
-/// The file in it that is locked as long as its run lives.
+/// The file in it that is locked while its run lives.
 const LOCK: &str = "lock";
 
-/// A directory of its own for a run, which no other user can look into.
+/// A run's own directory, which no other user can read.
 ///
-/// Dropping it removes it. A run that was killed by SIGKILL cannot do that; the kernel however releases
-/// its lock, and the next run removes what it left.
+/// Dropping it removes it. A run killed by SIGKILL cannot do that, but the kernel releases its lock, and the next run
+/// removes what it left.
 #[derive(Debug)]
 pub struct Scratch {
     dir: PathBuf,
@@ -205,10 +205,10 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Makes one in `TMPDIR`, or in /tmp, and removes those of dead runs.
+    /// Creates one in `TMPDIR` or /tmp, and removes those of dead runs.
     ///
     /// # Errors
-    /// If it cannot be made, or others could exchange it there.
+    /// If it cannot be created, or others could replace it there.
     pub fn new() -> io::Result<Self> {
         Self::new_in(&std::env::temp_dir())
     }
@@ -226,7 +226,7 @@ impl Scratch {
         Ok(Self { dir: dir.keep(), _lock: lock })
     }
 
-    /// Where it is.
+    /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.dir
@@ -235,12 +235,12 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // Nobody is left to tell.
+        // There is nobody to report an error to.
         let _ = private::remove(&self.dir);
     }
 }
 
-/// Removes the directories of this user's runs that are dead; never waits for anything.
+/// Removes the directories of this user's dead runs, without blocking.
 fn sweep(place: &Place) {
     let Ok(entries) = fs::read_dir(place.path()) else { return };
     for name in entries.flatten().map(|entry| entry.file_name()) {
@@ -258,7 +258,7 @@ fn is_dead(place: &Place, name: &OsStr) -> bool {
     let lock = place.entry(name).join(LOCK);
     match File::options().read(true).custom_flags(flags.bits()).open(lock) {
         Ok(lock) => private::is_own_file(&lock) && lock.try_lock().is_ok() && aged(&lock),
-        // It is being made, unless who did was killed.
+        // It is being created, unless its creator was killed.
         Err(error) => error.kind() == io::ErrorKind::NotFound && aged(&own),
     }
 }

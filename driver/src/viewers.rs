@@ -1,4 +1,4 @@
-//! Where viewers find the screens of machines that other processes run, and how they are served there.
+//! Where viewers find the screens of machines in other processes, and how they are served.
 
 use std::ffi::OsString;
 use std::fs;
@@ -19,15 +19,15 @@ use crate::scratch;
 /// screen.
 pub const SOCKET: &str = "vnc.sock";
 
-/// The socket in a run's directory that leads to the machines of a run in a carrier. Who sends it an empty line is
-/// answered their ids, a JSON list; who sends an id is connected to that machine.
+/// The socket in a run's directory that leads to the machines of a run in a carrier. An empty line is answered with
+/// their ids, a JSON list; an id connects to that machine.
 pub const CARRIER_SOCKET: &str = "carrier.sock";
 
-/// How long a carrier may take to say which machines it has: it may be busy.
+/// How long a carrier may take to list its machines: it may be busy.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What is waited before another client is accepted after an error.
+/// The pause before accepting another client after an error.
 const PAUSE: Duration = Duration::from_millis(40);
-/// The longest list of them, in bytes.
+/// The longest list of machines, in bytes.
 const MAX_LIST: u64 = 64 << 10;
 
 /// A machine with a screen.
@@ -42,7 +42,7 @@ pub struct Found {
 }
 
 impl Found {
-    /// Its name, with that of its run where it has one.
+    /// Its name, with its run's name if that has one.
     #[must_use]
     pub fn id(&self) -> String {
         match &*self.run {
@@ -51,7 +51,7 @@ impl Found {
         }
     }
 
-    /// Connects a viewer to it. The stream does not block.
+    /// Connects a viewer to it, with a non-blocking stream.
     ///
     /// # Errors
     /// If it has ended.
@@ -65,8 +65,8 @@ impl Found {
     }
 }
 
-/// The machines with a screen whose state is in `dir`: TMPDIR, the directory of a run, or that of one machine. In a
-/// directory that other users write to, only this user's count.
+/// The machines with a screen whose state is in `dir`: TMPDIR, a run's directory, or a machine's. In a directory that
+/// other users may write to, only this user's count.
 ///
 /// # Errors
 /// If the directory cannot be read.
@@ -80,7 +80,7 @@ pub fn find(dir: &Path) -> io::Result<Vec<Found>> {
         if let Some(machine) = scratch::machine_of(&name) {
             add(&mut found, &machine, "", &dir);
         } else if let Some(run) = scratch::run_of(&name) {
-            // It may be on its way out.
+            // It may be about to be removed.
             let Ok(inner) = Place::open(&dir) else { continue };
             add_carriers(&mut found, &run, &dir);
             for (name, dir) in own_directories(&inner).unwrap_or_default() {
@@ -124,8 +124,8 @@ fn listed(mut stream: UnixStream) -> io::Result<Vec<String>> {
     Ok(serde_json::from_str(&list)?)
 }
 
-/// Serves viewers that connect to `listener`, at most `most` at once, each by `attend`, until it is dropped: then they
-/// are left, too.
+/// Serves viewers that connect to `listener`, at most `most` at once, each with `attend`, until it is dropped, which
+/// disconnects them.
 pub async fn serve<F>(listener: Listener, most: usize, attend: impl Fn(tokio::net::UnixStream) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
@@ -139,7 +139,7 @@ where
         tokio::select! {
             accepted = clients.accept(), if viewers.len() < most => match accepted {
                 Ok((stream, _)) => drop(viewers.spawn(attend(stream))),
-                // Out of descriptors, most likely: others will end.
+                // Probably out of descriptors, which other viewers will free.
                 Err(_) => sleep(PAUSE).await,
             },
             Some(_) = viewers.join_next() => {}
@@ -147,8 +147,7 @@ where
     }
 }
 
-/// The directories of runs and machines in a place, as far as they belong to this user and nobody else can have put
-/// anything into them.
+/// The directories of runs and machines in a place that belong to this user and that nobody else could write to.
 fn own_directories(place: &Place) -> io::Result<Vec<(OsString, PathBuf)>> {
     let names = fs::read_dir(place.path())?.flatten().map(|entry| entry.file_name());
     let own = names

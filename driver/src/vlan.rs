@@ -12,7 +12,7 @@ use firn_vmm::spec::Number;
 pub struct Vlan {
     number: Number,
     switch: Switch,
-    /// Where programs outside of this process plug in, once one shall.
+    /// Where programs outside this process plug in; opened on first use.
     sockets: Arc<Mutex<Option<PlugDir>>>,
 }
 
@@ -27,12 +27,12 @@ impl Vlan {
         self.number
     }
 
-    /// From now on nothing gets from one machine to another here.
+    /// Stops the network: from now on it forwards nothing.
     pub fn stop(&self) {
         self.switch.stop();
     }
 
-    /// The directory by which QEMU plugs in, with VDE; it is made in `place` the first time, and is gone with the network.
+    /// The directory through which QEMU plugs in by VDE. Created in `place` on first use, and removed with the network.
     pub(crate) fn sockets(&self, place: &Path) -> Result<PathBuf, PlugError> {
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(sockets) = &*sockets {

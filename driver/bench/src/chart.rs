@@ -1,4 +1,4 @@
-//! A chart of a report: a bar for each subject, the shorter the better.
+//! A bar chart of a report; shorter bars are better.
 
 use std::io::{self, Cursor};
 
@@ -16,7 +16,7 @@ const HEADING: u64 = 64;
 const BAR: u64 = 22;
 const STEP: u64 = 34;
 
-/// The parts of a bar: guest and monitor, the host's kernel. Blue and orange are told apart by all eyes.
+/// The parts of a bar: guest and monitor, and the host's kernel. Blue and orange suit colour-blind readers.
 const USER: &str = "#2b6cb0";
 const SYSTEM: &str = "#dd8b1f";
 
@@ -24,7 +24,7 @@ impl Report {
     /// As an SVG chart of the processor's work.
     ///
     /// # Errors
-    /// None: memory takes all that is written.
+    /// None in practice: it writes to memory.
     pub fn chart(&self) -> io::Result<String> {
         let (unit, scale) = self.unit.shown();
         // Beside several machines at once, the bars of one would be too short to compare.

@@ -1,4 +1,4 @@
-//! What is booted to compare monitors: a kernel and an initrd that says a line and restarts the machine.
+//! The guest for comparing monitors: a kernel and an initrd that prints a line and restarts the machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,20 +9,20 @@ use firn::kit::archive::Archive;
 
 use super::BenchError;
 
-/// What the guest prints first, a line of its own.
+/// The line that the guest prints first.
 pub const HERE: &str = "firn-bench: init";
 
-/// Its first program. The kernel hands `linger=` of its command line on as a variable.
+/// The guest's init. The kernel passes `linger=` from its command line on as a variable.
 const INIT: &str = "#!/bin/busybox sh
 echo 'firn-bench: init'
 [ -z \"$linger\" ] || /bin/busybox sleep \"$linger\"
 /bin/busybox reboot -f
 ";
 
-/// The command line that makes [`INIT`] stay for so long that its monitor can be looked at.
+/// The argument that keeps [`INIT`] running long enough to inspect its monitor.
 const LINGER: &str = "linger=1";
 
-/// A guest that ends by itself.
+/// A guest that shuts itself down.
 #[derive(Clone, Debug)]
 pub struct Guest {
     /// As an ELF file, for monitors that take one.
@@ -64,7 +64,7 @@ impl Guest {
         })
     }
 
-    /// The guest of a machine file, without the machine's devices: monitors differ in how they get them.
+    /// The guest of a machine file without the machine's devices, which monitors configure in different ways.
     #[must_use]
     pub fn of(node: &NodeConfig) -> Option<Self> {
         let kernel = node.kernel.clone()?;
@@ -79,14 +79,14 @@ impl Guest {
         })
     }
 
-    /// The same, but its first program stays for a moment, if it is the reference guest.
+    /// The same; if it is the reference guest, its init stays for a moment.
     #[must_use]
     pub fn lingering(&self) -> Self {
         Self { cmdline: format!("{} {LINGER}", self.cmdline), ..self.clone() }
     }
 
-    /// A machine file of it: with a source of entropy, a network card and a share of `share`, if there is one, else
-    /// with no device that not all monitors have.
+    /// A machine file for it: with an entropy source, a network card and a share of `share` if that is given, otherwise
+    /// with only the devices that all monitors have.
     #[must_use]
     pub fn machine_file(&self, share: Option<&Path>) -> String {
         let mut machine = serde_json::json!({

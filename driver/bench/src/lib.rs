@@ -23,13 +23,13 @@ pub mod report;
 pub use guest::Guest;
 pub use monitor::Monitor;
 
-/// A boot that takes longer hangs.
+/// A boot that takes longer counts as hung.
 pub const LIMIT: Duration = Duration::from_secs(120);
-/// The same where instructions are the clock, which are a hundred times as slow; a boot has one to ten such seconds, and
-/// as many more while a busy host makes it wait for its files.
+/// The same where instructions are the clock, which are a hundred times as slow; a boot has one to ten such seconds,
+/// and as many more while a busy host makes it wait for its files.
 pub const LIMIT_COUNTED: Duration = Duration::from_secs(90);
 
-/// How far a boot has come.
+/// The stages of a boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
@@ -41,15 +41,15 @@ pub enum Stage {
     Init,
     /// The guest takes commands.
     Ready,
-    /// The monitor's process is gone.
+    /// The monitor's process has exited.
     End,
 }
 
 impl Stage {
-    /// All, in their order.
+    /// All stages in order.
     pub const ALL: [Self; 5] = [Self::Run, Self::Kernel, Self::Init, Self::Ready, Self::End];
 
-    /// What tables call it.
+    /// Its heading in tables.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -65,7 +65,7 @@ impl Stage {
 /// When the stages of a boot were reached, in nanoseconds: of the host's monotonic clock, or since the exec.
 pub type Stages = BTreeMap<Stage, u64>;
 
-/// A process that was measured, in nanoseconds.
+/// The measurements of one process, in nanoseconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
     /// When stages were reached, since the exec.
@@ -76,33 +76,33 @@ pub struct Sample {
     pub system: u64,
 }
 
-/// What is measured.
+/// A subject to measure.
 #[derive(Clone, Debug)]
 pub struct Subject {
-    /// What the report calls it.
+    /// Its name in the report.
     pub name: String,
-    /// How many machines the command boots at once: more than one are copies of that of the subject before.
+    /// How many machines the command boots at once; if more than one, copies of the previous subject's.
     pub machines: u8,
-    /// The command, and how it is to be watched.
+    /// The command, and how to watch it.
     pub run: monitor::Run,
 }
 
-/// All that was measured of a subject.
+/// All measurements of a subject.
 #[derive(Clone, Debug)]
 pub struct Measured {
-    /// What the report calls it.
+    /// Its name in the report.
     pub name: String,
-    /// How many machines it has; see [`Subject`].
+    /// The number of machines; see [`Subject`].
     pub machines: u8,
     /// Its runs.
     pub samples: Vec<Sample>,
-    /// Resident memory of the process beside the guest's, in KiB, where that could be seen.
+    /// The process's resident memory without the guest's, in KiB, if it could be measured.
     pub memory_kib: Option<u64>,
-    /// Why it was given up, if it was.
+    /// Why it was abandoned, if it was.
     pub failure: Option<String>,
 }
 
-/// Nothing can be measured.
+/// Why nothing can be measured.
 #[derive(Debug, Error)]
 pub enum BenchError {
     /// A file cannot be used.
@@ -134,7 +134,7 @@ pub enum BenchError {
         name: String,
         /// How the process ended.
         how: String,
-        /// The last of what it said.
+        /// The end of its output.
         output: String,
     },
 }
@@ -146,8 +146,8 @@ impl BenchError {
     }
 }
 
-/// Boots each of the subjects `runs` times, in turns, so that what changes on the host in the meantime touches all.
-/// Tells `progress` what comes next. One that fails, or does not end within `limit`, is given up; the others are not.
+/// Boots each subject `runs` times, in turns, so that changes on the host affect all alike. Calls `progress` before
+/// each boot. A subject that fails or exceeds `limit` is abandoned; the others go on.
 pub fn measure(
     subjects: &[Subject],
     runs: usize,
@@ -182,7 +182,7 @@ pub fn measure(
 /// Copies files to a directory, so that no boot pays for a slow disk.
 ///
 /// # Errors
-/// If one cannot be read, or the directory not be written to.
+/// If one cannot be read or the directory cannot be written.
 pub fn bring<'a>(files: impl IntoIterator<Item = &'a Path>, to: &Path) -> Result<(), BenchError> {
     for file in files {
         let copied = file.file_name().map_or(Ok(0), |name| fs::copy(file, to.join(name)));

@@ -8,14 +8,14 @@ use clap::ValueEnum;
 
 use super::{BenchError, Guest};
 
-/// How a subject is run and watched.
+/// How to run and watch a subject.
 #[derive(Clone, Debug)]
 pub struct Run {
     /// The command that boots once.
     pub command: Vec<OsString>,
-    /// The same with a guest that stays for a moment, so that the monitor's memory can be seen; if there is such a one.
+    /// The same with a guest that stays for a moment, so that the monitor's memory can be measured, if there is one.
     pub lingering: Option<Vec<OsString>>,
-    /// Where the command writes when stages were reached, if it does.
+    /// The file to which the command writes the times of stages, if it does.
     pub marks: Option<PathBuf>,
     /// The size of the guest's memory in MiB.
     pub memory_mib: u64,
@@ -61,7 +61,7 @@ impl Monitor {
         std::env::split_paths(&path).map(|dir| dir.join(self.program())).find(|file| file.is_file())
     }
 
-    /// How it boots `guest`. Files that it needs for that are written to `dir`.
+    /// How it boots `guest`. Writes the files this needs to `dir`.
     ///
     /// # Errors
     /// If `dir` cannot be written to.

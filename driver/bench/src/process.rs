@@ -23,7 +23,7 @@ use super::{BenchError, Sample, Stage, Stages, Subject};
 /// How much of a failed boot's output is shown.
 const TAIL: usize = 4 << 10;
 
-/// Boots a subject once, within a time.
+/// Boots a subject once, within a time limit.
 pub(super) fn time(subject: &Subject, limit: Duration) -> Result<Sample, BenchError> {
     let before = used();
     let began = now_ns();
@@ -40,7 +40,7 @@ pub(super) fn time(subject: &Subject, limit: Duration) -> Result<Sample, BenchEr
     Ok(Sample { stages, user: after.0 - before.0, system: after.1 - before.1 })
 }
 
-/// What the process of a subject has in memory while its guest runs, beside the guest's memory, in KiB.
+/// The resident memory of a subject's process while its guest runs, without the guest's, in KiB.
 pub(super) fn memory(subject: &Subject, limit: Duration) -> Result<Option<u64>, BenchError> {
     let Some(command) = &subject.run.lingering else { return Ok(None) };
     let guest_kib = subject.run.memory_mib << 10;
@@ -51,7 +51,7 @@ pub(super) fn memory(subject: &Subject, limit: Duration) -> Result<Option<u64>, 
     Ok(watch(subject, command, limit, resident)?.0.flatten())
 }
 
-/// Runs a command to its end. When the guest says that it is here, `look` may look at the process.
+/// Runs a command to its end. When the guest reports that it is up, `look` may inspect the process.
 fn watch<T>(
     subject: &Subject,
     command: &[OsString],
@@ -123,7 +123,7 @@ struct Watchdog {
 }
 
 impl Watchdog {
-    /// Watches a child that leads its process group and is not waited for before [`Self::end`].
+    /// Watches a child that leads its process group and is not reaped before [`Self::end`].
     fn new(child: &Child, limit: Duration) -> Self {
         let (stop, stopped) = mpsc::channel();
         let group = pid(child);
@@ -138,14 +138,14 @@ impl Watchdog {
         Self { stop, thread }
     }
 
-    /// Whether it had to kill.
+    /// Whether it had to kill the child.
     fn end(self) -> bool {
         drop(self.stop);
         self.thread.join().unwrap_or(false)
     }
 }
 
-/// Reads what a process says of its troubles, so that it never waits for that.
+/// Drains a process's error output, so that it never blocks on it.
 fn tail_of_stderr(child: &mut Child) -> thread::JoinHandle<Vec<u8>> {
     let stderr = child.stderr.take();
     thread::spawn(move || {
@@ -166,8 +166,8 @@ fn used() -> (u64, u64) {
         .map_or((0, 0), |usage| (nanoseconds(usage.user_time()), nanoseconds(usage.system_time())))
 }
 
-/// The resident memory in a list of mappings (`man 5 proc_pid_smaps`), without those that are as large as the guest's
-/// memory, or half of it: it may be in two.
+/// The resident memory in a list of mappings (`man 5 proc_pid_smaps`), without mappings as large as the guest's memory
+/// or half of it, which may be split in two.
 fn resident_kib(maps: &str, guest_kib: u64) -> u64 {
     let value = |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse().ok());
     let (mut guest, mut sum) = (false, 0);

@@ -1,4 +1,4 @@
-//! What was measured, for people and for programs.
+//! Reports of measurements, for people and for programs.
 
 use std::fmt::Write;
 
@@ -6,12 +6,12 @@ use serde::Serialize;
 
 use super::{Measured, Sample, Stage};
 
-/// Middle and spread of what was measured several times.
+/// Median and spread of repeated measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Figure {
     /// The median.
     pub median: u64,
-    /// From the least to the greatest.
+    /// The difference between the largest and the smallest.
     pub spread: u64,
 }
 
@@ -25,7 +25,7 @@ impl Figure {
     }
 }
 
-/// What figures count.
+/// The unit of figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Unit {
@@ -36,7 +36,7 @@ pub enum Unit {
 }
 
 impl Unit {
-    /// What tables show: 1e9 instructions or milliseconds, and how many of the unit that is.
+    /// The unit in tables, 1e9 instructions or milliseconds, and its size.
     #[must_use]
     pub fn shown(self) -> (&'static str, u32) {
         match self {
@@ -51,7 +51,7 @@ impl Unit {
 pub struct Report {
     /// What they count.
     pub unit: Unit,
-    /// How often each was booted.
+    /// The number of boots of each.
     pub runs: usize,
     /// A row for each subject that was measured.
     pub rows: Vec<Row>,
@@ -64,7 +64,7 @@ pub struct Report {
 pub struct Missing {
     /// What was booted, and by what.
     pub name: String,
-    /// Why it was given up.
+    /// Why it was abandoned.
     pub why: String,
 }
 
@@ -75,7 +75,7 @@ pub struct Row {
     pub name: String,
     /// How many machines at once.
     pub machines: u8,
-    /// With more than one, how many times the work of one that is, in thousandths.
+    /// With more than one, the ratio of the work to that of one, in thousandths.
     pub times_one: Option<u64>,
     /// When a stage was reached, since the exec.
     pub stages: Vec<(Stage, Figure)>,
@@ -90,7 +90,7 @@ pub struct Row {
 }
 
 impl Report {
-    /// Sums up what was measured.
+    /// Summarizes measurements.
     #[must_use]
     pub fn new(unit: Unit, runs: usize, measured: &[Measured]) -> Self {
         let mut rows: Vec<Row> = Vec::new();

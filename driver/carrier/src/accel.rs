@@ -1,4 +1,4 @@
-//! Decides where machines run, and runs a command again there.
+//! Decides where machines run, and re-runs a command there.
 
 use std::ffi::OsString;
 use std::str::FromStr;
@@ -21,16 +21,16 @@ pub enum Accel {
     Carrier,
 }
 
-/// What was decided.
+/// The decision.
 #[derive(Debug, PartialEq)]
 enum Decision {
     Here,
-    /// In the carrier; not because it was asked for if there is a reason.
+    /// In the carrier; with the reason, unless the user asked for it.
     Carrier(Option<String>),
     Refused(String),
 }
 
-/// It was KVM that was asked for, and it does not work.
+/// KVM was asked for and does not work.
 #[derive(Debug, Error)]
 #[error("{0}; `--accel carrier` does without it")]
 pub struct NoKvm(String);
@@ -46,7 +46,7 @@ impl FromStr for Accel {
 }
 
 impl Accel {
-    /// All, in the order in which people read of them.
+    /// All, in the order of the help text.
     pub const ALL: [Self; 3] = [Self::Auto, Self::Kvm, Self::Carrier];
 
     /// The name people type.
@@ -59,7 +59,7 @@ impl Accel {
         }
     }
 
-    /// What help says of it.
+    /// Its help text.
     #[must_use]
     pub const fn help(self) -> &'static str {
         match self {
@@ -69,11 +69,11 @@ impl Accel {
         }
     }
 
-    /// Whether machines can run in this process. If not, the command shall [`run_again`] in the carrier; where nobody
-    /// has asked for that, this says why on stderr.
+    /// Whether machines can run in this process. If not, the command must [`run_again`] in the carrier; unless the user
+    /// asked for that, this prints the reason on stderr.
     ///
     /// # Errors
-    /// If they should run on KVM, and it does not work.
+    /// If they should run on KVM and it does not work.
     pub fn runs_here(self) -> Result<bool, NoKvm> {
         // The probe takes a moment, and the carrier needs none.
         let decision = match self {
@@ -105,7 +105,7 @@ impl Accel {
 /// Where runs in a carrier keep their state.
 pub(crate) const STATE_DIR: &str = "/dev/shm";
 
-/// Runs a command that runs machines in a carrier; answers its exit status.
+/// Runs a command that runs machines in a carrier, and returns its exit status.
 ///
 /// # Errors
 /// When the carrier cannot be started or breaks down.

@@ -1,4 +1,4 @@
-//! Whether a carrier's clock goes as the host's does.
+//! Checks that a carrier's clock runs at the speed of the host's.
 
 use std::time::Duration;
 
@@ -6,17 +6,17 @@ use tokio::time::{Instant, timeout};
 
 use firn_agent_client::{AgentClient, AgentError};
 
-/// How often the agent tells its guest's time.
+/// How often the agent reports its guest's time.
 const BEAT: Duration = Duration::from_millis(50);
-/// How long the clocks are compared at least.
+/// The minimum time for which the clocks are compared.
 const LEAST: Duration = Duration::from_millis(300);
-/// How far they may be apart then, in parts of the time that has passed. A wrong one is tenfold off; a right one may
-/// be seen late.
+/// How far apart they may be then, relative to the time that has passed. A wrong clock is off by a factor of ten; a
+/// right one may be read late.
 const TOLERANCE: f64 = 0.1;
 /// How long a busy host may take until they agree.
 const LIMIT: Duration = Duration::from_secs(15);
 
-/// Compares the clocks until they agree. `Some` says what is wrong if they do not.
+/// Compares the clocks until they agree. Returns what is wrong if they do not.
 pub(super) async fn fault(client: &AgentClient) -> Result<Option<String>, AgentError> {
     let mut beats = client.heartbeat(BEAT);
     let mut clocks = Clocks::default();
@@ -40,16 +40,16 @@ pub(super) async fn fault(client: &AgentClient) -> Result<Option<String>, AgentE
     }))
 }
 
-/// What the guest's clock and the host's showed.
+/// The guest's time and the host's.
 #[derive(Default)]
 struct Clocks {
     first: Option<(Duration, Instant)>,
-    /// How many times as fast the guest's is.
+    /// The speed of the guest's clock relative to the host's.
     speed: Option<f64>,
 }
 
 impl Clocks {
-    /// Whether they have gone alike until now.
+    /// Whether they have agreed so far.
     fn agree(&mut self, guest: Duration, host: Instant) -> bool {
         let (from, began) = *self.first.get_or_insert((guest, host));
         let passed = host - began;

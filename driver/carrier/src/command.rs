@@ -1,4 +1,4 @@
-//! A command of the host: what it needs to run in the carrier as it would run here.
+//! A command of the host, with what it needs to run in the carrier as it would here.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -11,11 +11,11 @@ use firn_agent_client::ExecRequest;
 
 use super::CarrierError;
 
-/// Changes to the first argument and becomes the others; 125 as `env` and `chroot` have it for their own failures. A
-/// kernel lets its first program have 4,096 files, and so all others: too few for machines.
+/// Changes to the directory in the first argument and executes the others; exits with 125 if that fails, as `env` and
+/// `chroot` do. The kernel's limit of 4,096 open files for init, which all others inherit, is too low for machines.
 const IN_DIRECTORY: &str = "ulimit -Hn 1048576; cd \"$1\" || exit 125; shift; exec \"$@\"";
 
-/// Variables that name what is not in the carrier.
+/// Variables that refer to things not in the carrier.
 const FOREIGN: [&str; 3] = ["XDG_RUNTIME_DIR", "SSH_AUTH_SOCK", "DBUS_SESSION_BUS_ADDRESS"];
 
 /// A command, its environment and its user: by default those of this process.
@@ -75,7 +75,7 @@ impl HostCommand {
         self
     }
 
-    /// What the carrier's agent is asked to run: the command, in the host's root directory and as the host's user.
+    /// The request to the carrier's agent: the command, in the host's root directory and as the host's user.
     pub(super) fn request(&self) -> Result<ExecRequest, CarrierError> {
         let mut argv = vec!["/bin/busybox".to_owned(), "chroot".to_owned(), "/mnt".to_owned()];
         // The shell comes first: busybox would take a bare `setpriv` for its own.
@@ -107,7 +107,7 @@ impl User {
         Ok(Self { uid: this.uid(), gid: this.gid(), groups })
     }
 
-    /// The words before a command that make root this user.
+    /// The command prefix that switches from root to this user.
     fn switch(&self) -> Vec<String> {
         if self.uid == 0 {
             return Vec::new();
@@ -126,15 +126,14 @@ fn text(value: &OsStr, what: &str) -> Result<String, CarrierError> {
     value.to_str().map(str::to_owned).ok_or_else(refuse)
 }
 
-/// The directory in which commands run here, if the carrier can have it writable: not the root, which is shared
-/// read-only, and not where the carrier has file systems of its own.
+/// The working directory, if it can be writable in the carrier: neither the root, which is shared read-only, nor a
+/// directory where the carrier has a file system of its own.
 pub(super) fn writable_here(cwd: &Path) -> Option<PathBuf> {
     let own = ["/dev", "/proc", "/sys", "/run"].iter().any(|own| cwd.starts_with(own));
     (cwd != Path::new("/") && !own).then(|| cwd.to_owned())
 }
 
-/// `directories` without symbolic links, in the order in which they must be mounted, and without those that lie in
-/// another one.
+/// `directories` with symbolic links resolved, in mount order, without those that lie inside another.
 pub(super) fn writable_roots(directories: &[PathBuf]) -> Result<Vec<PathBuf>, CarrierError> {
     let mut roots = Vec::new();
     for path in directories {

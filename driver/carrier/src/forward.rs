@@ -15,16 +15,15 @@ use crate::signals::Signals;
 use crate::terminal::RawTerminal;
 use crate::viewers::Door;
 
-/// How long a command may go on after the signal that shall end it.
+/// How long a command may continue after the signal that should end it.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// How long output is waited for after the command's end. Processes that it left behind may hold the streams open for
-/// ever, and nothing tells whether they will write.
+/// How long to wait for output after the command's end. Processes it left behind may hold the streams open for ever.
 const LINGER: Duration = Duration::from_millis(500);
 
 const SIGPIPE: i32 = 13;
 
-/// Runs the command `argv` in a carrier and answers its exit status, as a shell does: 128 and the signal's number if a
+/// Runs the command `argv` in a carrier and returns its exit status, as a shell does: 128 plus the signal's number if a
 /// signal killed it. The working directory is writable. Output and input are forwarded as they come, input only if it
 /// is not a terminal. SIGINT, SIGTERM and SIGHUP go to the command, and a second later the carrier ends.
 ///
@@ -69,7 +68,7 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
     status.map(|status| u8::try_from(status).unwrap_or(u8::MAX))
 }
 
-/// Runs the command to its end, or to a signal's.
+/// Runs the command until it ends or a signal ends it.
 async fn run(
     carrier: &Carrier,
     command: HostCommand,
@@ -122,7 +121,7 @@ async fn run(
     }
 }
 
-/// Writes output on. If nobody reads it any more, the command learns it the way a command does.
+/// Forwards output. If its reader is gone, the command gets a broken pipe as usual.
 async fn forward(
     out: &mut (impl AsyncWrite + Unpin),
     bytes: &[u8],

@@ -1,7 +1,6 @@
 //! Lets viewers on the host see the screens of machines in a carrier.
 //!
-//! A directory like that of a run has a socket, and whoever connects to it is connected to `firn view --pipe` in the
-//! carrier.
+//! A directory like a run's has a socket; connections to it are passed to `firn view --pipe` in the carrier.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,14 +19,14 @@ use super::{Carrier, HostCommand};
 /// Most viewers at once.
 const MAX_VIEWERS: usize = 16;
 
-/// A door for viewers, open until it is dropped.
+/// The viewers' socket, open until it is dropped.
 pub(super) struct Door {
     serving: AbortHandle,
     _dir: Scratch,
 }
 
 impl Door {
-    /// Opens it; `firn` is the program. None if that cannot be done: nothing that a run does depends on it.
+    /// Opens it; `firn` is the program. None if that fails: a run does not depend on it.
     pub(super) fn open(carrier: &Arc<Carrier>, firn: &Path) -> Option<Self> {
         let failed = |error: &dyn std::fmt::Display| {
             tracing::debug!(%error, "no viewer can see the machines in the carrier");

@@ -1,4 +1,4 @@
-//! Where the guest agent's static binary is.
+//! Finds the guest agent's static binary.
 
 use std::env;
 use std::fs;
@@ -18,7 +18,7 @@ const BUILD: &str = "RUSTFLAGS='-C target-feature=+crt-static' cargo build --pro
 /// Why there is no guest agent.
 #[derive(Debug, Error)]
 pub enum AgentError {
-    /// None of the places has it.
+    /// It is in none of the places.
     #[error(
         "no `{BINARY}` found. Looked at {}.\nSet {VARIABLE} to its path, or build it: {BUILD}",
         .looked_at.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
@@ -36,7 +36,7 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
-    /// The file is no program that a guest without libraries can run.
+    /// The file is not a program that a guest without libraries can run.
     #[error("{path} {problem}.\nBuild it so: {BUILD}")]
     Unsuitable {
         /// The file.
@@ -88,7 +88,7 @@ fn check(path: PathBuf) -> Result<PathBuf, AgentError> {
     }
 }
 
-/// What keeps the program in `bytes` from running as a guest's first process, without libraries.
+/// Why the program in `bytes` cannot run as a guest's init, without libraries.
 pub(crate) fn problem(bytes: &[u8]) -> Option<&'static str> {
     let Ok(file) = ElfFile64::<object::Endianness>::parse(bytes) else {
         return Some("is no 64-bit ELF program");

@@ -54,7 +54,7 @@ pub enum AptError {
     /// The metapackage names no kernel image.
     #[error("Debian package {0} depends on no kernel image")]
     NoKernel(String),
-    /// apt left no package file behind, or one with a name that is none.
+    /// apt left no package file behind, or one with an invalid name.
     #[error("apt left no package file of {0}")]
     NoFile(String),
     /// A program could not be run or a file not written.
@@ -96,12 +96,12 @@ impl Apt {
             fs::create_dir_all(state.join(dir)).map_err(io)?;
         }
         fs::write(state.join("sources.list"), sources(suite, &mirror)).map_err(io)?;
-        // Nothing is installed as far as this apt knows.
+        // For this apt nothing is installed.
         fs::write(state.join("status"), "").map_err(io)?;
         Ok(Self { suite, state: state.to_owned(), mirror })
     }
 
-    /// Brings the package lists up to date.
+    /// Updates the package lists.
     pub(crate) fn update(&self) -> Result<(), AptError> {
         self.run("fetching package lists", self.command("apt-get").arg("update")).map(drop)
     }
@@ -149,7 +149,7 @@ impl Apt {
         }
     }
 
-    /// Downloads `packages` and everything they depend on into `dir`, beside what it holds.
+    /// Downloads `packages` and their dependencies into `dir`, in addition to what it holds.
     pub(crate) fn download_all(
         &self,
         packages: &[&str],
@@ -235,14 +235,14 @@ fn run(
         }
         _ => AptError::Io { action: format!("run {program}"), source },
     })?;
-    // What setpriv answers if it does not find the program.
+    // setpriv's exit status if it does not find the program.
     if output.status.code() == Some(127) {
         return Err(AptError::NoProgram { program, package });
     }
     Ok(output)
 }
 
-/// The last lines of what a program complained.
+/// The last lines of a program's error output.
 fn complaint(output: &Output) -> String {
     let text = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();

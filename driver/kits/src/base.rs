@@ -1,4 +1,4 @@
-//! What of a kit comes from Debian: fetched once, then kept.
+//! The part of a kit that comes from Debian: fetched once, then kept.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use super::modules::{self, ModuleTree};
 use super::{BuildError, FORMAT, Progress, Recipe};
 
 const BUSYBOX: &str = "busybox-static";
-/// What all its other files were when they were written.
+/// The stamps of all its other files.
 const FILES: &str = "files.json";
 
 /// A base in the cache.
@@ -27,21 +27,21 @@ pub(crate) struct Base {
     pub(crate) info: Info,
 }
 
-/// What a base holds.
+/// The contents of a base.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Info {
     pub(crate) kernel_release: String,
     pub(crate) packages: BTreeMap<String, String>,
     /// Names of the modules in load order; `modules/NAME.ko` each.
     pub(crate) modules: Vec<String>,
-    /// More of them, that are not loaded at every boot.
+    /// More modules, which are not loaded at every boot.
     pub(crate) on_demand: Vec<String>,
     /// The commands that busybox has.
     pub(crate) applets: Vec<String>,
 }
 
 impl Base {
-    /// The base for `recipe`, if it is there. Whether Debian has newer packages is not asked.
+    /// The base for `recipe`, if it exists. Does not check for newer Debian packages.
     pub(crate) fn open(recipe: &Recipe, cache: &Cache) -> Result<Option<Self>, BuildError> {
         let key = key(recipe);
         let dir = cache.base_dir(recipe.name, &key);
@@ -49,13 +49,13 @@ impl Base {
         Ok(info.map(|info| Self { dir, key, info }))
     }
 
-    /// Where the base for `recipe` is, or would be.
+    /// The path of the base for `recipe`.
     #[cfg(test)]
     pub(crate) fn dir_of(recipe: &Recipe, cache: &Cache) -> PathBuf {
         cache.base_dir(recipe.name, &key(recipe))
     }
 
-    /// Fetches the packages and makes the base anew.
+    /// Fetches the packages and rebuilds the base.
     pub(crate) fn fetch(
         recipe: &Recipe,
         cache: &Cache,
@@ -93,7 +93,7 @@ impl Base {
 
     /// Fails if one of its files is damaged.
     pub(crate) fn check(&self, look: Look) -> Result<(), BuildError> {
-        // An earlier firn wrote none.
+        // An earlier version of firn wrote none.
         let stamps: Option<Stamps> = json::read(&self.dir.join(FILES))?;
         integrity::check(&self.dir, stamps.unwrap_or_default().iter_mut(), look)?;
         Ok(())
@@ -106,7 +106,7 @@ impl Base {
     }
 }
 
-/// Names a base by what this program asks for, so that another firn's base is not taken for it.
+/// Names a base by this program's recipe, so that another version's base is not mistaken for it.
 fn key(recipe: &Recipe) -> String {
     let (modules, on_demand) = (recipe.modules, recipe.on_demand);
     let (suite, packages) = (recipe.suite, recipe.packages.concat());
@@ -120,7 +120,7 @@ fn key(recipe: &Recipe) -> String {
     hex(&Sha256::digest(wanted)[..8])
 }
 
-/// Takes from unpacked packages in `files` what the kit needs, into `base`.
+/// Copies what the kit needs from unpacked packages in `files` to `base`.
 fn collect(
     recipe: &Recipe,
     kernel: &str,

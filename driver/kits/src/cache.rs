@@ -1,4 +1,4 @@
-//! The cache directory: who may change it, and how a directory appears in it all at once.
+//! The cache directory: locking it, and adding directories atomically.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::BuildError;
 
-/// How long a kit stays that nobody uses.
+/// How long an unused kit is kept.
 const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// `$XDG_CACHE_HOME/firn`.
@@ -19,7 +19,7 @@ pub(crate) struct Cache {
     root: PathBuf,
 }
 
-/// The right to change the cache, held by one process at a time.
+/// The lock on the cache, held by one process at a time.
 pub(crate) struct Lock<'a> {
     cache: &'a Cache,
     _file: File,
@@ -51,7 +51,7 @@ impl Cache {
         self.root.join("staging")
     }
 
-    /// Takes the lock; calls `waiting` first if another process has it. What killed builds left behind is removed.
+    /// Takes the lock; calls `waiting` first if another process holds it. Removes what killed builds left behind.
     pub(crate) fn lock(&self, waiting: impl FnOnce()) -> Result<Lock<'_>, BuildError> {
         private::make(&self.root)
             .map_err(|reason| KitError::Cache { path: self.root.clone(), reason })?;
@@ -73,7 +73,7 @@ impl Cache {
 }
 
 impl Lock<'_> {
-    /// An empty directory on the cache's file system. It vanishes when dropped.
+    /// An empty directory on the cache's file system, removed when dropped.
     pub(crate) fn staging(&self) -> Result<TempDir, BuildError> {
         let parent = self.cache.staging_dir();
         Place::open(&parent)
@@ -81,13 +81,13 @@ impl Lock<'_> {
             .map_err(BuildError::io("create a directory in", parent))
     }
 
-    /// Makes `staging` appear as `target`, in the place of what may be there.
+    /// Moves `staging` to `target`, replacing what is there.
     pub(crate) fn publish(&self, staging: TempDir, target: &Path) -> Result<(), BuildError> {
         if let Some(parent) = target.parent() {
             fs::create_dir_all(parent).map_err(BuildError::io("create", parent))?;
         }
         if target.exists() {
-            // Moved aside into staging, so that a kill in between leaves no half of it.
+            // Moved aside into staging first, so that a kill leaves nothing half removed.
             let aside = self.staging()?;
             fs::rename(target, aside.path().join("old"))
                 .map_err(BuildError::io("replace", target))?;
@@ -96,7 +96,7 @@ impl Lock<'_> {
         fs::rename(&staged, target).map_err(BuildError::io("rename to", target))
     }
 
-    /// Removes the other kits of this name that were not used for [`KEEP`]. Each new agent makes a new kit.
+    /// Removes other kits of this name that were not used for [`KEEP`]. Each new agent creates a new kit.
     pub(crate) fn prune_kits(&self, kit: &str, current: &Path) -> Result<(), BuildError> {
         let Some(parent) = current.parent() else { return Ok(()) };
         let entries = fs::read_dir(parent).map_err(BuildError::io("list", parent))?;

@@ -1,4 +1,4 @@
-//! A file in TOML or JSON between its text and its types: what is wrong with a value is shown with its line.
+//! A TOML or JSON file between its text and its types: errors about a value are shown with its line.
 
 use std::fmt;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::report::Report;
 
-/// Where a value stands: `nodes.server.disks[0].serial`.
+/// The path of a value: `nodes.server.disks[0].serial`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Key(Vec<Step>);
 
@@ -36,7 +36,7 @@ impl Key {
         Self(self.0.iter().cloned().chain([step]).collect())
     }
 
-    /// What serde says of where it was, below this one.
+    /// The path that serde reports, below this one.
     fn below(&self, path: &serde_path_to_error::Path) -> Self {
         use serde_path_to_error::Segment;
         path.iter().fold(self.clone(), |key, segment| match segment {
@@ -66,7 +66,7 @@ impl fmt::Display for Key {
     }
 }
 
-/// What is wrong with the value of a key.
+/// An error about the value of a key.
 #[derive(Debug)]
 pub(super) struct Problem {
     pub(super) key: Key,
@@ -80,7 +80,7 @@ impl Problem {
     }
 }
 
-/// A file's text, and how it is written.
+/// A file's text and format.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Document<'a> {
     path: &'a Path,
@@ -88,7 +88,7 @@ pub(super) struct Document<'a> {
     syntax: Syntax,
 }
 
-/// What of a key to point at. In JSON it is the value in either case.
+/// Which part of a key to point at. In JSON it is always the value.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Part {
     Key,
@@ -102,7 +102,7 @@ enum Syntax {
 }
 
 impl<'a> Document<'a> {
-    /// A JSON document that was read before.
+    /// A JSON document that has been parsed already.
     pub(super) fn of_json(path: &'a Path, text: &'a str) -> Self {
         Self { path, text, syntax: Syntax::Json }
     }
@@ -127,7 +127,7 @@ impl<'a> Document<'a> {
         Ok((document, value))
     }
 
-    /// The value at `key` as what it shall be.
+    /// The value at `key`, converted to its type.
     pub(super) fn typed<T: DeserializeOwned>(&self, key: &Key, value: Value) -> Result<T, Report> {
         serde_path_to_error::deserialize(value).map_err(|error| {
             let mut key = key.below(error.path());
@@ -149,7 +149,7 @@ impl<'a> Document<'a> {
         })
     }
 
-    /// Shows what is wrong.
+    /// Formats an error.
     pub(super) fn report(&self, problem: &Problem) -> Report {
         let Problem { key, message } = problem;
         let (message, help) = match message.split_once("; allowed: ") {
@@ -167,7 +167,7 @@ impl<'a> Document<'a> {
         }
     }
 
-    /// Where `key` or its value stands, or the nearest around it that is there.
+    /// The position of `key` or its value, or of the nearest enclosing value that exists.
     pub(super) fn locate(&self, key: &Key, part: Part) -> Range<usize> {
         let found = match self.syntax {
             Syntax::Toml => locate_toml(self.text, &key.0, part),
@@ -176,12 +176,12 @@ impl<'a> Document<'a> {
         found.unwrap_or(0..0)
     }
 
-    /// The text that the value of `key` is written as.
+    /// The source text of the value of `key`.
     pub(super) fn literal(&self, key: &Key) -> &'a str {
         self.text.get(self.locate(key, Part::Value)).unwrap_or_default()
     }
 
-    /// The line on which a byte stands, from 1.
+    /// The line of a byte, from 1.
     pub(super) fn line(&self, at: usize) -> usize {
         self.text.get(..at).unwrap_or_default().matches('\n').count() + 1
     }
@@ -253,7 +253,7 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
     at
 }
 
-/// What a key is called that had another name once.
+/// The current name of a key that was renamed.
 fn renamed(key: &str) -> Option<&'static str> {
     Some(match key {
         "memory_size" | "memory_mib" => "it is `memory` now, in MiB",

@@ -1,4 +1,4 @@
-//! What the NixOS test framework hands to its driver: a JSON file, or machines' start scripts one by one.
+//! The NixOS test framework's input to its driver: a JSON file, or the machines' start scripts one by one.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use super::document::{Document, Key};
 use super::report::{ConfigError, Report};
 use super::{MachineFile, Script, TestConfig, VSOCK_OFFSET, read, variable_name};
 
-/// The framework adds keys now and then: unknown ones are no error.
+/// The framework adds keys now and then, so unknown ones are ignored.
 #[derive(Deserialize)]
 struct DriverKeys {
     #[serde(default)]
@@ -35,7 +35,7 @@ enum Timeout {
 
 impl Timeout {
     /// # Errors
-    /// What it is, if that is no time above 0.
+    /// The value, if it is not a time above 0.
     fn duration(self) -> Result<Duration, String> {
         let (given, seconds) = match self {
             Self::Seconds(seconds) => (seconds.to_string(), Some(seconds)),
@@ -82,7 +82,7 @@ impl TestConfig {
     /// Reads the JSON file of `nixos-test-driver --config`.
     ///
     /// # Errors
-    /// If it, or a file that it names, cannot be read or makes no sense.
+    /// If it, or a file it names, cannot be read or is invalid.
     pub fn from_driver_file(path: &Path) -> Result<Self, ConfigError> {
         let text = read(path)?;
         let known = |report: Report| {
@@ -159,7 +159,7 @@ impl TestConfig {
         })
     }
 
-    /// Takes another script, a file of its own.
+    /// Replaces the script by that of a file.
     ///
     /// # Errors
     /// If it cannot be read.

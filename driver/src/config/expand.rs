@@ -7,18 +7,18 @@ use serde_json::Value;
 
 use super::document::Key;
 
-/// How deep defaults may lie in defaults.
+/// How deeply defaults may be nested.
 const MAX_DEPTH: usize = 16;
 
-/// The values of variables: the environment, and what is put before it.
+/// The values of variables: overrides, then the environment.
 #[derive(Clone, Debug, Default)]
 pub struct Variables {
     own: BTreeMap<&'static str, OsString>,
-    /// What is not set stays as it is written.
+    /// Unset variables stay as they are written.
     lenient: bool,
 }
 
-/// A string cannot be expanded.
+/// Why a string cannot be expanded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ExpandError {
     #[error("the variable {0} is not set")]
@@ -30,20 +30,20 @@ pub(super) enum ExpandError {
 }
 
 impl Variables {
-    /// The environment as it is when a variable is looked up: scripts change it.
+    /// The environment at the time of the lookup, as scripts change it.
     #[must_use]
     pub fn of_environment() -> Self {
         Self::default()
     }
 
-    /// Gives a variable a value, whatever the environment says.
+    /// Sets a variable, overriding the environment.
     #[must_use]
     pub fn with(mut self, name: &'static str, value: impl Into<OsString>) -> Self {
         self.own.insert(name, value.into());
         self
     }
 
-    /// Leaves variables that are not set as they are written, instead of refusing them.
+    /// Leaves unset variables as they are written instead of failing.
     #[must_use]
     pub(super) fn lenient(mut self) -> Self {
         self.lenient = true;
@@ -126,7 +126,7 @@ impl Variables {
     }
 }
 
-/// Where the brace closes that opened before `text`.
+/// The position of the brace that closes the one opened before `text`.
 fn closing(text: &str) -> Option<usize> {
     let mut open = 0_usize;
     let bytes = text.as_bytes();

@@ -22,8 +22,9 @@
 //!
 //! nix/machine-spec.nix writes such files for NixOS; what it writes is read here in a test.
 //!
-//! Strings may have variables in them ([`Variables`]), which are looked up at each start of the machine. Under a driver TMPDIR is the machine's state directory, SHARED_DIR the directory that all machines share,
-//! and relative paths start at the state directory; by hand they start where the file is run.
+//! Strings may have variables in them ([`Variables`]), which are looked up at each start of the machine. Under a driver
+//! TMPDIR is the machine's state directory, SHARED_DIR the directory that all machines share, and relative paths start
+//! at the state directory; by hand they start where the file is run.
 
 use std::fs;
 use std::io::Read;
@@ -43,10 +44,10 @@ use crate::machine::quote;
 
 /// The format's version, the value of the key `firn`.
 pub const VERSION: u32 = 1;
-/// A longer file is none.
+/// Longer files are rejected.
 const MAX_FILE: u64 = 4 << 20;
 
-/// A machine file that was read and makes sense.
+/// A valid machine file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineFile {
     path: PathBuf,
@@ -55,18 +56,18 @@ pub struct MachineFile {
     keys: Map<String, Value>,
     name: MachineName,
     vlans: Vec<Number>,
-    /// What its test's script needs it to have.
+    /// The parts that its test's script needs.
     needs: Vec<Needs>,
 }
 
-/// What a machine file says beside the machine.
+/// The keys of a machine file besides the machine's.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Head {
     firn: u32,
     name: MachineName,
     number: Option<Number>,
-    /// What it contains comes before `cmdline`.
+    /// Its contents come before `cmdline`.
     cmdline_file: Option<PathBuf>,
 }
 
@@ -74,7 +75,7 @@ impl Head {
     const KEYS: [&str; 4] = ["firn", "name", "number", "cmdline_file"];
 }
 
-/// What a machine has that its file does not mention: as much memory as in NixOS, and nothing else.
+/// The defaults of a machine file: as much memory as in NixOS, and nothing else.
 fn defaults() -> Value {
     json!({
         "memory": 1024, "initrd": [], "cmdline": "", "user_network": false, "vlans": [], "exchange": false,
@@ -85,7 +86,7 @@ impl MachineFile {
     /// Reads a machine file.
     ///
     /// # Errors
-    /// If it cannot be read, is something else, or makes no sense.
+    /// If it cannot be read, is something else, or is invalid.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let io = |source| ConfigError::Read { path: path.to_owned(), source };
         let mut bytes = Vec::new();
@@ -138,7 +139,7 @@ impl MachineFile {
     /// Reads a machine file's text; the first line may be missing.
     ///
     /// # Errors
-    /// If it makes no sense.
+    /// If it is invalid.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         // The line stays, blank, so that positions in messages are those in the file.
         let text = match text.starts_with("#!") {
@@ -174,16 +175,16 @@ impl MachineFile {
         &self.name
     }
 
-    /// Gives it another name.
+    /// Renames the machine.
     ///
     /// # Errors
-    /// If it cannot be a machine's name.
+    /// If it is not a valid machine name.
     pub fn rename(&mut self, name: &str) -> Result<(), ConfigError> {
         self.name = name.try_into().map_err(|error| self.bad("name", error))?;
         Ok(())
     }
 
-    /// Lets it have what a test's script needs, where it says nothing itself.
+    /// Adds the parts that a test's script needs, unless the file sets them.
     pub fn supply(&mut self, needs: Needs) {
         self.needs.push(needs);
     }
@@ -194,7 +195,7 @@ impl MachineFile {
         self.outline(1).ok()?.start_command
     }
 
-    /// Where it was read from.
+    /// The file's path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -206,27 +207,26 @@ impl MachineFile {
         &self.vlans
     }
 
-    /// The machine before anything is known of its start: variables that are not set stay as they are written.
+    /// The machine before its start is known: unset variables stay as they are written.
     ///
     /// # Errors
-    /// If the values of variables make no sense.
+    /// If the values of variables are invalid.
     pub fn outline(&self, number: u8) -> Result<NodeConfig, ConfigError> {
         self.node_by(number, &Variables::of_environment().lenient(), Path::new(""), false)
     }
 
-    /// The machine by this process's environment, with the directories that are yet to be made in one that is never
-    /// there.
+    /// The machine by this process's environment, with placeholders for directories that do not exist yet.
     pub(super) fn here(&self) -> Option<NodeConfig> {
         let none = "/nonexistent";
         let own = Variables::of_environment().with("TMPDIR", none).with("SHARED_DIR", none);
         self.node_by(1, &own.lenient(), Path::new(""), false).ok()
     }
 
-    /// The machine as it will be, as far as that can be said before its start: its command line may be incomplete, and
-    /// variables that are not set yet stay as they are written. `number` is its number if it does not say one.
+    /// The machine as far as it is known before its start: its command line may be incomplete, and unset variables stay
+    /// as they are written. `number` is used if the file has none.
     ///
     /// # Errors
-    /// If the values of variables make no sense.
+    /// If the values of variables are invalid.
     pub fn preview(
         &self,
         number: u8,
@@ -236,7 +236,7 @@ impl MachineFile {
         self.node_by(number, &variables.clone().lenient(), base, false)
     }
 
-    /// The machine as it shall be started now: variables are replaced, and relative paths start at `base`.
+    /// The machine to start now: variables are expanded, and relative paths start at `base`.
     ///
     /// # Errors
     /// If a variable is not set, or the file with the command line cannot be read.
@@ -317,7 +317,7 @@ fn is_ours(text: &str) -> bool {
             .any(|word| word == "firn")
 }
 
-/// What a text is that is no machine file.
+/// What a text is that is not a machine file.
 fn describe(text: &str) -> &'static str {
     if text.trim().is_empty() {
         "empty"

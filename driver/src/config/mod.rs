@@ -1,4 +1,4 @@
-//! What a test consists of: its script, machines and limits, as plain data.
+//! The description of a test: its script, machines and limits, as plain data.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -47,9 +47,9 @@ pub struct TestConfig {
     pub nodes: Vec<NodeConfig>,
     /// Machines that have files of their own.
     pub files: Vec<MachineFile>,
-    /// Vlans that are there even if no machine is on them.
+    /// Vlans that exist even if no machine is on them.
     pub more_vlans: Vec<Number>,
-    /// Every machine has a vsock, so that ssh can enter it; a CID is this and the machine's number.
+    /// Gives every machine a vsock for ssh; its CID is this plus the machine's number.
     pub vsock_offset: Option<u32>,
 }
 
@@ -65,7 +65,7 @@ pub struct Script {
 }
 
 impl TestConfig {
-    /// All vlans that machines are on, each once, in order.
+    /// All vlans that machines are on, sorted, without duplicates.
     #[must_use]
     pub fn vlans(&self) -> Vec<Number> {
         let nodes = self.nodes.iter().flat_map(|node| &node.vlans);
@@ -75,15 +75,15 @@ impl TestConfig {
         all.into_iter().collect()
     }
 
-    /// The names of the script's variables for the machines.
+    /// The names of the machines' variables in the script.
     #[must_use]
     pub fn variables(&self) -> Vec<String> {
         let nodes = self.nodes.iter().map(NodeConfig::variable);
         nodes.chain(self.files.iter().map(|file| variable_name(file.name()))).collect()
     }
 
-    /// Lets the machine that the script calls `variable`, or all of them, have what the script needs, as far as their
-    /// descriptions leave that open.
+    /// Gives the machine of the script's `variable`, or all machines, the parts that the script needs, unless their
+    /// descriptions set them.
     pub fn supply(&mut self, variable: Option<&str>, needs: Needs) {
         let wanted = |other: &str| variable.is_none_or(|wanted| wanted == other);
         for node in self.nodes.iter_mut().filter(|node| wanted(&node.variable())) {
@@ -94,8 +94,7 @@ impl TestConfig {
         }
     }
 
-    /// The directories of the host that guests may write to, as far as they are there already; without those of
-    /// devices and of the system.
+    /// The existing directories of the host that guests may write to, without those of devices and of the system.
     #[must_use]
     pub fn writable(&self) -> Vec<PathBuf> {
         let files = self.files.iter().filter_map(MachineFile::here);

@@ -1,4 +1,4 @@
-//! The user network of a machine, as files describe it.
+//! The user network of a machine, as described in files.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -13,11 +13,11 @@ use serde::{Deserialize, Deserializer};
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct UserNetwork {
-    /// Nothing gets out but to forwarded ports.
+    /// Only forwarded ports are reachable.
     pub restrict: bool,
     /// The gateway's addresses lead to the host's loopback.
     pub host_loopback: bool,
-    /// Ports that lead to the other side.
+    /// Forwarded ports.
     pub forward_ports: Vec<PortForward>,
     /// Options of QEMU's user network that change it, as `QEMU_NET_OPTS` has them.
     pub qemu_net_opts: String,
@@ -76,7 +76,7 @@ struct End {
 impl TryFrom<Keys> for PortForward {
     type Error = ValueError;
 
-    /// Fills in what was left out: the host's loopback and the guest's own address.
+    /// Fills in defaults: the host's loopback and the guest's own address.
     fn try_from(keys: Keys) -> Result<Self, ValueError> {
         let Keys { from, proto, host, guest } = keys;
         let from_guest = from == From::Guest;

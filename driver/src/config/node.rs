@@ -1,4 +1,4 @@
-//! A machine of a test as it is described: the same keys in TOML and in machine files.
+//! The description of a machine, with the same keys in TOML and in machine files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -29,7 +29,7 @@ pub struct NodeConfig {
     /// Its name and its host name.
     #[serde(skip)]
     pub name: String,
-    /// Its place among the sorted names, from 1.
+    /// Its position among the sorted names, from 1.
     #[serde(skip)]
     pub number: u8,
     /// What runs it: firn's own monitor, or QEMU; without a word of it QEMU if it has a start command.
@@ -51,38 +51,37 @@ pub struct NodeConfig {
     pub memory: Option<MemoryMib>,
     /// Number of vCPUs.
     pub cores: Cores,
-    /// Its first card, eth0: the way to the host and beyond. `false` leaves it out.
+    /// Its first card, eth0: the user network. `false` leaves it out.
     #[serde(deserialize_with = "user_network")]
     pub user_network: Option<UserNetwork>,
-    /// The vlans it is on; the guest's interface on the first is eth1, on the next eth2.
+    /// The vlans it is on; the guest's interface on the first is eth1, on the second eth2.
     pub vlans: Vec<Number>,
-    /// The addresses of its cards by their vlans, where they are not made from the numbers of vlan and node.
+    /// The hardware addresses of its cards by vlan, where they are not derived from the numbers of vlan and node.
     pub macs: BTreeMap<Number, Mac>,
-    /// Disks, in the order in which the guest finds them: vda, vdb, … Without an image a disk is made in the machine's
-    /// state directory at its first start.
+    /// Disks in the guest's order: vda, vdb, … A disk without an image is created in the machine's state directory at
+    /// the first start.
     pub disks: Vec<DiskSpec>,
     /// Directories of the host.
     pub shares: Vec<ShareSpec>,
-    /// It has the shares `shared` and `xchg` beside these.
+    /// Adds the shares `shared` and `xchg`.
     pub exchange: bool,
-    /// It has a source of entropy.
+    /// An entropy source.
     pub rng: bool,
-    /// It has a memory balloon: memory that it does not use goes back to the host.
+    /// A memory balloon, which returns unused memory to the host.
     pub balloon: bool,
-    /// A screen; without a word of it, one if the test's script needs it.
+    /// A screen; by default, one if the test's script needs it.
     pub screen: ScreenChoice,
     /// A keyboard; likewise.
     pub keyboard: Option<bool>,
-    /// A pointer with places of its own on the screen; likewise.
+    /// An absolute pointer; likewise.
     pub tablet: Option<bool>,
-    /// Sockets between programs of host and guest.
+    /// Sockets between host and guest programs.
     pub vsock: Option<VsockSpec>,
-    /// Free texts of its SMBIOS tables, in which systemd looks for credentials.
+    /// SMBIOS OEM strings, in which systemd looks for credentials.
     pub oem_strings: Vec<String>,
-    /// Files of the host that systemd in the guest has as credentials, by the credentials' names. They are read at
-    /// each start.
+    /// Files of the host that systemd in the guest gets as credentials, by name. They are read at each start.
     pub credentials: BTreeMap<CredentialName, PathBuf>,
-    /// Options of QEMU that change it, as `QEMU_OPTS` has them.
+    /// QEMU options that change it, as in `QEMU_OPTS`.
     pub qemu_opts: String,
 }
 
@@ -140,7 +139,7 @@ impl NodeConfig {
         self.backend.unwrap_or(unsaid)
     }
 
-    /// Memory in MiB: its own, or as much as its kit wants.
+    /// Memory in MiB: its own, or the kit's default.
     #[must_use]
     pub fn memory(&self) -> MemoryMib {
         self.memory.unwrap_or_else(|| self.kit.default_memory())
@@ -174,7 +173,7 @@ impl NodeConfig {
         variable_name(&self.name)
     }
 
-    /// The directories that its shares and disks are in, those that it may not change left out.
+    /// The directories of its shares and disks that it may write to.
     pub(super) fn writable(&self) -> Vec<PathBuf> {
         let shares = self.shares.iter().filter(|share| !share.read_only);
         let images = self.disks.iter().filter(|disk| !disk.read_only);
@@ -182,7 +181,7 @@ impl NodeConfig {
         shares.map(|share| share.source.clone()).chain(images.map(PathBuf::from)).collect()
     }
 
-    /// Lets relative paths of the host start at `base`.
+    /// Makes the host's relative paths start at `base`.
     pub(super) fn rebase(&mut self, base: &Path) {
         let files = self.kernel.iter_mut().chain(self.initrd.iter_mut().flatten());
         let sources = self.shares.iter_mut().flat_map(|share| {
@@ -200,7 +199,7 @@ impl NodeConfig {
         }
     }
 
-    /// Lets the options of QEMU that it has change it.
+    /// Applies its QEMU options.
     pub(super) fn apply_qemu_options(&mut self) -> Result<(), (&'static str, BadOption)> {
         let changes = qemu_options::options(&std::mem::take(&mut self.qemu_opts))
             .map_err(|error| ("qemu_opts", error))?;
@@ -218,7 +217,7 @@ impl NodeConfig {
         Ok(())
     }
 
-    /// Lets it have what its script needs, where it says nothing itself.
+    /// Adds the parts that its script needs, unless the description sets them.
     pub(super) fn supply(&mut self, needs: Needs) {
         if needs.screen {
             self.screen = self.screen.or(ScreenChoice::Yes(ScreenSpec::default()));
@@ -227,7 +226,7 @@ impl NodeConfig {
         self.tablet = self.tablet.or(needs.tablet.then_some(true));
     }
 
-    /// Checks what no value says alone; `at` is the key of the machine.
+    /// Checks what involves several values; `at` is the key of the machine.
     pub(super) fn check(&self, at: &Key) -> Result<(), Problem> {
         self.check_backend(at)?;
         for (index, disk) in self.disks.iter().enumerate() {

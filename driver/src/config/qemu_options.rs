@@ -1,5 +1,5 @@
-//! What QEMU's start scripts take from the environment and machines of NixOS go on to honour: the few options that
-//! mean something here. All others are errors: a machine that is not what was asked for helps nobody.
+//! The QEMU options that NixOS start scripts take from the environment. The few that apply to firn are honoured; all
+//! others are errors, rather than starting a machine that is not what was asked for.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -8,7 +8,7 @@ use firn_vmm::spec::{Cores, MemoryMib, ScreenKind, ScreenSpec, ValueError};
 
 use super::screen::ScreenChoice;
 
-/// What options of QEMU change of a machine.
+/// What QEMU options change about a machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Overrides {
     pub(super) memory: Option<MemoryMib>,
@@ -18,7 +18,7 @@ pub(super) struct Overrides {
     pub(super) tablet: bool,
 }
 
-/// An option that cannot be heeded.
+/// An option that cannot be applied.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadOption {
     #[error(transparent)]
@@ -27,7 +27,7 @@ pub(super) enum BadOption {
     Value { option: &'static str, error: ValueError },
 }
 
-/// An option that means nothing here.
+/// An option that does not apply to firn.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{is}` is not for firn; allowed: {allowed}")]
 pub(super) struct Foreign {
@@ -41,7 +41,7 @@ const OPTIONS: &str = "`-m SIZE`, `-smp CORES`, `-cpu host`, `-cpu max`, `-nogra
 const NET_OPTIONS: &str = "`hostfwd=tcp:HOST:PORT-GUEST:PORT` or with udp, where both addresses may be missing, \
                            and `restrict=on`";
 
-/// Reads options of QEMU, as QEMU_OPTS has them.
+/// Parses QEMU options, as in QEMU_OPTS.
 pub(super) fn options(text: &str) -> Result<Overrides, BadOption> {
     let value_of = |option| move |error| BadOption::Value { option, error };
     let mut words = text.split_whitespace();
@@ -78,12 +78,12 @@ pub(super) fn options(text: &str) -> Result<Overrides, BadOption> {
     Ok(overrides)
 }
 
-/// A screen of this kind, of the usual size.
+/// A screen of this kind, in the default size.
 fn screen(kind: ScreenKind) -> ScreenChoice {
     ScreenChoice::Yes(ScreenSpec { kind, ..ScreenSpec::default() })
 }
 
-/// Adds a device as QEMU writes it; None if it is none of those that mean something here.
+/// Adds a device in QEMU's notation; None if it does not apply to firn.
 fn add(overrides: &mut Overrides, device: &str) -> Result<Option<()>, BadOption> {
     let mut words = device.split(',');
     // What it is plugged into, and its name in QEMU, are nothing that a guest sees.
@@ -118,7 +118,7 @@ fn add(overrides: &mut Overrides, device: &str) -> Result<Option<()>, BadOption>
     Ok(Some(()))
 }
 
-/// A size as QEMU writes it, in MiB where it has no unit.
+/// A size in QEMU's notation; MiB if it has no unit.
 fn mebibytes(size: &str) -> Option<u64> {
     let unit = |letters: [char; 2], mebibytes: u64| {
         let number: u64 = size.strip_suffix(letters)?.parse().ok()?;
@@ -127,14 +127,14 @@ fn mebibytes(size: &str) -> Option<u64> {
     size.parse().ok().or_else(|| unit(['M', 'm'], 1)).or_else(|| unit(['G', 'g'], 1024))
 }
 
-/// What options of QEMU's user network ask for.
+/// What options of QEMU's user network set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct NetOptions {
     pub(super) restrict: Option<bool>,
     pub(super) forwards: Vec<Forward>,
 }
 
-/// Reads options of QEMU's user network, as QEMU_NET_OPTS has them: with commas between them.
+/// Parses options of QEMU's user network, as in QEMU_NET_OPTS: separated by commas.
 pub(super) fn net_options(text: &str) -> Result<NetOptions, BadOption> {
     let mut options = NetOptions::default();
     for option in text.split(',').filter(|option| !option.is_empty()) {
@@ -150,7 +150,7 @@ pub(super) fn net_options(text: &str) -> Result<NetOptions, BadOption> {
     Ok(options)
 }
 
-/// Reads `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`.
+/// Parses `[tcp|udp]:[HOST]:PORT-[GUEST]:PORT`.
 pub(crate) fn forward(rule: &str) -> Option<Forward> {
     let (protocol, rest) = rule.split_once(':')?;
     let protocol = match protocol {

@@ -1,4 +1,4 @@
-//! Says what is wrong with a test's file, and where.
+//! Reports what is wrong with a test's file, and where.
 
 use std::fmt;
 use std::io;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet};
 
-/// A test's file cannot be used.
+/// Why a test's file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It cannot be read.
@@ -19,12 +19,12 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
-    /// A key of it has a value that cannot be.
+    /// A key has an invalid value.
     #[error("{}: {message}", path.display())]
     Key {
         /// The file.
         path: PathBuf,
-        /// Which key, its value, and what is allowed.
+        /// The key, its value, and what is allowed.
         message: String,
     },
     /// It is something else.
@@ -35,12 +35,12 @@ pub enum ConfigError {
         /// What it is.
         what: &'static str,
     },
-    /// It can be read, but not meant.
+    /// It is readable but invalid.
     #[error(transparent)]
     Invalid(#[from] Report),
 }
 
-/// What is wrong with a file, shown with the line it is about.
+/// What is wrong with a file, shown with the line in question.
 #[derive(Debug)]
 pub struct Report {
     message: String,

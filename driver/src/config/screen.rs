@@ -1,4 +1,4 @@
-//! A machine's screen, keyboard and tablet, as files describe them.
+//! A machine's screen, keyboard and tablet, as described in files.
 
 use std::fmt;
 
@@ -7,20 +7,20 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// What a machine's description says of a screen.
+/// The screen in a machine's description.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ScreenChoice {
-    /// Nothing: it has one if the test's script needs it.
+    /// Not set: it has one if the test's script needs it.
     #[default]
     Unsaid,
-    /// It has none, whatever the script calls.
+    /// None, whatever the script calls.
     No,
-    /// It has this one.
+    /// This one.
     Yes(ScreenSpec),
 }
 
 impl ScreenChoice {
-    /// The screen that there is.
+    /// The screen, if there is one.
     #[must_use]
     pub fn spec(self) -> Option<ScreenSpec> {
         match self {
@@ -29,14 +29,14 @@ impl ScreenChoice {
         }
     }
 
-    /// Another choice, where this one is none.
+    /// Falls back to another choice if this one is not set.
     #[must_use]
     pub(super) fn or(self, other: Self) -> Self {
         if self == Self::Unsaid { other } else { self }
     }
 }
 
-/// What a test's script needs a machine to have, as far as the machine's description says nothing of it.
+/// The parts that a test's script needs a machine to have, unless the machine's description sets them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// A screen: a plain one.
@@ -48,12 +48,12 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// All that there is, for people.
+    /// All parts, for interactive use.
     pub const ALL: Self = Self { screen: true, keyboard: true, tablet: true };
 }
 
 impl<'de> Deserialize<'de> for ScreenChoice {
-    /// Reads `"plain"`, `"gpu"`, `true`, `false`, or the screen's keys.
+    /// Parses `"plain"`, `"gpu"`, `true`, `false`, or the screen's keys.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Wanted;
 

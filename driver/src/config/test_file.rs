@@ -29,7 +29,7 @@ impl TestConfig {
     /// Reads a test from a TOML file. Relative paths in it start at the file's directory.
     ///
     /// # Errors
-    /// If the file, or a file or directory it names, cannot be read, or if it makes no sense.
+    /// If the file, or a file or directory it names, cannot be read or is invalid.
     pub fn from_toml_file(path: &Path) -> Result<Self, ConfigError> {
         let text = read(path)?;
         Self::from_toml(&text, path)
@@ -38,7 +38,7 @@ impl TestConfig {
     /// Reads a test from the text of a TOML file at `path`.
     ///
     /// # Errors
-    /// As [`Self::from_toml_file`].
+    /// Those of [`Self::from_toml_file`].
     pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let (document, value) = Document::toml(path, text)?;
         let keys: TestKeys = document.typed(&Key::default(), value)?;
@@ -118,7 +118,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The line on which the script's text begins. TOML drops a line end right behind the quotes.
+    /// The line on which the script's text begins. TOML drops a line end right after the quotes.
     fn first_line(&self) -> usize {
         let key = Key::from("test_script");
         let literal = self.document.literal(&key);
@@ -179,7 +179,7 @@ impl Reader<'_> {
         Ok(node)
     }
 
-    /// Checks that there is a file.
+    /// Checks that the file exists.
     fn file(&self, key: &Key, what: &str, path: &Path) -> Result<(), Report> {
         let problem = match fs::metadata(path) {
             Ok(meta) if meta.is_dir() => "is a directory".to_owned(),
@@ -190,7 +190,7 @@ impl Reader<'_> {
         Err(self.bad(key, message))
     }
 
-    /// The directory without links.
+    /// The directory with symbolic links resolved.
     fn directory(&self, key: &Key, path: &Path) -> Result<PathBuf, Report> {
         let problem = match path.canonicalize() {
             Ok(path) if path.is_dir() => return Ok(path),

@@ -1,4 +1,4 @@
-//! The outcome as a JUnit report.
+//! The results as a JUnit report.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -10,14 +10,14 @@ use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
 
 use super::{Event, Level, Sink, finished};
 
-/// What the parts of a script outside of subtests are called.
+/// The name of the script's parts outside subtests.
 const MAIN: &str = "main";
-/// What upstream's driver says of each case that failed; why is in the case's output of errors.
+/// Upstream's message for each failed case; the reason is in the case's error output.
 const FAILED: &str = "test case failed";
-/// Most bytes of a case's output; the end is what tells most, so the beginning goes.
+/// Most bytes kept of a case's output. The end is the most telling, so the beginning is dropped.
 const MAX_OUTPUT: usize = 1 << 20;
 
-/// A test case: all subtests of a name.
+/// A test case: all subtests with the same name.
 struct Case {
     name: String,
     output: Output,
@@ -43,11 +43,11 @@ impl Case {
     }
 }
 
-/// Lines, the last of those that came.
+/// The latest lines.
 #[derive(Default)]
 struct Output {
     text: String,
-    /// How many bytes came before.
+    /// How many earlier bytes were dropped.
     cut: usize,
 }
 
@@ -60,7 +60,7 @@ impl Output {
         if self.text.len() > 2 * MAX_OUTPUT {
             let cut = self.text.len() - MAX_OUTPUT;
             let line = self.text.as_bytes()[cut..].iter().position(|byte| *byte == b'\n');
-            // Behind a line end is always the beginning of a character.
+            // A character always begins after a line end.
             let cut = line.map_or(self.text.len(), |at| cut + at + 1);
             self.text.drain(..cut);
             self.cut += cut;
@@ -81,7 +81,7 @@ pub(super) struct Junit {
     began: Instant,
     /// The first is [`MAIN`].
     cases: Vec<Case>,
-    /// The subtests that run, the innermost last.
+    /// The running subtests, innermost last.
     running: Vec<usize>,
 }
 
@@ -115,7 +115,7 @@ impl Junit {
         };
         let case = &mut self.cases[self.running.remove(place)];
         case.took = Some(case.took.unwrap_or_default() + took);
-        // Why is in the log already.
+        // The log has the reason already.
         case.failed |= failed;
     }
 
@@ -130,7 +130,7 @@ impl Junit {
                 status.set_type("failure").set_message(FAILED);
             }
             let mut written = TestCase::new(case.name.as_str(), status);
-            // What still runs ends with the run.
+            // Steps that still run end with the run.
             written.set_time(case.took.unwrap_or(total));
             written.system_out = case.output.written().as_deref().map(Into::into);
             written.system_err = case.errors.written().as_deref().map(Into::into);

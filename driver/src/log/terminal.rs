@@ -1,4 +1,4 @@
-//! The log as people read it.
+//! The log for people.
 
 use std::io::{self, Write};
 
@@ -8,11 +8,11 @@ use super::{Event, Level, Sink, finished, printable};
 
 /// A step's name.
 const STEP: Style = AnsiColor::Green.on_default().effects(Effects::BOLD);
-/// What a guest prints.
+/// A guest's output.
 const SERIAL: Style = Style::new().effects(Effects::DIMMED);
 /// What went wrong.
 const ERROR: Style = AnsiColor::Red.on_default();
-/// What may go wrong.
+/// A warning.
 const WARNING: Style = AnsiColor::Yellow.on_default();
 
 pub(super) struct Terminal {
@@ -75,7 +75,7 @@ impl Sink for Terminal {
     }
 
     fn finish(&mut self) -> io::Result<bool> {
-        // Nobody is told if it cannot be read any more, as with the lines.
+        // Errors are ignored, as for lines.
         let _ = self.out.flush();
         Ok(true)
     }

@@ -14,13 +14,13 @@ use super::{Event, Level, Sink, finished};
 
 /// Most bytes of the file that a machine's console takes: a guest must not fill the host's disk.
 const MAX_CONSOLE: usize = 16 << 20;
-/// What a line takes beside its text and its machine's name.
+/// The size of a line without its text and its machine's name.
 const LINE: usize = r#"<line machine="" type="serial"></line>"#.len();
 
 pub(super) struct XmlLog {
     writer: Writer<BufWriter<File>>,
     open: usize,
-    /// What each machine's console has taken.
+    /// How many bytes each machine's console has taken.
     consoles: HashMap<String, usize>,
     /// The first error; later writes are not tried.
     error: Option<io::Error>,
@@ -123,7 +123,7 @@ impl Sink for XmlLog {
     }
 }
 
-/// Without the characters that XML 1.0 has no way to write (2.2).
+/// Removes characters that XML 1.0 cannot represent (2.2).
 fn allowed(text: &str) -> String {
     let fits = |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..);
     text.chars().filter(|c| fits(*c)).collect()

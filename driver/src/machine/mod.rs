@@ -1,7 +1,7 @@
 //! A machine of a test, as its script sees it.
 //!
 //! A file for each family of calls: `power` (start to release), `exec`, `files`, `console`, `network`. A call that
-//! waits for the guest is ended at once when the guest ends ([`Machine::unless_ended`]).
+//! waits for the guest ends at once when the guest ends ([`Machine::unless_ended`]).
 
 use std::fmt::{self, Display};
 use std::path::PathBuf;
@@ -60,7 +60,7 @@ struct Inner {
     source: Arc<Source>,
     /// What runs it.
     backend: Box<dyn Backend>,
-    /// Its time, on which all deadlines of its calls are measured.
+    /// Its clock, which measures the deadlines of all calls.
     clock: Clock,
     /// A script may give it others.
     dirs: std::sync::Mutex<Dirs>,
@@ -70,9 +70,9 @@ struct Inner {
     console: Arc<Console>,
     events: qmp::Events,
     state: watch::Sender<State>,
-    /// The way by which the last call went.
+    /// The way that the last call took.
     used: std::sync::Mutex<Option<Session>>,
-    /// Held while the machine is being started, ended, paused or resumed, so that two callers do not both do it.
+    /// Held while the machine is being started, stopped, paused or resumed, so that two callers do not both do it.
     changing: Mutex<()>,
 }
 
@@ -81,7 +81,7 @@ struct Inner {
 pub(crate) struct Dirs {
     /// Its own, for everything that belongs to the run.
     pub(crate) state: PathBuf,
-    /// All machines' and the host's: `/tmp/shared` in the guest.
+    /// Shared by all machines and the host: `/tmp/shared` in the guest.
     pub(crate) shared: PathBuf,
     /// Where files for the user go.
     pub(crate) out: PathBuf,
@@ -101,7 +101,7 @@ impl Dirs {
         self.state.join("xchg")
     }
 
-    /// Makes the machine's own directories, as far as they are not there.
+    /// Creates the machine's own directories if they are missing.
     pub(crate) fn make(&self) -> Result<(), MachineError> {
         let failed = |source| MachineError::file("make", &self.state)(source);
         private::make(&self.state).map_err(failed)?;
@@ -126,17 +126,17 @@ impl Dirs {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Status {
-    /// It was not started yet, or its end was taken note of.
+    /// Not started yet, or its end was acknowledged.
     Off,
-    /// It is being put together.
+    /// Being assembled.
     Starting,
     /// Its guest runs.
     Running,
-    /// Its guest stands still, and its clock with it.
+    /// Its guest is frozen, and its clock with it.
     Paused,
-    /// It has ended, or was told to, and what is left of it is being cleared away.
+    /// It has ended or was told to, and is being cleaned up.
     Stopping,
-    /// It ended, and no call has taken note of it yet.
+    /// It ended, and no call has acknowledged that yet.
     Ended,
 }
 
@@ -184,7 +184,7 @@ impl State {
         }
     }
 
-    /// The guest that is there, whether it runs or is paused.
+    /// The guest, if it is running or paused.
     fn run(&self) -> Option<&Run> {
         match self {
             Self::Running(run) | Self::Paused(run) => Some(run),
@@ -199,7 +199,7 @@ impl State {
         }
     }
 
-    /// Whether nothing of it is there.
+    /// Whether nothing of it is left.
     fn is_over(&self) -> bool {
         matches!(self, Self::Off | Self::Ended(_))
     }
@@ -277,7 +277,7 @@ impl Machine {
         *self.inner.source == *source
     }
 
-    /// What it may have open, for a machine that takes its place.
+    /// Its share of open files, for a machine that replaces it.
     pub(crate) fn descriptors(&self) -> Arc<Part> {
         Arc::clone(&self.inner.descriptors)
     }
@@ -288,7 +288,7 @@ impl Machine {
         self.dirs().state.clone()
     }
 
-    /// From its next start on it uses the state of another machine, in `dir`.
+    /// Uses another machine's state, in `dir`, from the next start on.
     pub fn set_state_dir(&self, dir: PathBuf) {
         let mut dirs = self.dirs();
         if dirs.state == dir {
@@ -307,23 +307,23 @@ impl Machine {
         self.dirs().shared.clone()
     }
 
-    /// From its next start on it shares this directory of the host instead.
+    /// Shares this directory of the host instead, from the next start on.
     pub fn set_shared_dir(&self, dir: PathBuf) {
         self.dirs().shared = dir;
     }
 
-    /// The directory for files that the user shall keep.
+    /// The output directory.
     #[must_use]
     pub fn out_dir(&self) -> PathBuf {
         self.dirs().out.clone()
     }
 
-    /// From now on files for the user go there.
+    /// Sets the output directory.
     pub fn set_out_dir(&self, dir: PathBuf) {
         self.dirs().out = dir;
     }
 
-    /// Whether its state outlives the run.
+    /// Whether its state is kept after the run.
     #[must_use]
     pub fn keeps_state(&self) -> bool {
         self.dirs().keep
@@ -333,31 +333,31 @@ impl Machine {
         self.inner.dirs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What it is doing.
+    /// Its state.
     #[must_use]
     pub fn status(&self) -> Status {
         self.inner.state.borrow().status()
     }
 
-    /// Its time since it was made, which stands still while it is paused.
+    /// Its time since it was created, which stands still while it is paused.
     #[must_use]
     pub fn clock(&self) -> &Clock {
         &self.inner.clock
     }
 
-    /// Whether it was started, and has not ended.
+    /// Whether it was started and has not ended.
     #[must_use]
     pub fn booted(&self) -> bool {
         matches!(self.status(), Status::Running | Status::Paused | Status::Stopping)
     }
 
-    /// Whether commands can be run in it at once.
+    /// Whether it takes commands now.
     #[must_use]
     pub fn connected(&self) -> bool {
         self.inner.state.borrow().run().is_some_and(|run| run.access.session().is_some())
     }
 
-    /// Whether it runs and commands can be run in it.
+    /// Whether it is running and takes commands.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.connected()
@@ -369,7 +369,7 @@ impl Machine {
         self.inner.console.tap()
     }
 
-    /// Writes a message about it to the log.
+    /// Logs a message about it.
     pub fn log(&self, message: impl Display) {
         self.inner.log.info(message);
     }
@@ -386,11 +386,11 @@ impl Machine {
         &self.inner.log
     }
 
-    /// Runs `wait` to its end, or to that of the guest.
+    /// Runs `wait` until it ends or the guest does.
     ///
     /// # Errors
-    /// What `wait` answers; [`MachineError::Ended`] if the guest ends, or has ended;
-    /// [`MachineError::NotRunning`] if it was not started.
+    /// Those of `wait`; [`MachineError::Ended`] if the guest ends or has ended; [`MachineError::NotRunning`] if it was
+    /// not started.
     async fn unless_ended<T>(&self, wait: impl Future<Output = Result<T>>) -> Result<T> {
         let mut state = self.inner.state.subscribe();
         tokio::select! {
@@ -400,7 +400,7 @@ impl Machine {
         }
     }
 
-    /// Waits until nothing of the machine is there, and says so.
+    /// Waits until nothing of the machine is left; returns the reason.
     async fn ended(&self, state: &mut watch::Receiver<State>) -> Error {
         // The sender lives in self, so there is always an answer.
         match state.wait_for(State::is_over).await.as_deref() {

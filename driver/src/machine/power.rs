@@ -21,10 +21,10 @@ pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
 const PRINT_AFTER_PANIC: Duration = Duration::from_millis(300);
 /// A guest that was told to restart and has not done so for so long may never do it.
 const SLOW_REBOOT: Duration = Duration::from_secs(60);
-/// What is said of a panic whose reason is not on the serial console.
+/// The reason for a panic that is not on the serial console.
 const UNKNOWN_REASON: &str = "its kernel printed no reason on the serial console";
 
-/// What the supervisor of a machine holds between its start and its end.
+/// A supervised machine, between its start and its end.
 struct Launched {
     events: mpsc::UnboundedReceiver<Event>,
     /// The host's ends of the guest's console ports: hvc0, and the agent's.
@@ -33,11 +33,11 @@ struct Launched {
 }
 
 impl Machine {
-    /// Starts it, if it does not run. Does not wait for the guest to come up. A guest that resets itself ends,
-    /// unless `allow_reboot`.
+    /// Starts the machine unless it is running. Does not wait for the guest to boot. Without `allow_reboot`, a guest
+    /// that resets itself ends.
     ///
     /// # Errors
-    /// If the machine cannot be made.
+    /// If the machine cannot be created.
     pub async fn start(&self, allow_reboot: bool) -> Result<()> {
         let machine = self.clone();
         to_its_end(async move {
@@ -74,12 +74,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Has the guest stand still until [`Self::resume`]: its processors, its devices, and the time of all calls that
-    /// wait for it. Its own clock shows afterwards what time it is: over the backdoor's shell, where the guest's
-    /// `timeout` ends commands, one that ran meanwhile may be ended early. Nothing if it is paused.
+    /// Freezes the guest until [`Self::resume`]: its vCPUs, its devices, and the timeouts of all calls that wait for
+    /// it. Afterwards its clock shows the right time, so over the backdoor shell, where the guest's `timeout` ends
+    /// commands, one that was running may end early. Does nothing if it is paused.
     ///
     /// # Errors
-    /// [`MachineError::NotRunning`] or [`MachineError::Ended`] if it does not run.
+    /// [`MachineError::NotRunning`] or [`MachineError::Ended`] if it is not running.
     pub async fn pause(&self) -> Result<()> {
         let machine = self.clone();
         to_its_end(async move {
@@ -110,10 +110,10 @@ impl Machine {
         .await
     }
 
-    /// Lets a guest go on that stands still since [`Self::pause`]. Nothing if it runs.
+    /// Resumes a guest after [`Self::pause`]. Does nothing if it is running.
     ///
     /// # Errors
-    /// As [`Self::pause`].
+    /// Those of [`Self::pause`].
     pub async fn resume(&self) -> Result<()> {
         let machine = self.clone();
         to_its_end(async move {
@@ -141,24 +141,24 @@ impl Machine {
     /// Writes the guest's dirty data back.
     ///
     /// # Errors
-    /// As [`Machine::execute`].
+    /// Those of [`Machine::execute`].
     pub async fn sync(&self) -> Result<()> {
         let session = self.session().await?;
         self.answered(session.sync(), || "cannot sync".to_owned()).await
     }
 
-    /// Starts it if need be and waits until commands can be run in it.
+    /// Starts the machine if it is off, and waits until it takes commands.
     ///
     /// # Errors
-    /// If it cannot be started, or ends, or has ended by itself and no call has taken note of that yet.
+    /// If it cannot be started, ends, or has ended by itself without a call having noticed.
     pub async fn connect(&self) -> Result<()> {
         self.session().await.map(drop)
     }
 
-    /// Goes on from a backdoor in the initrd to the one of the system itself.
+    /// Continues from a backdoor in the initrd to that of the system itself.
     ///
     /// # Errors
-    /// As [`Machine::wait_for_unit`].
+    /// Those of [`Machine::wait_for_unit`].
     pub async fn switch_root(&self) -> Result<()> {
         self.wait_for_unit("initrd.target", None, DEFAULT_TIMEOUT).await?;
         let session = self.session().await?;
@@ -173,11 +173,11 @@ impl Machine {
         self.connect().await
     }
 
-    /// Has the guest restart, and waits until it does; the guest may still come up when this returns. Where there is a
-    /// keyboard that is asked for by Ctrl+Alt+Delete.
+    /// Reboots the guest and waits until it restarts; it may still be booting when this returns. Uses Ctrl+Alt+Delete
+    /// if there is a keyboard.
     ///
     /// # Errors
-    /// [`MachineError::Usage`] if it was started without `allow_reboot`; else as [`Self::shutdown`].
+    /// [`MachineError::Usage`] if it was started without `allow_reboot`; otherwise those of [`Self::shutdown`].
     pub async fn reboot(&self) -> Result<()> {
         // QEMU's guests need not have a driver for the keyboard that they have.
         let typed = self.booted() && !(self.connected() && self.inner.backend.monitor().is_some());
@@ -211,7 +211,7 @@ impl Machine {
             let mut state = self.inner.state.subscribe();
             let booted = |state: &State| state.run().is_some_and(|run| run.boots > boots);
             let mut restarts = std::pin::pin!(state.wait_for(booted));
-            // Who would go on would talk to the system that was to restart.
+            // Going on would mean talking to the system that is to restart.
             if self.inner.clock.timeout(SLOW_REBOOT, &mut restarts).await.is_none() {
                 self.log(format_args!(
                     "the guest has not restarted for {} seconds; where Ctrl+Alt+Delete is ignored it never will",
@@ -224,10 +224,10 @@ impl Machine {
         self.unless_ended(again).await
     }
 
-    /// Powers it off and waits until that is done. Nothing if it is off.
+    /// Powers the machine off and waits until it is. Does nothing if it is off.
     ///
     /// # Errors
-    /// If the guest cannot be asked to, or ends otherwise.
+    /// If the guest cannot be asked to, or ends in another way.
     pub async fn shutdown(&self) -> Result<()> {
         match self.status() {
             Status::Off | Status::Starting | Status::Ended => {
@@ -244,7 +244,7 @@ impl Machine {
         self.wait_for_shutdown().await
     }
 
-    /// Has the guest power off, without waiting for it. One that ends before it has answered does what it shall.
+    /// Makes the guest power off without waiting for it. A guest that ends before it has answered is fine.
     pub(super) async fn ask_for_power_off(&self, session: &Session) -> Result<()> {
         match self.unless_ended(async { Ok(session.power_off().await) }).await {
             Ok(Err(error)) if !error.lost() => {
@@ -254,10 +254,10 @@ impl Machine {
         }
     }
 
-    /// Waits until it is off: has powered off, reset itself, or panicked. Nothing if it is off.
+    /// Waits until the machine is off: it powered off, reset itself, or panicked. Returns at once if it is off.
     ///
     /// # Errors
-    /// If the guest ends otherwise.
+    /// If the guest ends in another way.
     pub async fn wait_for_shutdown(&self) -> Result<()> {
         let _step = self.nested("waiting for the VM to power off");
         let mut state = self.inner.state.subscribe();
@@ -271,7 +271,7 @@ impl Machine {
         if end.is_off() { Ok(()) } else { Err(self.ended_error(&end)) }
     }
 
-    /// Ends it at once, as if the power went. Nothing if it is off.
+    /// Stops the machine at once, as if the power failed. Does nothing if it is off.
     pub async fn crash(&self) {
         if self.booted() {
             self.log("forced crash");
@@ -279,7 +279,7 @@ impl Machine {
         self.stop().await;
     }
 
-    /// Ends it and removes its state, unless that shall be kept.
+    /// Stops the machine and removes its state, unless that is to be kept.
     ///
     /// # Errors
     /// If files cannot be removed.
@@ -291,10 +291,10 @@ impl Machine {
         self.cleanup_state_dir().await
     }
 
-    /// Removes its state, kept or not; the next start makes it anew.
+    /// Removes its state even if it is to be kept; the next start creates it anew.
     ///
     /// # Errors
-    /// [`MachineError::Usage`] if it runs; if files cannot be removed.
+    /// [`MachineError::Usage`] if it is running; if files cannot be removed.
     pub async fn cleanup_state_dir(&self) -> Result<()> {
         let _changing = self.inner.changing.lock().await;
         if self.booted() {
@@ -319,28 +319,28 @@ impl Machine {
     /// Presses the power button: a guest with systemd-logind, or another that listens, powers off.
     ///
     /// # Errors
-    /// If it does not run.
+    /// If it is not running.
     pub async fn press_power_button(&self) -> Result<()> {
         self.run()?;
         self.inner.backend.press_power_button().await
     }
 
-    /// Waits until it does not run, without taking note of how it ended.
+    /// Waits until it is not running, without acknowledging its end.
     pub async fn wait_for_end(&self) {
         let mut state = self.inner.state.subscribe();
         // The sender lives in self.
         let _ = state.wait_for(State::is_over).await;
     }
 
-    /// When its last boot, if that has ended, reached which stage.
+    /// When its latest boot reached its stages, once that has ended.
     #[must_use]
     pub fn boot_marks(&self) -> Vec<Mark> {
         self.inner.backend.boot_marks()
     }
 
-    /// Ends it, without a word, and waits until nothing of it is left.
+    /// Stops it without logging, and waits until nothing of it is left.
     pub(crate) async fn stop(&self) {
-        // One that is just being started is ended once it is, or its start has failed.
+        // A machine that is being started is stopped once its start has succeeded or failed.
         if self.status() == Status::Starting {
             self.inner.backend.cancel_start();
         }
@@ -350,14 +350,14 @@ impl Machine {
         self.inner.state.send_if_modified(forget_end);
     }
 
-    /// Asks for its end, without waiting for it.
+    /// Asks it to end, without waiting.
     pub(crate) fn request_stop(&self) {
         if let Some(run) = self.inner.state.borrow().run() {
             run.stop.send_replace(true);
         }
     }
 
-    /// Sees a machine through to its end; a task of its own.
+    /// Supervises a machine until its end, as a task of its own.
     async fn supervise(
         self,
         mut launched: Launched,
@@ -384,10 +384,10 @@ impl Machine {
             again = true;
         };
         self.inner.state.send_replace(State::Stopping);
-        // Whatever waits for a machine that was paused does so for its end now.
+        // Calls that waited for a paused machine now wait for its end.
         self.inner.clock.resume();
         self.inner.backend.stop().await;
-        // The console's last lines come before whatever is said about the end.
+        // The console's last lines come before any message about the end.
         finish.send_replace(true);
         let _ = shown.await;
         if end != End::Stopped {
@@ -396,9 +396,9 @@ impl Machine {
         self.inner.state.send_replace(State::Ended(Arc::new(end)));
     }
 
-    /// Starts a machine again whose guest has reset it: the same one, with its disks and host's ends.
+    /// Restarts a machine that its guest has reset: the same one, with its disks and the host's ends.
     async fn reset(&self, launched: &Launched) -> Result<()> {
-        // Whoever waits for the guest that is gone learns of it before the next one says anything.
+        // Calls that wait for the old guest end before the new one says anything.
         let access = Access::new(Arc::clone(&launched.hvc0));
         self.inner.state.send_if_modified(|state| {
             let Some(run) = state.run_mut() else { return false };
@@ -410,8 +410,9 @@ impl Machine {
         self.inner.backend.restart().await
     }
 
-    /// Serves a machine that runs until it ends, or shall. The agent's port may hold bytes of an earlier boot if it
-    /// runs `again`.
+    /// Serves a running machine until it ends or is told to. The agent's port may hold bytes of an earlier boot if it
+    /// runs
+    /// `again`.
     async fn attend(
         &self,
         launched: &mut Launched,
@@ -429,7 +430,7 @@ impl Machine {
     }
 
     async fn attend_events(&self, events: &mut mpsc::UnboundedReceiver<Event>) -> End {
-        // What the vCPUs of an earlier boot had to say is over.
+        // Events of an earlier boot's vCPUs are obsolete.
         while !matches!(events.recv().await, None | Some(Event::Booting)) {}
         while let Some(event) = events.recv().await {
             match event {
@@ -456,7 +457,7 @@ impl Machine {
     }
 }
 
-/// Does what must not be left half done, even if its caller waits no longer; a panic in it goes on here.
+/// Runs a future to its end even if the caller is cancelled; a panic in it is propagated.
 async fn to_its_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
     match tokio::spawn(work).await {
         Ok(value) => value,
@@ -468,7 +469,7 @@ async fn to_its_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 's
     }
 }
 
-/// Takes note of a machine's end.
+/// Acknowledges a machine's end.
 fn forget_end(state: &mut State) -> bool {
     let ended = matches!(state, State::Ended(_));
     if ended {

@@ -1,4 +1,4 @@
-//! What scripts ask of QEMU's monitors, as far as firn has the same thing.
+//! QEMU's monitors for scripts, as far as firn has equivalents.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -15,11 +15,10 @@ mod human;
 mod input;
 mod protocol;
 
-/// Most events that wait to be asked for.
+/// Most events that are queued.
 const MAX_EVENTS: usize = 1000;
 
-/// Commands of QEMU's human monitor for which firn has nothing, and why: as `help` has them, and who tries one reads
-/// it.
+/// Commands of QEMU's human monitor without an equivalent in firn, and why: shown by `help` and in errors.
 const REFUSED: &[(&[&str], &str)] = &[
     (
         &["device_add", "device_del", "drive_add", "drive_del", "netdev_add", "netdev_del"],
@@ -61,9 +60,9 @@ const REFUSED: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// What QEMU's machine protocol tells of what happens to a machine, or would have told.
+/// The QMP events of a machine: QEMU's, or those that QEMU would have sent.
 pub(super) struct Events {
-    /// Whether there is no QEMU that tells it.
+    /// Whether there is no QEMU that sends them.
     made: bool,
     queue: Mutex<VecDeque<Value>>,
     grown: watch::Sender<()>,
@@ -74,7 +73,7 @@ impl Events {
         Self { made, queue: Mutex::default(), grown: watch::Sender::new(()) }
     }
 
-    /// Tells what QEMU would have told.
+    /// Adds an event that QEMU would have sent.
     pub(super) fn tell(&self, event: &str, data: &Value) {
         if !self.made {
             return;
@@ -84,7 +83,7 @@ impl Events {
         self.pass_on(json!({"event": event, "data": data, "timestamp": timestamp}));
     }
 
-    /// Tells what QEMU has told.
+    /// Adds an event that QEMU has sent.
     pub(super) fn pass_on(&self, event: Value) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.len() == MAX_EVENTS {
@@ -95,7 +94,7 @@ impl Events {
         self.grown.send_replace(());
     }
 
-    /// Tells of a guest's end, or of its restart.
+    /// Adds the event of a guest's end or restart.
     pub(super) fn ended(&self, end: &End) {
         let by = |guest: bool, reason: &str| json!({"guest": guest, "reason": reason});
         match end {
@@ -115,9 +114,9 @@ impl Events {
 }
 
 impl Machine {
-    /// What the monitor for people of a machine that has QEMU's prints for a command.
+    /// The output of QEMU's human monitor for a command, for a machine under QEMU.
     async fn ask_monitor(&self, monitor: &dyn Monitor, command: &str) -> Result<String> {
-        // What the machine has to know of.
+        // Commands with an effect on the machine's state.
         match command.trim() {
             "quit" | "q" => self.crash().await,
             "stop" | "s" => self.pause().await?,
@@ -130,7 +129,7 @@ impl Machine {
         Ok(String::new())
     }
 
-    /// The same of the monitor for programs.
+    /// The same for QMP.
     async fn ask_qmp(
         &self,
         monitor: &dyn Monitor,
@@ -145,9 +144,8 @@ impl Machine {
         self.unless_ended(monitor.qmp(command, arguments)).await
     }
 
-    /// The next event that QEMU's machine protocol would have told: `SHUTDOWN`, `RESET`, `STOP`, `RESUME`, `POWERDOWN`,
-    /// `GUEST_PANICKED`. Each is seen once. None if there is none within `limit`, of the host's time: whoever asks may be
-    /// who shall resume a machine that is paused.
+    /// The next QMP event: `SHUTDOWN`, `RESET`, `STOP`, `RESUME`, `POWERDOWN`, `GUEST_PANICKED`. Each is returned once.
+    /// None if there is none within `limit`, in host time: the caller may be the one to resume a paused machine.
     pub async fn next_qmp_event(&self, limit: Duration) -> Option<Value> {
         let events = &self.inner.events;
         let mut grown = events.grown.subscribe();
@@ -164,7 +162,7 @@ impl Machine {
         tokio::time::timeout(limit, next).await.ok()
     }
 
-    /// As QEMU says it.
+    /// As QEMU reports it.
     fn qemu_status(&self) -> &'static str {
         match self.status() {
             Status::Running => "running",
@@ -173,7 +171,7 @@ impl Machine {
         }
     }
 
-    /// Has the guest power off, without waiting for it.
+    /// Makes the guest power off, without waiting for it.
     async fn power_down(&self) -> Result<()> {
         let session = self.session().await?;
         self.inner.events.tell("POWERDOWN", &json!({}));
@@ -195,13 +193,13 @@ impl Machine {
         Ok(())
     }
 
-    /// How much memory the guest has, in bytes, without what its balloon has taken.
+    /// The guest's memory in bytes, without what its balloon has taken.
     async fn memory(&self) -> Result<u64> {
         self.run()?;
         self.inner.backend.memory().await?.ok_or_else(|| self.no_balloon())
     }
 
-    /// Asks the guest, by its balloon, to do with so much memory.
+    /// Asks the guest, through its balloon, to make do with this much memory.
     async fn set_memory(&self, bytes: u64) -> Result<()> {
         self.run()?;
         match self.inner.backend.set_memory(bytes).await? {
@@ -214,7 +212,7 @@ impl Machine {
         usage(&format!("{} has no balloon: its description says so", self.name()))
     }
 
-    /// The error for a command that is not there.
+    /// The error for an unknown command.
     fn no_command(&self, command: &str) -> crate::Error {
         let name = command.split_whitespace().next().unwrap_or_default();
         usage(&match refusal(name) {
@@ -228,7 +226,7 @@ impl Machine {
     }
 }
 
-/// Why firn has nothing for a command of QEMU's.
+/// Why firn has no equivalent for a command of QEMU's.
 fn refusal(name: &str) -> Option<&'static str> {
     REFUSED.iter().find(|(names, _)| names.contains(&name)).map(|(_, why)| *why)
 }

@@ -1,4 +1,4 @@
-//! The screen: pictures of it, and what is written on it.
+//! The screen: pictures of it, and the text on it.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -16,12 +16,12 @@ use crate::ocr::{OcrError, Reader};
 use crate::picture;
 use crate::retry::retry;
 
-/// Pictures whose texts are kept: a cursor that blinks makes two of one.
+/// How many pictures' texts are remembered: a blinking cursor makes two pictures of one.
 const KEPT: usize = 4;
-/// How often the text of a console is looked at, and how long that may take.
+/// How often a console's text is polled, and how long that may take.
 const CONSOLE_PAUSE: Duration = Duration::from_secs(1);
 const CONSOLE_LIMIT: Duration = Duration::from_secs(5);
-/// Prints the size of the text console in the foreground, and its characters, those that are none of ASCII's as `?`.
+/// Prints the size of the text console in the foreground, and its characters, with `?` for those that are not ASCII.
 const CONSOLE: &str = r"od -An -tu1 -N2 /dev/vcsa && LC_ALL=C tr -c '\n -~' '?' < /dev/vcs";
 
 /// How a picture is written to a file.
@@ -33,7 +33,7 @@ pub enum Format {
     Ppm,
 }
 
-/// What was read on the last pictures.
+/// The texts of the latest pictures.
 #[derive(Default)]
 struct Memory(Mutex<VecDeque<(Arc<Picture>, Vec<String>)>>);
 
@@ -58,12 +58,12 @@ impl Memory {
 }
 
 impl Machine {
-    /// Writes what the screen shows to a PNG file: a black picture if nothing was shown yet. `.png` is added to a name
-    /// without a dot; one without a slash goes to [`Machine::out_dir`].
+    /// Saves what the screen shows as a PNG file: a black picture if nothing was shown yet. `.png` is added to a name
+    /// without a dot; a name without a slash is relative to [`Machine::out_dir`].
     ///
     /// # Errors
-    /// [`MachineError::Usage`] if it has no screen, or there is no such directory; if the file cannot be written; if it
-    /// does not run.
+    /// [`MachineError::Usage`] if it has no screen or the directory does not exist; if the file cannot be written; if
+    /// it is not running.
     pub async fn screenshot(&self, filename: &str) -> Result<()> {
         let mut name = filename.to_owned();
         if !name.contains('.') {
@@ -74,10 +74,10 @@ impl Machine {
         self.dump_screen(&path, Format::Png).await
     }
 
-    /// Writes what the screen shows to this file.
+    /// Saves what the screen shows to this file.
     ///
     /// # Errors
-    /// As [`Self::screenshot`].
+    /// Those of [`Self::screenshot`].
     pub async fn dump_screen(&self, path: &Path, format: Format) -> Result<()> {
         let screen = self.screen().await?;
         let (name, path) = (self.name().to_owned(), path.to_owned());
@@ -106,10 +106,10 @@ impl Machine {
         Ok(())
     }
 
-    /// What is written on the screen: the text of the text console that it shows, or else what is read in the picture.
+    /// The text on the screen: that of the text console it shows, or else what OCR reads in the picture.
     ///
     /// # Errors
-    /// If there is nothing to read with, or that fails; if it has no screen, or does not run.
+    /// If OCR is not available or fails; if it has no screen or is not running.
     pub async fn get_screen_text(&self) -> Result<String> {
         let (reader, screen) = (self.reader()?, self.screen().await?);
         let read = async {
@@ -122,11 +122,11 @@ impl Machine {
         self.unless_ended(Box::pin(read)).await
     }
 
-    /// What is written on the screen, read in several ways: the text of the text console that it shows, if it does,
-    /// then what is read in the picture as it is, and in ones that were made of it for reading.
+    /// The text on the screen, read in several ways: the text of the text console, if it shows one, then what OCR reads
+    /// in the picture as it is and in ones prepared for reading.
     ///
     /// # Errors
-    /// As [`Self::get_screen_text`].
+    /// Those of [`Self::get_screen_text`].
     pub async fn get_screen_text_variants(&self) -> Result<Vec<String>> {
         let (reader, screen) = (self.reader()?, self.screen().await?);
         let read = async {
@@ -140,10 +140,10 @@ impl Machine {
         self.unless_ended(Box::pin(read)).await
     }
 
-    /// Waits until `find` finds something on the screen, in one of the ways in which it is read. `what` is for the log.
+    /// Waits until `find` finds a match in one of the variants of the screen's text. `what` is for the log.
     ///
     /// # Errors
-    /// As [`Self::get_screen_text`]; [`Error::Assertion`] if nothing is found within `timeout`; what `find` answers.
+    /// Those of [`Self::get_screen_text`] and of `find`; [`Error::Assertion`] if nothing is found within `timeout`.
     pub async fn wait_for_text(
         &self,
         what: &str,
@@ -190,7 +190,7 @@ impl Machine {
         self.unless_ended(Box::pin(found)).await
     }
 
-    /// Reads a picture that is not known yet, and says whether something is found there.
+    /// Reads a picture unless it is known already; returns whether there is a match.
     async fn read_new(
         &self,
         reader: &Reader,
@@ -220,7 +220,7 @@ impl Machine {
         }
     }
 
-    /// The text of the guest's text console, if that is what the picture shows, as the agent, if it is there, sees it.
+    /// The text of the guest's text console, read by the agent if there is one, if the picture shows it.
     async fn console_text(&self, picture: &Picture) -> Option<String> {
         if self.status() != Status::Running {
             return None;

@@ -21,11 +21,11 @@ use firn_agent_client::{
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 
-/// Where root's login environment is made.
+/// Where root's login environment is set up.
 const PROFILE: &str = "/etc/profile";
 /// Prints that environment.
 const ENVIRONMENT: &str = ". /etc/profile >/dev/null 2>&1; exec env -0";
-/// What the shell sets by itself for each command.
+/// Variables that the shell sets itself for each command.
 const SHELLS_OWN: [&str; 4] = ["_", "OLDPWD", "PWD", "SHLVL"];
 
 /// Name and value of each variable.
@@ -36,13 +36,13 @@ type Environment = Vec<(String, String)>;
 pub(crate) struct AgentSession {
     client: AgentClient,
     clock: Clock,
-    /// Root's login environment, made once: most guests' profiles run programs.
+    /// Root's login environment, computed once: most guests' profiles run programs.
     environment: Arc<OnceCell<Environment>>,
 }
 
 impl AgentSession {
-    /// Waits for the guest's agent at the other end of `stream`, which is left open: with `again` the agent may
-    /// have been left in the middle of anything.
+    /// Waits for the guest's agent at the other end of `stream`, which stays open. With `again`, the agent may be in
+    /// the middle of anything.
     pub(crate) async fn connect(stream: &UnixStream, again: bool, clock: &Clock) -> Result<Self> {
         let stream = cloned(stream).map_err(|e| AgentError::Lost(Lost::Io(Arc::new(e))))?;
         let client = AgentClient::connect_on(stream, clock, again).await?;
@@ -59,7 +59,7 @@ impl AgentSession {
         Arc::ptr_eq(&self.environment, &other.environment)
     }
 
-    /// What the guest said went wrong while it came up.
+    /// What the guest reported as failed while it came up.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let ready = self.client.ready();
         let boot =
@@ -77,7 +77,7 @@ impl AgentSession {
         self.wait(Condition::Exists(SYSTEM_UP.into())).await
     }
 
-    /// Waits until the system of an early agent will not come up by itself.
+    /// Waits until it is certain that the system of an early agent will not come up by itself.
     pub(crate) async fn system_down(&self) -> Result<()> {
         self.wait(Condition::Exists(SYSTEM_DOWN.into())).await
     }
@@ -90,13 +90,12 @@ impl AgentSession {
         self.client.lost_reason().is_some()
     }
 
-    /// Waits until the session is gone, and says why.
+    /// Waits until the session is lost; returns why.
     pub(super) async fn lost(&self) -> SessionError {
         AgentError::Lost(self.client.lost().await).into()
     }
 
-    /// Starts a command. Its timeout is its caller's to see to: the guest's own clock runs on while the machine is
-    /// paused.
+    /// Starts a command. The caller enforces its timeout, as the guest's own clock runs on while the machine is paused.
     async fn exec(&self, script: &str) -> Result<Exec> {
         let environment = self.environment.get_or_try_init(|| self.login_environment()).await?;
         let mut request = ExecRequest::shell(format!("set -euo pipefail; {script}"));
@@ -124,7 +123,7 @@ impl AgentSession {
         Ok(environment)
     }
 
-    /// Starts a command and leaves it alone.
+    /// Starts a detached command.
     pub(super) async fn spawn(&self, command: Command) -> Result<()> {
         Ok(self.exec(&command.script).await?.detach()?)
     }
@@ -149,7 +148,7 @@ impl AgentSession {
         self.finish(running, exec, patience, lingering).await
     }
 
-    /// Waits for what a command that has exited left in its streams.
+    /// Waits for the remaining output of a command that has exited.
     async fn finish(
         &self,
         mut running: Running,
@@ -167,7 +166,7 @@ impl AgentSession {
         Ok(running.finish())
     }
 
-    /// Ends a command whose time is over, as `timeout` would.
+    /// Ends a command that timed out, as `timeout` would.
     async fn end(
         &self,
         mut running: Running,
@@ -182,7 +181,7 @@ impl AgentSession {
                 running.until_exit(&mut exec).await?;
             }
         }
-        // Who else holds its output is not waited for.
+        // Other processes that hold its output are not waited for.
         if let Some(done) = self.clock.timeout(patience, running.drain(&mut exec)).await {
             done?;
         }
@@ -190,7 +189,7 @@ impl AgentSession {
         Ok(running.finish())
     }
 
-    /// Waits until something holds.
+    /// Waits for a condition.
     pub(crate) async fn wait(&self, condition: Condition) -> Result<()> {
         Ok(self.client.wait(condition).await?)
     }
@@ -244,7 +243,7 @@ pub(super) fn cloned(stream: &UnixStream) -> io::Result<tokio::net::UnixStream> 
     tokio::net::UnixStream::from_std(stream)
 }
 
-/// The variables of `env -0`'s output, as far as they are text: the protocol carries no other.
+/// The variables in the output of `env -0` that are text; the protocol carries no others.
 fn parse_environment(output: &[u8]) -> Environment {
     let variable = |entry: &[u8]| {
         let (name, value) = std::str::from_utf8(entry).ok()?.split_once('=')?;
@@ -253,7 +252,7 @@ fn parse_environment(output: &[u8]) -> Environment {
     output.split(|byte| *byte == 0).filter_map(variable).collect()
 }
 
-/// What is known of a running command.
+/// The state of a running command.
 #[derive(Default)]
 struct Running {
     stdout: Vec<u8>,
@@ -275,7 +274,7 @@ impl Running {
         Ok(())
     }
 
-    /// Takes what comes until the command has exited. May be cancelled without loss.
+    /// Takes events until the command has exited. Cancel-safe.
     async fn until_exit(&mut self, exec: &mut Exec) -> Result<()> {
         while self.status.is_none() {
             match exec.next().await? {
@@ -286,7 +285,7 @@ impl Running {
         Ok(())
     }
 
-    /// Takes what comes until nothing more will. May be cancelled without loss.
+    /// Takes events until the last one. Cancel-safe.
     async fn drain(&mut self, exec: &mut Exec) -> Result<()> {
         while let Some(event) = exec.next().await? {
             self.take(event)?;
@@ -295,7 +294,7 @@ impl Running {
     }
 
     fn finish(self) -> Output {
-        // The protocol has no end without an exit; an agent that leaves it out has not said that all is well.
+        // The protocol always sends an exit before the end; an agent that omits it has not reported success.
         Output { status: self.status.unwrap_or(-1), stdout: self.stdout }
     }
 }

@@ -18,27 +18,27 @@ pub(super) use shell::ShellSession;
 
 use shell::ShellError;
 
-/// Most bytes of a command's output that are kept: a guest must not fill the host's memory.
+/// Most bytes kept of a command's output: a guest must not fill the host's memory.
 const MAX_OUTPUT: usize = 256 << 20;
 
 /// How long a command that ignores SIGTERM lives after its timeout.
 const KILL_AFTER: Duration = Duration::from_secs(2);
 
-/// Longest script that is given to a shell as an argument: Linux takes none above 128 KiB.
+/// Longest script passed to a shell as an argument: Linux's limit is 128 KiB.
 const MAX_ARGUMENT: usize = 64 << 10;
 
 /// A command for the guest's shell, whose standard error goes to the console.
 #[derive(Clone, Debug)]
 pub(super) struct Command {
     pub(super) script: String,
-    /// After this long it is killed.
+    /// It is killed after this time.
     pub(super) timeout: Option<Duration>,
 }
 
-/// What a command came to.
+/// The result of a command.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Output {
-    /// As a shell gives it.
+    /// The exit status as a shell reports it.
     pub(super) status: i32,
     pub(super) stdout: Vec<u8>,
 }
@@ -52,7 +52,7 @@ pub(super) enum Session {
     Shell(ShellSession),
 }
 
-/// A call through a session failed.
+/// Why a call through a session failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SessionError {
     #[error(transparent)]
@@ -73,7 +73,7 @@ impl SessionError {
         }
     }
 
-    /// Whether it was the guest that could not do what was asked.
+    /// Whether the guest refused the request.
     pub(super) fn refused(&self) -> bool {
         matches!(
             self,
@@ -98,7 +98,7 @@ impl SessionError {
 
 type Result<T> = std::result::Result<T, SessionError>;
 
-/// Passes a call on to whichever way it is.
+/// Dispatches a call to the way in use.
 macro_rules! each {
     ($self:ident, $session:ident => $call:expr) => {
         match $self {
@@ -109,7 +109,7 @@ macro_rules! each {
 }
 
 impl Session {
-    /// What the log calls it.
+    /// Its name in the log.
     pub(super) fn description(&self) -> &'static str {
         match self {
             Self::Agent(_) => "firn's agent",
@@ -126,7 +126,7 @@ impl Session {
         }
     }
 
-    /// A script that does as `script` and is short enough to be an argument of the shell that runs it.
+    /// A script equivalent to `script` that is short enough to be an argument of the shell.
     pub(super) async fn as_argument(&self, script: String) -> Result<String> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         if script.len() <= MAX_ARGUMENT {
@@ -138,7 +138,7 @@ impl Session {
         Ok(format!("eval \"$(cat {file}; rm -f {file})\""))
     }
 
-    /// Ends all calls, now and later, because the guest is gone.
+    /// Ends all present and future calls, because the guest is gone.
     pub(super) fn close(&self) {
         each!(self, session => session.close());
     }
@@ -148,12 +148,12 @@ impl Session {
         each!(self, session => session.is_lost())
     }
 
-    /// Waits until it is lost, or another is to be met in its place; says why.
+    /// Waits until it is lost or replaced; returns why.
     pub(super) async fn lost(&self) -> SessionError {
         each!(self, session => session.lost().await)
     }
 
-    /// Has whoever waits for its loss meet the next one. An agent's port says so by itself.
+    /// Makes the task that waits for its loss connect to the next one. An agent's port announces this itself.
     pub(super) fn leave(&self) {
         if let Self::Shell(shell) = self {
             shell.leave();
@@ -179,22 +179,22 @@ impl Session {
         }
     }
 
-    /// Has the guest power off cleanly; answers when it has begun to.
+    /// Makes the guest power off cleanly; returns when it has begun to.
     pub(super) async fn power_off(&self) -> Result<()> {
         each!(self, session => session.power_off().await)
     }
 
-    /// Has the guest restart cleanly; answers when it has begun to.
+    /// Makes the guest restart cleanly; returns when it has begun to.
     pub(super) async fn reboot(&self) -> Result<()> {
         each!(self, session => session.reboot().await)
     }
 
-    /// Writes the guest's dirty data back.
+    /// Syncs the guest's disks.
     pub(super) async fn sync(&self) -> Result<()> {
         each!(self, session => session.sync().await)
     }
 
-    /// Writes a file with these permission bits, and makes missing parents.
+    /// Writes a file with these permission bits, creating missing parents.
     pub(super) async fn write_file(
         &self,
         path: &Path,
@@ -213,7 +213,7 @@ impl Session {
         each!(self, session => session.read_file(path, target).await)
     }
 
-    /// Makes a directory with these permission bits, and missing parents.
+    /// Creates a directory with these permission bits, and missing parents.
     pub(super) async fn make_directory(&self, path: &Path, mode: u32) -> Result<()> {
         each!(self, session => session.make_directory(path, mode).await)
     }

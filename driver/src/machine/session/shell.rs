@@ -1,7 +1,7 @@
 //! A session with the backdoor: a root shell that reads commands from hvc0, raw and without echo.
 //!
 //! Each call writes one line and reads three: a marker, the output as one line of base64, and the status. The marker
-//! lets the next call find its own answer after one that was given up.
+//! lets the next call find its own answer after one that was abandoned.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -31,9 +31,9 @@ mod tests;
 
 /// What the guest's service prints before its shell takes commands.
 const BANNER: &[u8] = b"Spawning backdoor root shell...";
-/// Longest line that is looked at before the banner.
+/// Longest line considered before the banner.
 const MAX_LINE: usize = 64 << 10;
-/// Bytes of a file that travel in one call.
+/// Bytes of a file per call.
 const CHUNK: usize = 1 << 20;
 /// How much longer than a command's own timeout its answer may take. Emulated guests are slow.
 const GRACE: Duration = Duration::from_secs(60);
@@ -83,14 +83,14 @@ impl From<io::Error> for ShellError {
 pub(crate) struct ShellSession {
     line: Arc<Mutex<Line>>,
     clock: Clock,
-    /// Why it is no more, if so, or is to be left for another.
+    /// Why it is lost, or has to be left for another.
     end: Arc<watch::Sender<Option<ShellError>>>,
 }
 
-/// The console, of which one call at a time has the use.
+/// The console, which one call at a time may use.
 struct Line {
     reader: BufReader<ReadHalf<net::UnixStream>>,
-    /// A call that is given up must not leave half a line behind, so a task of its own writes.
+    /// A cancelled call must not leave half a line behind, so a separate task writes.
     writer: mpsc::UnboundedSender<Vec<u8>>,
     calls: u64,
 }
@@ -98,11 +98,11 @@ struct Line {
 impl ShellSession {
     /// Waits for the backdoor's shell at the other end of `stream`, which is left open.
     pub(crate) async fn connect(stream: &UnixStream, clock: &Clock) -> Result<Self> {
-        // The halves that a socket has of its own would shut it down when they go.
+        // The socket's own split halves would shut it down when dropped.
         let (reader, writer) = tokio::io::split(cloned(stream).map_err(ShellError::from)?);
         let mut reader = BufReader::new(reader);
         let mut seen = Vec::new();
-        // Whatever else comes before: a guest without a backdoor may use hvc0 for anything.
+        // Anything may come before it: a guest without a backdoor may use hvc0 for anything.
         while !is_banner(&seen) {
             seen.clear();
             read_line(&mut reader, MAX_LINE, &mut seen).await?;
@@ -127,7 +127,7 @@ impl ShellSession {
         self.end.borrow().as_ref().is_some_and(ShellError::lost)
     }
 
-    /// Waits until a call has found it gone, or it is left: nothing else tells of the end of a shell on a console.
+    /// Waits until a call has found it gone or it is left: nothing else announces the end of a shell on a console.
     pub(super) async fn lost(&self) -> SessionError {
         match self.ended(|_| true).await {
             Some(error) => error.into(),
@@ -135,7 +135,7 @@ impl ShellSession {
         }
     }
 
-    /// Says that another shell will come on its console. Calls that are under way may still be answered.
+    /// Announces that another shell will come on its console. Calls in progress may still be answered.
     pub(super) fn leave(&self) {
         self.end_with(ShellError::Left);
     }
@@ -162,12 +162,12 @@ impl ShellSession {
         self.call(&pipeline, &[], command.timeout, 0).await.map(drop)
     }
 
-    /// Runs a command until its standard output is closed; answers its status and output.
+    /// Runs a command until its standard output is closed; returns its status and output.
     pub(super) async fn run(&self, command: &Command) -> Result<Output> {
         self.call(&shell(command)?, &[], command.timeout, MAX_OUTPUT).await
     }
 
-    /// Runs what must succeed, and has soon done so without many words.
+    /// Runs a quick command that must succeed and prints little.
     async fn expect(&self, what: &str, script: String) -> Result<Vec<u8>> {
         let pipeline = shell(&Command { script, timeout: Some(ANSWER_WITHIN) })?;
         let output = self.call(&pipeline, &[], Some(ANSWER_WITHIN), MAX_LISTING).await?;
@@ -208,7 +208,7 @@ impl ShellSession {
                 break;
             }
             let payload = BASE64.encode(&bytes);
-            // Whatever goes wrong, all of the payload must be read: the shell would take the rest for commands.
+            // All of the payload must be read even on errors: the shell would take the rest for commands.
             let pipeline = format!(
                 "(set -o pipefail; head -c {} | {{ base64 -d >>{file} || {{ cat >/dev/null; false; }}; }})",
                 payload.len()
@@ -228,7 +228,7 @@ impl ShellSession {
         let what = format!("read {}", path.display());
         let mut offset = 0_usize;
         loop {
-            // A tail that its reader leaves is no failure.
+            // It is no failure if the reader leaves a rest.
             let script = format!(
                 "set +o pipefail; test -r {file}; tail -c +{} -- {file} | head -c {CHUNK}",
                 offset + 1
@@ -324,13 +324,13 @@ impl Line {
         let mut line = Vec::new();
         while line != marker.as_bytes() {
             line.clear();
-            // Up to the marker it may be the output of a call that was given up.
+            // Before the marker there may be the output of an abandoned call.
             read_line(&mut self.reader, MAX_LINE, &mut line).await?;
         }
         let mut output = Vec::new();
         let whole = read_line(&mut self.reader, encoded(room).max(MAX_LINE), &mut output).await?;
         line.clear();
-        // Of a shell that is killed what it runs may have ended its output, or not.
+        // If a shell is killed, its command's output may be incomplete.
         if !is_banner(&output) {
             read_line(&mut self.reader, MAX_LINE, &mut line).await?;
         }
@@ -347,12 +347,12 @@ impl Line {
     }
 }
 
-/// Whether a shell says that it is there now.
+/// Whether a shell announces itself.
 fn is_banner(line: &[u8]) -> bool {
     memmem::find(line, BANNER).is_some()
 }
 
-/// How a status, 0 for success, ends what must succeed.
+/// The result of a status, where 0 is success.
 fn succeeded(what: &str, status: i32) -> Result<()> {
     match status {
         0 => Ok(()),
@@ -365,13 +365,13 @@ fn garbage(bytes: &[u8]) -> SessionError {
     ShellError::Garbage(String::from_utf8_lossy(shown).into_owned()).into()
 }
 
-/// The length of so many bytes in base64.
+/// The base64 length of this many bytes.
 const fn encoded(length: usize) -> usize {
     length.div_ceil(3) * 4
 }
 
-/// Reads a line to the end of `line`, without its end. Of one that is longer than `limit` only that much is kept, and
-/// the answer is false.
+/// Appends a line, without its end, to `line`. Returns false for a line longer than `limit`, of which only that much is
+/// kept.
 async fn read_line(
     reader: &mut BufReader<ReadHalf<net::UnixStream>>,
     limit: usize,
@@ -410,7 +410,7 @@ async fn write_lines(
     }
 }
 
-/// The directory that `path` is in.
+/// The parent directory of `path`.
 fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
@@ -426,11 +426,11 @@ fn shell(command: &Command) -> Result<String> {
         let seconds = limit.as_secs_f64().max(0.001);
         format!("timeout -k {} {seconds} ", KILL_AFTER.as_secs())
     });
-    // Its input is not the shell's: what it read of that would be missing there.
+    // Its input is not the shell's, which must not lose any.
     Ok(format!("{limit}bash -c {script} </dev/null"))
 }
 
-/// A word of the shell's language, of any bytes but NUL.
+/// A shell word for any bytes but NUL.
 fn quote(word: impl AsRef<std::ffi::OsStr>) -> Result<String> {
     let bytes = word.as_ref().as_bytes();
     if bytes.contains(&0) {
@@ -446,7 +446,7 @@ fn quote(word: impl AsRef<std::ffi::OsStr>) -> Result<String> {
     }
 }
 
-/// A path that a program cannot take for an option.
+/// A path that a program cannot mistake for an option.
 fn operand(path: &Path) -> Result<String> {
     if path.as_os_str().as_bytes().starts_with(b"-") {
         return quote(Path::new(".").join(path));
@@ -454,7 +454,7 @@ fn operand(path: &Path) -> Result<String> {
     quote(path)
 }
 
-/// Has `find` print what [`parse_entries`] reads: kind, mode, size, name and link target of a file.
+/// Makes `find` print what [`parse_entries`] reads: kind, mode, size, name and link target of a file.
 const PRINT: &str = r"-printf '%y\0%m\0%s\0%f\0%l\0'";
 
 fn parse_entries(output: &[u8]) -> Result<Vec<Entry>> {
@@ -477,6 +477,6 @@ fn parse_entries(output: &[u8]) -> Result<Vec<Entry>> {
         let info = FileInfo { kind, mode, size: number(size, 10)?, target };
         Ok(Entry { name: path(name), info })
     };
-    // What follows the last NUL is empty.
+    // Nothing follows the last NUL.
     fields[..fields.len() - 1].chunks(5).map(entry).collect()
 }
