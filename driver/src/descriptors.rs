@@ -1,28 +1,28 @@
-//! How many files this process may have open, and which part of them each machine.
+//! The process's limit on open files, and each machine's part of it.
 //!
-//! All machines of a run live in this process, and a guest makes it open files: one for each file on a share that the
-//! guest remembers, one for each connection. Each machine has a part of its own that nobody else can take from, and a
-//! reserve is nobody's: with all guests at their limits the driver, and each guest, goes on.
+//! All machines of a run live in this process, and guests make it open files: one for each remembered file of a share,
+//! one for each connection. Each machine has a part of its own, and there is a reserve: with all guests at their
+//! limits, the driver and every guest still work.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Most that the process asks for: what a system without other ideas allows (`man 5 proc`, `nr_open`).
+/// The most that the process asks for: the usual system limit (`man 5 proc`, `nr_open`).
 const MOST: u64 = 1 << 20;
-/// The driver's own: at most this, and at most a fourth.
+/// The driver's reserve: at most this, and at most a fourth.
 const RESERVE: u64 = 1024;
-/// Most that a user network needs.
+/// The most that a user network needs.
 const NETWORK: u64 = 5248;
 
-/// A machine's part. It is free again when it is dropped.
+/// A machine's part, returned when dropped.
 #[derive(Debug)]
 pub(crate) struct Part {
     size: u64,
     pool: &'static Pool,
 }
 
-/// What no machine has yet.
+/// The unassigned part.
 #[derive(Debug)]
 struct Pool(Mutex<u64>);
 
@@ -53,7 +53,7 @@ impl Pool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Equal parts of three fourths of what is free: the rest is for machines that come later.
+    /// Equal parts of three fourths of what is free; the rest is for later machines.
     fn parts(&'static self, count: usize) -> Vec<Arc<Part>> {
         let mut free = self.free();
         let machines = u64::try_from(count).unwrap_or(u64::MAX);
@@ -62,7 +62,7 @@ impl Pool {
         std::iter::repeat_with(|| Arc::new(Part { size, pool: self })).take(count).collect()
     }
 
-    /// Half of what is free, so that there is always something left for one more.
+    /// Half of what is free, so that something is always left.
     fn part(&'static self) -> Arc<Part> {
         let mut free = self.free();
         let size = *free / 2;

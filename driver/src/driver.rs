@@ -19,19 +19,18 @@ use crate::machine::{Boot, Dirs, Machine, Source, hosts};
 use crate::scratch::{State, StatePlace};
 use crate::vlan::Vlan;
 
-/// What a [`Driver`] works with; by default no kits, the current directory, standard error for the log, and state that
-/// is removed in the end.
+/// The options of a [`Driver`]; by default no kits, the current directory, a log on standard error, and state that is
+/// removed at the end.
 pub struct DriverOptions {
-    /// The kits that fill in what nodes do not say: see [`Driver::kits_needed`].
+    /// The kits that complete nodes: see [`Driver::kits_needed`].
     pub kits: Vec<Kit>,
-    /// Where files for the user go.
+    /// The output directory.
     pub out_dir: PathBuf,
     /// The log.
     pub log: Logger,
     /// Where machines keep their state.
     pub state: StatePlace,
-    /// Where relative paths of machine files start if not at the machine's state directory: for a machine that is run
-    /// by hand.
+    /// Where relative paths of machine files start, if not at the machine's state directory; for machines run by hand.
     pub base: Option<PathBuf>,
 }
 
@@ -60,11 +59,11 @@ pub struct Driver {
     vsock_offset: Option<u32>,
     /// Removed last.
     state: Mutex<Option<State>>,
-    /// Its machines are another driver's.
+    /// Its machines belong to another driver now.
     replaced: AtomicBool,
 }
 
-/// What the machines of a test are made from.
+/// The sources of a test's machines.
 fn sources(test: &TestConfig, kits: &[Kit]) -> Result<Vec<Source>> {
     let hosts = hosts(&test.nodes);
     let of_node = |node: &NodeConfig| {
@@ -83,10 +82,10 @@ fn sources(test: &TestConfig, kits: &[Kit]) -> Result<Vec<Source>> {
 }
 
 impl Driver {
-    /// Makes the machines and networks of a test; starts none.
+    /// Creates the machines and networks of a test without starting any.
     ///
     /// # Errors
-    /// If directories cannot be made, or a node leaves out something and there is no kit.
+    /// If directories cannot be created, or a node needs a kit that is missing.
     pub fn new(test: &TestConfig, options: DriverOptions) -> Result<Self> {
         let DriverOptions { kits, out_dir, log, state, base } = options;
         let sources = sources(test, &kits)?;
@@ -112,11 +111,11 @@ impl Driver {
         Ok(driver)
     }
 
-    /// The driver of a changed test, in the place of this one, which has nothing left to do. Machines that have not
-    /// changed go on as they are; others are ended, made anew, and started again if they ran.
+    /// Replaces this driver by that of a changed test. Machines that have not changed keep running; others are stopped,
+    /// recreated, and started again if they were running.
     ///
     /// # Errors
-    /// As [`Self::new`], and the first error of a start.
+    /// Those of [`Self::new`], and the first error of a start.
     pub async fn replace(&self, test: &TestConfig, kits: &[Kit]) -> Result<Self> {
         let sources = sources(test, kits)?;
         let vlan = |number| {
@@ -194,7 +193,7 @@ impl Driver {
         Machine::new(node, source, dirs, &self.vlans, &self.log, descriptors)
     }
 
-    /// The vsock of a machine that says none.
+    /// The vsock of a machine that sets none.
     fn backdoor(&self, node: &NodeConfig, dirs: &Dirs) -> Result<Option<VsockSpec>> {
         let Some(offset) = self.vsock_offset else { return Ok(None) };
         let cid = Cid::try_from(u64::from(offset) + u64::from(node.number));
@@ -207,11 +206,11 @@ impl Driver {
         Ok(Some(VsockSpec { cid, socket: dirs.state.join("vsock") }))
     }
 
-    /// Makes one more machine; [`Driver::close`] ends it too.
+    /// Adds a machine; [`Driver::close`] stops it too.
     ///
     /// # Errors
     /// If there is a machine of its name, it is on a vlan that this test does not have, or directories cannot be
-    /// made.
+    /// created.
     pub fn create_machine(&self, file: MachineFile, keep_state: bool) -> Result<Machine> {
         let mut created = self.created();
         let names = self.machines.iter().chain(&*created).map(Machine::name);
@@ -265,16 +264,16 @@ impl Driver {
         self.global_timeout
     }
 
-    /// Where the run keeps its state, unless it was closed.
+    /// The directory of the run's state, unless the run was closed.
     #[must_use]
     pub fn state_dir(&self) -> Option<PathBuf> {
         self.state().as_ref().map(|state| Path::to_owned(state.path()))
     }
 
-    /// Starts all machines; does not wait for the guests to come up.
+    /// Starts all machines without waiting for the guests to boot.
     ///
     /// # Errors
-    /// That of the first machine, in their order, that does not start; the others are started all the same.
+    /// That of the first machine, in order, that fails to start; the others are started anyway.
     pub async fn start_all(&self) -> Result<()> {
         let _step = self.log.nested("start all VMs");
         let starts = self.machines.iter().map(|machine| machine.start(false));
@@ -293,7 +292,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Writes all guests' dirty data back, as far as they are up.
+    /// Syncs the disks of all guests that are up.
     ///
     /// # Errors
     /// The first error of a guest.
@@ -304,13 +303,13 @@ impl Driver {
         Ok(())
     }
 
-    /// Groups what a test does under a name in the log.
+    /// Begins a subtest in the log.
     #[must_use = "the subtest ends when this is dropped"]
     pub fn subtest(&self, name: &str) -> Step {
         self.log.subtest(name)
     }
 
-    /// Ends all machines and removes the state directories unless they are kept. On return nothing of the run is left.
+    /// Stops all machines and removes the state directories unless they are kept. On return nothing of the run is left.
     pub async fn close(&self) {
         if self.state_dir().is_none() {
             return;
@@ -331,7 +330,7 @@ impl Driver {
         let _ = tokio::task::spawn_blocking(move || drop(state)).await;
     }
 
-    /// All machines, also those that [`Self::create_machine`] has made.
+    /// All machines, including those of [`Self::create_machine`].
     #[must_use]
     pub fn all_machines(&self) -> Vec<Machine> {
         let created = self.created();

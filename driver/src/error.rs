@@ -1,4 +1,4 @@
-//! What can go wrong while a test runs.
+//! Errors of a test run.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,24 +6,24 @@ use std::sync::Arc;
 
 pub use firn_vmm::error::chain;
 
-/// An answer of the machine API.
+/// The result of a machine API call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a call of the machine API failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// What the script asked for did not come true.
+    /// What the script required did not happen.
     #[error("{0}")]
     Assertion(String),
-    /// The machinery failed.
+    /// A machine, or firn itself, failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
 }
 
-/// The machinery failed.
+/// A machine, or firn itself, failed.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// The guest ended while somebody waited for it.
+    /// The guest ended during a call.
     #[error("{machine} {end}{tail}")]
     Ended {
         /// Which machine.
@@ -33,22 +33,22 @@ pub enum MachineError {
         /// The last console lines.
         tail: Tail,
     },
-    /// The guest runs, but its system does not come up.
+    /// The guest runs, but its system fails to come up.
     #[error("{machine} cannot be used: {why}{tail}")]
     NotUp {
         /// Which machine.
         machine: String,
-        /// What keeps it from that.
+        /// What prevents it.
         why: Arc<str>,
         /// The last console lines.
         tail: Tail,
     },
-    /// The guest agent went away while somebody waited for it.
+    /// The guest agent was lost during a call.
     #[error("{machine} lost its agent{tail}")]
     AgentLost {
         /// Which machine.
         machine: String,
-        /// How it went.
+        /// How it was lost.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
         /// The last console lines.
@@ -59,9 +59,9 @@ pub enum MachineError {
     Agent {
         /// Which machine.
         machine: String,
-        /// What was to be done.
+        /// What was attempted.
         what: String,
-        /// Why it was not.
+        /// Why it failed.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -74,35 +74,35 @@ pub enum MachineError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The user network could not do something.
+    /// The user network failed.
     #[error("{machine}: {what}")]
     Network {
         /// Which machine.
         machine: String,
-        /// What was to be done.
+        /// What was attempted.
         what: String,
-        /// Why it was not.
+        /// Why it failed.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The machine is not one that can do this, or KVM does not.
+    /// The machine does not support this, or KVM failed.
     #[error("{machine}: {what}")]
     Monitor {
         /// Which machine.
         machine: String,
-        /// What was to be done.
+        /// What was attempted.
         what: &'static str,
-        /// Why it was not.
+        /// Why it failed.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The call needs a machine that runs.
+    /// The machine is not running.
     #[error("{machine} is not running")]
     NotRunning {
         /// Which machine.
         machine: String,
     },
-    /// What shall be copied from the host is not there.
+    /// The file to copy from the host does not exist.
     #[error("No such file or directory: {}", path.display())]
     Missing {
         /// What.
@@ -111,15 +111,15 @@ pub enum MachineError {
     /// A file of the host cannot be used.
     #[error("cannot {action} {}", path.display())]
     File {
-        /// What was to be done with it.
+        /// What was attempted.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it was not.
+        /// Why it failed.
         #[source]
         source: io::Error,
     },
-    /// The machines' state cannot be kept somewhere.
+    /// A place cannot hold the machines' state.
     #[error("cannot keep state in {}: {reason}; set TMPDIR to another directory of yours", path.display())]
     State {
         /// Where.
@@ -127,13 +127,13 @@ pub enum MachineError {
         /// Why not.
         reason: io::Error,
     },
-    /// The call makes no sense.
+    /// Invalid use of a call.
     #[error("{0}")]
     Usage(String),
 }
 
 impl MachineError {
-    /// For `map_err`: what was being done to which file.
+    /// For `map_err`: the action and the file.
     pub(crate) fn file(
         action: &'static str,
         path: impl Into<PathBuf>,
@@ -150,16 +150,16 @@ pub enum End {
     /// The guest powered itself off.
     #[error("powered off")]
     PoweredOff,
-    /// The guest reset itself, and was not allowed to.
+    /// The guest reset itself without permission.
     #[error("reset itself (started without allow_reboot)")]
     Reset,
     /// The guest's kernel panicked.
     #[error("panicked: {0}")]
     Panicked(String),
-    /// The guest halted without powering off: its processors wait for nothing.
+    /// The guest halted for good without powering off.
     #[error("halted")]
     Halted,
-    /// A processor can execute no more.
+    /// A vCPU cannot continue.
     #[error("died: vCPU {vcpu}: {reason}")]
     VcpuDied {
         /// Which one.
@@ -170,14 +170,14 @@ pub enum End {
     /// The script ended it.
     #[error("was stopped")]
     Stopped,
-    /// The monitor could not go on.
+    /// The monitor could not continue.
     #[error("cannot go on: {0}")]
     Failed(String),
 }
 
 impl End {
-    /// Whether a machine that ends so is off, as whoever waits for that wants it: a kernel that panicked is, and the log
-    /// says so. One that stands still is not.
+    /// Whether a machine that ends this way counts as off for calls that wait for that: one whose kernel panicked does,
+    /// with a log message; one that hangs does not.
     #[must_use]
     pub fn is_off(&self) -> bool {
         match self {

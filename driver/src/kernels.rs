@@ -1,11 +1,10 @@
 //! Kernels unpacked once: a directory of the cache with the ELF files of bzImages.
 //!
 //! A bzImage unpacks itself in the guest at every boot, which is more work than all the rest of one. So it is unpacked
-//! on the host and kept, named by the SHA-256 of the bzImage and its own size. Beside it stands a link for each file with that content,
-//! named by what tells files and their changes apart, so that a known bzImage is not read again. An entry appears whole,
-//! by a rename, is never written again, and may be removed at any time: a kernel that is not there, or has another size
-//! than its name says, is unpacked anew.
-//! Where that cannot be done, machines boot the bzImage.
+//! on the host and kept, named by the SHA-256 of the bzImage and its own size. Beside it stands a link for each file
+//! with that content, named by what tells files and their changes apart, so that a known bzImage is not read again. An
+//! entry appears whole, by a rename, is never written again, and may be removed at any time: a kernel that is not
+//! there, or has another size than its name says, is unpacked anew. If that fails, machines boot the bzImage.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata, Permissions};
@@ -21,12 +20,12 @@ use thiserror::Error;
 use crate::kit::integrity::hex;
 use crate::private;
 
-/// A larger file is no bzImage; in bytes.
+/// Larger files are not taken for bzImages; in bytes.
 const MAX_IMAGE: u64 = 256 << 20;
-/// How long an entry stays that nobody uses.
+/// How long an unused entry is kept.
 const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
 
-/// Why a kernel was not unpacked.
+/// Why a kernel could not be unpacked.
 #[derive(Debug, Error)]
 enum KernelError {
     #[error(transparent)]
@@ -45,7 +44,7 @@ impl Kernels {
         Self { dir }
     }
 
-    /// What to boot in the place of `kernel`: its ELF file, or itself if it is no bzImage or that cannot be had.
+    /// What to boot for `kernel`: its ELF file, or itself if it is not a bzImage or cannot be unpacked.
     pub(crate) fn unpacked(&self, kernel: &Path) -> PathBuf {
         let entry = self.entry(kernel).unwrap_or_else(|error| {
             let (kernel, dir) = (kernel.display(), self.dir.display());
@@ -80,7 +79,7 @@ impl Kernels {
         Ok(Some(path))
     }
 
-    /// The entry of the bzImage with this hash, if it is there.
+    /// The entry of the bzImage with this hash, if it exists.
     fn unpacked_before(&self, hash: &str) -> Option<PathBuf> {
         let mut entries = fs::read_dir(&self.dir).ok()?.filter_map(Result::ok);
         let of_image = |name: &OsStr| name.as_encoded_bytes().starts_with(hash.as_bytes());
@@ -104,14 +103,14 @@ impl Kernels {
         Ok(path)
     }
 
-    /// Notes that the file `known` has the content `name`.
+    /// Records that the file `known` has the content `name`.
     fn link(&self, name: &OsStr, known: &Path) -> io::Result<()> {
         let made =
             tempfile::Builder::new().prefix(".").make_in(&self.dir, |path| symlink(name, path))?;
         made.persist(known).map_err(|error| error.error)
     }
 
-    /// Removes entries not used for [`KEEP`], links that old, and what killed processes have left behind.
+    /// Removes entries not used for [`KEEP`], links of that age, and what killed processes left behind.
     fn prune(&self, current: &Path) -> io::Result<()> {
         for entry in fs::read_dir(&self.dir)?.filter_map(Result::ok) {
             let used = entry.metadata().and_then(|metadata| metadata.modified());
@@ -125,7 +124,7 @@ impl Kernels {
     }
 }
 
-/// Tells files apart and, as each change sets the ctime, also their contents.
+/// Identifies a file and, as each change sets its ctime, its contents.
 fn identity(file: &Metadata) -> String {
     let (dev, ino, size) = (file.dev(), file.ino(), file.size());
     format!("file-{dev:x}-{ino:x}-{size:x}-{:x}-{:x}", file.ctime(), file.ctime_nsec())
@@ -143,7 +142,7 @@ fn read_bzimage(path: &Path) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(image))
 }
 
-/// Puts off the removal of an entry; false if it is not there, or damaged.
+/// Marks an entry as used; false if it is missing or damaged.
 fn use_entry(entry: &Path) -> bool {
     let Ok(file) = File::open(entry) else { return false };
     let name = entry.file_name().unwrap_or_default().to_string_lossy();

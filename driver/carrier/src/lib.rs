@@ -6,8 +6,8 @@
 //! host's programs run in it as they are, see a `/dev/kvm`, and leave their results where they leave them on the host.
 //! There is no network but the loopback one.
 //!
-//! Nothing of it outlives this process: QEMU is killed when the [`Carrier`] is dropped, and by the kernel when the
-//! process dies. It leaves no file and no socket.
+//! Nothing outlives this process: QEMU is killed when the [`Carrier`] is dropped, and by the kernel when the process
+//! dies. It leaves no file and no socket.
 #![forbid(unsafe_code)]
 
 pub mod accel;
@@ -42,19 +42,19 @@ use qemu::{Machine, Qemu};
 /// How long the carrier may take to boot. It takes about four seconds on an idle host.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long it may take for any other step of its start. All of them take less than a second on an idle host.
+/// How long any other step of its start may take. Each takes less than a second on an idle host.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often it is started until its clock goes right.
+/// How often it is started until its clock is right.
 const TRIES: u32 = 3;
 
 /// The frequency of a time stamp counter that counts instructions, 1 ns each.
 const EXACT_KHZ: u64 = 1_000_000;
 
-/// How long the carrier may take to write back what it holds before it is killed.
+/// How long the carrier may take to write back its data before it is killed.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Memory by default, in MiB: a guest of 6 GiB fits with what else runs beside it. The host gives it only as it is used.
+/// The default memory in MiB: enough for a guest of 6 GiB. The host allocates it as it is used.
 const MEMORY_MIB: u64 = 9 << 10;
 
 /// Mounts a 9p share, named by the first argument, at the second. Files that others change are never taken from a
@@ -62,30 +62,31 @@ const MEMORY_MIB: u64 = 9 << 10;
 const MOUNT_WRITABLE: &str = "mkdir -p \"/mnt$2\" && \
     exec mount -t 9p -o rw,trans=virtio,version=9p2000.L,cache=mmap,msize=512000 \"$1\" \"/mnt$2\"";
 
-/// Loads what the kit has for disks and mounts the disk with the letter of the first argument at the second.
+/// Loads the kit's drivers for disks and mounts the disk with the letter of the first argument at the second.
 const MOUNT_DISK: &str = "while read -r module; do \
     [ -d \"/sys/module/$(basename \"$module\" .ko)\" ] || insmod \"$module\" || exit; done < /etc/firn/on-demand; \
     exec mount -t ext4 -o ro \"/dev/vd$1\" \"/mnt$2\"";
 
 /// Processors unless something else is asked for. With two, under load, guests went wrong that no device had touched:
 /// of transfers of 100 MiB one in four ended with a flipped bit in a CR3, a triple fault or a locked-up carrier. With
-/// one, ten of ten passed and took no longer. QEMU 7.2 multi-threads AMD-V with nested paging, which is the likely cause.
+/// one, ten of ten passed and took no longer. QEMU 7.2 multi-threads AMD-V with nested paging, which is the likely
+/// cause.
 const CORES: u32 = 1;
 
-/// How a carrier shall be.
+/// Options of a carrier.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Its memory in MiB; by default what the host has room for, at most 9 GiB.
+    /// Its memory in MiB; by default what the host can spare, at most 9 GiB.
     pub memory_mib: Option<u64>,
-    /// Its processors; one unless given.
+    /// Its processors; one by default.
     pub cores: Option<u32>,
-    /// Let its clock count executed instructions, a nanosecond each, on one processor: slower, but repeatable.
+    /// Makes its clock count executed instructions, a nanosecond each, on one processor: slower, but repeatable.
     pub exact: bool,
-    /// Directories it may write, besides the working directory of [`exec`].
+    /// Directories it may write to, besides the working directory of [`exec`].
     pub writable: Vec<PathBuf>,
-    /// The command gets all that is typed at this process's terminal, key by key.
+    /// Passes this process's terminal input to the command key by key.
     pub terminal: bool,
-    /// The command `firn`, if viewers on the host shall see the screens of machines that the command runs.
+    /// The command `firn`, if viewers on the host should see the screens of machines that the command runs.
     pub viewers: Option<PathBuf>,
 }
 
@@ -112,33 +113,33 @@ pub enum CarrierError {
         #[source]
         source: io::Error,
     },
-    /// QEMU ended when it should not.
+    /// QEMU ended unexpectedly.
     #[error("the carrier ended: QEMU's {how}{}{}", section("QEMU said", .stderr), section("its kernel's last lines", .console))]
     Ended {
         /// QEMU's exit status, in words.
         how: String,
-        /// The last of what it printed.
+        /// The end of its output.
         stderr: String,
-        /// The last of what its guest's kernel printed.
+        /// The end of its guest kernel's output.
         console: String,
     },
-    /// The carrier's agent does not answer as it should.
+    /// The carrier's agent failed.
     #[error("the carrier does not answer")]
     Agent(#[from] AgentError),
     /// A step of its start took too long.
     #[error("the carrier did not {step} within {} seconds{}", .limit.as_secs(), section("its kernel's last lines", .console))]
     Timeout {
-        /// What it should have done.
+        /// The step.
         step: &'static str,
-        /// The time it had.
+        /// The time limit.
         limit: Duration,
-        /// The last of what its kernel printed.
+        /// The end of its kernel's output.
         console: String,
     },
-    /// Its clock does not go as the host's does.
+    /// Its clock does not run at the speed of the host's.
     #[error("the carrier is not usable: {0}")]
     Clock(String),
-    /// It booted, but what it needs is not there.
+    /// It booted, but lacks what it needs.
     #[error("the carrier is not usable: {0}")]
     Unusable(String),
     /// A directory cannot be made writable in it.
@@ -182,7 +183,7 @@ fn section(title: &str, text: &str) -> String {
     if text.is_empty() { String::new() } else { format!("\n{title}:\n{text}") }
 }
 
-/// How often a carrier is woken.
+/// How often a carrier is woken up.
 const WAKE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Sends a carrier messages that mean nothing, until it is dropped. On a loaded host a carrier's processor now and then
@@ -208,7 +209,7 @@ impl Drop for KeptAwake {
     }
 }
 
-/// A running carrier. Dropping it kills it.
+/// A running carrier, killed when dropped.
 pub struct Carrier {
     client: AgentClient,
     qemu: Qemu,
@@ -216,11 +217,11 @@ pub struct Carrier {
 }
 
 impl Carrier {
-    /// Starts one from the kit [`KitName::Carrier`] and waits until it can be used: about four seconds. On a host so
-    /// busy that it hangs or has a wrong clock it is started again.
+    /// Starts one from the kit [`KitName::Carrier`] and waits until it is usable: about four seconds. If it hangs or
+    /// has a wrong clock, as on a busy host, it is started again.
     ///
     /// # Errors
-    /// When QEMU is missing or fails, or what it boots does not work. It is gone then.
+    /// If QEMU is missing or fails, or the carrier does not work. Nothing of it is left then.
     pub async fn start(kit: &Kit, options: &Options) -> Result<Self, CarrierError> {
         let mut tries = 1;
         loop {
@@ -285,16 +286,16 @@ impl Carrier {
         Ok(carrier)
     }
 
-    /// Starts a command in it. Dropping what is returned before the command has ended kills the command.
+    /// Starts a command in it. Dropping the returned value kills a command that is still running.
     ///
     /// # Errors
-    /// When the command cannot be sent, or the carrier is gone.
+    /// If the command cannot be sent, or the carrier is gone.
     pub async fn exec(&self, command: &HostCommand) -> Result<Exec, CarrierError> {
         let started = self.or_ended(self.client.exec(command.request()?));
         self.qemu.within("start a command", STEP_TIMEOUT, started).await
     }
 
-    /// Waits until what was written in it has reached the host; after that it can be dropped.
+    /// Waits until everything written in it has reached the host; then it can be dropped.
     ///
     /// # Errors
     /// When the carrier is gone already.
@@ -304,7 +305,7 @@ impl Carrier {
         synced.unwrap_or(Ok(()))
     }
 
-    /// Waits for `answer` of the agent; if the agent is lost because QEMU has ended, says that.
+    /// Waits for `answer` of the agent; if the agent is lost because QEMU ended, reports that.
     async fn or_ended<T>(
         &self,
         answer: impl Future<Output = Result<T, AgentError>>,

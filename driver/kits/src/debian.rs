@@ -1,7 +1,6 @@
 //! A Debian system as a directory tree, made from unpacked packages as their maintainer scripts would have done it.
 //!
-//! Programs of the tree that are needed for that run through the tree's own dynamic linker, so nothing of them has to be
-//! installed here.
+//! Programs of the tree that this needs run through the tree's own dynamic linker, so none has to be installed here.
 
 use std::ffi::OsString;
 use std::fs;
@@ -13,7 +12,7 @@ use std::process::{Command, Stdio};
 use super::modules::{self, ModuleTree};
 use super::{BuildError, agent};
 
-/// What no guest reads: documentation, translations, data of package tools, what other inits start, and what looks for
+/// What no guest needs: documentation, translations, data of package tools, files for other inits, and what looks for
 /// hardware and configuration that a virtual machine does not have.
 const PRUNED: &[&str] = &[
     "boot",
@@ -77,8 +76,8 @@ const PRUNED: &[&str] = &[
     "var",
 ];
 
-/// Units that a package wants at every boot, and that have nothing to do in a machine whose system is made anew for
-/// each boot. They can still be started.
+/// Units that packages enable and that are useless in a machine whose system is new at each boot. They can still be
+/// started.
 const UNWANTED: &[&str] = &[
     "local-fs.target.wants/run-lock.mount",
     "local-fs.target.wants/tmp.mount",
@@ -118,7 +117,7 @@ const UNWANTED: &[&str] = &[
     "sysinit.target.wants/systemd-update-done.service",
 ];
 
-/// Links that maintainer scripts make by `update-alternatives`.
+/// Links that maintainer scripts create with `update-alternatives`.
 const ALTERNATIVES: &[(&str, &str)] = &[
     ("usr/bin/awk", "mawk"),
     ("usr/bin/nc", "nc.openbsd"),
@@ -127,7 +126,7 @@ const ALTERNATIVES: &[(&str, &str)] = &[
     ("usr/bin/which", "which.debianutils"),
 ];
 
-/// Kernel modules for what a virtual machine can have or be told to do, beside those the kit loads itself.
+/// Kernel modules for what a virtual machine may have or do, besides those that the kit loads itself.
 const MODULES: &[&str] = &[
     "autofs4",
     "binfmt_misc",
@@ -202,7 +201,7 @@ const MODULE_DIRECTORIES: &[&str] = &[
     "kernel/net/xfrm",
 ];
 
-/// What depmod reads beside the modules.
+/// What depmod reads besides the modules.
 const MODULE_LISTS: &[&str] = &["modules.builtin", "modules.builtin.modinfo", "modules.order"];
 
 /// The tree of a Debian system.
@@ -211,12 +210,12 @@ pub(crate) struct Debian<'a> {
 }
 
 impl<'a> Debian<'a> {
-    /// What trees are made like, so that one made differently is not taken for this one.
+    /// Identifies how trees are made, so that one made differently is not mistaken for this one.
     pub(crate) fn recipe() -> String {
         format!("{PRUNED:?} {UNWANTED:?} {ALTERNATIVES:?} {MODULES:?} {MODULE_DIRECTORIES:?}")
     }
 
-    /// Makes unpacked packages in `root` a system for Linux `release`.
+    /// Turns unpacked packages in `root` into a system for Linux `release`.
     pub(crate) fn set_up(root: &'a Path, release: &str) -> Result<(), BuildError> {
         let this = Self { root };
         this.select_modules(release)?;
@@ -236,7 +235,7 @@ impl<'a> Debian<'a> {
         this.run("usr/sbin/ldconfig", "ldconfig", |ldconfig| ldconfig.args(["-X", "-r"]).arg(root))
     }
 
-    /// The tree that is there already.
+    /// An existing tree.
     pub(crate) const fn at(root: &'a Path) -> Self {
         Self { root }
     }
@@ -262,7 +261,7 @@ impl<'a> Debian<'a> {
         })
     }
 
-    /// Replaces the package's modules, which are packed and for all machines there are, by those of use here.
+    /// Replaces the package's modules, compressed and for all kinds of machines, by those of use here.
     fn select_modules(&self, release: &str) -> Result<(), BuildError> {
         let dir = self.root.join("usr/lib/modules").join(release);
         let tree = ModuleTree::scan(&dir)?;

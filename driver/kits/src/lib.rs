@@ -1,8 +1,8 @@
 //! Makes guest kits from Debian packages.
 //!
-//! A [`Kit`] is a directory in the user's cache. It is made in two steps. The *base* holds what comes from Debian and is fetched once; it changes
-//! when this program asks for other packages or modules, or on [`update`]. The kit proper adds the guest agent and
-//! firn's scripts, so a new agent costs a few milliseconds and no network.
+//! A [`Kit`] is a directory in the user's cache. It is made in two steps. The *base* holds what comes from Debian and
+//! is fetched once; it changes when this program asks for other packages or modules, or on [`update`]. The kit proper
+//! adds the guest agent and firn's scripts, so a new agent costs a few milliseconds and no network.
 //!
 //! ```text
 //! $XDG_CACHE_HOME/firn/
@@ -14,8 +14,8 @@
 //!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of kits with a store: store/, store.img
 //! ```
 //!
-//! No other user can look into it. What a kit boots is compared with its manifest at each start, by sizes and times; a
-//! kit that is damaged is made anew.
+//! No other user can read it. At each start the files a kit boots are compared with its manifest, by size and time; a
+//! damaged kit is rebuilt.
 //!
 //! Everything here blocks; async callers use `spawn_blocking`.
 #![forbid(unsafe_code)]
@@ -46,7 +46,7 @@ pub use modules::ModuleError;
 use base::Base;
 use cache::Cache;
 
-/// Raised whenever a kit's layout changes, so that older ones are not taken for it.
+/// Raised whenever a kit's layout changes, so that older ones are not mistaken for it.
 const FORMAT: u32 = 3;
 
 /// Raised whenever a kit's manifest changes.
@@ -68,26 +68,26 @@ const SYSTEMD_PARAMS: &str = "panic=1 quiet cryptomgr.notests nokaslr tsc=reliab
                               i8042.nomux i8042.dumbkbd net.ifnames=0 lsm=landlock,yama,bpf audit=0 mitigations=off \
                               rcupdate.rcu_expedited=1 8250.nr_uarts=1";
 
-/// As [`MICRO_CMDLINE`], for QEMU's software emulation. Nobody is protected from anybody in the carrier, and what
-/// mitigations do is slow to emulate.
+/// Like [`MICRO_CMDLINE`], for QEMU's software emulation. The carrier needs no isolation, and mitigations are slow to
+/// emulate.
 const CARRIER_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
                                i8042.noaux i8042.nomux i8042.nopnp mitigations=off";
 
-/// What the boot scripts have in common.
+/// Functions shared by the boot scripts.
 const LIBRARY: &str = include_str!("scripts/lib.sh");
 
-/// What a kit is made of.
+/// A kit's ingredients.
 struct Recipe {
     name: &'static str,
     /// The release of Debian.
     suite: &'static str,
-    /// Packages that come, with all that they depend on, as a store; if there are none, there is no store.
+    /// Packages that make up the store, with their dependencies; if there are none, there is no store.
     packages: &'static [&'static [&'static str]],
     /// Packages that the others do without, whatever they say.
     absent: &'static [&'static str],
     /// The metapackage that depends on the newest kernel image.
     kernel: &'static str,
-    /// Modules to load, in this order but for their dependencies, which come first.
+    /// Modules to load, in this order, each after its dependencies.
     modules: &'static [&'static str],
     /// Modules that the script loads if the machine has a device for them.
     on_demand: &'static [&'static str],
@@ -229,13 +229,13 @@ const CARRIER: Recipe = Recipe {
     cmdline: CARRIER_CMDLINE,
 };
 
-/// Why a kit cannot be made.
+/// Why a kit cannot be built.
 #[derive(Debug, Error)]
 pub enum BuildError {
     /// The kit, or the cache it is in, cannot be used.
     #[error(transparent)]
     Kit(#[from] KitError),
-    /// The static agent was not found or does not fit.
+    /// The static agent was not found or is unsuitable.
     #[error("the guest agent")]
     Agent(#[from] AgentError),
     /// Packages could not be fetched.
@@ -282,11 +282,11 @@ impl BuildError {
     }
 }
 
-/// Tells a person how a build proceeds, a line at a time.
+/// Reports a build's progress, a line at a time.
 pub type Progress<'a> = &'a (dyn Fn(&str) + 'a);
 
-/// The kit `name`, built if it is not there. Needs the network only the first time. Calls `progress` only if there is
-/// something to do.
+/// The kit `name`, built if missing. Needs the network only the first time. Calls `progress` only if there is something
+/// to do.
 ///
 /// # Errors
 /// When the agent is missing, packages cannot be fetched or the cache cannot be written.
@@ -294,7 +294,7 @@ pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
     make(name, &Cache::of_user()?, &find_agent()?, Wish::Have, progress)
 }
 
-/// As [`build`], but reads all files of the kit, and makes it anew if one is damaged.
+/// Like [`build`], but reads all files of the kit and rebuilds it if one is damaged.
 ///
 /// # Errors
 /// As [`build`].
@@ -302,7 +302,7 @@ pub fn check(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
     make(name, &Cache::of_user()?, &find_agent()?, Wish::Check, progress)
 }
 
-/// As [`build`], but asks Debian for newer packages first.
+/// Like [`build`], but checks for newer Debian packages first.
 ///
 /// # Errors
 /// As [`build`].
@@ -329,14 +329,14 @@ const fn recipe(name: KitName) -> &'static Recipe {
     }
 }
 
-/// What is asked of a kit.
+/// What is required of a kit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wish {
-    /// That it is there.
+    /// That it exists.
     Have,
-    /// That it is there, and every byte of it is right.
+    /// That it exists and every byte is right.
     Check,
-    /// That it is of Debian's newest packages.
+    /// That it is made of Debian's newest packages.
     Update,
 }
 
@@ -356,7 +356,7 @@ fn existing(
     Ok(Kit::find(dir, look)?)
 }
 
-/// For a kit or base that can be made anew: says that it is damaged, and is none.
+/// For a kit or base that can be rebuilt: reports that it is damaged and treats it as missing.
 fn or_anew<T>(
     found: Result<Option<T>, BuildError>,
     progress: Progress<'_>,
@@ -446,14 +446,14 @@ fn make(
     Ok(Kit { dir, manifest })
 }
 
-/// Makes `to` the same file as `from`, or a copy where that cannot be.
+/// Hard-links `to` to `from`, or copies it if that fails.
 fn link(from: &Path, to: &Path) -> Result<(), BuildError> {
     fs::hard_link(from, to)
         .or_else(|_| fs::copy(from, to).map(drop))
         .map_err(BuildError::io("write", to))
 }
 
-/// Takes away the permission to change what machines boot: the monitor maps only such files.
+/// Makes files that machines boot read-only: the monitor maps only such files.
 fn make_immutable(dir: &Path) -> Result<(), BuildError> {
     for name in ["kernel", "vmlinux", "initrd"] {
         let path = dir.join(name);
@@ -463,7 +463,7 @@ fn make_immutable(dir: &Path) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// Names a kit by everything that goes into it.
+/// Names a kit by all its ingredients.
 fn kit_key(recipe: &Recipe, base: &Base, agent: &[u8]) -> String {
     let mut hash = Sha256::new();
     for part in [

@@ -1,4 +1,4 @@
-//! What firn adds to a Debian tree to make it the store of a machine that boots as NixOS does.
+//! What firn adds to a Debian tree to make it the store of a machine that boots like NixOS.
 //!
 //! ```text
 //! store/          the guest's /nix/.ro-store, and below an overlay its /nix/store
@@ -18,10 +18,10 @@ use super::base::Base;
 use super::debian::Debian;
 use super::{BuildError, link};
 
-/// The argument of the kernel that names the guest's first process after the initrd.
+/// The kernel argument that names the guest's init after the initrd.
 pub(crate) const INIT: &str = "init=/nix/store/toplevel/init";
 
-/// The commands of busybox that stage 2 calls.
+/// The busybox commands that stage 2 calls.
 const APPLETS: &[&str] = &["sh", "chmod", "cp", "cpio", "ln", "mkdir", "mknod", "mount"];
 
 const STAGE_2: &str = include_str!("systemd/stage-2.sh");
@@ -136,7 +136,7 @@ const DIRECTORIES: &[(&str, u32)] = &[
     ("var/tmp", 0o1777),
 ];
 
-/// Everything in here that a store is made of, for its name.
+/// Everything in this file that a store is made of, for its name.
 pub(crate) fn ingredients() -> impl Iterator<Item = String> {
     let files = FILES.iter().map(|(path, mode, text)| format!("{path} {mode:o} {text}"));
     let links = LINKS.iter().map(|(path, target)| format!("{path} -> {target}"));
@@ -145,7 +145,7 @@ pub(crate) fn ingredients() -> impl Iterator<Item = String> {
     files.chain(links).chain(directories).chain(programs)
 }
 
-/// Makes the store in `kit`, which has the kernel and the initrd already.
+/// Creates the store in `kit`, which has the kernel and the initrd already.
 pub(crate) fn make_store(
     base: &Base,
     agent: &[u8],
@@ -176,7 +176,7 @@ pub(crate) fn make_store(
     Debian::at(&base.dir.join("debian")).make_image(&store, &kit.join(STORE_IMAGE))
 }
 
-/// The archive of the files that each boot has its own copy of.
+/// The archive of the files of which each boot gets its own copy.
 fn root_archive(base: &Base) -> Result<Vec<u8>, BuildError> {
     let mut archive = Archive::new();
     for (path, mode) in DIRECTORIES {
@@ -193,7 +193,7 @@ fn root_archive(base: &Base) -> Result<Vec<u8>, BuildError> {
     Ok(archive.finish())
 }
 
-/// Makes `to` the same tree as `from`, of the same files.
+/// Makes `to` a tree of hard links to the files of `from`.
 fn link_tree(from: &Path, to: &Path) -> Result<(), BuildError> {
     fs::create_dir(to).map_err(BuildError::io("create", to))?;
     for entry in fs::read_dir(from).map_err(BuildError::io("list", from))? {

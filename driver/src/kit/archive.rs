@@ -1,4 +1,5 @@
-//! Writes and reads initrds: cpio archives in the `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
+//! Writes and reads initrds: cpio archives in the `newc` format
+//! (Documentation/driver-api/early-userspace/buffer-format.rst).
 
 use std::fs::{self, DirEntry, File};
 use std::io::{self, Write};
@@ -15,13 +16,13 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// An empty one.
+    /// An empty archive.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a directory; its parent must be there already.
+    /// Adds a directory, whose parent must exist already.
     pub fn dir(&mut self, path: &str, mode: u32) {
         self.add(path, ModeFileType::Directory, mode, &[]);
     }
@@ -36,7 +37,7 @@ impl Archive {
         self.add(path, ModeFileType::Symlink, 0o777, target.as_bytes());
     }
 
-    /// Adds what is in the directory `from` below `path`, which must be there already.
+    /// Adds the contents of the directory `from` below `path`, which must exist already.
     ///
     /// # Errors
     /// If a file cannot be read, or a name is not UTF-8.
@@ -87,7 +88,7 @@ const IN_MEMORY: &str = "a vector takes every write";
 /// The content of a file in the archive at `path`.
 ///
 /// # Errors
-/// If there is none, or the archive cannot be read.
+/// If it does not exist, or the archive cannot be read.
 pub fn read(path: &Path, name: &str) -> io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
     loop {
@@ -118,7 +119,7 @@ pub struct Entry {
 /// All entries of the archive at the start of `bytes`.
 ///
 /// # Errors
-/// If it is no archive.
+/// If it is not an archive.
 pub fn entries(mut bytes: &[u8]) -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     loop {

@@ -1,7 +1,7 @@
 //! Whether the files of a kit are still what was written.
 //!
-//! Each file has a stamp. As long as its size and time are those of the stamp, it is taken for the same; if only the time
-//! differs, as after a copy, the hash decides.
+//! Each file has a stamp. A file whose size and time match its stamp counts as unchanged; if only the time differs, as
+//! after a copy, the hash decides.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::KitError;
 
-/// What a file was when it was written.
+/// The identity of a file when it was written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamp {
     size: u64,
@@ -23,19 +23,19 @@ pub struct Stamp {
     sha256: String,
 }
 
-/// How closely files are looked at.
+/// How thoroughly files are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Look {
-    /// At sizes and times.
+    /// By size and time.
     Quick,
-    /// At every byte.
+    /// Every byte.
     Close,
 }
 
 /// Files by their paths in a directory.
 pub type Stamps = BTreeMap<String, Stamp>;
 
-/// The stamps of all files in `dir`, but for those below the directory `except`.
+/// The stamps of all files in `dir`, except those below the directory `except`.
 ///
 /// # Errors
 /// If one cannot be read.
@@ -59,7 +59,7 @@ pub fn stamps(dir: &Path, except: Option<&Path>) -> Result<Stamps, KitError> {
     Ok(found)
 }
 
-/// Compares `files` in `dir` with their stamps, which get the files' new times. Answers whether there were any.
+/// Compares `files` in `dir` with their stamps, and updates the stamps' times. Returns whether any changed.
 ///
 /// # Errors
 /// If one is damaged.

@@ -19,7 +19,7 @@ pub fn write(path: &Path, value: &impl Serialize) -> Result<(), KitError> {
     fs::write(path, json).map_err(KitError::io("write", path))
 }
 
-/// As [`write`], for a file that others may read meanwhile.
+/// Like [`write`], for a file that others may read at the same time.
 ///
 /// # Errors
 /// If it cannot be written.
@@ -30,11 +30,11 @@ pub fn replace(path: &Path, value: &impl Serialize) -> Result<(), KitError> {
     file.persist(path).map(drop).map_err(|error| KitError::io("replace", path)(error.error))
 }
 
-/// Reads what [`write`] wrote; `None` if there is no such file or it holds something else: both mean that there is
-/// work to do.
+/// Reads what [`write`] wrote; `None` if there is no such file or it holds something else: either way it has to be
+/// written again.
 ///
 /// # Errors
-/// If the file is there and cannot be read.
+/// If the file exists and cannot be read.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, KitError> {
     match fs::read(path) {
         Ok(json) => Ok(serde_json::from_slice(&json).ok()),
