@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::PATIENCE;
 
 /// Keys that ask logind to have the system go down or to sleep, by Linux's numbers.
-pub const DROWSY: [u16; 3] = [116, 142, 205];
+pub const POWER_KEYS: [u16; 3] = [116, 142, 205];
 
 /// Kind, code and value of an event, as Linux numbers them.
 pub type Event = (u16, u16, i32);

@@ -23,7 +23,7 @@ pub struct Run {
 
 /// A monitor that firn can be compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Monitor {
+pub enum OtherMonitor {
     /// QEMU with the machine that nixpkgs uses
     QemuQ35,
     /// QEMU with its smallest machine
@@ -34,7 +34,7 @@ pub enum Monitor {
     CloudHypervisor,
 }
 
-impl Monitor {
+impl OtherMonitor {
     /// What reports call it.
     #[must_use]
     pub fn as_str(self) -> &'static str {

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{Carrier, CarrierError, HostCommand, Options, command};
 use crate::signals::Signals;
 use crate::terminal::RawTerminal;
-use crate::viewers::Door;
+use crate::viewers::ViewerSocket;
 
 /// How long a command may continue after the signal that should end it.
 const GRACE: Duration = Duration::from_secs(1);
@@ -52,7 +52,7 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
             carrier = Carrier::start(&kit, &options) => Arc::new(carrier?),
             number = signals.next() => return Ok(128 + number),
         };
-        let door = options.viewers.as_deref().and_then(|firn| Door::open(&carrier, firn));
+        let door = options.viewers.as_deref().and_then(|firn| ViewerSocket::open(&carrier, firn));
         let raw = match options.terminal {
             true => RawTerminal::of_stdin().map_err(CarrierError::host("use the terminal"))?,
             false => None,

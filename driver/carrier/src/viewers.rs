@@ -20,12 +20,12 @@ use super::{Carrier, HostCommand};
 const MAX_VIEWERS: usize = 16;
 
 /// The viewers' socket, open until it is dropped.
-pub(super) struct Door {
+pub(super) struct ViewerSocket {
     serving: AbortHandle,
     _dir: Scratch,
 }
 
-impl Door {
+impl ViewerSocket {
     /// Opens it; `firn` is the program. None if that fails: a run does not depend on it.
     pub(super) fn open(carrier: &Arc<Carrier>, firn: &Path) -> Option<Self> {
         let failed = |error: &dyn std::fmt::Display| {
@@ -44,7 +44,7 @@ impl Door {
     }
 }
 
-impl Drop for Door {
+impl Drop for ViewerSocket {
     fn drop(&mut self) {
         self.serving.abort();
     }

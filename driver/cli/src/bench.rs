@@ -16,7 +16,7 @@ use firn::machine::Machine;
 use firn::private::{self, Place};
 use firn_bench::monitor::Run;
 use firn_bench::report::{Report, Unit};
-use firn_bench::{Guest, Monitor, Stage, Stages, Subject};
+use firn_bench::{Guest, OtherMonitor, Stage, Stages, Subject};
 use firn_carrier::Options;
 use firn_carrier::accel::{Accel, run_again};
 use firn_vmm::device::boot_timer::{Mark, now_ns, stage};
@@ -71,7 +71,7 @@ struct Boot {
     machines: Option<u8>,
     /// Other monitors that boot the first machine file's kernel, initrd and command line, if they are installed
     #[arg(long, value_enum, value_delimiter = ',', value_name = "MONITORS")]
-    compare: Vec<Monitor>,
+    compare: Vec<OtherMonitor>,
     /// Output format
     #[arg(long, value_enum, default_value_t)]
     format: Format,
@@ -295,7 +295,7 @@ impl Plan<'_> {
         self.subjects.push(Subject { name: format!("{name}: {machines} at once"), machines, run });
     }
 
-    fn add_monitors(&mut self, monitors: &[Monitor]) -> Result<()> {
+    fn add_monitors(&mut self, monitors: &[OtherMonitor]) -> Result<()> {
         let Some(guest) = &self.guest else {
             if monitors.is_empty() {
                 return Ok(());

@@ -80,7 +80,7 @@ fn build_kit(name: KitName) -> Result<Kit> {
 
 /// The Python runner's arguments.
 #[derive(Serialize)]
-struct Asked<'a> {
+struct RunnerArguments<'a> {
     #[serde(flatten)]
     flags: &'a Flags,
     kit_dirs: Vec<&'a Path>,
@@ -89,7 +89,7 @@ struct Asked<'a> {
 /// The command that runs the script.
 fn runner(flags: &Flags, python: &Path, kits: &[Kit]) -> Result<Vec<OsString>> {
     let kit_dirs = kits.iter().map(|kit| kit.dir.as_path()).collect();
-    let asked = serde_json::to_string(&Asked { flags, kit_dirs })?;
+    let asked = serde_json::to_string(&RunnerArguments { flags, kit_dirs })?;
     // -P: a file of the current directory must not stand in for a module.
     let argv = ["-P", "-m", "firn.runner", &asked].map(OsString::from);
     Ok(iter::once(python.into()).chain(argv).collect())

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use firn::kit::integrity::{self, Look, Stamps, hex};
+use firn::kit::integrity::{self, Check, Stamps, hex};
 use firn::kit::json;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -92,7 +92,7 @@ impl Base {
     }
 
     /// Fails if one of its files is damaged.
-    pub(crate) fn check(&self, look: Look) -> Result<(), BuildError> {
+    pub(crate) fn check(&self, look: Check) -> Result<(), BuildError> {
         // An earlier version of firn wrote none.
         let stamps: Option<Stamps> = json::read(&self.dir.join(FILES))?;
         integrity::check(&self.dir, stamps.unwrap_or_default().iter_mut(), look)?;

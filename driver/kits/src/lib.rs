@@ -34,7 +34,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use firn::kit::archive::Archive;
-use firn::kit::integrity::{self, Look, hex};
+use firn::kit::integrity::{self, Check, hex};
 use firn::kit::{Kit, KitError, KitName, Manifest, json};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
@@ -291,7 +291,7 @@ pub type Progress<'a> = &'a (dyn Fn(&str) + 'a);
 /// # Errors
 /// When the agent is missing, packages cannot be fetched or the cache cannot be written.
 pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
-    make(name, &Cache::of_user()?, &find_agent()?, Wish::Have, progress)
+    make(name, &Cache::of_user()?, &find_agent()?, Required::Exists, progress)
 }
 
 /// Like [`build`], but reads all files of the kit and rebuilds it if one is damaged.
@@ -299,7 +299,7 @@ pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
 /// # Errors
 /// As [`build`].
 pub fn check(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
-    make(name, &Cache::of_user()?, &find_agent()?, Wish::Check, progress)
+    make(name, &Cache::of_user()?, &find_agent()?, Required::Intact, progress)
 }
 
 /// Like [`build`], but checks for newer Debian packages first.
@@ -307,7 +307,7 @@ pub fn check(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
 /// # Errors
 /// As [`build`].
 pub fn update(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
-    make(name, &Cache::of_user()?, &find_agent()?, Wish::Update, progress)
+    make(name, &Cache::of_user()?, &find_agent()?, Required::Newest, progress)
 }
 
 /// The kit `name` if it is in the cache and up to date; `None` if [`build`] would have work to do.
@@ -317,7 +317,7 @@ pub fn update(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> 
 pub fn lookup(name: KitName) -> Result<Option<Kit>, BuildError> {
     let agent = find_agent()?;
     let agent = fs::read(&agent).map_err(BuildError::io("read", &agent))?;
-    existing(recipe(name), &Cache::of_user()?, &agent, Look::Quick)
+    existing(recipe(name), &Cache::of_user()?, &agent, Check::Quick)
 }
 
 const fn recipe(name: KitName) -> &'static Recipe {
@@ -331,25 +331,25 @@ const fn recipe(name: KitName) -> &'static Recipe {
 
 /// What is required of a kit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
+enum Required {
     /// That it exists.
-    Have,
+    Exists,
     /// That it exists and every byte is right.
-    Check,
+    Intact,
     /// That it is made of Debian's newest packages.
-    Update,
+    Newest,
 }
 
 fn existing(
     recipe: &Recipe,
     cache: &Cache,
     agent: &[u8],
-    look: Look,
+    look: Check,
 ) -> Result<Option<Kit>, BuildError> {
     let Some(base) = Base::open(recipe, cache)? else {
         return Ok(None);
     };
-    if look == Look::Close {
+    if look == Check::Full {
         base.check(look)?;
     }
     let dir = cache.kit_dir(recipe.name, &kit_key(recipe, &base, agent));
@@ -374,15 +374,17 @@ fn make(
     name: KitName,
     cache: &Cache,
     agent: &Path,
-    wish: Wish,
+    required: Required,
     progress: Progress<'_>,
 ) -> Result<Kit, BuildError> {
     let recipe = recipe(name);
     let agent = fs::read(agent).map_err(BuildError::io("read", agent))?;
-    let look = if wish == Wish::Check { Look::Close } else { Look::Quick };
-    let there = |progress: Progress<'_>| match wish {
-        Wish::Update => Ok(None),
-        Wish::Have | Wish::Check => or_anew(existing(recipe, cache, &agent, look), progress),
+    let look = if required == Required::Intact { Check::Full } else { Check::Quick };
+    let there = |progress: Progress<'_>| match required {
+        Required::Newest => Ok(None),
+        Required::Exists | Required::Intact => {
+            or_anew(existing(recipe, cache, &agent, look), progress)
+        }
     };
     if let Some(kit) = there(progress)? {
         return Ok(kit);
@@ -398,7 +400,7 @@ fn make(
     // A kit has the files of its base.
     let base_is_whole = base.is_some();
     let base = match base {
-        Some(base) if wish != Wish::Update => base,
+        Some(base) if required != Required::Newest => base,
         _ => Base::fetch(recipe, cache, &lock, progress)?,
     };
     let key = kit_key(recipe, &base, &agent);

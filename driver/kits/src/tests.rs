@@ -31,7 +31,8 @@ fn cache_with_base(root: &Path) -> Cache {
 fn make_quietly(cache: &Cache, agent: &Path) -> (Kit, usize) {
     let lines = Mutex::new(0);
     let kit =
-        make(KitName::Micro, cache, agent, Wish::Have, &|_| *lines.lock().unwrap() += 1).unwrap();
+        make(KitName::Micro, cache, agent, Required::Exists, &|_| *lines.lock().unwrap() += 1)
+            .unwrap();
     (kit, lines.into_inner().unwrap())
 }
 
@@ -123,7 +124,7 @@ fn the_systemd_kit_has_a_store() {
     let base = systemd_base(&cache);
     let agent = dir.path().join("agent");
     fs::write(&agent, "the agent").unwrap();
-    let kit = make(KitName::Systemd, &cache, &agent, Wish::Have, &|_| ()).unwrap();
+    let kit = make(KitName::Systemd, &cache, &agent, Required::Exists, &|_| ()).unwrap();
     let store = kit.store().unwrap();
     let text = |path: &str| fs::read_to_string(store.join(path)).unwrap();
     assert_eq!(text("firn/bin/firn-agent"), "the agent");
@@ -231,7 +232,7 @@ fn a_damaged_kit_is_not_booted_and_made_anew() {
     // A close look finds what has the right size and time.
     spoil(&kit.initrd());
     Kit::open(kit.dir.clone()).unwrap();
-    make(KitName::Micro, &cache, &agent, Wish::Check, &|_| ()).unwrap();
+    make(KitName::Micro, &cache, &agent, Required::Intact, &|_| ()).unwrap();
     assert_eq!(fs::read(kit.initrd()).unwrap(), whole);
 }
 
@@ -259,13 +260,13 @@ fn a_damaged_base_makes_no_kit() {
     let stamps = integrity::stamps(&base, None).unwrap();
     json::write(&base.join("files.json"), &stamps).unwrap();
     let open = || Base::open(&MICRO, &cache).unwrap().unwrap();
-    open().check(Look::Close).unwrap();
+    open().check(Check::Full).unwrap();
     spoil(&base.join("modules/virtio_mmio.ko"));
-    open().check(Look::Quick).unwrap();
-    let error = open().check(Look::Close).unwrap_err().to_string();
+    open().check(Check::Quick).unwrap();
+    let error = open().check(Check::Full).unwrap_err().to_string();
     assert!(error.contains("virtio_mmio.ko is damaged"), "{error}");
     fs::write(base.join("busybox"), "").unwrap();
-    let error = open().check(Look::Quick).unwrap_err().to_string();
+    let error = open().check(Check::Quick).unwrap_err().to_string();
     assert!(error.contains("busybox is damaged: it has 0 bytes, and 7 were"), "{error}");
 }
 

@@ -17,16 +17,16 @@ const MAX_KEPT: usize = 100_000;
 /// All loggers, with the events not yet delivered to them.
 static LISTENERS: Mutex<Vec<(Queue, Py<PyAny>)>> = Mutex::new(Vec::new());
 
-type Queue = Arc<Mutex<VecDeque<Heard>>>;
+type Queue = Arc<Mutex<VecDeque<Pending>>>;
 
 /// An event: its kind, which is a method of loggers or `end`.
-struct Heard {
+struct Pending {
     kind: &'static str,
     text: String,
     machine: Option<String>,
 }
 
-impl Heard {
+impl Pending {
     fn of(event: Event<'_>) -> Option<Self> {
         let (kind, text, machine) = match event {
             Event::Message { level, machine, text } => {
@@ -53,7 +53,7 @@ struct Listener(Queue);
 
 impl Sink for Listener {
     fn take(&mut self, event: Event<'_>) {
-        if let Some(heard) = Heard::of(event) {
+        if let Some(heard) = Pending::of(event) {
             let mut queue = lock(&self.0);
             if queue.len() >= MAX_KEPT {
                 queue.pop_front();
@@ -82,14 +82,14 @@ pub(super) fn deliver(py: Python<'_>) -> PyResult<bool> {
         .collect();
     for (queue, logger) in &listeners {
         // No lock is held during the call, which may log in its turn.
-        while let Some(Heard { kind, text, machine }) = pop(queue) {
+        while let Some(Pending { kind, text, machine }) = pop(queue) {
             logger.call1(py, (kind, text, machine))?;
         }
     }
     Ok(!listeners.is_empty())
 }
 
-fn pop(queue: &Queue) -> Option<Heard> {
+fn pop(queue: &Queue) -> Option<Pending> {
     lock(queue).pop_front()
 }
 

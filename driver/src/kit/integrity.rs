@@ -25,11 +25,11 @@ pub struct Stamp {
 
 /// How thoroughly files are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub enum Check {
     /// By size and time.
     Quick,
     /// Every byte.
-    Close,
+    Full,
 }
 
 /// Files by their paths in a directory.
@@ -66,7 +66,7 @@ pub fn stamps(dir: &Path, except: Option<&Path>) -> Result<Stamps, KitError> {
 pub fn check<'a>(
     dir: &Path,
     files: impl Iterator<Item = (&'a String, &'a mut Stamp)>,
-    look: Look,
+    look: Check,
 ) -> Result<bool, KitError> {
     let mut touched = false;
     for (name, stamp) in files {
@@ -80,13 +80,13 @@ pub fn check<'a>(
 }
 
 impl Stamp {
-    fn compare(&mut self, path: &Path, look: Look) -> Result<bool, String> {
+    fn compare(&mut self, path: &Path, look: Check) -> Result<bool, String> {
         let meta = fs::metadata(path).map_err(|error| error.to_string())?;
         if !meta.is_file() || meta.len() != self.size {
             return Err(format!("it has {} bytes, and {} were written", meta.len(), self.size));
         }
         let touched = time(&meta) != self.modified;
-        if touched || look == Look::Close {
+        if touched || look == Check::Full {
             if stamp(path).map_err(|error| error.to_string())?.sha256 != self.sha256 {
                 return Err("it is not what was written".to_owned());
             }

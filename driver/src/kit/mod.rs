@@ -25,9 +25,9 @@ use thiserror::Error;
 
 use crate::private::Place;
 
-pub use overlay::{Host, Interface, MachineConfig, Mount, OverlayError, machine_overlay};
+pub use overlay::{GuestConfig, HostsEntry, Interface, Mount, OverlayError, machine_overlay};
 
-use integrity::{Look, Stamps};
+use integrity::{Check, Stamps};
 
 /// The tag of the share that holds the store.
 pub const STORE_TAG: &str = "nix-store";
@@ -104,7 +104,7 @@ impl Kit {
     pub fn open(dir: PathBuf) -> Result<Self, KitError> {
         let manifest = dir.join("manifest.json");
         let missing = KitError::io("read", manifest)(io::ErrorKind::NotFound.into());
-        Self::find(dir, Look::Quick)?.ok_or(missing)
+        Self::find(dir, Check::Quick)?.ok_or(missing)
     }
 
     /// The kit in a directory, if one is there. A quick look is at what it boots, which takes a few microseconds;
@@ -112,13 +112,13 @@ impl Kit {
     ///
     /// # Errors
     /// If its own files are damaged.
-    pub fn find(dir: PathBuf, look: Look) -> Result<Option<Self>, KitError> {
+    pub fn find(dir: PathBuf, look: Check) -> Result<Option<Self>, KitError> {
         let path = dir.join("manifest.json");
         let Some(mut manifest) = json::read::<Manifest>(&path)? else {
             return Ok(None);
         };
         let files = manifest.files.iter_mut();
-        let looked_at = files.filter(|(name, _)| look == Look::Close || !name.contains('/'));
+        let looked_at = files.filter(|(name, _)| look == Check::Full || !name.contains('/'));
         if integrity::check(&dir, looked_at, look)? {
             // Else the files are read again the next time, no more.
             let _ = json::replace(&path, &manifest);

@@ -8,11 +8,11 @@ use super::archive::Archive;
 
 /// What one machine is told about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MachineConfig {
+pub struct GuestConfig {
     /// Its name.
     pub hostname: String,
     /// The lines of `/etc/hosts`; those of localhost are added.
-    pub hosts: Vec<Host>,
+    pub hosts: Vec<HostsEntry>,
     /// Its network cards.
     pub interfaces: Vec<Interface>,
     /// Whom it asks for names.
@@ -23,7 +23,7 @@ pub struct MachineConfig {
 
 /// A line of `/etc/hosts`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Host {
+pub struct HostsEntry {
     /// The address.
     pub address: IpAddr,
     /// What it is called.
@@ -69,7 +69,7 @@ pub struct OverlayError {
 ///
 /// # Errors
 /// When a value is empty, too long, or has characters that those files cannot hold.
-pub fn machine_overlay(config: &MachineConfig) -> Result<Vec<u8>, OverlayError> {
+pub fn machine_overlay(config: &GuestConfig) -> Result<Vec<u8>, OverlayError> {
     let mut archive = Archive::new();
     archive.dir("etc", 0o755);
     archive.dir("etc/firn", 0o755);
@@ -84,7 +84,7 @@ pub fn machine_overlay(config: &MachineConfig) -> Result<Vec<u8>, OverlayError> 
     Ok(archive.finish())
 }
 
-fn hosts(hosts: &[Host]) -> Result<String, OverlayError> {
+fn hosts(hosts: &[HostsEntry]) -> Result<String, OverlayError> {
     let mut text = "127.0.0.1 localhost\n::1 localhost ip6-localhost\n".to_owned();
     for host in hosts {
         let names = host

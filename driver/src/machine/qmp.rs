@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::backend::Monitor;
+use super::backend::QemuMonitors;
 use super::{Machine, Status};
 use crate::error::{End, MachineError, Result};
 
@@ -115,7 +115,7 @@ impl Events {
 
 impl Machine {
     /// The output of QEMU's human monitor for a command, for a machine under QEMU.
-    async fn ask_monitor(&self, monitor: &dyn Monitor, command: &str) -> Result<String> {
+    async fn ask_monitor(&self, monitor: &dyn QemuMonitors, command: &str) -> Result<String> {
         // Commands with an effect on the machine's state.
         match command.trim() {
             "quit" | "q" => self.crash().await,
@@ -132,7 +132,7 @@ impl Machine {
     /// The same for QMP.
     async fn ask_qmp(
         &self,
-        monitor: &dyn Monitor,
+        monitor: &dyn QemuMonitors,
         command: &str,
         arguments: &Value,
     ) -> Result<Value> {

@@ -15,7 +15,7 @@ use super::{Dirs, Machine, inputs};
 use crate::config::{BackendKind, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, UserNetwork};
 use crate::error::{MachineError, Result, chain};
 use crate::kernels::Kernels;
-use crate::kit::{self, Host, Interface, Kit, KitName, MachineConfig, Mount, STORE_TAG};
+use crate::kit::{self, GuestConfig, HostsEntry, Interface, Kit, KitName, Mount, STORE_TAG};
 use crate::log::Logger;
 use crate::private;
 
@@ -93,14 +93,14 @@ pub(crate) struct Boot {
     initrd: Vec<PathBuf>,
     cmdline: String,
     /// The machine's configuration for the kit's initrd; other initrds do not understand it.
-    overlay: Option<Arc<MachineConfig>>,
+    overlay: Option<Arc<GuestConfig>>,
     /// The kit's store, if it has one.
     store: Option<PathBuf>,
 }
 
 impl Boot {
     /// What `node` boots, completed from `kit`.
-    pub(crate) fn new(node: &NodeConfig, kit: Option<&Kit>, hosts: &[Host]) -> Option<Self> {
+    pub(crate) fn new(node: &NodeConfig, kit: Option<&Kit>, hosts: &[HostsEntry]) -> Option<Self> {
         if node.start_command.is_some() {
             return Some(Self::default());
         }
@@ -132,16 +132,16 @@ impl Boot {
 }
 
 /// The lines of all guests' `/etc/hosts`: each node's addresses on its first vlan.
-pub(crate) fn hosts(nodes: &[NodeConfig]) -> Vec<Host> {
-    let lines = |node: &NodeConfig| -> Vec<Host> {
+pub(crate) fn hosts(nodes: &[NodeConfig]) -> Vec<HostsEntry> {
+    let lines = |node: &NodeConfig| -> Vec<HostsEntry> {
         let Some(vlan) = node.vlans.first() else { return Vec::new() };
         let addresses = [IpAddr::V4(node.ipv4(*vlan)), IpAddr::V6(node.ipv6(*vlan))];
-        addresses.map(|address| Host { address, names: vec![node.name.clone()] }).into()
+        addresses.map(|address| HostsEntry { address, names: vec![node.name.clone()] }).into()
     };
     nodes.iter().flat_map(lines).collect()
 }
 
-fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
+fn overlay(node: &NodeConfig, hosts: &[HostsEntry]) -> GuestConfig {
     let interface = |(at, vlan): (usize, &Number)| Interface {
         // eth0 is the user network's, as in NixOS tests.
         name: format!("eth{}", at + 1),
@@ -150,12 +150,12 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
         gateway: None,
     };
     // What DHCP would say, for guests without a client.
-    let told = node.kit == KitName::Micro;
+    let configured = node.kit == KitName::Micro;
     let user = node.user_network.iter().map(|_| Interface {
         name: "eth0".to_owned(),
         mac: CARD_MAC,
-        addresses: told.then_some((GUEST_V4.into(), 24)).into_iter().collect(),
-        gateway: told.then_some(GATEWAY_V4.into()),
+        addresses: configured.then_some((GUEST_V4.into(), 24)).into_iter().collect(),
+        gateway: configured.then_some(GATEWAY_V4.into()),
     });
     let vlans = node.vlans.iter().enumerate().map(interface);
     let mount = |tag: &str, mount_point: &str, read_only: bool| Mount {
@@ -168,7 +168,7 @@ fn overlay(node: &NodeConfig, hosts: &[Host]) -> MachineConfig {
         let target = share.target.as_ref()?;
         Some(mount(&share.tag, &target.to_string_lossy(), share.read_only))
     });
-    MachineConfig {
+    GuestConfig {
         hostname: node.name.clone(),
         hosts: hosts.to_vec(),
         interfaces: user.chain(vlans).collect(),
@@ -298,21 +298,24 @@ mod tests {
         let lines: Vec<_> =
             hosts.iter().map(|host| format!("{} {}", host.address, host.names.join(" "))).collect();
         assert_eq!(lines, ["192.168.1.1 a", "2001:db8:1::1 a", "192.168.2.2 b", "2001:db8:2::2 b"]);
-        let told = overlay(&nodes[1], &hosts);
-        assert_eq!(told.hostname, "b");
-        let cards: Vec<_> = told
+        let configured = overlay(&nodes[1], &hosts);
+        assert_eq!(configured.hostname, "b");
+        let cards: Vec<_> = configured
             .interfaces
             .iter()
             .map(|card| (card.name.as_str(), card.mac[4], card.mac[5]))
             .collect();
         assert_eq!(cards, [("eth0", 0x34, 0x56), ("eth1", 2, 2), ("eth2", 1, 2)]);
-        assert_eq!(told.interfaces[0].gateway, Some(GATEWAY_V4.into()));
+        assert_eq!(configured.interfaces[0].gateway, Some(GATEWAY_V4.into()));
         let macs: Vec<_> = nets(&nodes[1]).iter().map(|net| net.mac.0).collect();
-        assert_eq!(macs, told.interfaces.iter().map(|card| card.mac).collect::<Vec<_>>());
-        let addresses: Vec<_> =
-            told.interfaces[2].addresses.iter().map(|(ip, bits)| format!("{ip}/{bits}")).collect();
+        assert_eq!(macs, configured.interfaces.iter().map(|card| card.mac).collect::<Vec<_>>());
+        let addresses: Vec<_> = configured.interfaces[2]
+            .addresses
+            .iter()
+            .map(|(ip, bits)| format!("{ip}/{bits}"))
+            .collect();
         assert_eq!(addresses, ["192.168.1.2/24", "2001:db8:1::2/64"]);
-        let mounts: Vec<_> = told
+        let mounts: Vec<_> = configured
             .mounts
             .iter()
             .map(|m| (m.tag.as_str(), m.mount_point.as_str(), m.options.as_str()))

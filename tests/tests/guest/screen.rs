@@ -7,9 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use firn::kit::{Kit, KitName, MachineConfig, STORE_TAG, machine_overlay};
+use firn::kit::{GuestConfig, Kit, KitName, STORE_TAG, machine_overlay};
 use firn_agent_client::{AgentClient, ExecRequest};
-use firn_tests::input::{self, DROWSY, END, Event, press};
+use firn_tests::input::{self, END, Event, POWER_KEYS, press};
 use firn_tests::{PATIENCE, micro, systemd};
 use firn_vmm::Cancel;
 use firn_vmm::screen::{Picture, Screen};
@@ -21,7 +21,7 @@ use firn_vmm::virtio::input::BTN_LEFT;
 use firn_vmm::vm::{HostSide, Vm, VmState};
 
 fn spec(dir: &Path, kit: &Kit, name: KitName, screen: ScreenSpec) -> MachineSpec {
-    let nothing = MachineConfig {
+    let nothing = GuestConfig {
         hostname: "m".to_owned(),
         hosts: Vec::new(),
         interfaces: Vec::new(),
@@ -277,7 +277,7 @@ fn a_gpu_shows_the_console_and_keys_and_tablet_are_heard() {
 async fn keys_and_tablet(guest: &mut Guest, agent: &AgentClient) {
     listen(agent, "keyboard").await;
     let keyboard = guest.vm.keyboard().expect("it has one");
-    let codes: Vec<u16> = (1..=226).filter(|code| !DROWSY.contains(code)).collect();
+    let codes: Vec<u16> = (1..=226).filter(|code| !POWER_KEYS.contains(code)).collect();
     let mut expected = Vec::new();
     // A reader of the kernel's misses what is behind 64 events.
     for some in codes.chunks(8) {

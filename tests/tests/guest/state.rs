@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use firn::kit::{Interface, MachineConfig, Mount, machine_overlay};
+use firn::kit::{GuestConfig, Interface, Mount, machine_overlay};
 use firn_agent_client::{AgentClient, ExecRequest};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
@@ -43,7 +43,7 @@ pub(super) fn spec(dir: &Path, index: usize) -> MachineSpec {
     let kit = micro();
     let name = NAMES[index];
     let mac = [0x52, 0x54, 0, 0x12, 1, u8::try_from(index + 1).unwrap()];
-    let overlay = machine_overlay(&MachineConfig {
+    let overlay = machine_overlay(&GuestConfig {
         hostname: name.to_owned(),
         hosts: Vec::new(),
         interfaces: vec![Interface {

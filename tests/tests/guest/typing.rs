@@ -6,7 +6,7 @@ use firn::error::MachineError;
 use firn::machine::keys;
 use firn::ocr::Reader;
 use firn::{Error, Machine, picture};
-use firn_tests::input::{self, DROWSY, END, Event, press};
+use firn_tests::input::{self, END, Event, POWER_KEYS, press};
 use firn_tests::{output, skip, with_machines};
 use firn_vmm::virtio::input::BTN_LEFT;
 use serde_json::json;
@@ -69,7 +69,8 @@ fn a_login_prompt_is_seen_read_and_typed_into() {
 
 async fn every_name_is_a_key(machine: &Machine) {
     listen(machine, "keyboard").await;
-    let names: Vec<_> = keys().filter(|(_, code)| *code != 0 && !DROWSY.contains(code)).collect();
+    let names: Vec<_> =
+        keys().filter(|(_, code)| *code != 0 && !POWER_KEYS.contains(code)).collect();
     assert!(names.len() > 155, "{}", names.len());
     let mut wanted = Vec::new();
     // A reader of the kernel's misses what is behind 64 events.

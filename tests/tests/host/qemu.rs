@@ -5,15 +5,15 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use firn::config::{MachineFile, Script, TestConfig};
-use firn::kit::{Host, Interface, MachineConfig, machine_overlay};
+use firn::kit::{GuestConfig, HostsEntry, Interface, machine_overlay};
 use firn_tests::{PATIENCE, micro, only, output, with_config};
 
 /// A start script as nixpkgs makes them, with a firmware and a TPM.
 fn start_script(dir: &Path) -> PathBuf {
     let kit = micro();
     let address = std::net::Ipv4Addr::new(192, 168, 1, 2).into();
-    let host = Host { address, names: vec!["s".to_owned()] };
-    let overlay = machine_overlay(&MachineConfig {
+    let host = HostsEntry { address, names: vec!["s".to_owned()] };
+    let overlay = machine_overlay(&GuestConfig {
         hostname: "s".to_owned(),
         hosts: vec![host],
         interfaces: vec![Interface {

@@ -306,7 +306,7 @@ impl DriverQueue {
     }
 
     /// Overwrites the queue with `ring`.
-    pub fn vandalise(&mut self, ring: &HostileRing) {
+    pub fn corrupt(&mut self, ring: &HostileRing) {
         for (at, &(address, len, flags, next)) in (0..self.size).zip(&ring.descriptors) {
             self.set_descriptor(at, address, len, flags, next);
         }

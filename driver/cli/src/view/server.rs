@@ -30,7 +30,7 @@ const POLICY: &str =
 
 const PAGE: &str = include_str!("page.html");
 
-struct Site {
+struct PageState {
     dir: PathBuf,
     token: String,
 }
@@ -55,7 +55,7 @@ pub(super) fn token() -> Result<String> {
 
 /// Serves the page and the machines of `dir` until it fails.
 pub(super) async fn serve(listener: TcpListener, dir: PathBuf, token: String) -> Result<()> {
-    let site = Arc::new(Site { dir, token });
+    let site = Arc::new(PageState { dir, token });
     let routes = Router::new()
         .route("/", get(Html(PAGE)))
         .route("/machines", get(machines))
@@ -67,7 +67,7 @@ pub(super) async fn serve(listener: TcpListener, dir: PathBuf, token: String) ->
 
 /// Admits only requests with the secret.
 async fn guard(
-    State(site): State<Arc<Site>>,
+    State(site): State<Arc<PageState>>,
     Query(secret): Query<Secret>,
     request: Request,
     next: Next,
@@ -86,18 +86,18 @@ async fn guard(
 }
 
 /// The machines running now.
-async fn find(site: &Site) -> io::Result<Vec<viewers::Found>> {
+async fn find(site: &PageState) -> io::Result<Vec<viewers::Found>> {
     let dir = site.dir.clone();
     spawn_blocking(move || viewers::find(&dir)).await.map_err(io::Error::other)?
 }
 
-async fn machines(State(site): State<Arc<Site>>) -> Result<Json<Vec<String>>, Failure> {
+async fn machines(State(site): State<Arc<PageState>>) -> Result<Json<Vec<String>>, Failure> {
     let machines = find(&site).await?;
     Ok(Json(machines.iter().map(viewers::Found::id).collect()))
 }
 
 async fn screen(
-    State(site): State<Arc<Site>>,
+    State(site): State<Arc<PageState>>,
     Query(which): Query<Which>,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Failure> {

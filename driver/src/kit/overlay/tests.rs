@@ -1,15 +1,18 @@
 use super::super::archive::entries;
 use super::*;
 
-fn config() -> MachineConfig {
-    MachineConfig {
+fn config() -> GuestConfig {
+    GuestConfig {
         hostname: "machine1".into(),
         hosts: vec![
-            Host {
+            HostsEntry {
                 address: "192.168.1.1".parse().unwrap(),
                 names: vec!["machine1".into(), "machine1.test".into()],
             },
-            Host { address: "2001:db8:1::2".parse().unwrap(), names: vec!["machine2".into()] },
+            HostsEntry {
+                address: "2001:db8:1::2".parse().unwrap(),
+                names: vec!["machine2".into()],
+            },
         ],
         interfaces: vec![
             Interface {
@@ -77,7 +80,7 @@ fn the_shell_reads_mounts_as_they_were_meant() {
 
 #[test]
 fn refuses_what_the_files_cannot_hold() {
-    let refuse = |change: fn(&mut MachineConfig), message: &str| {
+    let refuse = |change: fn(&mut GuestConfig), message: &str| {
         let mut config = config();
         change(&mut config);
         assert_eq!(machine_overlay(&config).unwrap_err().to_string(), message);

@@ -108,7 +108,7 @@ pub(super) trait Backend: Send + Sync {
     fn boot_marks(&self) -> Vec<Mark>;
 
     /// QEMU's own monitors, if it has them; else what scripts ask of those is firn's to answer.
-    fn monitor(&self) -> Option<&dyn Monitor> {
+    fn monitor(&self) -> Option<&dyn QemuMonitors> {
         None
     }
 }
@@ -147,7 +147,7 @@ impl Input for InputHandle {
 }
 
 /// QEMU's monitors.
-pub(super) trait Monitor: Send + Sync {
+pub(super) trait QemuMonitors: Send + Sync {
     /// What the one for people prints for a command.
     fn human<'a>(&'a self, command: &'a str) -> BoxFuture<'a, Result<String>>;
 

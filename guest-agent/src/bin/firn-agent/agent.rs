@@ -39,7 +39,7 @@ const BUFFER: usize = 64 * 1024;
 const CONGESTED: usize = 1024 * 1024;
 
 /// How long the answer to a power request may take to be sent before the system goes down anyway.
-const FAREWELL: Duration = Duration::from_millis(500);
+const POWER_REPLY_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Why the main loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -442,7 +442,7 @@ impl Agent {
             Power::Off => Outcome::PowerOff,
         };
         if self.init {
-            self.ending.get_or_insert((outcome, Instant::now() + FAREWELL));
+            self.ending.get_or_insert((outcome, Instant::now() + POWER_REPLY_TIMEOUT));
         } else if let Err(failure) = crate::power::ask_init(outcome) {
             complain!("firn-agent: {}", failure.message);
         }

@@ -224,7 +224,7 @@ proptest! {
         balloon.handle().set_target(target);
         let mut device = Box::new(balloon).activate(activation).ok().unwrap();
         for (driver, ring) in drivers.iter_mut().zip(&rings) {
-            driver.vandalise(ring);
+            driver.corrupt(ring);
         }
         for index in 0..=QUEUES {
             let _ = device.notify(index);

@@ -14,7 +14,7 @@ const READS: i64 = 100;
 /// Bytes that are locked by those who write and who resize.
 const CHANGES: [i64; 2] = [101, 103];
 /// Locked by programs that allow no one else to write or resize.
-const BEARS_NO_CHANGE: [i64; 2] = [201, 203];
+const EXCLUDES_CHANGES: [i64; 2] = [201, 203];
 
 /// What came of the wish to lock.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub(super) fn lock(file: &File, exclusive: bool) -> io::Result<Outcome> {
 }
 
 fn lock_shared(file: &File) -> io::Result<bool> {
-    for byte in [READS].into_iter().chain(BEARS_NO_CHANGE) {
+    for byte in [READS].into_iter().chain(EXCLUDES_CHANGES) {
         if !set(file, libc::F_RDLCK, byte, 1)? {
             return Ok(false);
         }

@@ -462,7 +462,7 @@ proptest! {
             guest.write(0x10000 + start, &control);
         }
         for (queue, ring) in &rings {
-            drivers[*queue].vandalise(ring);
+            drivers[*queue].corrupt(ring);
             let _ = device.notify(*queue);
             let _ = device.host_event();
             device.save();

@@ -135,7 +135,7 @@ pub(super) fn start_elsewhere(
 
 fn settings(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<(Config, Rules)> {
     let squash = !can_act_for_others()?;
-    let names = if spec.read_only { None } else { Names::suiting(root) };
+    let names = if spec.read_only { None } else { Names::supported_by(root) };
     let config = config(spec, root, squash, names.is_some(), descriptors);
     // Without attributes the host refuses them by these names, too.
     let rules = Rules { allow_setuid: spec.allow_setuid, names: names.unwrap_or(Names::User) };

@@ -28,7 +28,7 @@ pub(super) enum Names {
 
 impl Names {
     /// Those that suit the file system of a directory, if it has any attributes.
-    pub(super) fn suiting(directory: &File) -> Option<Names> {
+    pub(super) fn supported_by(directory: &File) -> Option<Names> {
         if has(directory, c"user.virtiofs.probe") {
             return Some(Names::User);
         }

@@ -419,7 +419,7 @@ proptest! {
         let kind = wire::virtio_gpu_ctrl_type_VIRTIO_GPU_CMD_GET_DISPLAY_INFO + content[0] % 14;
         guest.write(0x2000, &request(kind, &content.map(|word| word % 8)));
         for (driver, ring) in drivers.iter_mut().zip(&rings) {
-            driver.vandalise(ring);
+            driver.corrupt(ring);
         }
         for index in 0..3 {
             let _ = device.notify(index);

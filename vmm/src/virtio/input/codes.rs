@@ -37,7 +37,7 @@ pub const BTN_EXTRA: u16 = 0x114;
 /// All of a tablet's buttons.
 pub(super) const BUTTONS: RangeInclusive<u16> = BTN_LEFT..=BTN_EXTRA;
 /// `LED_NUML`, `LED_CAPSL` and `LED_SCROLLL`.
-pub(super) const LAMPS: RangeInclusive<u16> = 0..=2;
+pub(super) const LEDS: RangeInclusive<u16> = 0..=2;
 
 /// `struct virtio_input_event` (virtio 1.2, 5.8.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -83,7 +83,7 @@ impl Kind {
             (CFG_EV_BITS, EV_KEY, Kind::Tablet) => bitmap(codes::BUTTONS),
             // Linux repeats a key that is held.
             (CFG_EV_BITS, EV_REP, Kind::Keyboard) => vec![0],
-            (CFG_EV_BITS, EV_LED, Kind::Keyboard) => bitmap(codes::LAMPS),
+            (CFG_EV_BITS, EV_LED, Kind::Keyboard) => bitmap(codes::LEDS),
             (CFG_EV_BITS, EV_REL, Kind::Tablet) => bitmap(REL_WHEEL..=REL_WHEEL),
             (CFG_EV_BITS, EV_ABS, Kind::Tablet) => bitmap(ABS_X..=ABS_Y),
             (CFG_ABS_INFO, ABS_X | ABS_Y, Kind::Tablet) => {

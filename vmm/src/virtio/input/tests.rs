@@ -245,7 +245,7 @@ proptest! {
         let handle = input.handle();
         let mut device = Box::new(input).activate(activation).ok().unwrap();
         for (driver, ring) in drivers.iter_mut().zip(&rings) {
-            driver.vandalise(ring);
+            driver.corrupt(ring);
         }
         handle.move_to(1, 2);
         handle.button(BTN_LEFT, true);

@@ -508,7 +508,7 @@ proptest! {
         let device = Net::new(&SPEC, Arc::clone(&wire) as Arc<dyn NetPort>).unwrap();
         let mut device = Box::new(device).activate(activation).ok().unwrap();
         for (queue, ring) in &rings {
-            drivers[*queue].vandalise(ring);
+            drivers[*queue].corrupt(ring);
             let _ = device.notify(*queue);
             let (header, data) = tso_frame(len);
             wire.deliver(header, &data);

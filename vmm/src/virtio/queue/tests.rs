@@ -211,7 +211,7 @@ proptest! {
         let mut driver: DriverQueue = guest.driver(0, 16);
         let mut queue = driver.device(features, Position::default());
         for ring in &rings {
-            driver.vandalise(ring);
+            driver.corrupt(ring);
             let mut served = 0_u32;
             let memory = Arc::clone(&guest.memory);
             // Only reads: a device that writes over the rings may find new chains, a bounded

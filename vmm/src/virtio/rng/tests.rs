@@ -93,7 +93,7 @@ proptest! {
             std::slice::from_ref(&driver), 0, &[Some(Position::default())],
         );
         let mut device = Box::new(Rng::new()).activate(activation).ok().unwrap();
-        driver.vandalise(&ring);
+        driver.corrupt(&ring);
         let _ = device.notify(REQUESTS);
     }
 }

@@ -62,7 +62,7 @@ enum Phase {
 
 /// Whether a connection goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum Liveness {
     /// It does.
     Alive,
     /// It can be forgotten: both sides know that it is over.
@@ -157,13 +157,18 @@ impl Connection {
     }
 
     /// A packet of the guest. `data` is as long as its header says.
-    pub fn on_packet(&mut self, header: &Header, data: &[GuestSlice<'_>], ports: Ports) -> Fate {
+    pub fn on_packet(
+        &mut self,
+        header: &Header,
+        data: &[GuestSlice<'_>],
+        ports: Ports,
+    ) -> Liveness {
         if header.op == op::RST {
-            return Fate::Gone;
+            return Liveness::Gone;
         }
         if self.phase == Phase::Over {
             // Sent before the guest has heard of the end.
-            return Fate::Alive;
+            return Liveness::Alive;
         }
         self.take_credit(header);
         match (self.phase, header.op) {
@@ -177,7 +182,7 @@ impl Connection {
             (Phase::Established, op::CREDIT_REQUEST) => self.owed.credit_update = true,
             _ => self.abort(),
         }
-        Fate::Alive
+        Liveness::Alive
     }
 
     /// The next packet for the guest, if there is one. Data goes into `room`, which is not empty.
@@ -240,8 +245,8 @@ impl Connection {
     }
 
     /// It is over and the guest knows.
-    pub fn fate(&self) -> Fate {
-        if self.phase == Phase::Over && !self.owed.reset { Fate::Gone } else { Fate::Alive }
+    pub fn fate(&self) -> Liveness {
+        if self.phase == Phase::Over && !self.owed.reset { Liveness::Gone } else { Liveness::Alive }
     }
 
     /// Ends it at once and resets the guest's end; buffered data is lost.

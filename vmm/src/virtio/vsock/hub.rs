@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::VsockError;
-use super::connection::{Connection, Fate, MAX_DATA, Ports};
+use super::connection::{Connection, Liveness, MAX_DATA, Ports};
 use super::packet::{self, HOST_CID, Header, TYPE_STREAM, op};
 use crate::memory::MemoryMap;
 use crate::socket::{Listener, connect_to};
@@ -192,9 +192,9 @@ impl Hub {
             return;
         };
         let guest = match client.hear() {
-            Heard::Wait => return,
-            Heard::Port(guest) => Some(guest),
-            Heard::Nonsense => None,
+            Greeting::Incomplete => return,
+            Greeting::Port(guest) => Some(guest),
+            Greeting::Invalid => None,
         };
         // Dropped without an answer if it makes no sense.
         let Some((client, guest)) = self.clients.remove(&port).zip(guest) else {
@@ -243,13 +243,13 @@ impl Hub {
                 Some(data) => connection.on_packet(&header, &data, key),
                 None => {
                     connection.abort();
-                    Fate::Alive
+                    Liveness::Alive
                 }
             };
             turn.spend(len);
             match fate {
-                Fate::Alive => self.list(key),
-                Fate::Gone => drop(self.connections.remove(&key)),
+                Liveness::Alive => self.list(key),
+                Liveness::Gone => drop(self.connections.remove(&key)),
             }
         } else if header.op == op::REQUEST {
             self.connect(key, &header);
@@ -333,7 +333,7 @@ impl Hub {
             };
             connection.listed = false;
             let header = connection.next_packet(key, self.cid, room);
-            if connection.fate() == Fate::Gone {
+            if connection.fate() == Liveness::Gone {
                 self.connections.remove(&key);
             } else {
                 self.list(key);
@@ -346,31 +346,33 @@ impl Hub {
     }
 }
 
-/// What a client said.
-enum Heard {
-    /// Not enough yet.
-    Wait,
-    /// It wants this port of the guest.
+/// A client's first line.
+enum Greeting {
+    /// Not complete yet.
+    Incomplete,
+    /// A request for this port of the guest.
     Port(u32),
-    /// It has gone, or speaks another language.
-    Nonsense,
+    /// The client has gone, or speaks another protocol.
+    Invalid,
 }
 
 impl Client {
     /// Reads up to the end of the first line and no further: what follows is the guest's. That a
     /// byte is read at a time matters little for so few.
-    fn hear(&mut self) -> Heard {
+    fn hear(&mut self) -> Greeting {
         let mut byte = [0];
         while self.line.len() < MAX_LINE {
             match (&self.stream).read(&mut byte) {
-                Ok(1) if byte == *b"\n" => return self.port().map_or(Heard::Nonsense, Heard::Port),
+                Ok(1) if byte == *b"\n" => {
+                    return self.port().map_or(Greeting::Invalid, Greeting::Port);
+                }
                 Ok(1) => self.line.extend(byte),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Heard::Wait,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Greeting::Incomplete,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                _ => return Heard::Nonsense,
+                _ => return Greeting::Invalid,
             }
         }
-        Heard::Nonsense
+        Greeting::Invalid
     }
 
     fn port(&self) -> Option<u32> {

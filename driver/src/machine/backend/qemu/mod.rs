@@ -31,7 +31,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, spawn_blocking};
 use tokio::time::{sleep, timeout};
 
-use super::{Backend, Event, Input, Monitor, Parts, Started};
+use super::{Backend, Event, Input, Parts, QemuMonitors, Started};
 use crate::config::NodeConfig;
 use crate::error::{End, MachineError, Result, chain};
 use crate::machine::Dirs;
@@ -183,13 +183,13 @@ impl Qemu {
         // Nobody listens any more once the machine is being stopped.
         let _ = sender.send(Event::Booting);
         let (gone, all_heard) = oneshot::channel();
-        let mut heard = Heard { events: sender.clone(), reset: None, _gone: gone };
+        let mut heard = EventReader { events: sender.clone(), reset: None, _gone: gone };
         let meet = async {
             let shell = accept(shell).await?;
             let agent = accept(agent).await?;
             let stream = connected(&sockets.qmp).await?;
             let qmp = spawn_blocking(move || {
-                Qmp::new(stream, ANSWER_WITHIN, move |event| heard.hear(event))
+                Qmp::new(stream, ANSWER_WITHIN, move |event| heard.read_event(event))
             });
             let qmp = qmp.await.map_err(io::Error::other)??;
             Ok::<_, Cause>((shell, agent, qmp))
@@ -348,7 +348,7 @@ async fn early_end(process: &Process) -> Cause {
 }
 
 /// What makes events of a machine of those of QEMU.
-struct Heard {
+struct EventReader {
     events: mpsc::UnboundedSender<Event>,
     /// When it was reset last.
     reset: Option<Instant>,
@@ -356,8 +356,8 @@ struct Heard {
     _gone: oneshot::Sender<()>,
 }
 
-impl Heard {
-    fn hear(&mut self, event: Value) {
+impl EventReader {
+    fn read_event(&mut self, event: Value) {
         let reason = event["data"]["reason"].as_str().unwrap_or_default();
         let (ends, panicked) = match event["event"].as_str().unwrap_or_default() {
             // Linux resets a machine in several ways at once, of which QEMU tells one by one.
@@ -526,12 +526,12 @@ impl Backend for Qemu {
         Vec::new()
     }
 
-    fn monitor(&self) -> Option<&dyn Monitor> {
+    fn monitor(&self) -> Option<&dyn QemuMonitors> {
         Some(self)
     }
 }
 
-impl Monitor for Qemu {
+impl QemuMonitors for Qemu {
     fn human<'a>(&'a self, command: &'a str) -> BoxFuture<'a, Result<String>> {
         Box::pin(async move {
             let arguments = json!({"command-line": command});

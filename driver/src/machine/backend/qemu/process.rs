@@ -130,7 +130,7 @@ impl Process {
         tokio::spawn({
             let (log, kept) = (log.clone(), Arc::clone(&kept));
             async move {
-                hear(stderr, &log, &kept).await;
+                read_stderr(stderr, &log, &kept).await;
                 drop(heard);
             }
         });
@@ -205,7 +205,7 @@ async fn pass_on(mut pipe: impl AsyncRead + Unpin, mut printed: impl FnMut(&[u8]
 }
 
 /// Reads complaints to their end: keeps the last of them, and shows the first in the log.
-async fn hear(pipe: impl AsyncRead + Unpin, log: &Logger, kept: &Mutex<VecDeque<u8>>) {
+async fn read_stderr(pipe: impl AsyncRead + Unpin, log: &Logger, kept: &Mutex<VecDeque<u8>>) {
     let mut lines = BufReader::new(pipe);
     let mut line = Vec::new();
     for count in 0.. {

@@ -296,7 +296,7 @@ proptest! {
             std::slice::from_ref(&driver), FEATURES, &[Some(Default::default())],
         );
         let mut device = Box::new(blk).activate(activation).ok().unwrap();
-        driver.vandalise(&ring);
+        driver.corrupt(&ring);
         let _ = device.notify(0);
         device.pause();
         let _ = device.host_event();

@@ -249,7 +249,7 @@ proptest! {
             panic!("a share activates");
         };
         for (index, ring) in rings.iter().enumerate() {
-            drivers[index].vandalise(ring);
+            drivers[index].corrupt(ring);
             // The rules may have been broken; then the transport resets the device.
             drop(device.notify(index));
         }

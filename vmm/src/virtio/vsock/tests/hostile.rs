@@ -186,7 +186,7 @@ proptest! {
         client.write_all(b"CONNECT 1\n").unwrap();
         let mut device = Box::new(device).activate(activation).ok().unwrap();
         for (driver, ring) in drivers.iter_mut().zip(&rings) {
-            driver.vandalise(ring);
+            driver.corrupt(ring);
         }
         for index in 0..QUEUES {
             let _ = device.notify(index);
