@@ -109,7 +109,7 @@ impl Drop for OwnDir {
 }
 
 impl PlugDir {
-    /// Makes the directory, which must not be there, and serves whoever plugs in.
+    /// Creates the directory, which must not exist, and serves the plugs.
     ///
     /// # Errors
     /// The path is too long, or relative, or the directory or its sockets cannot be made.

@@ -141,7 +141,7 @@ fn bind_closed(path: &Path) -> io::Result<UnixListener> {
     Ok(UnixListener::from(end))
 }
 
-/// Removes the socket at `path` unless somebody listens at it.
+/// Removes the socket at `path` unless a process listens on it.
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
     let failed = |operation| move |source| SocketError::Io { operation, path: path.into(), source };
     match connect_to(path) {

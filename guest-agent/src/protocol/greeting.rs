@@ -55,7 +55,7 @@ impl Greeting {
         bytes
     }
 
-    /// The greeting in `bytes`, or `None` if they are none.
+    /// Parses the greeting in `bytes`; `None` if it is not one.
     #[must_use]
     pub fn from_bytes(bytes: &[u8; GREETING_LEN]) -> Option<Self> {
         let (magic, rest) = bytes.split_first_chunk::<12>()?;

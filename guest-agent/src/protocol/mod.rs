@@ -25,8 +25,8 @@
 //!
 //! # Requests
 //! The host numbers its requests from 1 upwards and never uses a number twice in a session; number 0 is the session
-//! itself, and a [`ToHost::Failed`] of number 0 says why the agent ends the session. Each request is ended by exactly one [`ToHost::Done`] or [`ToHost::Failed`], also after
-//! [`ToAgent::Cancel`].
+//! itself, and a [`ToHost::Failed`] of number 0 says why the agent ends the session. Each request is ended by exactly
+//! one [`ToHost::Done`] or [`ToHost::Failed`], also after [`ToAgent::Cancel`].
 //!
 //! # Flow control
 //! In each direction of each request at most [`WINDOW`] bytes (as counted by `cost()` of the messages) are on their
@@ -59,7 +59,7 @@ pub const PORT_NAME: &str = "org.firn.agent";
 /// What is there as long as a guest's system is up, where the agent is started before it is.
 pub const SYSTEM_UP: &str = "/run/firn-system-up";
 
-/// What is there as long as a guest's system waits for somebody to mend it, and does not come up.
+/// Exists while a guest's system has failed to come up and waits for repair.
 pub const SYSTEM_DOWN: &str = "/run/firn-system-down";
 
 /// The most bytes of a stream or file that one frame carries.

@@ -165,7 +165,7 @@ impl Default for GatewaySpec {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ForwardError {
-    /// Somebody has it.
+    /// It is in use.
     #[error("cannot forward {protocol} port {} of {}: the port is in use", address.port(), address.ip())]
     InUse {
         /// By what.
@@ -184,7 +184,7 @@ pub enum ForwardError {
         #[source]
         source: io::Error,
     },
-    /// It makes no sense.
+    /// It is invalid.
     #[error("cannot forward {protocol} port {} of {}: {problem}", address.port(), address.ip())]
     Senseless {
         /// By what.

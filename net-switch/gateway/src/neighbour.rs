@@ -31,7 +31,7 @@ const NEIGHBOUR_SOLICITATION: u8 = 135;
 const REDIRECT: u8 = 137;
 
 impl Inner {
-    /// Answers a solicitation, if this is one. Says whether it was part of neighbour discovery.
+    /// Answers a solicitation, if this is one. Returns whether it was part of neighbour discovery.
     pub(super) fn neighbour_discovery(&self, packet: &Packet<'_>, from: Mac) -> bool {
         let IpAddr::V6(source) = packet.source else { return false };
         let [kind, _, _, _, _, _, _, _, body @ ..] = packet.payload else { return false };

@@ -121,7 +121,7 @@ impl<'a> Packet<'a> {
         loop {
             let length = match next {
                 protocol::HOP_BY_HOP | protocol::DESTINATION | protocol::ROUTING => {
-                    // Segments left: the packet is for somebody else.
+                    // Segments left: the packet is for another host.
                     if next == protocol::ROUTING && *payload.get(3)? != 0 {
                         return None;
                     }
@@ -150,7 +150,7 @@ impl<'a> Packet<'a> {
             destination: packet.dst_addr().into(),
             protocol: next,
             hop_limit: packet.hop_limit(),
-            // A fragment that is the whole packet is none (RFC 6946).
+            // A fragment that is the whole packet is not one (RFC 6946).
             fragment: fragment.filter(|f| f.more || f.offset != 0),
             extended,
             payload,
@@ -315,7 +315,7 @@ pub(super) fn datagram(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Option<
     Some(payload)
 }
 
-/// A question by ARP for an IPv4 address, or somebody telling his own.
+/// An ARP request for an IPv4 address, or a host announcing its own.
 pub(super) struct ArpRequest {
     pub sender: (Ipv4Addr, Mac),
     pub target: Ipv4Addr,

@@ -87,7 +87,7 @@ impl Outlet {
         self.dropped.load(Ordering::Relaxed)
     }
 
-    /// Sends what waits, as far as there is room.
+    /// Sends waiting frames while there is room.
     pub(super) fn drain(&self) {
         let mut waiting = lock(&self.waiting);
         while let Some(frame) = waiting.frames.front() {
@@ -118,7 +118,7 @@ impl Outlet {
                 Sent::Until(sent) => waiting.sent = sent,
                 Sent::No => return Delivery::Dropped,
             }
-            // Whoever watches the sockets must watch for room from now on. It is woken already if this fails.
+            // The thread that watches the sockets must watch for room from now on. If this fails it is awake already.
             let _ = self.waker.write(1);
         }
         waiting.frames.push_owned(OwnedFrame { header: Header::default(), data })

@@ -57,7 +57,7 @@ impl<'a> Request<'a> {
     /// Reads a request, which anybody may have written.
     ///
     /// # Errors
-    /// Says why it is none.
+    /// Why it is not one.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, RequestError> {
         let short = RequestError::Short(bytes.len());
         let (head, description) = bytes.split_at_checked(DESCRIPTION_AT).ok_or(short)?;

@@ -126,7 +126,7 @@ mod tests {
             let needed = missing(&archive[..length]);
             assert!(needed.is_some_and(|needed| needed > length as u64), "{length}: {needed:?}");
         }
-        // A second archive behind a whole one.
+        // A second archive after a complete one.
         let two = [archive.as_slice(), &archive].concat();
         assert!(missing(&two[..two.len() - 60]).is_some());
     }

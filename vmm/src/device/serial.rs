@@ -215,7 +215,7 @@ impl BusDevice for SerialPort {
             if let Err(error) = state.uart.write(offset, byte) {
                 tracing::debug!(?error, "serial output");
             }
-            // Afterwards: whoever hears of a panic finds its line in the output.
+            // Afterwards, so that a panic's line is in the output when it is reported.
             if state.polled(offset) {
                 self.panic.printed(byte);
             }

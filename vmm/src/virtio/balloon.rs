@@ -257,7 +257,7 @@ fn inflate(chain: Chain, memory: &MemoryMap, turn: &mut Turn) -> Served {
     let Ok(mut reader) = chain.reader(memory) else {
         return Served::Done(0);
     };
-    // A page number at the end that is cut off is none.
+    // A truncated page number at the end is ignored.
     let mut numbers = vec![0; reader.available_bytes().min(4 * MAX_PAGES) & !3];
     if reader.read_exact(&mut numbers).is_err() {
         return Served::Done(0);

@@ -45,7 +45,7 @@ impl Connect for () {}
 pub struct Host<'a> {
     /// Provides their other ends.
     pub connect: &'a mut dyn Connect,
-    /// Whether they shall still be built, for whatever takes long.
+    /// Cancels builds that take long.
     pub cancel: &'a Cancel,
     /// The machine's processors.
     pub cores: u8,

@@ -76,7 +76,7 @@ pub fn set_up() -> Setup {
             _ => {}
         }
     }
-    // Ctrl-alt-delete shall send SIGINT here, and not reboot on the spot.
+    // Ctrl-alt-delete sends SIGINT to this process instead of rebooting at once.
     if crate::power::owns_machine() {
         let result = set_cad_enabled(false).context(|| "handle ctrl-alt-delete".to_owned());
         result.unwrap_or_else(|failure| warnings.push(failure.message));

@@ -27,7 +27,7 @@ struct Host {
 
 /// Serves a connection until it ends.
 pub(super) async fn relay(mut entry: Entry, mut stack: Stack<'_>, stream: TcpStream) {
-    // Whoever sends small pieces wants them sent; the guest's own stack has waited enough.
+    // Small pieces are sent at once; the guest's own stack has delayed them enough.
     let _ = stream.set_nodelay(true);
     let mut host = Host { stream, ended: false, end_sent: false };
     let mut timer = pin!(sleep_until(Instant::now()));

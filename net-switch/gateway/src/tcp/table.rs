@@ -23,9 +23,9 @@ const SHARE: usize = 64;
 const MAX_BUFFER: usize = 1 << 20;
 /// Least, of which TCP works with some speed still.
 const MIN_BUFFER: usize = 16 << 10;
-/// What a frame takes up beside its bytes.
+/// The overhead of a frame.
 const FRAME_COST: usize = 128;
-/// Room in an inbox beside what the window lets the guest send: for headers and control.
+/// Extra room in an inbox for headers and control packets.
 const INBOX_EXTRA: usize = 128 << 10;
 /// First of the ports that IANA assigns to no one (RFC 6335, 6).
 const FIRST_DYNAMIC_PORT: u16 = 49_152;

@@ -55,7 +55,7 @@ struct Table {
     mask: u64,
 }
 
-/// Refuses an image that is not whole, makes no sense, or needs what firn does not have. Gives the
+/// Refuses an image that is incomplete, invalid, or needs unsupported features. Returns the
 /// name of its backing file. What is large takes its time, unless `cancel` ends it.
 pub(super) fn check(file: &HostFile, cancel: &Cancel) -> io::Result<Option<String>> {
     let header = Header::read(file)?;

@@ -123,7 +123,7 @@ fn make_ext4(path: &Path, label: &str) -> Result<(), CreateError> {
     Err(CreateError::NoMkfs)
 }
 
-/// Makes a qcow2 image at `path` with `content`, as far as that is not zero.
+/// Creates a qcow2 image at `path` with the non-zero parts of `content`.
 fn make_qcow2(path: &Path, size: u64, content: Option<&HostFile>) -> io::Result<()> {
     let file = HostFile::options().read(true).write(true).open(path)?;
     let options = StorageOpenOptions::new().filename(path).write(true);

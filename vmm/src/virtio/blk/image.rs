@@ -53,7 +53,7 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
-    /// Somebody else uses it.
+    /// It is in use.
     #[error(
         "disk image {} is locked by another process or another disk; one that is written to can \
          have only one user",
@@ -266,7 +266,7 @@ impl Image {
 /// What a disk held at a checkpoint: the image with these layers.
 pub(super) struct Frozen(Vec<Arc<Layer>>);
 
-/// Opens and locks `path`; `None` if somebody else has locked it.
+/// Opens and locks `path`; `None` if it is locked already.
 fn open_locked(path: &Path, writable: bool) -> io::Result<Option<HostFile>> {
     let file = OpenOptions::new()
         .read(true)
@@ -383,7 +383,7 @@ impl ImplicitOpenGate<File> for Backing<'_> {
     }
 }
 
-/// imago may panic on metadata that makes no sense.
+/// imago may panic on invalid metadata.
 pub(super) fn guard<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::InvalidData, "the image is corrupt")))

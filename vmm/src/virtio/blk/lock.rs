@@ -16,7 +16,7 @@ const CHANGES: [i64; 2] = [101, 103];
 /// Locked by programs that allow no one else to write or resize.
 const EXCLUDES_CHANGES: [i64; 2] = [201, 203];
 
-/// What came of the wish to lock.
+/// The result of an attempt to lock.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// It is locked until the last copy of the descriptor is closed.
@@ -56,7 +56,7 @@ fn lock_shared(file: &File) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Tries to lock `len` bytes (0: all there will ever be); false if somebody has them.
+/// Tries to lock `len` bytes (0: to the end of the file, however it grows); false if another holds them.
 pub(super) fn set(file: &File, kind: i32, start: i64, len: i64) -> io::Result<bool> {
     match control(file, libc::F_OFD_SETLK, kind, start, len) {
         Ok(_) => Ok(true),

@@ -104,7 +104,7 @@ pub enum BlkError {
     },
 }
 
-/// What a disk has to keep beside its queues' positions: nothing but proof that it is the same.
+/// A disk's state besides its queues' positions: only what proves that it is the same.
 #[derive(Serialize, Deserialize)]
 struct State {
     size: u64,

@@ -101,7 +101,7 @@ pub(super) fn obey(message: Message, ports: &mut [Port]) {
     }
 }
 
-/// Answers one buffer of the control receive queue with the first message that is owed.
+/// Fills one buffer of the control receive queue with the first pending message.
 pub(super) fn answer(chain: Chain, memory: &MemoryMap, ports: &mut [Port]) -> Served {
     let Some((bytes, port)) = next_owed(ports) else {
         return Served::Stop;

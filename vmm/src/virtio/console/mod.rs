@@ -308,7 +308,7 @@ impl Console<Queues> {
         })
     }
 
-    /// Tells the guest what it is owed, as far as it has buffers for it.
+    /// Sends pending messages to the guest while it has buffers.
     fn answer(&mut self) -> Result<(), DeviceError> {
         let Some(control) = &mut self.queues.control else {
             return Ok(());

@@ -16,7 +16,7 @@ use crate::virtio::turn::Turn;
 pub(super) struct PortState {
     /// The guest's driver has taken the port.
     pub ready: bool,
-    /// Somebody in the guest has the port open.
+    /// The port is open in the guest.
     pub guest_open: bool,
     /// What is still to be announced to the guest.
     pub owed: Owed,
@@ -46,7 +46,7 @@ impl Port {
         &self.socket
     }
 
-    /// Whether somebody holds the other end of the socket, as far as is known.
+    /// Whether the socket's other end is open, as far as is known.
     pub fn host_open(&self) -> bool {
         self.host_open
     }
@@ -54,7 +54,7 @@ impl Port {
     /// Sends one chain of the guest to the host, from where the last call stopped.
     pub fn transmit(&mut self, chain: Chain, memory: &MemoryMap, turn: &mut Turn) -> Served {
         let mut skip = self.state.sent;
-        // What lies behind a buffer outside memory is lost; the guest asked for it.
+        // Data after a buffer outside memory is lost; that is the guest's fault.
         for buffer in readable(chain, memory).map_while(Result::ok) {
             let start = skip.min(buffer.len());
             skip -= start;

@@ -257,7 +257,7 @@ impl Server for Arc<dyn Fuse> {
     }
 
     fn gives_back_failed(&self) -> bool {
-        // virtiofsd panicked: whoever waits in the guest for this request goes on.
+        // virtiofsd panicked: the guest's process that waits for this request goes on.
         true
     }
 }

@@ -209,7 +209,7 @@ fn config(
         // What is cached may be written by others too; so writes go through.
         writeback: false,
         // READDIRPLUS fetches attributes ahead of their use, in vain if they may not be kept; and
-        // an entry that somebody deletes meanwhile would end the listing with an error.
+        // an entry that is deleted meanwhile would end the listing with an error.
         readdirplus: spec.cache == CachePolicy::Always,
         // Programs that map a file shared would fail on an uncached file otherwise (Linux 6.6).
         allow_mmap: true,

@@ -82,8 +82,8 @@ impl Shared {
     }
 }
 
-/// The host's hand on a keyboard or tablet. What it does waits for the guest; a guest that does not look for long misses
-/// what is done then, but never that a key was released. Nothing here blocks.
+/// The host's hand on a keyboard or tablet. What it does waits for the guest; a guest that does not look for long
+/// misses what is done then, but never that a key was released. Nothing here blocks.
 #[derive(Clone)]
 pub struct InputHandle(pub(super) Arc<Shared>);
 
@@ -94,7 +94,7 @@ impl InputHandle {
     }
 
     /// Presses or releases the key that Linux numbers `code` (`KEY_…` of linux/input-event-codes.h). A key that is
-    /// down already is not pressed again, and one that the device has not is none.
+    /// down already is not pressed again, and one that the device lacks is ignored.
     pub fn key(&self, code: u16, down: bool) {
         if self.0.kind.has_key(code) {
             self.change(|waiting| waiting.key(code, down));

@@ -272,7 +272,7 @@ impl ActiveDevice for Input<Queues> {
 }
 
 impl Input<Queues> {
-    /// Tells the guest what waits, as far as it has given buffers.
+    /// Sends waiting events to the guest while it has buffers.
     fn deliver(&mut self) -> Result<(), DeviceError> {
         let queue = &mut self.queues.events;
         let mut waiting = self.shared.waiting();

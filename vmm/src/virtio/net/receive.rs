@@ -148,7 +148,7 @@ impl Ring {
         }
     }
 
-    /// Places what has waited, as far as there is room.
+    /// Delivers waiting frames while there is room.
     fn drain(&mut self) -> Result<(), QueueError> {
         let memory = Arc::clone(self.queue.memory());
         while let Some(length) = self.backlog.front().map(|frame| frame.data.len()) {

@@ -46,7 +46,7 @@ struct Line {
 
 impl Line {
     fn raise(&self, cause: u32) {
-        // Where a cause was pending, whoever set that one sees to the pin.
+        // If a cause was pending already, its setter updates the pin.
         if self.status.fetch_or(cause, Ordering::SeqCst) == 0 {
             self.update_pin();
         }
@@ -79,7 +79,7 @@ impl Interrupt for Line {
     }
 }
 
-/// What the driver has selected, beside the slot.
+/// What the driver has selected, in addition to the slot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Selectors {
     device_features: u32,

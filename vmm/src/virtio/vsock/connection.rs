@@ -254,7 +254,7 @@ impl Connection {
         self.phase = Phase::Over;
         self.owed = Owed { reset: true, ..Owed::default() };
         self.buffer = VecDeque::new();
-        // Whoever holds the other end sees it now, not when the guest has made room for a packet.
+        // The peer sees it now, not when the guest has made room for a packet.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
@@ -277,7 +277,7 @@ impl Connection {
         }
     }
 
-    /// How many bytes the guest has room for (5.10.6.3). What a guest says that cannot be is none.
+    /// How many bytes the guest has room for (5.10.6.3). Impossible values count as none.
     fn credit(&self) -> u32 {
         self.guest_buffer.saturating_sub(self.sent.wrapping_sub(self.guest_forwarded))
     }

@@ -196,7 +196,7 @@ impl Hub {
             Greeting::Port(guest) => Some(guest),
             Greeting::Invalid => None,
         };
-        // Dropped without an answer if it makes no sense.
+        // Invalid requests are dropped without an answer.
         let Some((client, guest)) = self.clients.remove(&port).zip(guest) else {
             return;
         };
