@@ -151,7 +151,7 @@ class Runner(unittest.TestCase):
             "for bad in (True, 'x'):\n"
             "    with t.assertRaises(TypeError):\n"
             "        retry(lambda last: True, bad)\n"
-            "with t.assertRaisesRegex(TypeError, 'by two names'):\n"
+            "with t.assertRaisesRegex(TypeError, 'under two names'):\n"
             "    retry(lambda last: True, 1, timeout=1)\n"
             "began = time.monotonic()\n"
             "for more in ({'timeout_seconds': 0}, {'timeout': 0.0}):\n"

@@ -1,13 +1,10 @@
 """`firn view` in a real browser, on a machine that runs."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import unittest
 import urllib.error
 import urllib.parse
@@ -15,7 +12,6 @@ import urllib.request
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -34,7 +30,7 @@ test_script = '''
 machine.wait_for_unit("getty@tty1.service")
 machine.succeed("systemctl stop getty@tty1.service")
 machine.succeed("printf '\\\\033[2J\\\\033[41m%2000s' ' ' >/dev/tty1")
-machine.succeed("sh -c 'read -r a && read -r b && test $a,$b = Hello-1,hello-2' </dev/tty1")
+machine.succeed("sh -c 'read -r line && test \\"$line\\" = Hello-1' </dev/tty1")
 '''
 
 [nodes.machine]
@@ -127,54 +123,10 @@ class View(unittest.TestCase):
         self.assertIn("machine", windows[0].find_element(By.TAG_NAME, "figcaption").text)
         first.click()
         first.send_keys("Hello-1", Keys.ENTER)
-        self.look_from_afar()
         run.wait(PATIENCE)
         self.assertEqual(run.returncode, 0, (self.dir / "test").read_text())
         view.send_signal(signal.SIGINT)
         self.assertEqual(view.wait(10), 128 + signal.SIGINT)
-
-    def look_from_afar(self) -> None:
-        """See the same and type by VNC, with a viewer that is not firn's."""
-        picture = self.dir / "vnc.png"
-        words = ["capture", str(picture), "type", "hello-2", "key", "enter"]
-        subprocess.run([BIN / "vncdo", "-s", self.door(), *words], check=True, timeout=PATIENCE)
-        with Image.open(picture) as image:
-            pixels = image.convert("RGB").tobytes()
-        self.assertGreater(pixels.count(b"\xaa\0\0"), 100_000)
-
-    def door(self) -> Path:
-        """Give the machine's VNC socket, or one that leads to that of a machine in a carrier."""
-        if found := list(self.state.rglob("vnc.sock")):
-            return found[0]
-        [carrier] = self.state.rglob("carrier.sock")
-
-        def enter(line: str) -> socket.socket:
-            stream = socket.socket(socket.AF_UNIX)
-            stream.connect(str(carrier))
-            stream.sendall(line.encode() + b"\n")
-            return stream
-
-        with enter("").makefile() as answer:
-            [machine] = json.loads(answer.readline())
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(self.dir / "door.sock"))
-        listener.listen()
-
-        def copy(source: socket.socket, to: socket.socket) -> None:
-            while data := source.recv(1 << 16):
-                to.sendall(data)
-            to.shutdown(socket.SHUT_WR)
-
-        def serve() -> None:
-            viewer, _ = listener.accept()
-            with listener, viewer, enter(machine) as inner:
-                back = threading.Thread(target=copy, args=(inner, viewer))
-                back.start()
-                copy(viewer, inner)
-                back.join()
-
-        threading.Thread(target=serve, daemon=True).start()
-        return self.dir / "door.sock"
 
     def test_strangers(self) -> None:
         """Who does not know the secret is told nothing, and nothing but the page is there."""
