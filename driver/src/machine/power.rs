@@ -298,7 +298,7 @@ impl Machine {
     pub async fn cleanup_state_dir(&self) -> Result<()> {
         let _changing = self.inner.changing.lock().await;
         if self.booted() {
-            let what = format!("{} runs, and needs its state", self.name());
+            let what = format!("{} is running and needs its state", self.name());
             return Err(MachineError::Usage(what).into());
         }
         let own = {

@@ -249,7 +249,7 @@ with subtest("booted, wrongly: True starts nothing"):
         other.booted = True
 
 with subtest("cleanup_statedir, wrongly: of what runs"):
-    with t.assertRaisesRegex(MachineError, "runs, and needs its state"):
+    with t.assertRaisesRegex(MachineError, "is running and needs its state"):
         machine.cleanup_statedir()
 
 with subtest("booted: False ends it"):

@@ -136,7 +136,7 @@ fn usage() {
         (&["test", "x.toml", "--global-timeout", "0"], "--global-timeout"),
         (
             &["kit", "build", "nonsense"],
-            "there is no kit `nonsense`; kits are: micro, systemd, carrier",
+            "there is no kit `nonsense`; kits are: micro, systemd, desktop, carrier",
         ),
         (&["carrier", "exec"], "CMD"),
     ] {
