@@ -176,8 +176,9 @@ with subtest("create_machine, wrongly: a name that is taken"):
         create_machine({"firn": 1, "name": "made", "kernel": "/no/kernel"})
 
 with subtest("create_machine, wrongly: what is no machine file"):
-    with t.assertRaisesRegex(ValueError, "is no machine file of firn, it is a program"):
-        create_machine("/bin/sh")
+    (driver.out_dir / "empty").write_text("\n")
+    with t.assertRaisesRegex(ValueError, "is no machine file of firn, it is empty"):
+        create_machine(str(driver.out_dir / "empty"))
 
 with subtest("log: messages and steps"):
 
