@@ -16,10 +16,10 @@ from firn.errors import MachineError
 from firn.needs import needs
 from firn.nixos import SYMBOLS
 
-# #: Ruff's rules: syntax errors, and those of pyflakes (undefined names, unused imports…).
+#: Ruff's rules: syntax errors, and those of pyflakes (undefined names, unused imports…).
 RULES = "E9,F"
 
-# #: The stub of a module with the names that a script has without importing them.
+#: The stub of a module with the names that a script has without importing them.
 PRELUDE = """\
 import os as os
 from collections.abc import Callable
@@ -124,7 +124,7 @@ def check_types(script: str, shown: str, declared: str) -> Iterator[str]:
         file.write_text(f"from test_script_names import *\n{script}")
         (Path(directory) / "test_script_names.pyi").write_text(declared)
         argv = [tool("ty"), "check", "--python", sys.prefix, "--output-format", "concise"]
-        # # Ruff has found undefined names already.
+        # Ruff has found undefined names already.
         argv += [
             "--ignore",
             "unresolved-reference",
@@ -159,7 +159,7 @@ def check(script: str, shown: str, test: Test) -> list[str]:
     """Yield everything that is wrong with a script."""
     machines, vlans = names(test)
     found = list(lint(script, shown, [*SYMBOLS, *machines, *vlans]))
-    # # What ruff cannot parse, ty cannot parse either.
+    # What ruff cannot parse, ty cannot parse either.
     if any("syntax" in line.lower() for line in found):
         return found
     found += check_types(script, shown, prelude(machines, vlans))

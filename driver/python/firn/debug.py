@@ -16,7 +16,7 @@ from types import FrameType
 
 from firn._firn import Logger
 
-# #: The ioctl that returns the user namespace that owns another namespace.
+#: The ioctl that returns the user namespace that owns another namespace.
 NS_GET_USERNS = 0xB701
 
 
@@ -68,7 +68,7 @@ class Debug(DebugAbstract):
             connection, peer = server.accept()
             own = connection.getsockname()
             user = user_of(peer, own)
-            # # Who listens on other addresses wants other hosts too; their users cannot be checked.
+            # Who listens on other addresses wants other hosts too; their users cannot be checked.
             local = ipaddress.ip_address(own[0]).is_loopback
             if user in users() or (user is None and not local):
                 return connection
@@ -91,14 +91,14 @@ class RemotePdb(pdb.Pdb):
         """Take the connection. It is closed when the debugger ends."""
         with connection:
             typed = connection.makefile("r")
-            # # Telnet's line ends.
+            # Telnet's line ends.
             shown = connection.makefile("w", newline="\r\n")
         shown.reconfigure(line_buffering=True)
         super().__init__(stdin=typed, stdout=shown)
 
     def debug(self, frame: FrameType | None) -> None:
         """Stop in `frame`, unless the user has left."""
-        # # Calls made from here on would be traced, so there are none.
+        # Calls made from here on would be traced, so there are none.
         try:  # noqa: SIM105
             self.set_trace(frame)
         except ConnectionError:
@@ -108,13 +108,13 @@ class RemotePdb(pdb.Pdb):
 def user_of(peer: tuple[str, int], own: tuple[str, int]) -> int | None:
     """Return the user at the other end of a connection, if that is on this host."""
     ends = [spelled(peer), spelled(own)]
-    # # The other end may be an IPv6 socket.
+    # The other end may be an IPv6 socket.
     for table, prefix in (("tcp", ""), ("tcp6", "0000000000000000FFFF0000")):
         with contextlib.suppress(FileNotFoundError):
             for line in Path("/proc/net", table).read_text().splitlines()[1:]:
                 fields = line.split()
                 user, inode = fields[7], fields[9]
-                # # A closed end has no inode, and would be taken for root's.
+                # A closed end has no inode, and would be taken for root's.
                 if fields[1:3] == [prefix + end for end in ends] and inode != "0":
                     return int(user)
     return None

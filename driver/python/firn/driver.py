@@ -38,14 +38,14 @@ class Settings:
 
     out_dir: Path = Path()
     kit_dirs: Sequence[Path] = ()
-    # #: Overrides the test's own.
+    #: Overrides the test's own.
     global_timeout: Duration | None = None
-    # #: Keep state in TMPDIR under the machines' names, as NixOS tests do.
+    #: Keep state in TMPDIR under the machines' names, as NixOS tests do.
     named_state: bool = False
     keep_machine_state: bool = False
-    # #: Set up ssh over vsock for every machine; a CID is this plus the machine's number.
+    #: Set up ssh over vsock for every machine; a CID is this plus the machine's number.
     vsock_offset: int | None = None
-    # #: For interactive use: machines get a screen, a keyboard and a tablet.
+    #: For interactive use: machines get a screen, a keyboard and a tablet.
     interactive: bool = False
 
 
@@ -117,7 +117,7 @@ class Driver:
             self._take_over()
             self.dump_machine_ssh()
         except BaseException:
-            # # Perhaps a signal. Nobody else can close this object.
+            # Perhaps a signal. Nobody else can close this object.
             self._run.close()
             raise
 
@@ -127,7 +127,7 @@ class Driver:
         self.vlans[:] = self._run.vlans
         text, file, line = self.test.script
         self.file = str(file)
-        # # The script may be a part of the file; keep the file's line numbers.
+        # The script may be a part of the file; keep the file's line numbers.
         self.text = "\n" * (line - 1) + text
         lines = self.text.splitlines(keepends=True)
         linecache.cache[self.file] = (len(self.text), None, lines, self.file)

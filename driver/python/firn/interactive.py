@@ -10,7 +10,7 @@ from firn._firn import Test, interrupt_waits_by_signals
 from firn.driver import Driver, ScriptFailed
 from firn.errors import MachineError
 
-# #: The history file, in the directory where the driver runs.
+#: The history file, in the directory where the driver runs.
 HISTORY = ".nixos-test-history"
 
 
@@ -67,9 +67,9 @@ def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
     config.TerminalInteractiveShell.confirm_exit = False
     config.TerminalInteractiveShell.term_title = False
     shell: Any = TerminalInteractiveShell.instance(config=config, user_ns=driver.names)
-    # # A script that failed has logged it.
+    # A script that failed has logged it.
     shell.set_custom_exc((ScriptFailed,), lambda *_: None)
-    # # The prompt itself takes over the descriptor through which waits notice Ctrl-C.
+    # The prompt itself takes over the descriptor through which waits notice Ctrl-C.
     shell.events.register("pre_run_cell", lambda _info: interrupt_waits_by_signals())
     names = sorted(name for name in driver.test_symbols() if not name.startswith("_"))
     print("Names you can use, as in the script:")

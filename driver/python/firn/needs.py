@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from firn._firn import Test
 
-# #: All such parts.
+#: All such parts.
 PARTS = ("screen", "keyboard", "tablet")
 
-# #: Methods of machines, and the parts each needs. An X server needs a screen to start.
+#: Methods of machines, and the parts each needs. An X server needs a screen to start.
 CALLS = {
     "get_screen_text": "screen",
     "get_screen_text_variants": "screen",
@@ -27,7 +27,7 @@ CALLS = {
     "wait_for_x": "screen",
 }
 
-# #: Commands of QEMU's monitors, and the parts each needs.
+#: Commands of QEMU's monitors, and the parts each needs.
 COMMANDS = {
     "input-send-event": ("keyboard", "tablet"),
     "screendump": ("screen",),
@@ -42,7 +42,7 @@ class Need:
 
     line: int
     column: int
-    # #: The call as written.
+    #: The call as written.
     call: str
     part: str
     #: The machine's variable; None if it may be any machine.
@@ -52,7 +52,7 @@ class Need:
 def needs(tree: ast.AST, variables: Iterable[str]) -> Iterator[Need]:
     """Find what a script needs; `variables` are those of the machines."""
     nodes = list(ast.walk(tree))
-    # # A name that the script reassigns may be any machine.
+    # A name that the script reassigns may be any machine.
     rebound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     rebound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
     known = set(variables) - rebound

@@ -14,12 +14,12 @@ from firn.logger import LogLevel
 from firn.runner import Options, end_at_once, guarded
 from firn.terminal import with_terminal
 
-# #: Set for a driver in a carrier, so that it does not start another.
+#: Set for a driver in a carrier, so that it does not start another.
 IN_CARRIER = "FIRN_IN_CARRIER"
 
 LEVELS = [level.name.lower() for level in LogLevel]
 
-# #: The names that every script has, without machines and vlans.
+#: The names that every script has, without machines and vlans.
 SYMBOLS = (
     "BaseMachine",
     "NspawnMachine",
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) -> int | None:
     """Run the command line in a carrier, unless machines can run here."""
-    # # Errors in the test are reported before anything boots.
+    # Errors in the test are reported before anything boots.
     test = options.load(None)
     # This process is Python, so the agent cannot be found beside it.
     agent = Path(sys.executable).with_name("firn-agent")
@@ -253,7 +253,7 @@ def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) 
         command = with_terminal(command)
     writable = [args.output_directory, *test.writable]
     if args.keep_machine_state:
-        # # What is kept after the run must not stay in the carrier.
+        # What is kept after the run must not stay in the carrier.
         state = tempfile.gettempdir()
         writable.append(Path(state))
         command = ["env", f"TMPDIR={state}", *command]

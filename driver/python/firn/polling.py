@@ -53,7 +53,7 @@ class PollingCondition:
         if not (force or self.overdue):
             return True
         if not self._checking.acquire(blocking=False):
-            # # This check itself called a machine, or another thread is checking.
+            # This check itself called a machine, or another thread is checking.
             return not force
         try:
             with self._log.nested(f"checking polling condition: {self.description}"):

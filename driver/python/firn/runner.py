@@ -49,11 +49,11 @@ def end_by_raising() -> None:
 class Options:
     """The options of a command line."""
 
-    # #: Reads the test, or with a path another test.
+    #: Reads the test, or with a path another test.
     load: Callable[[Path | None], Test]
     settings: Settings = field(default_factory=Settings)
     interactive: bool = False
-    # #: Turns breakpoints on: the command with which people attach to the driver's namespaces.
+    #: Turns breakpoints on: the command with which people attach to the driver's namespaces.
     debug_attach: str | None = None
     #: A JUnit report, relative to the output directory.
     junit: Path | None = None
@@ -63,7 +63,7 @@ class Options:
 def run(options: Options) -> None:
     """Run the test and clean up after it."""
     log = CompositeLogger([TerminalLogger(options.log_level)])
-    # # As in upstream's driver. There is no need to write to /dev/null.
+    # As in upstream's driver. There is no need to write to /dev/null.
     xml = os.environ.get("LOGFILE")
     if xml and xml != os.devnull:
         log.add_logger(XMLLogger(xml))
@@ -83,7 +83,7 @@ def run(options: Options) -> None:
             else:
                 driver.run_tests()
         finally:
-            # # Cleaning up is quick; a second Ctrl-C must not interrupt it.
+            # Cleaning up is quick; a second Ctrl-C must not interrupt it.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             driver.close()

@@ -14,11 +14,11 @@ from typing import TextIO
 
 from firn._firn import printable
 
-# #: Sets the terminal's size, then executes the command.
+#: Sets the terminal's size, then executes the command.
 SIZED = 'stty rows "$1" cols "$2"; shift 2; exec "$@"'
 
 
-# #: Escape sequences that set colours and nothing else.
+#: Escape sequences that set colours and nothing else.
 COLOURS = re.compile(r"(\x1b\[[0-9;:]*m)")
 
 
@@ -46,7 +46,7 @@ def filter_output() -> None:
 def _filtered(stream: TextIO) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
-    # # Set in a carrier whose output goes to a terminal.
+    # Set in a carrier whose output goes to a terminal.
     forced = os.environ.get("CLICOLOR_FORCE", "0") not in ("", "0")
     if not stream.isatty() and not forced:
         stream.reconfigure(line_buffering=True)
