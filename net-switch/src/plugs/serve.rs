@@ -284,8 +284,12 @@ impl State<'_> {
             return Err(format!("another plug has the socket {}", request.path.display()));
         }
         let said = |error: io::Error| error.to_string();
-        let number = self.free_number()?;
-        let own = self.server.dir.join(format!("{number:03}.{}", control.as_raw_fd()));
+        if self.plugs.len() >= MAX_PLUGS {
+            return Err(format!("{MAX_PLUGS} are plugged in already"));
+        }
+        self.next = self.next % 999 + 1;
+        // The descriptor makes it unique.
+        let own = self.server.dir.join(format!("{:03}.{}", self.next, control.as_raw_fd()));
         let socket = UnixDatagram::bind(&own).map_err(said)?;
         let inside = lies_in(&self.server.dir, request.path);
         let names = Names { own, plug: request.path.to_owned(), inside };
@@ -299,15 +303,6 @@ impl State<'_> {
         self.plug(name, socket.into(), Framing::Datagrams, Kind::Vde { control, names });
         // A new connection has room for it. One that has gone is unplugged when its end is read.
         answered.write_all(&answer).map_err(said)
-    }
-
-    /// The lowest number that no VDE plug has. They are told apart by it in the directory.
-    fn free_number(&mut self) -> Result<usize, String> {
-        if self.plugs.len() >= MAX_PLUGS {
-            return Err(format!("{MAX_PLUGS} are plugged in already"));
-        }
-        self.next = self.next % 999 + 1;
-        Ok(self.next)
     }
 
     fn plug(&mut self, name: String, socket: OwnedFd, framing: Framing, kind: Kind) {
