@@ -32,7 +32,7 @@ struct Base(File);
 /// What a guest's memory held at some time.
 pub struct MemoryCheckpoint {
     base: Arc<Base>,
-    /// Where pages differed from the base, as byte ranges of it, in order.
+    /// Where pages differed from the base, as byte ranges of it, in order. Each is copied at once, and in one region.
     changed: Vec<Range<u64>>,
     /// Their contents, one after the other.
     pages: File,
@@ -59,36 +59,20 @@ impl Backing {
             let base = anonymous_file(c"firn-memory")?;
             let size: u64 = regions(memories).map(|(region, _)| region.len()).sum();
             base.set_len(size)?;
-            let mut buffer = vec![0; super::CHUNK];
-            for (region, start) in regions(memories) {
-                private_pages(region, |range| {
-                    chunks(&range, |at, len| {
-                        let chunk = &mut buffer[..len];
-                        region.read_slice(chunk, at).map_err(io::Error::other)?;
-                        super::write_sparse(&base, chunk, start + at.0)
-                    })
-                })?;
-            }
+            read_private(memories, |at, chunk| super::write_sparse(&base, chunk, at))?;
             let base = Arc::new(Base(base));
             self.map(memories, &base)?;
             return Ok(MemoryCheckpoint { base, changed: Vec::new(), pages });
         };
         let mut changed = Vec::new();
         let mut end = 0;
-        let mut buffer = vec![0; super::CHUNK];
-        for (region, start) in regions(memories) {
-            private_pages(region, |range| {
-                chunks(&range, |at, len| {
-                    let chunk = &mut buffer[..len];
-                    region.read_slice(chunk, at).map_err(io::Error::other)?;
-                    pages.write_all_at(chunk, end)?;
-                    end += len as u64;
-                    Ok(())
-                })?;
-                changed.push(start + range.start..start + range.end);
-                Ok(())
-            })?;
-        }
+        read_private(memories, |at, chunk| {
+            pages.write_all_at(chunk, end)?;
+            let len = chunk.len() as u64;
+            end += len;
+            changed.push(at..at + len);
+            Ok(())
+        })?;
         Ok(MemoryCheckpoint { base: Arc::clone(base), changed, pages })
     }
 
@@ -117,13 +101,11 @@ impl Backing {
             else {
                 return Err(io::Error::other("it is the memory of another machine"));
             };
-            chunks(&(range.start - start..range.end - start), |at, len| {
-                let chunk = &mut buffer[..len];
-                to.pages.read_exact_at(chunk, from)?;
-                region.write_slice(chunk, at).map_err(io::Error::other)?;
-                from += len as u64;
-                Ok(())
-            })?;
+            let chunk = &mut buffer[..to_usize(range.end - range.start)?];
+            to.pages.read_exact_at(chunk, from)?;
+            let at = MemoryRegionAddress(range.start - start);
+            region.write_slice(chunk, at).map_err(io::Error::other)?;
+            from += chunk.len() as u64;
         }
         Ok(())
     }
@@ -168,6 +150,24 @@ fn regions<'a>(memories: &'a [&MemoryMap]) -> impl Iterator<Item = (&'a Region, 
         *end += region.len();
         Some((region, start))
     })
+}
+
+/// Calls `each` with the contents of the private pages of all regions, in parts, each with where it starts in a base.
+fn read_private(
+    memories: &[&MemoryMap],
+    mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; super::CHUNK];
+    for (region, start) in regions(memories) {
+        private_pages(region, |range| {
+            chunks(&range, |at, len| {
+                let chunk = &mut buffer[..len];
+                region.read_slice(chunk, at).map_err(io::Error::other)?;
+                each(start + at.0, chunk)
+            })
+        })?;
+    }
+    Ok(())
 }
 
 /// Calls `each` with address and length of the parts of a range that are copied at once.
@@ -222,7 +222,7 @@ fn private_pages(
     run.map_or(Ok(()), each)
 }
 
-/// Calls `each` with the parts of `range` that are in none of `holes`, which are in order and apart.
+/// Calls `each` with the parts of `range` that are in none of `holes`, which are in order and do not overlap.
 fn without(
     range: &Range<u64>,
     holes: &[Range<u64>],

@@ -11,7 +11,6 @@ use firn_net_switch::NetPort;
 use firn_vmm::Cancel;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
-use firn_vmm::socket::Listener;
 use firn_vmm::spec::{ConsolePortSpec, Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::balloon::BalloonHandle;
 use firn_vmm::virtio::build::Connect;
@@ -22,11 +21,10 @@ use tokio::task::{AbortHandle, spawn_blocking};
 
 use super::{Backend, Event, Input, Parts, Started};
 use crate::config::PortForward;
-use crate::error::{End, MachineError, Result, chain};
+use crate::error::{End, MachineError, Result};
 use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
 use crate::machine::rfb::{self, Display};
-use crate::viewers;
 
 /// Most events of a machine, beside those that begin and end a boot, that are passed on.
 const MAX_EVENTS: u32 = 1000;
@@ -118,7 +116,7 @@ impl Firn {
         Ok(Started { events, shell, agent: Some(agent) })
     }
 
-    /// Lets viewers see the screen, if there is one. Nothing that a test does depends on it.
+    /// Lets viewers see the screen, if there is one.
     fn open_to_viewers(&self, vm: &Vm, dirs: &Dirs) -> Option<AbortHandle> {
         let display = Display {
             name: self.name(),
@@ -126,14 +124,7 @@ impl Firn {
             keyboard: vm.keyboard().map(|hand| Arc::new(hand) as _),
             tablet: vm.tablet().map(|hand| Arc::new(hand) as _),
         };
-        match Listener::bind(&dirs.state.join(viewers::SOCKET)) {
-            Ok(listener) => Some(tokio::spawn(rfb::serve(listener, display)).abort_handle()),
-            Err(error) => {
-                let error = chain(&error);
-                self.parts.log.warning(format_args!("no viewer can see its screen: {error}"));
-                None
-            }
-        }
+        rfb::open(&dirs.state, display, &self.parts.log)
     }
 
     /// Makes the user network, if the machine has one and it is not there.

@@ -11,6 +11,7 @@ mod tests;
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,9 +21,11 @@ use firn_vmm::virtio::input::{BTN_LEFT, BTN_MIDDLE, BTN_RIGHT, MAX_POSITION};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
+use crate::error::chain;
+use crate::log::Logger;
 use crate::machine::backend::Input;
 use crate::machine::keyboard;
 use crate::{picture, viewers};
@@ -54,8 +57,20 @@ pub(super) struct Display {
     pub(super) tablet: Option<Arc<dyn Input>>,
 }
 
+/// Serves viewers at the socket in a machine's state directory until the task is aborted. If that is not possible, the log
+/// says so: nothing that a test does depends on it.
+pub(super) fn open(state: &Path, display: Display, log: &Logger) -> Option<AbortHandle> {
+    match Listener::bind(&state.join(viewers::SOCKET)) {
+        Ok(listener) => Some(tokio::spawn(serve(listener, display)).abort_handle()),
+        Err(error) => {
+            log.warning(format_args!("no viewer can see its screen: {}", chain(&error)));
+            None
+        }
+    }
+}
+
 /// Serves viewers until it is dropped.
-pub(super) async fn serve(listener: Listener, display: Display) {
+async fn serve(listener: Listener, display: Display) {
     viewers::serve(listener, MAX_VIEWERS, |stream| {
         let display = display.clone();
         async move {

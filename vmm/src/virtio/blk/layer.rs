@@ -66,7 +66,7 @@ impl Layer {
     }
 }
 
-/// An image with the layers over it, the newest last; there is at least one.
+/// An image with the layers over it, the newest last.
 pub(super) struct Layered<'a, L> {
     pub(super) image: &'a FormatAccess<File>,
     pub(super) layers: &'a [L],
@@ -161,11 +161,8 @@ impl<L: AsRef<Layer>> Layered<'_, L> {
             if let Some(whole) = partial(cluster) {
                 let len = usize::try_from(whole.end - whole.start).map_err(io::Error::other)?;
                 let mut content = vec![0; len];
-                match older {
-                    [] => self.image.read(&mut content[..], whole.start)?,
-                    layers => Layered { image: self.image, layers }
-                        .read(IoVectorMut::from(&mut content[..]), whole.start)?,
-                }
+                Layered { image: self.image, layers: older }
+                    .read(IoVectorMut::from(&mut content[..]), whole.start)?;
                 newest.access.write(&content[..], whole.start)?;
             }
         }

@@ -37,7 +37,6 @@ use crate::error::{End, MachineError, Result, chain};
 use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
 use crate::machine::rfb::{self, Display};
-use crate::viewers;
 use crate::vlan::Vlan;
 use command::Sockets;
 use panic::PanicFinder;
@@ -149,8 +148,9 @@ impl Qemu {
                  directory with a shorter name"
             )).into());
         }
-        let (mut command, shares) = self.command_line(&node, &dirs, &sockets, may_reboot).await?;
         let vlans = self.vlan_directories(&dirs)?;
+        let (mut command, shares) =
+            self.command_line(&node, &dirs, &sockets, &vlans, may_reboot).await?;
         let vlans = vlans.iter().map(|(number, directory)| (*number, directory.as_path()));
         command::environment(&mut command, &dirs, vlans);
 
@@ -236,6 +236,7 @@ impl Qemu {
         node: &NodeConfig,
         dirs: &Dirs,
         sockets: &Sockets,
+        vlans: &[(u8, PathBuf)],
         may_reboot: bool,
     ) -> Result<(tokio::process::Command, Vec<ShareServer>)> {
         let added = command::added(sockets, may_reboot);
@@ -248,7 +249,6 @@ impl Qemu {
         let joined = spawn_blocking(move || command::join(&initrds, &target)).await;
         let joined = joined.map_err(io::Error::other).flatten();
         joined.map_err(MachineError::file("write", &initrd))?;
-        let vlans = self.vlan_directories(dirs)?;
         let of_node = |number: &firn_vmm::spec::Number| {
             let found = vlans.iter().find(|(vlan, _)| *vlan == number.get());
             found.map(|(_, directory)| directory.clone())
@@ -288,7 +288,7 @@ impl Qemu {
         Ok((listener, clients.map_err(|error| self.start_error(error))?))
     }
 
-    /// Lets viewers see the screen. Nothing that a test does depends on it.
+    /// Lets viewers see the screen.
     fn open_to_viewers(&self, qmp: &Qmp, dirs: &Dirs) -> Option<AbortHandle> {
         let input: Arc<dyn Input> = Arc::new(QemuInput(qmp.clone()));
         let display = Display {
@@ -297,14 +297,7 @@ impl Qemu {
             keyboard: Some(Arc::clone(&input)),
             tablet: Some(input),
         };
-        match Listener::bind(&dirs.state.join(viewers::SOCKET)) {
-            Ok(listener) => Some(tokio::spawn(rfb::serve(listener, display)).abort_handle()),
-            Err(error) => {
-                let error = chain(&error);
-                self.parts.log.warning(format_args!("no viewer can see its screen: {error}"));
-                None
-            }
-        }
+        rfb::open(&dirs.state, display, &self.parts.log)
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use firn_vmm::screen::{Picture, Screen};
+use firn_vmm::virtio::input::BTN_LEFT;
 use serde_json::{Value, json};
 
 use super::protocol::{ANSWER_WITHIN, Qmp, QmpError};
@@ -81,7 +82,7 @@ impl Input for QemuInput {
 
     fn button(&self, code: u16, down: bool) {
         let names = ["left", "right", "middle", "side", "extra"];
-        if let Some(name) = code.checked_sub(0x110).and_then(|at| names.get(usize::from(at))) {
+        if let Some(name) = code.checked_sub(BTN_LEFT).and_then(|at| names.get(usize::from(at))) {
             self.send(&json!([{"type": "btn", "data": {"down": down, "button": name}}]));
         }
     }

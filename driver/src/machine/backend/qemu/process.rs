@@ -185,9 +185,7 @@ impl Process {
         // Only the end of the runtime keeps it from that, and then the group is dropped all the same.
         let _ = spawn_blocking(clear).await;
     }
-}
 
-impl Process {
     /// Ends it at once, whatever it does.
     pub(super) async fn kill(&self) {
         let taken = self.group.lock().unwrap_or_else(PoisonError::into_inner).take();
