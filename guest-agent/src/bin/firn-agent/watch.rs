@@ -1,11 +1,12 @@
 //! Checks the conditions that the host waits for.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use firn_guest_agent::protocol::{Condition, Failure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -17,13 +18,19 @@ use crate::failure::failure;
 const INTERVAL: Duration = Duration::from_millis(5);
 /// Between two checks of a file: inotify does not see what other systems do on a shared file system.
 const FILE_INTERVAL_MS: u16 = 20;
+/// Between two checks of a port that is to close: its server has to accept each connection.
+const CLOSED_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a port may take to answer.
 const CONNECT: Duration = Duration::from_secs(1);
+/// A port that answers nothing for as long counts as closed. Shorter silence may be a server whose
+/// backlog is full. Linux gives up a connection after 127 s (tcp_syn_retries, ip-sysctl.rst).
+const SILENCE: Duration = Duration::from_secs(127);
 
 /// A condition, and what is needed to check it.
 pub enum Watch {
     File { path: PathBuf, events: Option<Events> },
-    Port { addresses: Vec<SocketAddr>, open: bool },
+    PortOpen { addresses: Vec<SocketAddr> },
+    PortClosed { addresses: Vec<SocketAddr>, silent_since: Option<Instant> },
     Socket { path: PathBuf, datagram: bool },
 }
 
@@ -41,10 +48,10 @@ impl Watch {
                 Self::File { path: path.as_path().to_owned(), events: Events::new() }
             }
             Condition::PortOpen { host, port } => {
-                Self::Port { addresses: addresses(host, *port)?, open: true }
+                Self::PortOpen { addresses: addresses(host, *port)? }
             }
             Condition::PortClosed { host, port } => {
-                Self::Port { addresses: addresses(host, *port)?, open: false }
+                Self::PortClosed { addresses: addresses(host, *port)?, silent_since: None }
             }
             Condition::SocketOpen { path, datagram } => {
                 Self::Socket { path: path.as_path().to_owned(), datagram: *datagram }
@@ -62,9 +69,16 @@ impl Watch {
                 }
                 path.exists()
             }
-            Self::Port { addresses, open } => {
-                let listens = |address| TcpStream::connect_timeout(address, CONNECT).is_ok();
-                addresses.iter().any(listens) == *open
+            Self::PortOpen { addresses } => {
+                addresses.iter().any(|address| answer(address) == Answer::Accepted)
+            }
+            Self::PortClosed { addresses, silent_since } => {
+                let answers = addresses.iter().map(answer).max().unwrap_or(Answer::Refused);
+                if answers != Answer::Silence {
+                    *silent_since = None;
+                    return answers == Answer::Refused;
+                }
+                silent_since.get_or_insert_with(Instant::now).elapsed() >= SILENCE
             }
             Self::Socket { path, datagram: false } => UnixStream::connect(path).is_ok(),
             Self::Socket { path, datagram: true } => {
@@ -77,7 +91,10 @@ impl Watch {
     pub fn pause(&self) {
         match self {
             Self::File { events: Some(events), .. } => events.wait(),
-            Self::File { .. } | Self::Port { .. } | Self::Socket { .. } => thread::sleep(INTERVAL),
+            Self::PortClosed { .. } => thread::sleep(CLOSED_INTERVAL),
+            Self::File { .. } | Self::PortOpen { .. } | Self::Socket { .. } => {
+                thread::sleep(INTERVAL);
+            }
         }
     }
 }
@@ -111,6 +128,22 @@ impl Events {
     }
 }
 
+/// What becomes of a connection to a port; of several addresses, the greatest counts.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Answer {
+    Refused,
+    Silence,
+    Accepted,
+}
+
+fn answer(address: &SocketAddr) -> Answer {
+    match TcpStream::connect_timeout(address, CONNECT) {
+        Ok(_) => Answer::Accepted,
+        Err(error) if error.kind() == ErrorKind::TimedOut => Answer::Silence,
+        Err(_) => Answer::Refused,
+    }
+}
+
 /// The addresses of a host. A static program has no resolver; what it cannot find out is an error.
 fn addresses(host: &str, port: u16) -> Result<Vec<SocketAddr>, Failure> {
     let found = match host.parse() {
@@ -139,7 +172,12 @@ fn in_hosts(file: &str, name: &str) -> Vec<IpAddr> {
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
+    use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixListener;
+
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, getsockname, listen, socket,
+    };
 
     use super::*;
 
@@ -175,6 +213,19 @@ mod tests {
         assert!(holds(&open(false)) && !holds(&open(true)));
         drop(listener);
         assert!(!holds(&open(false)));
+    }
+
+    #[test]
+    fn a_port_whose_backlog_is_full_is_neither_open_nor_closed() {
+        let kind = SockType::Stream;
+        let listener = socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(listener.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let port = getsockname::<SockaddrIn>(listener.as_raw_fd()).unwrap().port();
+        let _waits = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        let host = || "127.0.0.1".to_owned();
+        assert!(!holds(&Condition::PortOpen { host: host(), port }));
+        assert!(!holds(&Condition::PortClosed { host: host(), port }));
     }
 
     #[test]
