@@ -27,12 +27,12 @@ pub(crate) struct Part {
 struct Pool(Mutex<u64>);
 
 impl Part {
-    /// What its user network may open.
+    /// How many files its user network may open.
     pub(crate) fn network(&self) -> usize {
         usize::try_from(self.network_part()).unwrap_or(usize::MAX)
     }
 
-    /// What its monitor may open.
+    /// How many files its monitor may open.
     pub(crate) fn monitor(&self) -> u64 {
         self.size - self.network_part()
     }
@@ -71,12 +71,12 @@ impl Pool {
     }
 }
 
-/// Parts for the machines of a test.
+/// Returns a quota for each machine of a test.
 pub(crate) fn parts(count: usize) -> Vec<Arc<Part>> {
     of_process().parts(count)
 }
 
-/// A part for one more machine.
+/// Returns a quota for one more machine.
 pub(crate) fn part() -> Arc<Part> {
     of_process().part()
 }
@@ -89,9 +89,9 @@ fn of_process() -> &'static Pool {
     })
 }
 
-/// The process's limit, raised as far as it may be.
+/// Returns the process's limit, raised as far as permitted.
 fn raised() -> u64 {
-    // What POSIX guarantees, if the system does not say.
+    // POSIX guarantees 20, should the limit be unknown.
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 20 };
     let wanted = hard.min(MOST);
     if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_ok() {

@@ -1,4 +1,4 @@
-//! A test run: its machines and networks, from before the first start to after the last end.
+//! A test run: its machines and networks, from setup to cleanup.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -46,10 +46,10 @@ impl Default for DriverOptions {
     }
 }
 
-/// A test run. Dropping it asks all machines to end; [`Driver::close`] also waits for that.
+/// A test run. Dropping it tells all machines to stop; [`Driver::close`] also waits until they have.
 pub struct Driver {
     machines: Vec<Machine>,
-    /// Made while the test runs.
+    /// Machines created while the test runs.
     created: Mutex<Vec<Machine>>,
     vlans: Vec<Vlan>,
     log: Logger,
@@ -70,7 +70,7 @@ fn sources(test: &TestConfig, kits: &[Kit]) -> Result<Vec<Source>> {
         let name = node.kit.as_str();
         let kit = kits.iter().find(|kit| kit.manifest.kit == name);
         let Some(boot) = Boot::new(node, kit, &hosts) else {
-            let what = format!("{} boots the kit {name}, and there is none", node.name);
+            let what = format!("{} boots the kit {name}, which was not given", node.name);
             return Err(MachineError::Usage(what).into());
         };
         Ok(Source::Node { node: Box::new(node.clone()), boot })
@@ -226,7 +226,7 @@ impl Driver {
         Ok(machine)
     }
 
-    /// The kits that a test needs, each once.
+    /// Returns the kits that a test needs, each once.
     #[must_use]
     pub fn kits_needed(test: &TestConfig) -> Vec<KitName> {
         let nodes = test.nodes.iter().filter(|node| Boot::needs_kit(node));
@@ -240,7 +240,7 @@ impl Driver {
         &self.machines
     }
 
-    /// The machine of this name.
+    /// Returns the machine of this name.
     #[must_use]
     pub fn machine(&self, name: &str) -> Option<&Machine> {
         self.machines.iter().find(|machine| machine.name() == name)
@@ -283,7 +283,7 @@ impl Driver {
     /// Waits until all machines have powered off.
     ///
     /// # Errors
-    /// The first error of a wait.
+    /// The first machine's error.
     pub async fn join_all(&self) -> Result<()> {
         let _step = self.log.nested("wait for all VMs to finish");
         for machine in &self.machines {
@@ -295,7 +295,7 @@ impl Driver {
     /// Syncs the disks of all guests that are up.
     ///
     /// # Errors
-    /// The first error of a guest.
+    /// The first guest's error.
     pub async fn sync(&self) -> Result<()> {
         for machine in self.all_machines().iter().filter(|machine| machine.is_up()) {
             machine.sync().await?;
@@ -326,7 +326,7 @@ impl Driver {
         }
         ends.join_all().await;
         let state = self.state().take();
-        // Gigabytes may lie there.
+        // There may be gigabytes.
         let _ = tokio::task::spawn_blocking(move || drop(state)).await;
     }
 

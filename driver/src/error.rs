@@ -9,7 +9,7 @@ pub use firn_vmm::error::chain;
 /// The result of a machine API call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a call of the machine API failed.
+/// Why a machine API call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// What the script required did not happen.
@@ -54,7 +54,7 @@ pub enum MachineError {
         /// The last console lines.
         tail: Tail,
     },
-    /// The guest agent could not do something.
+    /// The guest agent failed to do something.
     #[error("{machine}: {what}")]
     Agent {
         /// Which machine.
@@ -105,7 +105,7 @@ pub enum MachineError {
     /// The file to copy from the host does not exist.
     #[error("No such file or directory: {}", path.display())]
     Missing {
-        /// What.
+        /// Its path.
         path: PathBuf,
     },
     /// A file of the host cannot be used.
@@ -167,7 +167,7 @@ pub enum End {
         /// Why.
         reason: String,
     },
-    /// The script ended it.
+    /// The script stopped it.
     #[error("was stopped")]
     Stopped,
     /// The monitor could not continue.
@@ -187,7 +187,7 @@ impl End {
     }
 }
 
-/// The last console lines of a machine, for a message.
+/// A machine's last console lines, for a message.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tail(pub Vec<String>);
 

@@ -1,4 +1,4 @@
-//! Kernels unpacked once: a directory of the cache with the ELF files of bzImages.
+//! A cache of unpacked kernels: the ELF files of bzImages.
 //!
 //! A bzImage unpacks itself in the guest at every boot, which is more work than all the rest of one. So it is unpacked
 //! on the host and kept, named by the SHA-256 of the bzImage and its own size. Beside it stands a link for each file
@@ -48,7 +48,7 @@ impl Kernels {
     pub(crate) fn unpacked(&self, kernel: &Path) -> PathBuf {
         let entry = self.entry(kernel).unwrap_or_else(|error| {
             let (kernel, dir) = (kernel.display(), self.dir.display());
-            tracing::debug!(%kernel, %dir, %error, "a kernel unpacks itself in the guest");
+            tracing::debug!(%kernel, %dir, %error, "booting the bzImage: it cannot be cached unpacked");
             None
         });
         entry.unwrap_or_else(|| kernel.to_owned())
@@ -56,7 +56,7 @@ impl Kernels {
 
     fn entry(&self, kernel: &Path) -> Result<Option<PathBuf>, KernelError> {
         let metadata = fs::metadata(kernel)?;
-        // To open something else may block.
+        // Opening anything else may block.
         if !metadata.is_file() || metadata.len() > MAX_IMAGE {
             return Ok(None);
         }
@@ -72,9 +72,9 @@ impl Kernels {
             Some(path) => path,
             None => self.unpack(&image, &hash)?,
         };
-        // In the carrier nothing of the cache can be written.
+        // In the carrier the cache is read-only.
         if let Err(error) = self.link(path.file_name().unwrap_or_default(), &known) {
-            tracing::debug!(kernel = %kernel.display(), %error, "a kernel is read each time");
+            tracing::debug!(kernel = %kernel.display(), %error, "cannot link a kernel to its cache entry");
         }
         Ok(Some(path))
     }
@@ -89,12 +89,12 @@ impl Kernels {
     }
 
     fn unpack(&self, image: &[u8], hash: &str) -> Result<PathBuf, KernelError> {
-        // Before the work, which is for nothing if it cannot be kept.
+        // Before unpacking, which is pointless if the result cannot be kept.
         private::make(&self.dir)?;
         let mut file = tempfile::Builder::new().prefix(".").tempfile_in(&self.dir)?;
         let kernel = unpack::vmlinux(image)?;
         file.write_all(&kernel)?;
-        // The monitor maps only what nobody may write.
+        // The monitor maps only files that nobody may write to.
         file.as_file().set_permissions(Permissions::from_mode(0o400))?;
         file.as_file().sync_all()?;
         let path = self.dir.join(format!("{hash}-{}", kernel.len()));
@@ -116,7 +116,7 @@ impl Kernels {
             let used = entry.metadata().and_then(|metadata| metadata.modified());
             let age = used.map(|used| SystemTime::now().duration_since(used).unwrap_or_default());
             if age.is_ok_and(|age| age > KEEP) && entry.path() != current {
-                // Another process may have been quicker.
+                // Another process may have been faster.
                 let _ = fs::remove_file(entry.path());
             }
         }
@@ -130,7 +130,7 @@ fn identity(file: &Metadata) -> String {
     format!("file-{dev:x}-{ino:x}-{size:x}-{:x}-{:x}", file.ctime(), file.ctime_nsec())
 }
 
-/// The content of `path` if it looks like a bzImage.
+/// Returns the content of `path` if it looks like a bzImage.
 fn read_bzimage(path: &Path) -> io::Result<Option<Vec<u8>>> {
     let file = File::open(path)?;
     let mut image = Vec::new();
@@ -147,7 +147,7 @@ fn use_entry(entry: &Path) -> bool {
     let Ok(file) = File::open(entry) else { return false };
     let name = entry.file_name().unwrap_or_default().to_string_lossy();
     let size = name.rsplit_once('-').and_then(|(_, size)| size.parse().ok());
-    // One that root owns is pruned early, no more.
+    // One owned by root is merely pruned early.
     let _ = file.set_modified(SystemTime::now());
     file.metadata().is_ok_and(|meta| Some(meta.len()) == size)
 }
@@ -156,7 +156,7 @@ fn use_entry(entry: &Path) -> bool {
 mod tests {
     use super::*;
 
-    /// A bzImage whose payload is `kernel`, not compressed: setup sectors, then the payload and its size.
+    /// A bzImage with `kernel` as uncompressed payload: setup sectors, then the payload and its size.
     fn bzimage(kernel: &[u8]) -> Vec<u8> {
         let mut image = vec![0; 1024];
         image[0x1f1] = 1;
@@ -184,7 +184,7 @@ mod tests {
         Place { dir, kernels, image }
     }
 
-    /// How many kernels, and what is half made.
+    /// Counts the kernels and the unfinished files.
     fn entries(dir: &tempfile::TempDir) -> usize {
         let cache = fs::read_dir(dir.path().join("cache")).expect("it is there");
         let names = cache.map(|entry| entry.expect("it can be read").file_name());
@@ -221,7 +221,7 @@ mod tests {
         let (long_ago, file) = (SystemTime::UNIX_EPOCH, File::open(&image).expect("it is there"));
         let times = fs::FileTimes::new().set_accessed(long_ago);
         file.set_times(times).expect("it is ours");
-        // That was a change, of the ctime.
+        // That changed the ctime.
         assert_eq!(kernels.unpacked(&image), entry);
         file.set_times(times).expect("it is ours");
         let link =
@@ -229,7 +229,7 @@ mod tests {
         symlink(entry.file_name().expect("it has one"), link).expect("it is writable");
         assert_eq!(kernels.unpacked(&image), entry);
         assert_eq!(accessed(&image), long_ago, "it was read");
-        // As long, and as old.
+        // With the same length and mtime.
         fs::write(&image, bzimage(b"\x7fELF and the rest of a KERNEL")).expect("it is writable");
         file.set_times(times.set_modified(long_ago)).expect("it is ours");
         assert_ne!(kernels.unpacked(&image), entry);
@@ -279,7 +279,7 @@ mod tests {
             File::open(path).and_then(|file| file.set_modified(long_ago)).expect("it is ours");
         };
         [&old, &left].into_iter().for_each(|path| age(path));
-        // Its use makes it young again.
+        // Using it resets its age.
         assert_eq!(kernels.unpacked(&image), old);
         let other = dir.path().join("other");
         fs::write(&other, bzimage(b"\x7fELF other")).expect("it is writable");

@@ -48,12 +48,12 @@ impl std::str::FromStr for Level {
             "info" => Ok(Self::Info),
             "warning" => Ok(Self::Warning),
             "error" => Ok(Self::Error),
-            _ => Err(format!("{name:?} is no log level; allowed: {}", Self::NAMES.join(", "))),
+            _ => Err(format!("{name:?} is not a log level; allowed: {}", Self::NAMES.join(", "))),
         }
     }
 }
 
-/// Writes log lines; clones write to the same places.
+/// Writes log lines; clones share their destinations.
 #[derive(Clone)]
 pub struct Logger {
     core: Arc<Core>,
@@ -78,7 +78,7 @@ pub enum Event<'a> {
         /// The text.
         text: &'a str,
     },
-    /// A guest has printed a line.
+    /// A guest printed a line.
     Serial {
         /// The guest's machine.
         machine: &'a str,
@@ -98,7 +98,7 @@ pub enum Event<'a> {
     },
     /// The run fails; the reason is logged elsewhere.
     Failure {
-        /// The reason, in short.
+        /// The reason, in brief.
         why: &'a str,
     },
     /// A step has ended.
@@ -116,7 +116,7 @@ pub enum Event<'a> {
     },
 }
 
-/// Where a log goes.
+/// A destination of the log.
 pub trait Sink: Send {
     /// Takes events in order.
     fn take(&mut self, event: Event<'_>);
@@ -159,7 +159,7 @@ impl Default for Logger {
 }
 
 impl Logger {
-    /// A log on stderr, in colours if that is a terminal (see `NO_COLOR` and `CLICOLOR_FORCE`).
+    /// Logs to stderr, in colours if that is a terminal (see `NO_COLOR` and `CLICOLOR_FORCE`).
     #[must_use]
     pub fn stderr() -> Self {
         Self::stderr_from(Level::Info)
@@ -180,7 +180,7 @@ impl Logger {
         self.add_sink(Box::new(Terminal::new(Box::new(out), colours, level)));
     }
 
-    /// A log on anything else.
+    /// Logs to any other writer.
     #[must_use]
     pub fn new(out: Box<dyn Write + Send>, colours: bool) -> Self {
         let new = Self::nowhere();
@@ -231,7 +231,7 @@ impl Logger {
     /// Completes the log's files. Later events go only to the terminal.
     ///
     /// # Errors
-    /// The first error of writing them.
+    /// The first error writing them.
     pub fn finish(&self) -> io::Result<()> {
         let mut done = Ok(());
         self.sinks().retain_mut(|sink| {
@@ -262,7 +262,7 @@ impl Logger {
         self.message(Level::Debug, &message.to_string());
     }
 
-    /// Writes a message.
+    /// Logs a message.
     pub fn info(&self, message: impl Display) {
         self.message(Level::Info, &message.to_string());
     }
@@ -300,7 +300,7 @@ impl Logger {
         Step { logger: self.clone(), message, subtest, failure: None, began: Instant::now() }
     }
 
-    /// Writes a line that a guest printed.
+    /// Logs a line printed by a guest.
     pub fn serial(&self, machine: &str, line: &str) {
         let shown = self.shows_serial();
         self.emit(Event::Serial { machine, line: &printable(line), shown });

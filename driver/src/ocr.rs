@@ -28,7 +28,7 @@ const PRINTED_DPI: &str = "300";
 /// How much of its error output is shown, in bytes.
 const SHOWN: usize = 300;
 
-/// Why a picture was not read.
+/// Why OCR failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OcrError {
     /// The program is not installed.
@@ -53,11 +53,11 @@ pub enum OcrError {
     Failed {
         /// How.
         status: ExitStatus,
-        /// What it said.
+        /// Its error output.
         said: String,
     },
     /// A picture could not be prepared.
-    #[error("OCR failed: the picture cannot be made ready")]
+    #[error("OCR failed: the picture cannot be prepared")]
     Picture,
 }
 
@@ -67,7 +67,7 @@ pub struct Reader {
     program: PathBuf,
     /// Only the neural engine is available.
     neural: AtomicBool,
-    /// How long it may take for one picture.
+    /// The time limit for one picture.
     limit: Duration,
 }
 
@@ -75,7 +75,7 @@ impl Reader {
     /// Finds the program in PATH.
     ///
     /// # Errors
-    /// [`OcrError::Missing`] if it is not there.
+    /// [`OcrError::Missing`] if it is not installed.
     pub fn find() -> Result<&'static Self, OcrError> {
         static FOUND: OnceLock<Reader> = OnceLock::new();
         if let Some(reader) = FOUND.get() {
@@ -97,7 +97,7 @@ impl Reader {
         Self { program, neural: AtomicBool::new(false), limit }
     }
 
-    /// The text in a picture as it is.
+    /// Returns the text in an unmodified picture.
     ///
     /// # Errors
     /// If the program fails.
@@ -170,7 +170,7 @@ impl Reader {
         command.args(["stdin", "stdout", "--oem", engine, "--psm", "11"]);
         command.args(dpi.map(|dpi| ["--dpi", dpi]).into_iter().flatten());
         let mut child = command
-            // Several run side by side.
+            // Several run in parallel.
             .env("OMP_THREAD_LIMIT", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

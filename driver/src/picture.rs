@@ -18,14 +18,14 @@ const OUTLIERS: usize = 5;
 /// on a background of any other shade.
 const INK: [u8; 2] = [70, 130];
 
-/// The picture of a screen that shows nothing.
+/// The picture of a blank screen.
 #[must_use]
 pub fn black() -> Picture {
     let [width, height] = [Pixels::WIDTH, Pixels::HEIGHT].map(|side| u32::from(side.get()));
     Picture { width, height, rgb: vec![0; width as usize * height as usize * 3] }
 }
 
-/// A picture as a PNG file.
+/// Encodes a picture as PNG.
 ///
 /// # Errors
 /// If the picture has no pixels.
@@ -41,7 +41,7 @@ pub fn png(picture: &Picture) -> io::Result<Vec<u8>> {
     Ok(file)
 }
 
-/// A picture as a PPM file.
+/// Encodes a picture as PPM.
 #[must_use]
 pub fn ppm(picture: &Picture) -> Vec<u8> {
     let mut file = format!("P6\n{} {}\n255\n", picture.width, picture.height).into_bytes();
@@ -49,7 +49,7 @@ pub fn ppm(picture: &Picture) -> Vec<u8> {
     file
 }
 
-/// Reads a picture file: PNG, or PPM as [`ppm`] writes it.
+/// Reads a picture file: PNG, or PPM as written by [`ppm`].
 ///
 /// # Errors
 /// If it cannot be read or is neither.
@@ -58,7 +58,8 @@ pub fn read(path: &Path) -> io::Result<Picture> {
     let mut bytes = Vec::new();
     io::Read::read_to_end(&mut io::Read::take(BufReader::new(file), MAX_FILE), &mut bytes)?;
     let picture = if bytes.starts_with(b"P6") { of_ppm(&bytes) } else { of_png(&bytes) };
-    picture.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it is no PNG or PPM picture"))
+    picture
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it is not a PNG or PPM picture"))
 }
 
 fn of_ppm(bytes: &[u8]) -> Option<Picture> {
@@ -184,7 +185,7 @@ impl Grey {
         letters
     }
 
-    /// As a PGM file.
+    /// Encodes it as PGM.
     pub(crate) fn pgm(&self) -> Vec<u8> {
         let mut file = format!("P5\n{} {}\n255\n", self.width, self.height).into_bytes();
         file.extend_from_slice(&self.pixels);
@@ -237,7 +238,7 @@ pub(crate) fn shows(picture: &Picture, columns: usize, text: &[u8]) -> bool {
         }
     }
     let [[_, strange], [missing, seen]] = counts;
-    // The cursor, the mouse's pointer, the kernel's logo.
+    // The cursor, the mouse pointer, the kernel's logo.
     missing * 10 <= seen && strange * 20 <= columns * rows
 }
 

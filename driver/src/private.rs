@@ -23,7 +23,7 @@ pub(crate) const DIR_MODE: u32 = 0o700;
 pub(crate) const FILE_MODE: u32 = 0o600;
 /// The owner shown for files of users outside the user namespace, such as the root of the system around it.
 const UNKNOWN_USER: u32 = 65534;
-/// The map of users where there is no such namespace.
+/// The user map outside of any such namespace.
 const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 
 /// A directory in which nobody else can replace what belongs to this user.
@@ -117,7 +117,7 @@ impl Place {
         let dir = File::options().read(true).custom_flags(flags.bits()).open(self.entry(name));
         let path = self.path.join(name);
         let dir = dir.map_err(|error| match error.kind() {
-            ErrorKind::NotADirectory => other(&path, "is no directory"),
+            ErrorKind::NotADirectory => other(&path, "is not a directory"),
             _ => error,
         })?;
         let meta = dir.metadata()?;
@@ -148,7 +148,7 @@ impl Place {
             return Err(foreign(&path, meta.uid()));
         }
         if !meta.is_file() {
-            return Err(other(&path, "is no regular file"));
+            return Err(other(&path, "is not a regular file"));
         }
         Ok(file)
     }
@@ -188,7 +188,7 @@ pub(crate) fn make_for_guests(path: &Path) -> io::Result<()> {
     place.make(name, mode).map(drop)
 }
 
-/// Writes a file that only this user can read.
+/// Writes a file readable by this user only.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let file = File::options()
@@ -229,7 +229,7 @@ pub fn temporary(place: &Place, prefix: &str) -> io::Result<tempfile::TempDir> {
         .tempdir_in(place.path())
 }
 
-/// Whether this is a regular file of this user's.
+/// Returns whether this is a regular file owned by this user.
 pub(crate) fn is_own_file(file: &File) -> bool {
     file.metadata().is_ok_and(|meta| meta.is_file() && meta.uid() == me())
 }
@@ -248,7 +248,7 @@ fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
     match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) if parent != Path::new("") => Ok((parent, name)),
         (Some(_), Some(name)) => Ok((Path::new("."), name)),
-        _ => Err(other(path, "is no name of a directory that can be made")),
+        _ => Err(other(path, "is not a valid name for a directory")),
     }
 }
 

@@ -99,7 +99,7 @@ fn own(dir: &Path) -> io::Result<PathBuf> {
 /// The prefix of machines' directories.
 const MACHINE_PREFIX: &str = "vm-state-";
 
-/// The machine whose state a directory of this name holds.
+/// Returns the machine whose state a directory of this name holds.
 pub(crate) fn machine_of(name: &OsStr) -> Option<String> {
     name.to_str()?.strip_prefix(MACHINE_PREFIX).map(str::to_owned)
 }
@@ -246,7 +246,7 @@ fn sweep(place: &Place) {
     for name in entries.flatten().map(|entry| entry.file_name()) {
         if name.as_encoded_bytes().starts_with(PREFIX.as_bytes()) && is_dead(place, &name) {
             let path = place.path().join(&name);
-            tracing::debug!(path = %path.display(), "removing what a killed run left");
+            tracing::debug!(path = %path.display(), "removing the leftovers of a killed run");
             let _ = place.remove(&name);
         }
     }
@@ -263,7 +263,7 @@ fn is_dead(place: &Place, name: &OsStr) -> bool {
     }
 }
 
-/// Between a directory's making, its lock's, and the locking lie moments.
+/// Creating a directory, creating its lock and locking it are not one atomic step.
 fn aged(file: &File) -> bool {
     let age = file.metadata().and_then(|meta| meta.modified()).map(|at| at.elapsed());
     matches!(age, Ok(Ok(age)) if age.as_secs() >= 5)
@@ -306,7 +306,7 @@ mod tests {
         let b = parent.path().join("vm-state-b");
         drop(fresh);
         let left = fs::read_dir(parent.path()).expect("readable").flatten().map(|e| e.path());
-        assert_eq!(left.collect::<Vec<_>>(), [b], "what shall be kept, and no lock");
+        assert_eq!(left.collect::<Vec<_>>(), [b], "what is to be kept, and no lock");
     }
 
     #[test]

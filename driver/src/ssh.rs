@@ -1,7 +1,8 @@
-//! ssh into machines, over their vsocks.
+//! ssh into machines over their vsocks.
 //!
-//! The monitor answers on a UNIX socket: whoever says `CONNECT PORT` there is connected to that port of the guest. From
-//! version 257 on systemd's proxy for ssh knows that as `vsock-mux/SOCKET`; [`command`] and [`connect`] do without it.
+//! The monitor listens on a UNIX socket: a client that sends `CONNECT PORT` is connected to that port of the guest.
+//! systemd's ssh proxy supports that as `vsock-mux/SOCKET` from version 257 on; [`command`] and [`connect`] do not need
+//! it.
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, IoSlice, Write};
@@ -19,25 +20,25 @@ use crate::config::BackendKind;
 use crate::error::{MachineError, Result as MachineResult};
 use crate::machine::Machine;
 
-/// Where sshd listens, on vsocks as elsewhere.
+/// The port on which sshd listens, on vsocks as elsewhere.
 pub const PORT: u32 = 22;
 
-/// Where distributions have systemd's proxy; with it comes ssh's configuration to use it.
+/// Where distributions install systemd's proxy, along with the ssh configuration that uses it.
 const PROXIES: [&str; 2] = [
     "/usr/lib/systemd/systemd-ssh-proxy",
     "/run/current-system/systemd/lib/systemd/systemd-ssh-proxy",
 ];
 
-/// The machine answers at once, or its guest does; a guest that has stopped does not.
+/// The machine or its guest answers at once; a paused guest does not.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Most bytes of the answer to `CONNECT`: `OK ` and a port.
+/// The longest reply to `CONNECT`, in bytes: `OK ` and a port.
 const MAX_ANSWER: usize = 32;
 
-/// Why there is no connection.
+/// Why connecting failed.
 #[derive(Debug, Error)]
 pub enum SshError {
-    /// The machine does not run, or something else is there.
+    /// The machine is not running, or the file is not its socket.
     #[error("cannot connect to {socket}")]
     Connect {
         /// The machine's socket.
@@ -47,19 +48,19 @@ pub enum SshError {
         source: io::Error,
     },
     /// The guest does not listen on the port.
-    #[error("{socket}: nobody listens on port {port} of the guest, or not yet")]
+    #[error("{socket}: nothing listens on port {port} of the guest (yet)")]
     Refused {
         /// The machine's socket.
         socket: PathBuf,
         /// The guest's port.
         port: u32,
     },
-    /// The other end of standard output does not take file descriptors.
+    /// The other end of standard output does not accept file descriptors.
     #[error("cannot pass the connection to ssh; is `ProxyUseFdpass yes` set?")]
     Pass(#[source] io::Error),
 }
 
-/// The line that enters the machine with this socket, for a person to type.
+/// Returns the command line, for a person to type, that opens an ssh session in the machine with this socket.
 #[must_use]
 pub fn command_line(socket: &Path) -> String {
     if PROXIES.iter().any(|proxy| Path::new(proxy).exists()) {
@@ -70,7 +71,7 @@ pub fn command_line(socket: &Path) -> String {
 }
 
 impl Machine {
-    /// The command line that enters it by ssh, for a person to type.
+    /// Returns the command line, for a person to type, that opens an ssh session in it.
     ///
     /// # Errors
     /// [`MachineError::Usage`] if it has no vsock.
@@ -80,18 +81,18 @@ impl Machine {
             BackendKind::Firn => "",
             BackendKind::Qemu => ": it runs under QEMU, whose vsocks lead to the host's kernel",
         };
-        let what = format!("{name} has no vsock by which ssh could enter{why}");
+        let what = format!("{name} has no vsock for ssh{why}");
         let none = || MachineError::Usage(what);
         let vsock = self.config().vsock.as_ref().ok_or_else(none)?;
         Ok(command_line(&vsock.socket))
     }
 }
 
-/// ssh as root into the machine with this socket; `program` is firn.
+/// Returns the command for ssh as root into the machine with this socket; `program` is firn.
 #[must_use]
 pub fn command(program: &Path, socket: &Path) -> Command {
     let mut ssh = Command::new("ssh");
-    // A machine has another key in each run, and is not worth remembering.
+    // A machine's host key changes with each run, so it is not remembered.
     for option in [
         "User=root",
         "StrictHostKeyChecking=no",
@@ -102,7 +103,7 @@ pub fn command(program: &Path, socket: &Path) -> Command {
     ] {
         ssh.args(["-o", option]);
     }
-    // ssh has its shell `exec` it.
+    // ssh runs it through the shell, with `exec`.
     let mut proxy = b"ProxyCommand=".to_vec();
     proxy.extend(word(program));
     proxy.extend_from_slice(b" ssh --proxy --port %p ");
@@ -112,7 +113,7 @@ pub fn command(program: &Path, socket: &Path) -> Command {
     ssh
 }
 
-/// A word of the shell's language, in which ssh finds nothing to replace.
+/// Quotes a path for the shell, with ssh's `%` tokens escaped.
 fn word(path: &Path) -> Vec<u8> {
     let mut word = vec![b'\''];
     for byte in path.as_os_str().as_bytes() {
@@ -129,20 +130,20 @@ fn word(path: &Path) -> Vec<u8> {
 /// Connects to a port of the guest.
 ///
 /// # Errors
-/// If the machine does not run, or nobody listens there.
+/// If the machine is not running, or nothing listens on the port.
 pub fn connect(socket: &Path, port: u32) -> Result<UnixStream, SshError> {
     let failed = |source| SshError::Connect { socket: socket.to_owned(), source };
     let mut stream = UnixStream::connect(socket).map_err(failed)?;
     stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).map_err(failed)?;
-    // What follows the line is the guest's: nothing of it may be taken here.
+    // What follows the line belongs to the guest's stream and must not be consumed here.
     let mut reader = BufReader::with_capacity(1, &stream);
     let mut answer = Vec::new();
     while answer.len() < MAX_ANSWER && !answer.ends_with(b"\n") {
         match reader.fill_buf() {
             Ok([]) => break,
             Ok(bytes) => answer.extend_from_slice(bytes),
-            // It is closed with our line unread in it.
+            // It was closed with our line unread.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
             Err(error) => return Err(failed(error)),
         }
@@ -155,14 +156,14 @@ pub fn connect(socket: &Path, port: u32) -> Result<UnixStream, SshError> {
     Ok(stream)
 }
 
-/// Gives a connection to whoever has the other end of the socket `to`, as ssh with `ProxyUseFdpass` wants it.
+/// Passes a connection over the socket `to`, as ssh with `ProxyUseFdpass` expects.
 ///
 /// # Errors
-/// If that is no UNIX socket.
+/// If `to` is not a UNIX socket.
 pub fn pass(connection: &UnixStream, to: BorrowedFd<'_>) -> Result<(), SshError> {
     let descriptors = [connection.as_raw_fd()];
     let message = [ControlMessage::ScmRights(&descriptors)];
-    // A message of no bytes would not be seen (`man 7 unix`).
+    // An empty message would not be delivered (`man 7 unix`).
     let byte = [IoSlice::new(&[0])];
     sendmsg::<()>(to.as_raw_fd(), &byte, &message, MsgFlags::empty(), None)
         .map_err(|errno| SshError::Pass(errno.into()))?;
@@ -178,7 +179,7 @@ mod tests {
 
     use super::*;
 
-    /// Connects to a machine that gives this answer; what it was asked, too.
+    /// Connects to a machine that gives this answer; also returns the request.
     fn asked(answer: &'static [u8]) -> (Result<UnixStream, SshError>, String) {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
@@ -220,7 +221,7 @@ mod tests {
         pass(&connection, ours.as_fd()).unwrap();
         drop((connection, ours));
         let mut byte = [1];
-        // The descriptor in it, which nobody took, is closed with it: the last one of that end.
+        // The descriptor in the message, the last one of its end, is closed with it as nobody received it.
         (&ssh).read_exact(&mut byte).unwrap();
         assert_eq!((byte, far.read(&mut [0]).unwrap()), ([0], 0));
         let file = tempfile::tempfile().unwrap();

@@ -15,8 +15,7 @@ use tokio::time::sleep;
 use crate::private::Place;
 use crate::scratch;
 
-/// The socket in a machine's state directory at which it speaks the Remote Framebuffer protocol (VNC), if it has a
-/// screen.
+/// The socket in a machine's state directory that serves the Remote Framebuffer protocol (VNC), if it has a screen.
 pub const SOCKET: &str = "vnc.sock";
 
 /// The socket in a run's directory that leads to the machines of a run in a carrier. An empty line is answered with
@@ -34,10 +33,10 @@ const MAX_LIST: u64 = 64 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Found {
     name: String,
-    /// What is special in the name of its run's directory.
+    /// The distinctive part of its run's directory name.
     run: String,
     socket: PathBuf,
-    /// Its id in the carrier that it runs in.
+    /// Its id in its carrier, if it runs in one.
     inner: Option<String>,
 }
 
@@ -58,7 +57,7 @@ impl Found {
     pub fn connect(&self) -> io::Result<UnixStream> {
         let mut stream = connect_to(&self.socket)?;
         if let Some(id) = &self.inner {
-            // A new stream has room for this.
+            // A new stream's buffer has room for this.
             stream.write_all(format!("{id}\n").as_bytes())?;
         }
         Ok(stream)
@@ -96,7 +95,7 @@ pub fn find(dir: &Path) -> io::Result<Vec<Found>> {
 
 fn add(found: &mut Vec<Found>, name: &str, run: &str, dir: &Path) {
     let socket = dir.join(SOCKET);
-    // The sockets of runs that were killed stay until the next run.
+    // The sockets of killed runs stay until the next run.
     if connect_to(&socket).is_ok() {
         found.push(Found { name: name.to_owned(), run: run.to_owned(), socket, inner: None });
     }
@@ -132,7 +131,7 @@ where
 {
     let clients = match listener.try_clone().and_then(UnixListener::from_std) {
         Ok(clients) => clients,
-        Err(error) => return tracing::debug!(%error, "no viewer can connect"),
+        Err(error) => return tracing::debug!(%error, "viewers cannot connect"),
     };
     let mut viewers = JoinSet::new();
     loop {

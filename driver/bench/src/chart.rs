@@ -7,7 +7,7 @@ use quick_xml::events::BytesText;
 
 use super::report::{Report, Row, scaled};
 
-/// Widths in pixels: of the names, of the longest bar, of the numbers behind the bars.
+/// Widths in pixels: of the names, of the longest bar, of the numbers after the bars.
 const NAMES: u64 = 250;
 const BARS: u64 = 460;
 const NUMBERS: u64 = 90;
@@ -21,13 +21,13 @@ const USER: &str = "#2b6cb0";
 const SYSTEM: &str = "#dd8b1f";
 
 impl Report {
-    /// As an SVG chart of the processor's work.
+    /// Draws an SVG chart of the processor's work.
     ///
     /// # Errors
     /// None in practice: it writes to memory.
     pub fn chart(&self) -> io::Result<String> {
         let (unit, scale) = self.unit.shown();
-        // Beside several machines at once, the bars of one would be too short to compare.
+        // Next to several machines at once, the bars of one would be too short to compare.
         let rows: Vec<&Row> = self.rows.iter().filter(|row| row.machines == 1).collect();
         let longest = rows.iter().map(|row| row.total.median).max().unwrap_or(1).max(1);
         let size = (NAMES + BARS + NUMBERS, HEADING + STEP * (rows.len() as u64));

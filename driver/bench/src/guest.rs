@@ -25,22 +25,22 @@ const LINGER: &str = "linger=1";
 /// A guest that shuts itself down.
 #[derive(Clone, Debug)]
 pub struct Guest {
-    /// As an ELF file, for monitors that take one.
+    /// The kernel as an ELF file, for monitors that accept one.
     pub vmlinux: PathBuf,
-    /// As a bzImage, for the others.
+    /// The kernel as a bzImage, for the others.
     pub bzimage: PathBuf,
-    /// The archive.
+    /// The initrd.
     pub initrd: PathBuf,
     /// The kernel's arguments.
     pub cmdline: String,
-    /// MiB.
+    /// Memory in MiB.
     pub memory_mib: u64,
-    /// vCPUs.
+    /// The number of vCPUs.
     pub cores: u8,
 }
 
 impl Guest {
-    /// The reference guest, with the kernel and the shell of the micro kit. Its initrd is written to `dir`.
+    /// Creates the reference guest, with the kernel and the shell of the micro kit. Its initrd is written to `dir`.
     ///
     /// # Errors
     /// If the kit or `dir` cannot be used.

@@ -1,7 +1,7 @@
-//! What a boot costs: whole processes are measured, from exec to exit.
+//! Measures the cost of a boot: whole processes, from exec to exit.
 //!
-//! In a carrier whose clock counts instructions all figures are instructions and repeat to half a per cent; elsewhere
-//! they are nanoseconds.
+//! In a carrier whose clock counts instructions, all figures are instructions and repeatable to half a per cent;
+//! elsewhere they are nanoseconds.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -37,9 +37,9 @@ pub enum Stage {
     Run,
     /// The kernel has used a device.
     Kernel,
-    /// The guest's first program runs.
+    /// The guest's first program is running.
     Init,
-    /// The guest takes commands.
+    /// The guest accepts commands.
     Ready,
     /// The monitor's process has exited.
     End,
@@ -70,9 +70,9 @@ pub type Stages = BTreeMap<Stage, u64>;
 pub struct Sample {
     /// When stages were reached, since the exec.
     pub stages: Stages,
-    /// The processor's time in the guest and in the monitor.
+    /// Processor time in the guest and in the monitor.
     pub user: u64,
-    /// The processor's time in the host's kernel.
+    /// Processor time in the host's kernel.
     pub system: u64,
 }
 
@@ -108,7 +108,7 @@ pub enum BenchError {
     /// A file cannot be used.
     #[error("cannot {action} {path}")]
     File {
-        /// What was tried.
+        /// What was attempted.
         action: &'static str,
         /// The file.
         path: PathBuf,
@@ -119,7 +119,7 @@ pub enum BenchError {
     /// A process cannot be started or watched.
     #[error("{name}: cannot run {program}")]
     Process {
-        /// What was to be measured.
+        /// The name of the subject.
         name: String,
         /// The program.
         program: String,
@@ -130,7 +130,7 @@ pub enum BenchError {
     /// A boot failed.
     #[error("{name}: {how}{}", if .output.is_empty() { String::new() } else { format!(":\n{output}") })]
     Failed {
-        /// What was measured.
+        /// The name of the subject.
         name: String,
         /// How the process ended.
         how: String,

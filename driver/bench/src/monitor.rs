@@ -35,7 +35,7 @@ pub enum OtherMonitor {
 }
 
 impl OtherMonitor {
-    /// What reports call it.
+    /// Its name in reports.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -54,7 +54,7 @@ impl OtherMonitor {
         }
     }
 
-    /// Its program, if it is installed.
+    /// Returns its program, if it is installed.
     #[must_use]
     pub fn find(self) -> Option<PathBuf> {
         let path = std::env::var_os("PATH")?;
@@ -85,7 +85,7 @@ impl OtherMonitor {
         config: &Path,
     ) -> Result<Vec<OsString>, BenchError> {
         let (cores, memory) = (guest.cores.to_string(), format!("{}M", guest.memory_mib));
-        // The smaller machines have no PCI, and not every way to be restarted.
+        // The smaller machines have no PCI and support fewer ways to restart.
         let small = |reboot: &str| format!("{} pci=off reboot={reboot}", guest.cmdline);
         let mut words: Vec<OsString> = vec![program.into()];
         match self {
@@ -125,7 +125,7 @@ impl OtherMonitor {
     }
 }
 
-/// The arguments that all of QEMU's machines have in common.
+/// Returns the arguments common to all of QEMU's machines.
 fn qemu(kernel: &Path, guest: &Guest, cmdline: &str, cores: &str, memory: &str) -> Vec<OsString> {
     let mut words: Vec<OsString> =
         ["-accel", "kvm", "-cpu", "host", "-smp", cores, "-m", memory].map(Into::into).into();

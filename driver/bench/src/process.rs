@@ -70,7 +70,7 @@ fn watch<T>(
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // What it starts holds its streams open, too, and is killed with it.
+        // Its children hold its streams open too, and are killed with it.
         .process_group(0)
         .spawn()
         .map_err(failed)?;
@@ -94,7 +94,7 @@ fn watch<T>(
         said.extend_from_slice(&line);
         said.drain(..said.len().saturating_sub(TAIL));
     }
-    // It may go on without its streams. Its id is its own until nobody kills it any more.
+    // It may keep running without its streams. Its PID must not be reused until the watchdog has ended.
     waitid(Id::Pid(pid(&child)), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
         .map_err(|error| failed(error.into()))?;
     let barked = watchdog.end();
@@ -130,7 +130,7 @@ impl Watchdog {
         let thread = thread::spawn(move || {
             let barks = stopped.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
             if barks {
-                // One that has ended needs it no more.
+                // A child that has ended no longer needs it.
                 let _ = killpg(group, Signal::SIGKILL);
             }
             barks
@@ -158,7 +158,7 @@ fn tail_of_stderr(child: &mut Child) -> thread::JoinHandle<Vec<u8>> {
     })
 }
 
-/// Processor time of all children that have ended, in nanoseconds: user and system.
+/// Returns the processor time of all children that have ended, in nanoseconds: user and system.
 fn used() -> (u64, u64) {
     let nanoseconds =
         |time: TimeVal| u64::try_from(time.num_microseconds()).unwrap_or(0).saturating_mul(1000);

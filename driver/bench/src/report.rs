@@ -16,7 +16,7 @@ pub struct Figure {
 }
 
 impl Figure {
-    /// Of at least one value.
+    /// Summarizes at least one value.
     fn of(values: impl IntoIterator<Item = u64>) -> Option<Self> {
         let mut values: Vec<u64> = values.into_iter().collect();
         values.sort_unstable();
@@ -31,7 +31,7 @@ impl Figure {
 pub enum Unit {
     /// Executed instructions.
     Instructions,
-    /// Time.
+    /// Nanoseconds.
     Nanoseconds,
 }
 
@@ -46,23 +46,23 @@ impl Unit {
     }
 }
 
-/// All figures.
+/// All figures of a benchmark.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// What they count.
+    /// Their unit.
     pub unit: Unit,
     /// The number of boots of each.
     pub runs: usize,
-    /// A row for each subject that was measured.
+    /// A row for each measured subject.
     pub rows: Vec<Row>,
-    /// The others.
+    /// The subjects without figures.
     pub missing: Vec<Missing>,
 }
 
 /// A subject without figures.
 #[derive(Clone, Debug, Serialize)]
 pub struct Missing {
-    /// What was booted, and by what.
+    /// The guest and the monitor.
     pub name: String,
     /// Why it was abandoned.
     pub why: String,
@@ -71,7 +71,7 @@ pub struct Missing {
 /// A subject's figures.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// What was booted, and by what.
+    /// The guest and the monitor.
     pub name: String,
     /// How many machines at once.
     pub machines: u8,
@@ -85,7 +85,7 @@ pub struct Row {
     pub system: Figure,
     /// Both.
     pub total: Figure,
-    /// Resident memory beside the guest's, in KiB.
+    /// Resident memory besides the guest's, in KiB.
     pub memory_kib: Option<u64>,
 }
 
@@ -106,7 +106,7 @@ impl Report {
         Self { unit, runs, rows, missing: missing.collect() }
     }
 
-    /// As a table.
+    /// Formats the report as a table.
     #[must_use]
     pub fn table(&self) -> String {
         let (unit, scale) = self.unit.shown();
@@ -139,7 +139,7 @@ impl Report {
         );
         for row in &self.rows {
             if let Some(times) = row.times_one {
-                // A string takes all that is written.
+                // Writing to a string does not fail.
                 let _ = writeln!(
                     text,
                     "{}: {} times the work of one",
@@ -149,7 +149,7 @@ impl Report {
             }
         }
         for Missing { why, .. } in &self.missing {
-            // It begins with the name.
+            // The error begins with the name.
             let _ = writeln!(text, "missing: {}", why.replace('\n', "\n    "));
         }
         text
@@ -180,7 +180,7 @@ impl Row {
     }
 }
 
-/// A number in another unit, with decimals.
+/// Formats a number in another unit, with decimals.
 pub(super) fn scaled(value: u64, scale: u32, decimals: usize) -> String {
     #[expect(clippy::cast_precision_loss, reason = "a few digits of it are shown")]
     let value = value as f64 / f64::from(scale);
@@ -199,7 +199,7 @@ fn lay_out(columns: &[(String, Vec<String>)]) -> String {
         let mut row = String::new();
         for (at, ((title, cells), width)) in columns.iter().zip(&widths).enumerate() {
             let cell = if line == 0 { title } else { &cells[line - 1] };
-            // A string takes all that is written.
+            // Writing to a string does not fail.
             let _ = match at {
                 0 => write!(row, "{cell:<width$}"),
                 _ => write!(row, "  {cell:>width$}"),

@@ -15,7 +15,7 @@ pub enum Accel {
     /// On KVM if it works here, else in the carrier.
     #[default]
     Auto,
-    /// On KVM, or not at all.
+    /// On KVM only.
     Kvm,
     /// In the carrier.
     Carrier,
@@ -32,16 +32,17 @@ enum Decision {
 
 /// KVM was asked for and does not work.
 #[derive(Debug, Error)]
-#[error("{0}; `--accel carrier` does without it")]
+#[error("{0}; `--accel carrier` does not need it")]
 pub struct NoKvm(String);
 
 impl FromStr for Accel {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|accel| accel.as_str() == name).ok_or_else(|| {
-            format!("{name:?} is no place for machines; allowed: auto, kvm, carrier")
-        })
+        Self::ALL
+            .into_iter()
+            .find(|accel| accel.as_str() == name)
+            .ok_or_else(|| format!("{name:?} is not an accelerator; allowed: auto, kvm, carrier"))
     }
 }
 
@@ -49,7 +50,7 @@ impl Accel {
     /// All, in the order of the help text.
     pub const ALL: [Self; 3] = [Self::Auto, Self::Kvm, Self::Carrier];
 
-    /// The name people type.
+    /// The name that users type.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -64,7 +65,7 @@ impl Accel {
     pub const fn help(self) -> &'static str {
         match self {
             Self::Auto => "On KVM if it works here, else in the carrier",
-            Self::Kvm => "On KVM, or not at all",
+            Self::Kvm => "On KVM only",
             Self::Carrier => "In the carrier",
         }
     }
@@ -75,7 +76,7 @@ impl Accel {
     /// # Errors
     /// If they should run on KVM and it does not work.
     pub fn runs_here(self) -> Result<bool, NoKvm> {
-        // The probe takes a moment, and the carrier needs none.
+        // The probe takes a moment, and the carrier does not need it.
         let decision = match self {
             Self::Carrier => Decision::Carrier(None),
             Self::Auto | Self::Kvm => self.decide_by(&probe::kvm()),
@@ -102,19 +103,19 @@ impl Accel {
     }
 }
 
-/// Where runs in a carrier keep their state.
+/// The directory where runs in a carrier keep their state.
 pub(crate) const STATE_DIR: &str = "/dev/shm";
 
 /// Runs a command that runs machines in a carrier, and returns its exit status.
 ///
 /// # Errors
-/// When the carrier cannot be started or breaks down.
+/// If the carrier cannot be started or breaks down.
 pub fn run_again(
     options: &Options,
     command: impl IntoIterator<Item = OsString>,
 ) -> Result<u8, CarrierError> {
-    // Sockets and state belong on the carrier's own file system, where nothing is that users of the host have put into
-    // their /tmp, and it has a pipe for stderr.
+    // Sockets and state belong on the carrier's own file system, away from what users of the host have put into their
+    // /tmp, and it has a pipe for stderr.
     let mut argv: Vec<OsString> = vec!["env".into(), format!("TMPDIR={STATE_DIR}").into()];
     if colours_wanted(&std::io::stderr()) {
         argv.push("CLICOLOR_FORCE=1".into());

@@ -13,7 +13,7 @@ const LEAST: Duration = Duration::from_millis(300);
 /// How far apart they may be then, relative to the time that has passed. A wrong clock is off by a factor of ten; a
 /// right one may be read late.
 const TOLERANCE: f64 = 0.1;
-/// How long a busy host may take until they agree.
+/// How long the clocks may take to agree on a busy host.
 const LIMIT: Duration = Duration::from_secs(15);
 
 /// Compares the clocks until they agree. Returns what is wrong if they do not.
@@ -36,7 +36,7 @@ pub(super) async fn fault(client: &AgentClient) -> Result<Option<String>, AgentE
     drop(client.heartbeat(Duration::ZERO));
     Ok(compared.is_err().then(|| match clocks.speed {
         Some(speed) => format!("its clock runs at {speed:.2} times the host's"),
-        None => format!("its clock stands still: no timer in {} seconds", LIMIT.as_secs()),
+        None => format!("its clock has stopped: no timer in {} seconds", LIMIT.as_secs()),
     }))
 }
 
@@ -71,7 +71,7 @@ mod tests {
         let (ms, began) = (Duration::from_millis, Instant::now());
         for (speed, right) in [(1, true), (2, false), (12, false)] {
             let mut clocks = Clocks::default();
-            // The first is seen late.
+            // The first is read late.
             assert!(!clocks.agree(ms(0), began + ms(80)));
             let agreed = (1..100_u32).any(|n| clocks.agree(ms(50) * n * speed, began + ms(50) * n));
             assert_eq!(agreed, right, "{speed} times");

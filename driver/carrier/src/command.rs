@@ -28,7 +28,7 @@ pub struct HostCommand {
     stdin: bool,
 }
 
-/// Who a process is.
+/// A process's user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct User {
     uid: u32,
@@ -37,10 +37,10 @@ struct User {
 }
 
 impl HostCommand {
-    /// The command `argv`, the program first, with this process's working directory, environment and user.
+    /// Creates the command `argv`, the program first, with this process's working directory, environment and user.
     ///
     /// # Errors
-    /// When `argv` is empty or the working directory is gone.
+    /// If `argv` is empty or the working directory is gone.
     pub fn new<S: Into<OsString>>(argv: impl IntoIterator<Item = S>) -> Result<Self, CarrierError> {
         let argv: Vec<_> = argv.into_iter().map(Into::into).collect();
         if argv.is_empty() {
@@ -59,7 +59,7 @@ impl HostCommand {
         self
     }
 
-    /// Sets a variable of its environment.
+    /// Sets an environment variable.
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         let name = name.into();
@@ -78,7 +78,7 @@ impl HostCommand {
     /// The request to the carrier's agent: the command, in the host's root directory and as the host's user.
     pub(super) fn request(&self) -> Result<ExecRequest, CarrierError> {
         let mut argv = vec!["/bin/busybox".to_owned(), "chroot".to_owned(), "/mnt".to_owned()];
-        // The shell comes first: busybox would take a bare `setpriv` for its own.
+        // The shell comes first: busybox would run its own applet for a bare `setpriv`.
         argv.extend(["/bin/sh", "-c", IN_DIRECTORY, "sh"].map(str::to_owned));
         argv.push(text(self.cwd.as_os_str(), "the working directory")?);
         argv.extend(self.user.switch());
@@ -87,7 +87,7 @@ impl HostCommand {
         }
         let mut request = ExecRequest::argv(argv);
         for (name, value) in &self.env {
-            // A variable that is not text is rare, and seldom what a command depends on.
+            // Variables that are not UTF-8 are rare, and commands seldom depend on them.
             if let (Some(name), Some(value)) = (name.to_str(), value.to_str()) {
                 request.env.push((name.to_owned(), value.to_owned()));
             }
@@ -150,7 +150,7 @@ pub(super) fn writable_roots(directories: &[PathBuf]) -> Result<Vec<PathBuf>, Ca
     roots.sort();
     let mut kept: Vec<PathBuf> = Vec::new();
     for root in roots {
-        // Sorted by components, so a directory comes right before what lies in it.
+        // Sorted by components, so a directory comes right before its contents.
         if !kept.last().is_some_and(|last| root.starts_with(last)) {
             kept.push(root);
         }

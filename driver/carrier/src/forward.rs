@@ -1,4 +1,4 @@
-//! One command in a carrier of its own, with this process's streams and signals.
+//! Runs a command in its own carrier, with this process's streams and signals.
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
@@ -28,7 +28,7 @@ const SIGPIPE: i32 = 13;
 /// is not a terminal. SIGINT, SIGTERM and SIGHUP go to the command, and a second later the carrier ends.
 ///
 /// # Errors
-/// When the carrier cannot be started or breaks down.
+/// If the carrier cannot be started or breaks down.
 pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> {
     let command = HostCommand::new(argv)?;
     let mut options = options.clone();
@@ -45,7 +45,7 @@ pub fn exec(options: &Options, argv: Vec<OsString>) -> Result<u8, CarrierError> 
         });
         let kit = tokio::select! {
             kit = kit => kit.map_err(io::Error::other).map_err(CarrierError::host("make its kit"))??,
-            // The next build removes what this one leaves.
+            // The next build removes what this one leaves behind.
             number = signals.next() => return Ok(128 + number),
         };
         let carrier = tokio::select! {
@@ -99,7 +99,7 @@ async fn run(
                     };
                     tokio::select! {
                         written = written => written?,
-                        // Whoever shall read it does not: there is nothing to wait for.
+                        // The output has no reader any more: there is nothing to wait for.
                         number = signals.next() => return Ok(128 + number),
                     }
                 }

@@ -1,10 +1,10 @@
 //! The carrier: an emulated machine with a KVM of its own, for hosts whose KVM cannot be used.
 //!
 //! QEMU emulates a processor with AMD's virtualization and runs Debian's kernel (the kit `carrier`). The host's root
-//! directory is the carrier's, read-only; the working directory, and others that are asked for, are writable; `/tmp` is
-//! the host's as well, but what is written there stays inside, and `/run` and `/dev/shm` are empty and writable. So the
-//! host's programs run in it as they are, see a `/dev/kvm`, and leave their results where they leave them on the host.
-//! There is no network but the loopback one.
+//! directory is the carrier's, read-only; the working directory, and others on request, are writable; `/tmp` is the
+//! host's as well, but what is written there stays inside, and `/run` and `/dev/shm` are empty and writable. So the
+//! host's programs run in it unmodified, see a `/dev/kvm`, and leave their results in the same places as on the host.
+//! There is no network except loopback.
 //!
 //! Nothing outlives this process: QEMU is killed when the [`Carrier`] is dropped, and by the kernel when the process
 //! dies. It leaves no file and no socket.
@@ -57,8 +57,8 @@ const SYNC_TIMEOUT: Duration = Duration::from_secs(1);
 /// The default memory in MiB: enough for a guest of 6 GiB. The host allocates it as it is used.
 const MEMORY_MIB: u64 = 9 << 10;
 
-/// Mounts a 9p share, named by the first argument, at the second. Files that others change are never taken from a
-/// cache: `cache=mmap` keeps pages of mapped files only, which is what makes programs run.
+/// Mounts the 9p share named by the first argument at the second. Files that others change are never read from a cache:
+/// `cache=mmap` keeps only pages of mapped files, which programs need to run.
 const MOUNT_WRITABLE: &str = "mkdir -p \"/mnt$2\" && \
     exec mount -t 9p -o rw,trans=virtio,version=9p2000.L,cache=mmap,msize=512000 \"$1\" \"/mnt$2\"";
 
@@ -90,18 +90,18 @@ pub struct Options {
     pub viewers: Option<PathBuf>,
 }
 
-/// Why something did not run in a carrier.
+/// Why something could not run in a carrier.
 #[derive(Debug, Error)]
 pub enum CarrierError {
-    /// The carrier's kernel and initrd could not be made.
-    #[error("there is no kernel for the carrier")]
+    /// The carrier's kernel and initrd could not be built.
+    #[error("cannot build the carrier's kernel")]
     Kit(#[from] BuildError),
     /// A program is not installed.
     #[error("`{program}` is not installed: install Debian's package {package}")]
     Missing {
         /// The program.
         program: &'static str,
-        /// The Debian package that has it.
+        /// The Debian package that contains it.
         package: &'static str,
     },
     /// A program could not be started.
@@ -124,7 +124,7 @@ pub enum CarrierError {
         console: String,
     },
     /// The carrier's agent failed.
-    #[error("the carrier does not answer")]
+    #[error("the carrier is not responding")]
     Agent(#[from] AgentError),
     /// A step of its start took too long.
     #[error("the carrier did not {step} within {} seconds{}", .limit.as_secs(), section("its kernel's last lines", .console))]
@@ -151,15 +151,15 @@ pub enum CarrierError {
         #[source]
         source: io::Error,
     },
-    /// The command cannot be sent to it.
+    /// The command cannot be sent to the carrier.
     #[error("{0}")]
     Command(String),
-    /// The host refused something.
+    /// An operation on the host failed.
     #[error("{action}")]
     Host {
-        /// What was tried.
+        /// What was attempted.
         action: &'static str,
-        /// How it failed.
+        /// Why it failed.
         #[source]
         source: io::Error,
     },
@@ -186,9 +186,8 @@ fn section(title: &str, text: &str) -> String {
 /// How often a carrier is woken up.
 const WAKE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Sends a carrier messages that mean nothing, until it is dropped. On a loaded host a carrier's processor now and then
-/// misses the interrupt of its timer, whose handler would have set the timer again. Without another interrupt it would
-/// sleep for ever.
+/// Sends a carrier meaningless messages until it is dropped. On a loaded host a carrier's processor occasionally misses
+/// its timer interrupt, whose handler would have rearmed the timer. Without another interrupt it would sleep forever.
 struct KeptAwake(AbortHandle);
 
 impl KeptAwake {
@@ -239,8 +238,8 @@ impl Carrier {
 
     async fn start_once(kit: &Kit, options: &Options) -> Result<Self, CarrierError> {
         let writable = command::writable_roots(&options.writable)?;
-        // A guest that boots from a store reads thousands of files, and over 9p that takes ten times as long. Without a
-        // usable kit there is none to be read.
+        // A guest that boots from a store reads thousands of files, which takes ten times as long over 9p. Without a
+        // usable kit there is no store to read.
         let kits = KitName::GUESTS.into_iter().filter_map(|kit| firn_kits::lookup(kit).ok()?);
         let stores = kits.filter_map(|kit| Some((kit.store_image()?, kit.store()?)));
         let stores: Vec<_> = stores.collect();
@@ -251,7 +250,7 @@ impl Carrier {
             memory_mib: options.memory_mib.unwrap_or_else(default_memory_mib),
             cores: options.cores.unwrap_or(CORES),
             exact: options.exact,
-            // What the kernel would find itself is wrong when the host is busy.
+            // The kernel's own measurement is wrong when the host is busy.
             tsc_khz: if options.exact { EXACT_KHZ } else { tsc::khz() },
             writable: writable
                 .into_iter()
@@ -262,7 +261,7 @@ impl Carrier {
         };
         let (qemu, port) = Qemu::start(&machine)?;
         let client = connect(&qemu, port).await?;
-        // Where instructions are the clock, it would count other ones each time.
+        // If the clock counts instructions, each measurement would differ.
         let awake = (!options.exact).then(|| KeptAwake::new(client.clone()));
         let carrier = Self { client, qemu, _awake: awake };
         let mount = async {
@@ -275,7 +274,7 @@ impl Carrier {
             Ok(())
         };
         let compare_clocks = async {
-            // Where instructions are the clock, it goes as it likes.
+            // If the clock counts instructions, its pace is arbitrary.
             let wrong = match options.exact {
                 true => None,
                 false => carrier.or_ended(clock::fault(&carrier.client)).await?,
@@ -298,10 +297,10 @@ impl Carrier {
     /// Waits until everything written in it has reached the host; then it can be dropped.
     ///
     /// # Errors
-    /// When the carrier is gone already.
+    /// If the carrier is gone already.
     pub async fn shutdown(&self) -> Result<(), CarrierError> {
         let synced = tokio::time::timeout(SYNC_TIMEOUT, self.or_ended(self.client.sync())).await;
-        // A carrier too busy to answer is killed all the same.
+        // A carrier too busy to answer is killed nevertheless.
         synced.unwrap_or(Ok(()))
     }
 
@@ -334,7 +333,7 @@ impl Carrier {
     }
 }
 
-/// Waits for the agent behind `port` while watching that QEMU lives.
+/// Waits for the agent behind `port` while watching QEMU.
 async fn connect(qemu: &Qemu, port: UnixStream) -> Result<AgentClient, CarrierError> {
     let booted = async {
         tokio::select! {
@@ -359,7 +358,7 @@ async fn connect(qemu: &Qemu, port: UnixStream) -> Result<AgentClient, CarrierEr
     Ok(client)
 }
 
-/// [`MEMORY_MIB`], or on smaller hosts three quarters of what there is.
+/// [`MEMORY_MIB`], or on smaller hosts three quarters of their memory.
 fn default_memory_mib() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     host_memory_mib(&meminfo).map_or(MEMORY_MIB, |host| MEMORY_MIB.min(host / 4 * 3))

@@ -1,4 +1,4 @@
-//! The QEMU process: its command line, its life and its death.
+//! The QEMU process: its command line and its life cycle.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -23,38 +23,38 @@ use super::CarrierError;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 
-/// Runs the words after the first if the process's parent is the first. The kernel kills a process whose parent dies,
-/// but not one whose parent died before it asked for that.
+/// Runs the words after the first if the first is the PID of the process's parent. The kernel kills a process whose
+/// parent dies, but not one whose parent died before the request.
 const IF_PARENT_LIVES: &str = "[ \"$PPID\" = \"$0\" ] && exec \"$@\"";
 
-/// What the processor must not have. QEMU 7.2 gives a guest of its guest no XCR0 of its own: what one writes there, the
-/// other has, and Linux 7 finds sizes that do not fit and stops. So there is no XSAVE, and nothing that needs it.
+/// CPU features to disable. QEMU 7.2 shares XCR0 between its guest and nested guests: a write by one is seen by the
+/// other, and Linux 7 finds inconsistent sizes and stops. So there is no XSAVE, and nothing that needs it.
 const UNUSABLE: &str = "-xsave,-avx,-avx2,-f16c,-fma,-mpx,-pku,-vaes";
 
-/// How much of what QEMU and its guest's kernel print is kept, in bytes.
+/// How much output of QEMU and its guest's kernel is kept, in bytes.
 const TAIL: usize = 16 << 10;
 
-/// What the machine is made of.
+/// The configuration of the machine.
 pub(super) struct Machine {
     pub(super) kernel: PathBuf,
     pub(super) initrd: PathBuf,
     pub(super) cmdline: String,
     pub(super) memory_mib: u64,
     pub(super) cores: u32,
-    /// Count instructions instead of time; one core.
+    /// Whether to count instructions instead of time; with one core.
     pub(super) exact: bool,
     /// The frequency of its time stamp counter.
     pub(super) tsc_khz: u64,
-    /// Directories of the host the guest may write, by their 9p tag.
+    /// Directories of the host that the guest may write to, by their 9p tag.
     pub(super) writable: Vec<(String, PathBuf)>,
-    /// Images that are its disks, read-only, in the order in which it finds them.
+    /// Images of its disks, read-only, in the guest's order.
     pub(super) disks: Vec<PathBuf>,
 }
 
 impl Machine {
     fn arguments(&self) -> Vec<OsString> {
         let mut args = Arguments::default();
-        // Devices that no guest of this kind looks at cost set-up time, and firmware tables cost boot time.
+        // Devices that no such guest uses cost setup time, and firmware tables cost boot time.
         args.add("-M", "q35,smm=off,hpet=off,usb=off,vmport=off,sata=off,smbus=off");
         args.add("-nodefaults", "").add("-no-user-config", "").add("-no-reboot", "");
         args.add("-display", "none");
@@ -65,8 +65,8 @@ impl Machine {
                 .add("-icount", "shift=0,sleep=off")
                 .add("-smp", "1");
         } else {
-            // Each byte of a `rep stosb` is an instruction to emulate. Without it Linux clears memory by words: a boot
-            // takes a quarter less.
+            // Each byte of a `rep stosb` is emulated as an instruction. Without it Linux clears memory by words, which
+            // makes a boot faster by a quarter.
             args.add("-cpu", format!("max,{UNUSABLE},-erms"));
             args.add("-accel", "tcg,thread=multi").add("-smp", self.cores.to_string());
         }
@@ -75,7 +75,7 @@ impl Machine {
             .add("-initrd", &self.initrd)
             .add("-append", format!("{} tsc_early_khz={}", self.cmdline, self.tsc_khz));
         // The console goes to the pipe that is QEMU's standard output, the agent's port to the socket that is its
-        // standard input: nothing of either is left in the file system, whatever happens.
+        // standard input: neither leaves anything in the file system, whatever happens.
         args.add("-serial", "file:/proc/self/fd/1");
         args.add("-device", "virtio-serial-pci").add("-chardev", "socket,id=agent,fd=0");
         args.add("-device", format!("virtserialport,chardev=agent,name={PORT_NAME}"));
@@ -128,7 +128,7 @@ fn push_value(option: &mut Vec<u8>, path: &Path) {
     for &byte in path.as_os_str().as_bytes() {
         option.push(byte);
         if byte == b',' {
-            // QEMU takes two commas for one that does not end the value.
+            // In a value, QEMU reads two commas as one.
             option.push(byte);
         }
     }
@@ -144,7 +144,7 @@ pub(super) struct Qemu {
 }
 
 impl Qemu {
-    /// Starts it. The stream is the agent's port. Needs a tokio runtime.
+    /// Starts QEMU. The stream is the agent's port. Needs a tokio runtime.
     pub(super) fn start(machine: &Machine) -> Result<(Self, UnixStream), CarrierError> {
         let spawn = |source| CarrierError::Spawn { program: PROGRAM, source };
         let (port, qemu_port) = StdUnixStream::pair().map_err(spawn)?;
@@ -156,7 +156,7 @@ impl Qemu {
         let (ended_tx, ended) = watch::channel(None);
         let output = Arc::new(Output::default());
         let kept = output.clone();
-        // A thread of its own, because the kernel kills QEMU when the *thread* that started it ends.
+        // In a separate thread, because the kernel kills QEMU when the *thread* that started it ends.
         let thread = std::thread::Builder::new()
             .name("carrier".to_owned())
             .spawn(move || attend(command, &started_tx, stopped, &ended_tx, &kept))
@@ -169,10 +169,10 @@ impl Qemu {
         }
     }
 
-    /// Waits until it has ended by itself: the error that explains it.
+    /// Waits until it has ended by itself; returns the error that explains why.
     pub(super) async fn ended(&self) -> CarrierError {
         let mut ended = self.ended.clone();
-        // A closed channel means that its thread is gone, and QEMU with it.
+        // A closed channel means that its thread is gone, and with it QEMU.
         let how = match ended.wait_for(Option::is_some).await {
             Ok(how) => how.clone().unwrap_or_default(),
             Err(_) => String::new(),
@@ -180,7 +180,7 @@ impl Qemu {
         self.explain(how)
     }
 
-    /// Waits for the end of a step of its start, but not for ever.
+    /// Waits for a step of its start to end, up to a limit.
     pub(super) async fn within<T>(
         &self,
         step: &'static str,
@@ -191,7 +191,7 @@ impl Qemu {
         timeout(limit, done).await.map_err(late)?
     }
 
-    /// The last of what its guest's kernel printed.
+    /// Returns the end of its guest's kernel log.
     pub(super) fn console(&self) -> String {
         text(&self.output.console)
     }
@@ -221,12 +221,12 @@ fn command(arguments: Vec<OsString>, port: OwnedFd) -> Command {
     command.args(["--pdeathsig", "KILL", "--", "/bin/sh", "-c", IF_PARENT_LIVES]);
     command.arg(std::process::id().to_string()).arg(PROGRAM).args(arguments);
     command.stdin(Stdio::from(port)).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // A terminal sends Ctrl-C to its foreground group; here firn decides what it means.
+    // A terminal sends Ctrl-C to its foreground group; here firn handles it.
     command.process_group(0).kill_on_drop(true);
     command
 }
 
-/// Starts QEMU, reads what it prints, and stays with it until it has ended or `stopped` says so.
+/// Starts QEMU, reads its output, and stays with it until it has ended or is `stopped`.
 fn attend(
     mut command: Command,
     started: &std::sync::mpsc::Sender<io::Result<()>>,
@@ -243,7 +243,7 @@ fn attend(
     };
     runtime.block_on(async {
         let child = command.spawn();
-        // The port's other end must close when QEMU ends, so the copy in here goes.
+        // The port's other end must close when QEMU ends, so this copy is dropped.
         drop(command);
         let mut child = match child {
             Ok(child) => child,
@@ -264,7 +264,7 @@ fn attend(
     });
 }
 
-/// Waits for the end of `child`, and brings it about when `stopped` comes or is dropped.
+/// Waits for `child` to end, and kills it when `stopped` is sent or dropped.
 async fn until_ended(child: &mut Child, stopped: oneshot::Receiver<()>) -> String {
     let describe = |status: io::Result<ExitStatus>| match status {
         Ok(status) => status.to_string(),
@@ -274,12 +274,12 @@ async fn until_ended(child: &mut Child, stopped: oneshot::Receiver<()>) -> Strin
         status = child.wait() => return describe(status),
         _ = stopped => {}
     }
-    // It can only fail because it has ended already.
+    // This fails only if it has ended already.
     let _ = child.start_kill();
     describe(child.wait().await)
 }
 
-/// The ends of what QEMU prints.
+/// The ends of QEMU's outputs.
 #[derive(Default)]
 struct Output {
     stderr: Mutex<VecDeque<u8>>,

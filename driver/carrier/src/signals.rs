@@ -4,7 +4,7 @@ use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The signals that mean the end.
+/// The signals that end a process.
 pub struct Signals {
     interrupt: Signal,
     terminate: Signal,
@@ -12,7 +12,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// From now on they do not end the process. Needs a tokio runtime.
+    /// Catches the signals, so that they no longer end the process. Needs a tokio runtime.
     ///
     /// # Errors
     /// If they cannot be caught.
@@ -24,7 +24,7 @@ impl Signals {
         })
     }
 
-    /// The number of the next one.
+    /// Returns the number of the next signal.
     pub async fn next(&mut self) -> i32 {
         tokio::select! {
             _ = self.interrupt.recv() => SignalKind::interrupt().as_raw_value(),

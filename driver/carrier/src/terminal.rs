@@ -1,20 +1,20 @@
-//! This process's terminal, handed to a guest.
+//! Hands this process's terminal to a guest.
 
 use std::io::{self, IsTerminal, Stdin};
 
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
-/// A terminal that passes every key on, until this is dropped.
+/// A terminal in raw mode until this is dropped.
 pub struct RawTerminal {
     input: Stdin,
     before: Termios,
 }
 
 impl RawTerminal {
-    /// Makes standard input raw, if it is a terminal.
+    /// Sets standard input to raw mode, if it is a terminal.
     ///
     /// # Errors
-    /// If the terminal does not let itself be changed.
+    /// If the terminal's mode cannot be changed.
     pub fn of_stdin() -> io::Result<Option<Self>> {
         let input = io::stdin();
         if !input.is_terminal() {
@@ -30,7 +30,7 @@ impl RawTerminal {
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        // What was typed for the guest must not be taken for a shell's command.
+        // What was typed for the guest must not reach the shell.
         let _ = tcsetattr(&self.input, SetArg::TCSAFLUSH, &self.before);
     }
 }

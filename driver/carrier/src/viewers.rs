@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 use super::forward::feed;
 use super::{Carrier, HostCommand};
 
-/// Most viewers at once.
+/// The most viewers at once.
 const MAX_VIEWERS: usize = 16;
 
 /// The viewers' socket, open until it is dropped.
@@ -29,7 +29,7 @@ impl ViewerSocket {
     /// Opens it; `firn` is the program. None if that fails: a run does not depend on it.
     pub(super) fn open(carrier: &Arc<Carrier>, firn: &Path) -> Option<Self> {
         let failed = |error: &dyn std::fmt::Display| {
-            tracing::debug!(%error, "no viewer can see the machines in the carrier");
+            tracing::debug!(%error, "viewers cannot see the machines in the carrier");
         };
         let dir = Scratch::new().map_err(|error| failed(&error)).ok()?;
         let socket = dir.path().join(viewers::CARRIER_SOCKET);
@@ -50,7 +50,7 @@ impl Drop for ViewerSocket {
     }
 }
 
-/// Passes bytes on in both directions until one side ends.
+/// Copies bytes in both directions until one side ends.
 async fn connect(viewer: UnixStream, carrier: Arc<Carrier>, command: HostCommand) {
     let Ok(mut exec) = carrier.exec(&command).await else { return };
     let Some(stdin) = exec.take_stdin() else { return };

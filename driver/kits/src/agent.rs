@@ -15,12 +15,12 @@ const VARIABLE: &str = "FIRN_AGENT";
 const BUILD: &str = "RUSTFLAGS='-C target-feature=+crt-static' cargo build --profile agent -p firn-guest-agent \
                      --target x86_64-unknown-linux-gnu";
 
-/// Why there is no guest agent.
+/// Why the guest agent was not found.
 #[derive(Debug, Error)]
 pub enum AgentError {
     /// It is in none of the places.
     #[error(
-        "no `{BINARY}` found. Looked at {}.\nSet {VARIABLE} to its path, or build it: {BUILD}",
+        "no `{BINARY}` found; looked at {}.\nSet {VARIABLE} to its path, or build it: {BUILD}",
         .looked_at.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
     )]
     NotFound {
@@ -37,7 +37,7 @@ pub enum AgentError {
         source: io::Error,
     },
     /// The file is not a program that a guest without libraries can run.
-    #[error("{path} {problem}.\nBuild it so: {BUILD}")]
+    #[error("{path} {problem}.\nBuild it with: {BUILD}")]
     Unsuitable {
         /// The file.
         path: PathBuf,
@@ -46,11 +46,11 @@ pub enum AgentError {
     },
 }
 
-/// Finds the agent: by `FIRN_AGENT`, then beside this program, then in the cargo target directory this program was
+/// Finds the agent: by `FIRN_AGENT`, then beside this program, then in the cargo target directory that this program was
 /// built into.
 ///
 /// # Errors
-/// When there is none, or it is not a static x86-64 program.
+/// If there is none, or it is not a static x86-64 program.
 pub fn find_agent() -> Result<PathBuf, AgentError> {
     if let Some(path) = env::var_os(VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from) {
         return check(path);
@@ -63,7 +63,7 @@ pub fn find_agent() -> Result<PathBuf, AgentError> {
     }
 }
 
-/// The places for a program at `program`, best first.
+/// Returns the places to look at for a program at `program`, best first.
 fn candidates(program: &Path) -> Vec<PathBuf> {
     let mut candidates = Vec::new();
     let Some(dir) = program.parent() else { return candidates };
@@ -91,7 +91,7 @@ fn check(path: PathBuf) -> Result<PathBuf, AgentError> {
 /// Why the program in `bytes` cannot run as a guest's init, without libraries.
 pub(crate) fn problem(bytes: &[u8]) -> Option<&'static str> {
     let Ok(file) = ElfFile64::<object::Endianness>::parse(bytes) else {
-        return Some("is no 64-bit ELF program");
+        return Some("is not a 64-bit ELF program");
     };
     let endian = file.endian();
     if file.elf_header().e_machine(endian) != elf::EM_X86_64 {
@@ -99,7 +99,7 @@ pub(crate) fn problem(bytes: &[u8]) -> Option<&'static str> {
     }
     let interpreted =
         file.elf_program_headers().iter().any(|header| header.p_type(endian) == elf::PT_INTERP);
-    interpreted.then_some("is dynamically linked, guests have no libraries")
+    interpreted.then_some("is dynamically linked, but guests have no libraries")
 }
 
 #[cfg(test)]
@@ -119,9 +119,9 @@ mod tests {
     #[test]
     fn refuses_programs_that_need_libraries() {
         let this = fs::read(env::current_exe().unwrap()).unwrap();
-        assert_eq!(problem(&this), Some("is dynamically linked, guests have no libraries"));
-        assert_eq!(problem(b"#!/bin/sh"), Some("is no 64-bit ELF program"));
-        assert_eq!(problem(&this[..40]), Some("is no 64-bit ELF program"));
+        assert_eq!(problem(&this), Some("is dynamically linked, but guests have no libraries"));
+        assert_eq!(problem(b"#!/bin/sh"), Some("is not a 64-bit ELF program"));
+        assert_eq!(problem(&this[..40]), Some("is not a 64-bit ELF program"));
     }
 
     #[test]

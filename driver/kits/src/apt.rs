@@ -18,12 +18,12 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 pub enum AptError {
     /// A program is not installed.
     #[error(
-        "`{program}` is not installed; kits are made from Debian packages with apt (Debian package `{package}`)"
+        "`{program}` is not installed; kits are built from Debian packages with apt (Debian package `{package}`)"
     )]
     NoProgram {
         /// The program.
         program: &'static str,
-        /// The Debian package that has it.
+        /// The Debian package that contains it.
         package: &'static str,
     },
     /// Debian's signing keys are not installed.
@@ -33,14 +33,14 @@ pub enum AptError {
     NoKeyring,
     /// apt ran and failed.
     #[error(
-        "{what} from {mirror} failed:\n{message}\nIs the network up? {MIRROR_VARIABLE} may name another mirror."
+        "{what} from {mirror} failed:\n{message}\nIs the network up? {MIRROR_VARIABLE} can name another mirror."
     )]
     Failed {
         /// What was fetched.
         what: String,
-        /// Where from.
+        /// The mirror.
         mirror: String,
-        /// What apt said.
+        /// apt's error output.
         message: String,
     },
     /// A package file could not be unpacked.
@@ -48,21 +48,21 @@ pub enum AptError {
     Unpack {
         /// The package file.
         path: PathBuf,
-        /// What dpkg-deb said.
+        /// dpkg-deb's error output.
         message: String,
     },
-    /// The metapackage names no kernel image.
+    /// The metapackage depends on no kernel image.
     #[error("Debian package {0} depends on no kernel image")]
     NoKernel(String),
     /// apt left no package file behind, or one with an invalid name.
-    #[error("apt left no package file of {0}")]
+    #[error("apt left no package file for {0}")]
     NoFile(String),
-    /// A program could not be run or a file not written.
+    /// A program could not be run, or a file could not be written.
     #[error("{action}")]
     Io {
-        /// What was tried.
+        /// What was attempted.
         action: String,
-        /// How it failed.
+        /// Why it failed.
         #[source]
         source: io::Error,
     },
@@ -76,16 +76,16 @@ pub(crate) struct Package {
     pub(crate) file: PathBuf,
 }
 
-/// apt with lists of its own.
+/// apt with its own package lists.
 pub(crate) struct Apt {
-    /// Debian's name of the release.
+    /// The codename of the Debian release.
     suite: &'static str,
     state: PathBuf,
     mirror: String,
 }
 
 impl Apt {
-    /// Prepares `state`, a directory that keeps the package lists of `suite` from one build to the next.
+    /// Prepares `state`, a directory that keeps the package lists of `suite` between builds.
     pub(crate) fn new(suite: &'static str, state: &Path) -> Result<Self, AptError> {
         if !Path::new(KEYRING).exists() {
             return Err(AptError::NoKeyring);
@@ -106,7 +106,7 @@ impl Apt {
         self.run("fetching package lists", self.command("apt-get").arg("update")).map(drop)
     }
 
-    /// Takes the newest versions of `packages` for installed, so that nothing brings them.
+    /// Marks the newest versions of `packages` as installed, so that nothing pulls them in.
     pub(crate) fn pretend(&self, packages: &[&str]) -> Result<(), AptError> {
         let mut status = String::new();
         for package in packages {
@@ -119,7 +119,7 @@ impl Apt {
             .map_err(|source| AptError::Io { action: format!("write {}", path.display()), source })
     }
 
-    /// The kernel image that the metapackage `meta` depends on, such as `linux-image-6.1.0-56-amd64`.
+    /// Returns the kernel image that the metapackage `meta` depends on, such as `linux-image-6.1.0-56-amd64`.
     pub(crate) fn kernel_of(&self, meta: &str) -> Result<String, AptError> {
         let output =
             self.run(meta, self.command("apt-cache").args(["depends", "--important", meta]))?;
@@ -136,7 +136,7 @@ impl Apt {
         self.downloaded(packages, dir)
     }
 
-    /// The packages in `dir`, if all of `packages` are among them.
+    /// Returns the packages in `dir`, if all of `packages` are among them.
     fn downloaded(&self, packages: &[&str], dir: &Path) -> Result<Vec<Package>, AptError> {
         let io = |source| AptError::Io { action: format!("list {}", dir.display()), source };
         let mut found = Vec::new();
@@ -181,7 +181,7 @@ impl Apt {
             format!("Dir::State::Status={state}/status"),
             "APT::Architecture=amd64".to_owned(),
             "APT::Architectures=amd64".to_owned(),
-            // Root's cache is closed to the user that apt would download as.
+            // Root's cache is inaccessible to the user that apt would download as.
             "APT::Sandbox::User=root".to_owned(),
             "APT::Update::Error-Mode=any".to_owned(),
             "Acquire::Languages=none".to_owned(),
@@ -217,7 +217,7 @@ impl Package {
     }
 }
 
-/// A command that ends when this program is killed.
+/// Returns a command that ends when this program is killed.
 fn mortal(program: &str) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "TERM", "--", program]);
@@ -249,7 +249,7 @@ fn complaint(output: &Output) -> String {
     lines[lines.len().saturating_sub(8)..].join("\n")
 }
 
-/// A sources.list: the release, its updates and its security updates.
+/// Returns a sources.list: the release, its updates and its security updates.
 fn sources(suite: &str, mirror: &str) -> String {
     [("debian", ""), ("debian", "-updates"), ("debian-security", "-security")]
         .map(|(archive, part)| {
@@ -260,14 +260,14 @@ fn sources(suite: &str, mirror: &str) -> String {
         .concat()
 }
 
-/// What dpkg would note of a package of which `apt-cache show` printed this, but for its dependencies. Unless it is on
-/// hold, apt would take what has the others for newer.
+/// Returns dpkg's status entry, without dependencies, for a package for which `apt-cache show` printed this. It is on
+/// hold, or apt would take the version with dependencies for a newer one.
 fn installed(package: &str, shown: &str) -> String {
     let version = shown.lines().find(|line| line.starts_with("Version: ")).unwrap_or_default();
     format!("Package: {package}\nStatus: hold ok installed\nArchitecture: amd64\n{version}\n\n")
 }
 
-/// The kernel image in what `apt-cache depends` printed.
+/// Returns the kernel image in the output of `apt-cache depends`.
 fn kernel_in(depends: &str) -> Option<String> {
     depends
         .lines()
@@ -279,7 +279,7 @@ fn kernel_in(depends: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// `NAME_VERSION_ARCH.deb`; apt writes the colon of a version as `%3a`.
+/// Parses `NAME_VERSION_ARCH.deb`; apt writes the colon of a version as `%3a`.
 fn package_of(file: &Path) -> Option<Package> {
     let stem = file.file_name()?.to_str()?.strip_suffix(".deb")?;
     let mut parts = stem.split('_');

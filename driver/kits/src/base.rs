@@ -32,11 +32,11 @@ pub(crate) struct Base {
 pub(crate) struct Info {
     pub(crate) kernel_release: String,
     pub(crate) packages: BTreeMap<String, String>,
-    /// Names of the modules in load order; `modules/NAME.ko` each.
+    /// The names of the modules in load order; each is `modules/NAME.ko`.
     pub(crate) modules: Vec<String>,
     /// More modules, which are not loaded at every boot.
     pub(crate) on_demand: Vec<String>,
-    /// The commands that busybox has.
+    /// busybox's commands.
     pub(crate) applets: Vec<String>,
 }
 
@@ -179,7 +179,7 @@ fn collect(
     Ok(info)
 }
 
-/// The commands in `busybox`, as it lists them.
+/// Returns the commands that `busybox` lists.
 fn applets(busybox: &Path) -> Result<Vec<String>, BuildError> {
     let output = Command::new(busybox).arg("--list").stdin(Stdio::null()).output();
     let output = output.map_err(|error| BuildError::Busybox(error.to_string()))?;

@@ -26,7 +26,7 @@ pub(crate) struct Lock<'a> {
 }
 
 impl Cache {
-    /// The cache of this user.
+    /// Returns this user's cache.
     pub(crate) fn of_user() -> Result<Self, BuildError> {
         Ok(Self::at(kit::cache_dir()?))
     }

@@ -1,4 +1,4 @@
-//! A Debian system as a directory tree, made from unpacked packages as their maintainer scripts would have done it.
+//! A Debian system as a directory tree, set up from unpacked packages as their maintainer scripts would do.
 //!
 //! Programs of the tree that this needs run through the tree's own dynamic linker, so none has to be installed here.
 
@@ -180,7 +180,7 @@ const MODULES: &[&str] = &[
     "softdog",
 ];
 
-/// Directories of modules, all of which are wanted for the same reason.
+/// Directories of modules, all included for the same reason.
 const MODULE_DIRECTORIES: &[&str] = &[
     "kernel/drivers/virtio",
     "kernel/fs/fuse",
@@ -231,7 +231,7 @@ impl<'a> Debian<'a> {
         }
         this.run("usr/bin/kmod", "depmod", |depmod| depmod.arg("-b").arg(root).arg(release))?;
         this.make_users()?;
-        // Without root it does without chroot.
+        // When not run as root, it works without chroot.
         this.run("usr/sbin/ldconfig", "ldconfig", |ldconfig| ldconfig.args(["-X", "-r"]).arg(root))
     }
 
@@ -240,9 +240,9 @@ impl<'a> Debian<'a> {
         Self { root }
     }
 
-    /// Writes an ext4 image of `store`, without what would need more kernel modules to read it.
+    /// Writes an ext4 image of `store`, without features that would need more kernel modules.
     pub(crate) fn make_image(&self, store: &Path, image: &Path) -> Result<(), BuildError> {
-        // Half of it again for ext4's own structures; the file has holes where nothing is.
+        // Half as much again for ext4's own structures; the file is sparse.
         let kib = tree_size(store)? * 3 / 2 / 1024 + 8192;
         self.run("usr/sbin/mke2fs", "mke2fs", |mke2fs| {
             mke2fs.args([
@@ -283,7 +283,7 @@ impl<'a> Debian<'a> {
         fs::rename(&selected, &dir).map_err(BuildError::io("rename", selected))
     }
 
-    /// The users that the packages ask systemd-sysusers for; root, who has no password.
+    /// Creates the users that the packages ask systemd-sysusers for, and root, without a password.
     fn make_users(&self) -> Result<(), BuildError> {
         for (name, mode, text) in [
             ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/bash\n"),
@@ -334,7 +334,7 @@ impl<'a> Debian<'a> {
         let removed = match fs::symlink_metadata(&path) {
             Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&path),
             Ok(_) => fs::remove_file(&path),
-            // Debian has moved it; a guest with a little more in it works as well.
+            // Debian may have moved it; a guest with some superfluous files works as well.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         };
@@ -342,7 +342,7 @@ impl<'a> Debian<'a> {
     }
 }
 
-/// Bytes that the files below `dir` take in blocks of 4 KiB.
+/// Returns the bytes that the files below `dir` take in blocks of 4 KiB.
 fn tree_size(dir: &Path) -> Result<u64, BuildError> {
     let mut size = 0;
     for entry in fs::read_dir(dir).map_err(BuildError::io("list", dir))? {

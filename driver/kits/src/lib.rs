@@ -1,4 +1,4 @@
-//! Makes guest kits from Debian packages.
+//! Builds guest kits from Debian packages.
 //!
 //! A [`Kit`] is a directory in the user's cache. It is made in two steps. The *base* holds what comes from Debian and
 //! is fetched once; it changes when this program asks for other packages or modules, or on [`update`]. The kit proper
@@ -49,10 +49,10 @@ use cache::Cache;
 /// Raised whenever a kit's layout changes, so that older ones are not mistaken for it.
 const FORMAT: u32 = 3;
 
-/// Raised whenever a kit's manifest changes.
+/// Incremented whenever the format of the manifest changes.
 const MANIFEST_FORMAT: u32 = 1;
 
-/// The kernel arguments that fit the micro kit's kernel and initrd under firn's monitor.
+/// The kernel arguments for the micro kit under firn's monitor.
 ///
 /// `cryptomgr.notests` skips self-tests of ciphers (0.88 giga-instructions with Debian's kernel), `tsc=reliable` and
 /// `no_timer_check` skip the checking of clocks that KVM provides, the `i8042` ones skip the probing of a keyboard
@@ -60,9 +60,9 @@ const MANIFEST_FORMAT: u32 = 1;
 const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
                              i8042.noaux i8042.nomux i8042.dumbkbd";
 
-/// As [`MICRO_CMDLINE`], for kits with a store; the console comes behind them.
+/// Like [`MICRO_CMDLINE`], for kits with a store; the console is appended.
 ///
-/// `lsm` leaves out access control by path names, as NixOS does; `rcu_expedited` has mounts and modules not wait for
+/// `lsm` leaves out access control by path names, as on NixOS; with `rcu_expedited`, mounts and modules do not wait for
 /// the next tick.
 const SYSTEMD_PARAMS: &str = "panic=1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check i8042.noaux \
                               i8042.nomux i8042.dumbkbd net.ifnames=0 lsm=landlock,yama,bpf audit=0 mitigations=off \
@@ -79,11 +79,11 @@ const LIBRARY: &str = include_str!("scripts/lib.sh");
 /// A kit's ingredients.
 struct Recipe {
     name: &'static str,
-    /// The release of Debian.
+    /// The Debian release.
     suite: &'static str,
     /// Packages that make up the store, with their dependencies; if there are none, there is no store.
     packages: &'static [&'static [&'static str]],
-    /// Packages that the others do without, whatever they say.
+    /// Packages to leave out although others depend on them.
     absent: &'static [&'static str],
     /// The metapackage that depends on the newest kernel image.
     kernel: &'static str,
@@ -91,7 +91,7 @@ struct Recipe {
     modules: &'static [&'static str],
     /// Modules that the script loads if the machine has a device for them.
     on_demand: &'static [&'static str],
-    /// The script the agent runs as `/etc/firn/boot`; with a store, the initrd's `/init`.
+    /// The script that the agent runs as `/etc/firn/boot`; with a store, the initrd's `/init`.
     boot: &'static str,
     cmdline: &'static str,
 }
@@ -123,7 +123,7 @@ const MICRO: Recipe = Recipe {
     cmdline: MICRO_CMDLINE,
 };
 
-/// A Debian system with what tests of NixOS use.
+/// A Debian system with what NixOS tests use.
 const SYSTEM: &[&str] = &[
     "base-files",
     "bash",
@@ -166,7 +166,7 @@ const SYSTEM: &[&str] = &[
     "util-linux",
 ];
 
-/// Screens with windows, and who tells their names.
+/// Graphical sessions, and tools that list their windows.
 const WINDOWS: &[&str] = &[
     "foot",
     "sway",
@@ -202,7 +202,7 @@ const SYSTEMD: Recipe = Recipe {
 const DESKTOP: Recipe = Recipe {
     name: KitName::Desktop.as_str(),
     packages: &[SYSTEM, WINDOWS],
-    // Drivers that draw in software what no guest here has drawn: two thirds of the desktop's bytes.
+    // Software rendering that no guest here uses: two thirds of the desktop's bytes.
     absent: &["mesa-libgallium"],
     ..SYSTEMD
 };
@@ -223,7 +223,7 @@ const CARRIER: Recipe = Recipe {
         "overlay",
         "tun",
     ],
-    // ext4 asks for crc32c by name, whether it will use it or not.
+    // ext4 requests crc32c by name, whether or not it uses it.
     on_demand: &["virtio_blk", "crc32c_generic", "ext4", "kvm_amd"],
     boot: include_str!("scripts/carrier.sh"),
     cmdline: CARRIER_CMDLINE,
@@ -232,7 +232,7 @@ const CARRIER: Recipe = Recipe {
 /// Why a kit cannot be built.
 #[derive(Debug, Error)]
 pub enum BuildError {
-    /// The kit, or the cache it is in, cannot be used.
+    /// The kit or its cache cannot be used.
     #[error(transparent)]
     Kit(#[from] KitError),
     /// The static agent was not found or is unsuitable.
@@ -289,7 +289,7 @@ pub type Progress<'a> = &'a (dyn Fn(&str) + 'a);
 /// to do.
 ///
 /// # Errors
-/// When the agent is missing, packages cannot be fetched or the cache cannot be written.
+/// If the agent is missing, packages cannot be fetched or the cache cannot be written.
 pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
     make(name, &Cache::of_user()?, &find_agent()?, Required::Exists, progress)
 }
@@ -297,7 +297,7 @@ pub fn build(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
 /// Like [`build`], but reads all files of the kit and rebuilds it if one is damaged.
 ///
 /// # Errors
-/// As [`build`].
+/// The same as for [`build`].
 pub fn check(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
     make(name, &Cache::of_user()?, &find_agent()?, Required::Intact, progress)
 }
@@ -305,15 +305,15 @@ pub fn check(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
 /// Like [`build`], but checks for newer Debian packages first.
 ///
 /// # Errors
-/// As [`build`].
+/// The same as for [`build`].
 pub fn update(name: KitName, progress: Progress<'_>) -> Result<Kit, BuildError> {
     make(name, &Cache::of_user()?, &find_agent()?, Required::Newest, progress)
 }
 
-/// The kit `name` if it is in the cache and up to date; `None` if [`build`] would have work to do.
+/// Returns the kit `name` if it is in the cache and up to date; `None` if [`build`] would have work to do.
 ///
 /// # Errors
-/// When the agent is missing or the cache cannot be read.
+/// If the agent is missing or the cache cannot be read.
 pub fn lookup(name: KitName) -> Result<Option<Kit>, BuildError> {
     let agent = find_agent()?;
     let agent = fs::read(&agent).map_err(BuildError::io("read", &agent))?;
@@ -390,14 +390,14 @@ fn make(
         return Ok(kit);
     }
     let lock = cache.lock(|| progress("another firn is building a kit, waiting for it"))?;
-    // Another builder may have made it meanwhile.
+    // Another process may have built it meanwhile.
     if let Some(kit) = there(&|_| ())? {
         return Ok(kit);
     }
     let usable = |base: Base| base.check(look).map(|()| base);
     let base = Base::open(recipe, cache)?.map(usable).transpose();
     let base = or_anew(base, progress)?;
-    // A kit has the files of its base.
+    // A kit contains the files of its base.
     let base_is_whole = base.is_some();
     let base = match base {
         Some(base) if required != Required::Newest => base,
@@ -527,7 +527,7 @@ fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, B
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
     archive.file("etc/group", 0o644, b"root:x:0:\n");
     archive.file("etc/nsswitch.conf", 0o644, b"hosts: files dns\n");
-    // What a machine without an overlay is told.
+    // The defaults for a machine without an overlay.
     archive.file("etc/hostname", 0o644, b"firn\n");
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n");
     archive.file("etc/firn/network", 0o644, b"");

@@ -1,8 +1,8 @@
-//! Which kernel modules a kit needs, and in which order they load.
+//! Finds the kernel modules that a kit needs, and their load order.
 //!
-//! Debian's packages hold no `modules.dep`: depmod makes it at installation. What it reads is in the modules
-//! themselves, so the names are taken from there: section `.modinfo`, entries `depends=`
-//! (linux/scripts/mod/modpost.c, `add_depends`). Debian's newer kernels have their modules packed by xz.
+//! Debian's packages contain no `modules.dep`: depmod creates it at installation. Its input is in the modules
+//! themselves, so the names are read from there: section `.modinfo`, entries `depends=` (linux/scripts/mod/modpost.c,
+//! `add_depends`). The modules of Debian's newer kernels are compressed with xz.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -25,7 +25,7 @@ pub enum ModuleError {
         needed_by: Option<String>,
     },
     /// The file is not a kernel module.
-    #[error("{path} is no kernel module")]
+    #[error("{path} is not a kernel module")]
     NoModule {
         /// The file.
         path: PathBuf,
@@ -73,7 +73,7 @@ impl ModuleTree {
         Ok(Self { files, builtin })
     }
 
-    /// The names of the modules below `directories`, which are relative to the kernel's module directory `dir`.
+    /// Returns the names of the modules below `directories`, which are relative to the kernel's module directory `dir`.
     pub(crate) fn below(&self, dir: &Path, directories: &[&str]) -> Vec<String> {
         let wanted =
             |path: &Path| directories.iter().any(|below| path.starts_with(dir.join(below)));
@@ -83,8 +83,8 @@ impl ModuleTree {
         names
     }
 
-    /// The files of `wanted` and of everything they depend on, so that each comes after what it needs. What is built
-    /// into the kernel is left out.
+    /// Returns the files of `wanted` and all their dependencies, each after what it needs, without modules built into
+    /// the kernel.
     pub(crate) fn load_order(
         &self,
         wanted: &[impl AsRef<str>],
@@ -104,7 +104,7 @@ impl ModuleTree {
         seen: &mut HashSet<String>,
         order: &mut Vec<(String, PathBuf)>,
     ) -> Result<(), ModuleError> {
-        // Marked before its dependencies are visited, so that a circle ends.
+        // Marked before its dependencies are visited, so that cycles end.
         if self.builtin.contains(name) || !seen.insert(name.to_owned()) {
             return Ok(());
         }
@@ -124,7 +124,7 @@ impl ModuleTree {
     }
 }
 
-/// The module in the file `path`, unpacked.
+/// Reads and decompresses the module in the file `path`.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModuleError> {
     let io = |source| ModuleError::Io { path: path.to_owned(), source };
     let bytes = fs::read(path).map_err(io)?;
@@ -136,7 +136,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModuleError> {
     Ok(module)
 }
 
-/// The names of the modules that `module`, a whole file, depends on.
+/// Returns the names of the modules that `module`, a whole file, depends on.
 fn dependencies(module: &[u8]) -> Option<Vec<String>> {
     let file = object::File::parse(module).ok()?;
     let modinfo = file.section_by_name(".modinfo")?.data().ok()?;
@@ -146,13 +146,13 @@ fn dependencies(module: &[u8]) -> Option<Vec<String>> {
     Some(depends.split(',').filter(|name| !name.is_empty()).map(normal).collect())
 }
 
-/// `/a/virtio-rng.ko` is the module `virtio_rng`, and so is `/a/virtio-rng.ko.xz`.
+/// Returns a file's module name: `virtio_rng` for `/a/virtio-rng.ko` and for `/a/virtio-rng.ko.xz`.
 fn module_name(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
     name.strip_suffix(".xz").unwrap_or(name).strip_suffix(".ko").map(normal)
 }
 
-/// The kernel takes `-` and `_` in module names for the same.
+/// In module names, the kernel treats `-` and `_` alike.
 fn normal(name: &str) -> String {
     name.replace('-', "_")
 }

@@ -1,9 +1,9 @@
 //! What firn adds to a Debian tree to make it the store of a machine that boots like NixOS.
 //!
 //! ```text
-//! store/          the guest's /nix/.ro-store, and below an overlay its /nix/store
+//! store/          the guest's /nix/.ro-store, and the lower layer of its /nix/store
 //!   debian/       the tree: links to the base's files
-//!   firn/         the agent, the backdoor, busybox, and root.cpio: what each boot has its own copy of
+//!   firn/         the agent, the backdoor, busybox, and root.cpio: the files copied at each boot
 //!   toplevel/     kernel, initrd, init, kernel-params
 //! ```
 
@@ -107,7 +107,7 @@ const LINKS: &[(&str, &str)] = &[
     ("etc/systemd/system/serial-getty@hvc0.service", "/dev/null"),
     ("etc/systemd/system/serial-getty@ttyS0.service", "/dev/null"),
     ("etc/systemd/system/tmp.mount", "/dev/null"),
-    // logind asks for it; a machine with a screen has it by udev.
+    // logind requests it; on a machine with a screen udev loads it.
     ("etc/systemd/system/modprobe@drm.service", "/dev/null"),
     (
         "etc/systemd/system/ssh.service.requires/sshd-keygen.service",

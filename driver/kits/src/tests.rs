@@ -7,7 +7,7 @@ use firn::kit::archive::{Entry, entries};
 use super::modules::tests::module;
 use super::*;
 
-/// A cache that has a micro base already, so that nothing is fetched.
+/// Creates a cache with a micro base, so that nothing is fetched.
 fn cache_with_base(root: &Path) -> Cache {
     let cache = Cache::at(root.join("firn"));
     let dir = Base::dir_of(&MICRO, &cache);
@@ -76,7 +76,7 @@ fn the_initrd_has_what_the_agent_expects() {
     assert_eq!(entry("etc/firn/boot").0, 0o100_755);
     assert!(entry("etc/firn/lib.sh").1.starts_with(b"#"));
     assert_eq!(entry("tmp").0, 0o041_777);
-    // A directory comes before what is in it, or the kernel cannot unpack it.
+    // A directory precedes its contents, or the kernel cannot unpack it.
     for (at, Entry { name, .. }) in entries.iter().enumerate() {
         if let Some((parent, _)) = name.rsplit_once('/') {
             assert!(
@@ -87,7 +87,7 @@ fn the_initrd_has_what_the_agent_expects() {
     }
 }
 
-/// A base as the kit `systemd` has it, with next to nothing in it.
+/// Creates a base like that of the kit `systemd`, with next to nothing in it.
 fn systemd_base(cache: &Cache) -> PathBuf {
     let dir = Base::dir_of(&SYSTEMD, cache);
     fs::create_dir_all(dir.join("modules")).unwrap();
@@ -98,7 +98,7 @@ fn systemd_base(cache: &Cache) -> PathBuf {
         fs::write(dir.join(file), file).unwrap();
     }
     std::os::unix::fs::symlink("usr/bin", dir.join("debian/bin")).unwrap();
-    // Stands in for the program that would make the image, which is run by the tree's linker.
+    // Stands in for the program that would create the image, which the tree's linker runs.
     let linker = dir.join("debian/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2");
     fs::create_dir_all(linker.parent().unwrap()).unwrap();
     fs::create_dir_all(dir.join("debian/usr/sbin")).unwrap();
@@ -131,7 +131,7 @@ fn the_systemd_kit_has_a_store() {
     assert_eq!(text("debian/bin/true"), "debian/usr/bin/true");
     assert_eq!(text("toplevel/kernel"), "kernel");
     assert_eq!(text("firn/busybox/sh"), "busybox");
-    // The command line is what a NixOS machine's start script makes of the file.
+    // The command line is what a NixOS machine's start script builds from the file.
     let params = text("toplevel/kernel-params");
     assert_eq!(
         kit.manifest.cmdline,
@@ -148,7 +148,7 @@ fn the_systemd_kit_has_a_store() {
     assert!(init.contents.starts_with(b"#!/bin/sh"));
     assert_eq!(fs::read(store.join("toplevel/initrd")).unwrap(), initrd);
 
-    // What firn writes comes behind what packages have, and so replaces it.
+    // firn's files come after those of packages, and so replace them.
     let root = entries(&fs::read(store.join("firn/root.cpio")).unwrap()).unwrap();
     let last = root.iter().rfind(|entry| entry.name == "etc/profile").unwrap();
     assert!(String::from_utf8_lossy(&last.contents).contains("PATH="));
@@ -191,7 +191,7 @@ fn many_builders_at_once_make_one_kit() {
     assert_eq!(fs::read_dir(dir.path().join("firn/staging")).unwrap().count(), 0);
 }
 
-/// Writes as many other bytes into a file whose time stays.
+/// Overwrites a file with different bytes of the same length, keeping its time.
 fn spoil(path: &Path) {
     let modified = fs::metadata(path).unwrap().modified().unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -229,7 +229,7 @@ fn a_damaged_kit_is_not_booted_and_made_anew() {
         assert!(again.dir == kit.dir && lines > 1);
         assert_eq!(fs::read(kit.initrd()).unwrap(), whole);
     }
-    // A close look finds what has the right size and time.
+    // A thorough check finds damage that leaves size and time unchanged.
     spoil(&kit.initrd());
     Kit::open(kit.dir.clone()).unwrap();
     make(KitName::Micro, &cache, &agent, Required::Intact, &|_| ()).unwrap();
@@ -247,7 +247,7 @@ fn a_kit_that_was_copied_is_whole_and_read_once() {
     File::open(kit.initrd()).unwrap().set_modified(long_ago).unwrap();
     let first = Kit::open(kit.dir.clone()).unwrap();
     assert_ne!(first.manifest.files, kit.manifest.files);
-    // From now on its new time is known.
+    // From now on its new time is recorded.
     spoil(&kit.initrd());
     assert_eq!(Kit::open(kit.dir).unwrap().manifest.files, first.manifest.files);
 }

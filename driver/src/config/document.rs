@@ -22,12 +22,12 @@ enum Step {
 }
 
 impl Key {
-    /// The key of this name below this one.
+    /// Appends a name.
     pub(super) fn name(&self, name: impl Into<String>) -> Self {
         self.with(Step::Name(name.into()))
     }
 
-    /// The element at this place below this one.
+    /// Appends an index.
     pub(super) fn index(&self, index: usize) -> Self {
         self.with(Step::Index(index))
     }
@@ -107,7 +107,7 @@ impl<'a> Document<'a> {
         Self { path, text, syntax: Syntax::Json }
     }
 
-    /// Reads TOML.
+    /// Parses TOML.
     pub(super) fn toml(path: &'a Path, text: &'a str) -> Result<(Self, Value), Report> {
         let document = Self { path, text, syntax: Syntax::Toml };
         let value = toml::from_str(text)
@@ -115,7 +115,7 @@ impl<'a> Document<'a> {
         Ok((document, value))
     }
 
-    /// Reads JSON.
+    /// Parses JSON.
     pub(super) fn json(path: &'a Path, text: &'a str) -> Result<(Self, Value), Report> {
         let document = Self::of_json(path, text);
         let value = serde_json::from_str(text).map_err(|error| {
@@ -235,7 +235,7 @@ fn locate_json(text: &str, steps: &[Step]) -> Option<Range<usize>> {
             }
         };
         let Some(next) = next else { break };
-        // Both are parts of `text`.
+        // Both are slices of `text`.
         let start = (next.get().as_ptr() as usize).checked_sub(text.as_ptr() as usize)?;
         found = Some(start..start + next.get().len());
         here = next;
@@ -243,7 +243,7 @@ fn locate_json(text: &str, steps: &[Step]) -> Option<Range<usize>> {
     found
 }
 
-/// The byte of a line and column, both from 1.
+/// Returns the byte offset of a line and column, both counted from 1.
 fn offset(text: &str, line: usize, column: usize) -> usize {
     let before: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
     let mut at = (before + column).min(text.len());

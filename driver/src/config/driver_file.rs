@@ -46,7 +46,7 @@ impl Timeout {
     }
 }
 
-/// Seconds of an ISO 8601 duration of units that are always as long, such as `PT1H30M`, and `P1DT0.5S`.
+/// Parses an ISO 8601 duration with units of fixed length, such as `PT1H30M` and `P1DT0.5S`, into seconds.
 fn iso_seconds(text: &str) -> Option<f64> {
     let (days, time) = text.strip_prefix('P')?.split_once('T').unwrap_or((&text[1..], ""));
     if text.ends_with(['P', 'T']) {
@@ -122,10 +122,10 @@ impl TestConfig {
         Ok(test)
     }
 
-    /// A test of machine files and a script.
+    /// Creates a test from machine files and a script.
     ///
     /// # Errors
-    /// If the script cannot be read, two machines have the same name in it, or a vlan has a number that cannot be.
+    /// If there are too many machines, the script cannot be read, or two machines have the same name in it.
     pub fn from_files(
         mut files: Vec<MachineFile>,
         vlans: Vec<Number>,
@@ -184,7 +184,7 @@ mod tests {
     const MACHINE: &str = "#!/usr/bin/firn run\n{\"firn\": 1, \"name\": \"x\", \"kernel\": \"/k\", \
                            \"vlans\": [3]}";
 
-    /// A directory with a script `test-script`, a machine file `run-vm` and a QEMU start script `qemu`.
+    /// Creates a script `test-script`, a machine file `run-vm` and a QEMU start script `qemu`.
     fn files() -> TempDir {
         let dir = tempfile::tempdir().expect("a directory");
         for (name, text) in [
@@ -197,7 +197,7 @@ mod tests {
         dir
     }
 
-    /// Reads a driver's file; `DIR` in it is the directory of [`files`].
+    /// Reads a driver file; `DIR` in it is the directory of [`files`].
     fn read(json: &str) -> Result<TestConfig, ConfigError> {
         let dir = files();
         let path = dir.path().join("config.json");

@@ -50,7 +50,7 @@ impl Variables {
         self
     }
 
-    /// Replaces the variables in all strings of a value; an error comes with the key of its string, below `at`.
+    /// Expands the variables in all strings of a value; errors name the key of the string, below `at`.
     pub(super) fn expand_all(&self, value: &mut Value, at: &Key) -> Result<(), (Key, ExpandError)> {
         match value {
             Value::String(text) => {
@@ -71,7 +71,7 @@ impl Variables {
         Ok(())
     }
 
-    /// The value of a variable that is set and not empty.
+    /// Returns the value of a variable that is set and not empty.
     pub(super) fn get(&self, name: &str) -> Result<Option<String>, ExpandError> {
         let value = self.own.get(name).cloned().or_else(|| std::env::var_os(name));
         match value.map(OsString::into_string) {
@@ -81,8 +81,8 @@ impl Variables {
         }
     }
 
-    /// The text with its variables replaced. As in a shell an empty variable has its default too; without a
-    /// default it may be empty, but must be set.
+    /// Expands the variables in a text. As in a shell, the default also replaces an empty variable; without a default a
+    /// variable may be empty, but must be set.
     pub(super) fn expand(&self, text: &str) -> Result<String, ExpandError> {
         self.expand_within(text, MAX_DEPTH)
     }

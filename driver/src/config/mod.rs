@@ -27,25 +27,25 @@ pub use screen::{Needs, ScreenChoice};
 #[cfg(test)]
 mod tests;
 
-/// [`TestConfig::vsock_offset`] unless another is asked for: CIDs below 3 are not for guests (`man 7 vsock`).
+/// The default [`TestConfig::vsock_offset`]: CIDs below 3 are not for guests (`man 7 vsock`).
 const VSOCK_OFFSET: u32 = 2;
-/// Tag of the directory that all machines and the host share, at `/tmp/shared` in each guest.
+/// The tag of the directory that all machines and the host share, at `/tmp/shared` in each guest.
 pub const SHARED_TAG: &str = "shared";
-/// Tag of the machine's own exchange directory, at `/tmp/xchg` in the guest.
+/// The tag of the machine's own exchange directory, at `/tmp/xchg` in the guest.
 pub const EXCHANGE_TAG: &str = "xchg";
 
 /// A test.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TestConfig {
-    /// What the test is called.
+    /// The test's name.
     pub name: String,
     /// The Python script that drives the machines.
     pub script: Script,
-    /// The whole test may take this long.
+    /// The time limit of the whole test.
     pub global_timeout: Option<Duration>,
     /// The machines, sorted by name; [`NodeConfig::number`] counts from 1 in this order.
     pub nodes: Vec<NodeConfig>,
-    /// Machines that have files of their own.
+    /// Machines described by machine files.
     pub files: Vec<MachineFile>,
     /// Vlans that exist even if no machine is on them.
     pub more_vlans: Vec<Number>,
@@ -58,7 +58,7 @@ pub struct TestConfig {
 pub struct Script {
     /// The Python source.
     pub text: String,
-    /// The file that it was read from.
+    /// The file it was read from.
     pub file: PathBuf,
     /// The line of `file` on which `text` begins, from 1.
     pub line: usize,

@@ -9,17 +9,17 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// A machine's way to the host and beyond: the guest's eth0.
+/// A machine's connection to the host and beyond: the guest's eth0.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct UserNetwork {
     /// Only forwarded ports are reachable.
     pub restrict: bool,
-    /// The gateway's addresses lead to the host's loopback.
+    /// Maps the gateway's addresses to the host's loopback.
     pub host_loopback: bool,
     /// Forwarded ports.
     pub forward_ports: Vec<PortForward>,
-    /// Options of QEMU's user network that change it, as `QEMU_NET_OPTS` has them.
+    /// QEMU user network options that override it, as in `QEMU_NET_OPTS`.
     pub qemu_net_opts: String,
 }
 

@@ -19,10 +19,10 @@ use super::qemu_options::{self, BadOption};
 use super::screen::{Needs, ScreenChoice};
 use super::{EXCHANGE_TAG, SHARED_TAG, variable_name};
 
-/// A machine of a test. What is `None` comes from the guest kit.
+/// A machine of a test. Fields that are `None` come from the guest kit.
 ///
 /// The keys are those of `[nodes.NAME]` in a test's TOML file, and of a machine file. The defaults here are those of
-/// TOML; a machine file starts from nothing ([`super::machine_file`]).
+/// TOML; a machine file has minimal ones ([`super::machine_file`]).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct NodeConfig {
@@ -32,9 +32,9 @@ pub struct NodeConfig {
     /// Its position among the sorted names, from 1.
     #[serde(skip)]
     pub number: u8,
-    /// What runs it: firn's own monitor, or QEMU; without a word of it QEMU if it has a start command.
+    /// What runs it: firn's own monitor or QEMU; by default QEMU if it has a start command.
     pub backend: Option<BackendKind>,
-    /// A shell command that starts QEMU; the driver adds arguments. Without one firn makes QEMU's command line itself.
+    /// A shell command that starts QEMU; the driver adds arguments. Without one firn builds QEMU's command line itself.
     pub start_command: Option<String>,
     /// Why it runs under QEMU, for the log.
     pub because: Vec<String>,
@@ -43,7 +43,7 @@ pub struct NodeConfig {
     pub kit: KitName,
     /// A bzImage or an ELF kernel.
     pub kernel: Option<PathBuf>,
-    /// cpio archives, handed to the kernel as one initrd in this order.
+    /// cpio archives, passed to the kernel as one initrd in this order.
     pub initrd: Option<Vec<PathBuf>>,
     /// The kernel command line.
     pub cmdline: Option<String>,
@@ -61,7 +61,7 @@ pub struct NodeConfig {
     /// Disks in the guest's order: vda, vdb, … A disk without an image is created in the machine's state directory at
     /// the first start.
     pub disks: Vec<DiskSpec>,
-    /// Directories of the host.
+    /// Shared directories of the host.
     pub shares: Vec<ShareSpec>,
     /// Adds the shares `shared` and `xchg`.
     pub exchange: bool,
@@ -71,7 +71,7 @@ pub struct NodeConfig {
     pub balloon: bool,
     /// A screen; by default, one if the test's script needs it.
     pub screen: ScreenChoice,
-    /// A keyboard; likewise.
+    /// Whether it has a keyboard; likewise.
     pub keyboard: Option<bool>,
     /// An absolute pointer; likewise.
     pub tablet: Option<bool>,
@@ -145,29 +145,29 @@ impl NodeConfig {
         self.memory.unwrap_or_else(|| self.kit.default_memory())
     }
 
-    /// The hardware address of this node's card on a vlan.
+    /// Returns the hardware address of this node's card on a vlan.
     #[must_use]
     pub fn mac(&self, vlan: Number) -> Mac {
         let own = self.macs.get(&vlan).copied();
         own.unwrap_or(Mac([0x52, 0x54, 0x00, 0x12, vlan.get(), self.number]))
     }
 
-    /// This node's IPv4 address on a vlan; the network is a /24.
+    /// Returns this node's IPv4 address on a vlan; the network is a /24.
     #[must_use]
     pub fn ipv4(&self, vlan: Number) -> Ipv4Addr {
         Ipv4Addr::new(192, 168, vlan.get(), self.number)
     }
 
-    /// This node's IPv6 address on a vlan; the network is a /64. As in NixOS the decimal digits of the
-    /// numbers are the hexadecimal digits of the groups: node 12 is `::12`.
+    /// Returns this node's IPv6 address on a vlan; the network is a /64. As in NixOS, the decimal digits of the numbers
+    /// are used as the hexadecimal digits of the groups: node 12 is `::12`.
     #[must_use]
     pub fn ipv6(&self, vlan: Number) -> Ipv6Addr {
         let (vlan, node) = (decimal_as_hex(vlan.get()), decimal_as_hex(self.number));
         Ipv6Addr::new(0x2001, 0xdb8, vlan, 0, 0, 0, 0, node)
     }
 
-    /// The name of the script's variable for this machine: what is no letter, digit or underscore
-    /// becomes `_`, and so does a first character that is no letter.
+    /// Returns the name of the script's variable for this machine: characters other than letters, digits and
+    /// underscores become `_`, and so does a leading digit.
     #[must_use]
     pub fn variable(&self) -> String {
         variable_name(&self.name)
@@ -248,7 +248,7 @@ impl NodeConfig {
                 );
             }
             if !tags.insert(&share.tag) {
-                return bad("tag", &share.tag, "a tag of its own for each share");
+                return bad("tag", &share.tag, "a unique tag for each share");
             }
             if let Some(target) = share.target.as_ref().filter(|target| !is_target(target)) {
                 let allowed = "an absolute path in the guest, without `..` and blanks";
@@ -272,7 +272,7 @@ impl NodeConfig {
 }
 
 impl NodeConfig {
-    /// Checks that what runs it can do what it asks for.
+    /// Checks that its backend supports its description.
     fn check_backend(&self, at: &Key) -> Result<(), Problem> {
         let bad = |key: &str, value: &str, allowed: &str| {
             Err(Problem::new(at.name(key), ValueError::new(value, allowed)))
@@ -284,7 +284,7 @@ impl NodeConfig {
             };
         }
         if self.vsock.is_some() {
-            return bad("vsock", "vsock", "none under QEMU: its host's end is firn's");
+            return bad("vsock", "vsock", "none under QEMU: firn provides the host's end");
         }
         let network = self.user_network.iter().filter(|_| self.start_command.is_none());
         for network in network {

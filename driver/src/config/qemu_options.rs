@@ -67,7 +67,7 @@ pub(super) fn options(text: &str) -> Result<Overrides, BadOption> {
             ("-cpu", "host" | "max") | ("-display", "none") => {}
             ("-vga", "std") => overrides.screen = screen(ScreenKind::Plain),
             ("-vga", "virtio") => overrides.screen = screen(ScreenKind::Gpu),
-            // A graphics card may be a device of its own.
+            // The graphics card may be a separate device.
             ("-vga", "none") => overrides.screen = overrides.screen.or(ScreenChoice::No),
             ("-device", device) => {
                 add(&mut overrides, device)?.ok_or_else(|| foreign(value))?;
@@ -86,7 +86,7 @@ fn screen(kind: ScreenKind) -> ScreenChoice {
 /// Adds a device in QEMU's notation; None if it does not apply to firn.
 fn add(overrides: &mut Overrides, device: &str) -> Result<Option<()>, BadOption> {
     let mut words = device.split(',');
-    // What it is plugged into, and its name in QEMU, are nothing that a guest sees.
+    // The bus it is plugged into and its id in QEMU are invisible to the guest.
     let own =
         |word: &&str| !["id=", "bus=", "addr=", "port="].iter().any(|key| word.starts_with(key));
     let kind = match words.next().unwrap_or_default() {

@@ -27,7 +27,7 @@ pub enum ConfigError {
         /// The key, its value, and what is allowed.
         message: String,
     },
-    /// It is something else.
+    /// It is not a machine file.
     #[error("{} is no machine file of firn, it is {what}", path.display())]
     NotMachineFile {
         /// The file.
@@ -73,7 +73,7 @@ impl Report {
         self
     }
 
-    /// The report as text for a terminal, with colours or without.
+    /// Renders the report for a terminal, with or without colours.
     #[must_use]
     pub fn render(&self, colours: bool) -> String {
         let path = self.path.display().to_string();

@@ -26,7 +26,7 @@ struct TestKeys {
 }
 
 impl TestConfig {
-    /// Reads a test from a TOML file. Relative paths in it start at the file's directory.
+    /// Reads a test from a TOML file. Relative paths in it are relative to the file's directory.
     ///
     /// # Errors
     /// If the file, or a file or directory it names, cannot be read or is invalid.
@@ -74,7 +74,7 @@ impl Reader<'_> {
         for (at, (name, value)) in (1u64..).zip(keys.nodes) {
             let key = Key::from("nodes").name(name.as_str());
             let number = Number::try_from(at).map_err(|_| {
-                let message = format!("a test can have {} machines, this is one more", Number::MAX);
+                let message = format!("a test can have at most {} machines", Number::MAX);
                 self.bad(&key, message)
             })?;
             let node = NodeConfig {
@@ -110,7 +110,7 @@ impl Reader<'_> {
                 Ok(Script { text, file, line: 1 })
             }
             (Some(_), Some(_)) => Err(self
-                .bad(&"test_script_file".into(), "it and `test_script` are both given")
+                .bad(&"test_script_file".into(), "this and `test_script` are both given")
                 .help("keep one of them")),
             (None, None) => Err(self
                 .bad(&Key::default(), "missing key `test_script`")
@@ -194,7 +194,7 @@ impl Reader<'_> {
     fn directory(&self, key: &Key, path: &Path) -> Result<PathBuf, Report> {
         let problem = match path.canonicalize() {
             Ok(path) if path.is_dir() => return Ok(path),
-            Ok(_) => "is no directory".to_owned(),
+            Ok(_) => "is not a directory".to_owned(),
             Err(error) => error.to_string(),
         };
         let message = format!("{}: {problem}; allowed: the path of a directory", path.display());

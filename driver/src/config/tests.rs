@@ -297,7 +297,7 @@ fn shares_are_checked() {
     assert!(refused(&share("shared", "/x")).contains("one of firn's own: shared, xchg, "));
     assert!(refused(&share("a b", "/x")).contains("allowed: 1 to 36 of A-Z a-z 0-9"));
     let twice = share("a", "/x") + "[[nodes.machine1.shares]]\ntag = 'a'\nsource = '/'\n";
-    assert!(refused(&twice).contains("allowed: a tag of its own for each share"));
+    assert!(refused(&twice).contains("allowed: a unique tag for each share"));
     assert!(refused(&share("a", "x")).contains("allowed: an absolute path"));
     assert!(refused(&share("a", "/x/../y")).contains("allowed: an absolute path"));
     assert!(refused(&share("a", "/x y")).contains("allowed: an absolute path"));

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use cpio::newc::{self, ModeFileType};
 
-/// An archive that grows in memory. All files belong to root and date from 1970, so equal contents give equal bytes.
+/// An archive built in memory. All files belong to root and date from 1970, so equal contents give equal bytes.
 #[derive(Default)]
 pub struct Archive {
     bytes: Vec<u8>,
@@ -63,7 +63,7 @@ impl Archive {
         Ok(())
     }
 
-    /// The archive's bytes, padded so that another archive may follow.
+    /// Returns the archive's bytes, padded so that another archive may follow.
     #[must_use]
     pub fn finish(mut self) -> Vec<u8> {
         newc::trailer(&mut self.bytes).expect(IN_MEMORY);
@@ -74,7 +74,7 @@ impl Archive {
     fn add(&mut self, path: &str, kind: ModeFileType, mode: u32, contents: &[u8]) {
         self.inode += 1;
         let size = u32::try_from(contents.len()).expect("files of an initrd are far below 4 GiB");
-        // Without the leading slash, as all initrds have it: the kernel unpacks relative to the root.
+        // Without the leading slash, as in all initrds: the kernel unpacks relative to the root.
         let entry =
             newc::Builder::new(path.trim_start_matches('/')).ino(self.inode).nlink(1).mode(mode);
         let mut writer = entry.set_mode_file_type(kind).write(&mut self.bytes, size);
@@ -85,7 +85,7 @@ impl Archive {
 
 const IN_MEMORY: &str = "a vector takes every write";
 
-/// The content of a file in the archive at `path`.
+/// Reads the file `name` in the archive at `path`.
 ///
 /// # Errors
 /// If it does not exist, or the archive cannot be read.
@@ -116,7 +116,7 @@ pub struct Entry {
     pub contents: Vec<u8>,
 }
 
-/// All entries of the archive at the start of `bytes`.
+/// Returns all entries of the archive at the start of `bytes`.
 ///
 /// # Errors
 /// If it is not an archive.

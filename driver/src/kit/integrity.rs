@@ -1,4 +1,4 @@
-//! Whether the files of a kit are still what was written.
+//! Checks that the files of a kit are unchanged.
 //!
 //! Each file has a stamp. A file whose size and time match its stamp counts as unchanged; if only the time differs, as
 //! after a copy, the hash decides.
@@ -32,13 +32,13 @@ pub enum Check {
     Full,
 }
 
-/// Files by their paths in a directory.
+/// Files by their paths relative to a directory.
 pub type Stamps = BTreeMap<String, Stamp>;
 
 /// The stamps of all files in `dir`, except those below the directory `except`.
 ///
 /// # Errors
-/// If one cannot be read.
+/// If a file cannot be read.
 pub fn stamps(dir: &Path, except: Option<&Path>) -> Result<Stamps, KitError> {
     let mut found = Stamps::new();
     let mut dirs = vec![dir.to_owned()];
@@ -62,7 +62,7 @@ pub fn stamps(dir: &Path, except: Option<&Path>) -> Result<Stamps, KitError> {
 /// Compares `files` in `dir` with their stamps, and updates the stamps' times. Returns whether any changed.
 ///
 /// # Errors
-/// If one is damaged.
+/// If a file is damaged.
 pub fn check<'a>(
     dir: &Path,
     files: impl Iterator<Item = (&'a String, &'a mut Stamp)>,
@@ -96,7 +96,7 @@ impl Stamp {
     }
 }
 
-/// Bytes in hexadecimal.
+/// Formats bytes in hexadecimal.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()

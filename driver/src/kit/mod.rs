@@ -1,8 +1,8 @@
-//! Guest kits: kernel, initrd and userland that machines boot.
+//! Guest kits: the kernel, initrd and userland that machines boot.
 //!
 //! A kit is a directory with a `kernel` (bzImage), the same kernel as `vmlinux` (ELF), an `initrd` and a [`Manifest`];
-//! some have a store beside them. Here a kit is data: the crate `firn-kits` makes them, in the user's cache. What a kit
-//! boots is compared with its manifest when it is opened, by sizes and times.
+//! some also have a store. Here a kit is only data: the crate `firn-kits` builds kits, in the user's cache. When a kit
+//! is opened, the files that it boots are checked against its manifest, by sizes and times.
 //!
 //! Everything here blocks; async callers use `spawn_blocking`.
 
@@ -35,24 +35,24 @@ pub const STORE_TAG: &str = "nix-store";
 /// The image of the store, in a kit's directory.
 pub const STORE_IMAGE: &str = "store.img";
 
-/// The kits there are.
+/// The available kits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum KitName {
-    /// Debian's cloud kernel, busybox and the agent: what machines boot unless their test says otherwise.
+    /// Debian's cloud kernel, busybox and the agent: the default.
     Micro,
-    /// Debian with systemd, laid out as a NixOS test machine is.
+    /// Debian with systemd, laid out like a NixOS test machine.
     Systemd,
     /// The same with an X server, a Wayland compositor, and a terminal for each.
     Desktop,
-    /// What the carrier boots: a kernel with 9p and KVM.
+    /// The carrier's: a kernel with 9p and KVM.
     Carrier,
 }
 
 impl KitName {
-    /// Those that machines of a test can boot.
+    /// The kits that a test's machines can boot.
     pub const GUESTS: [Self; 3] = [Self::Micro, Self::Systemd, Self::Desktop];
 
-    /// The name people type.
+    /// The name that users type.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -63,8 +63,7 @@ impl KitName {
         }
     }
 
-    /// Memory of a machine that does not say how much it wants. The roots of all kits are a tmpfs, of which
-    /// the kernel lets files take half of the memory.
+    /// The default memory of a machine. The roots of all kits are a tmpfs, in which files may take half of the memory.
     #[must_use]
     pub fn default_memory(self) -> MemoryMib {
         let mib = match self {
@@ -87,17 +86,17 @@ impl FromStr for KitName {
     }
 }
 
-/// A kit, complete.
+/// A complete kit.
 #[derive(Clone, Debug)]
 pub struct Kit {
     /// Its directory.
     pub dir: PathBuf,
-    /// What it was made from.
+    /// What it was built from.
     pub manifest: Manifest,
 }
 
 impl Kit {
-    /// The kit in a directory.
+    /// Opens the kit in a directory.
     ///
     /// # Errors
     /// If there is none, or it is damaged.
@@ -107,8 +106,9 @@ impl Kit {
         Self::find(dir, Check::Quick)?.ok_or(missing)
     }
 
-    /// The kit in a directory, if one is there. A quick look is at what it boots, which takes a few microseconds;
-    /// nothing else of it can be left half written. Its manifest's time says from now on when it was last used.
+    /// Opens the kit in a directory, if there is one. A quick check covers what it boots, which takes a few
+    /// microseconds; nothing else of it can be left half written. Opening it sets its manifest's time, which records
+    /// its last use.
     ///
     /// # Errors
     /// If its own files are damaged.
@@ -120,10 +120,10 @@ impl Kit {
         let files = manifest.files.iter_mut();
         let looked_at = files.filter(|(name, _)| look == Check::Full || !name.contains('/'));
         if integrity::check(&dir, looked_at, look)? {
-            // Else the files are read again the next time, no more.
+            // On failure the files are merely read again the next time.
             let _ = json::replace(&path, &manifest);
         }
-        // In the carrier the cache is read-only; a kit that is not marked as used is pruned early, no more.
+        // In the carrier the cache is read-only; a kit that is not marked as used is merely pruned early.
         let _ = File::options()
             .write(true)
             .open(path)
@@ -131,46 +131,46 @@ impl Kit {
         Ok(Some(Self { dir, manifest }))
     }
 
-    /// The kernel as Debian packs it, a bzImage.
+    /// The path of the kernel as Debian packs it, a bzImage.
     #[must_use]
     pub fn kernel(&self) -> PathBuf {
         self.dir.join("kernel")
     }
 
-    /// The same kernel unpacked, an ELF file: it boots faster.
+    /// The path of the same kernel unpacked, an ELF file: it boots faster.
     #[must_use]
     pub fn vmlinux(&self) -> PathBuf {
         self.dir.join("vmlinux")
     }
 
-    /// The initrd, an uncompressed cpio archive. A machine's [`machine_overlay`] goes behind it.
+    /// The path of the initrd, an uncompressed cpio archive. A machine's [`machine_overlay`] is appended to it.
     #[must_use]
     pub fn initrd(&self) -> PathBuf {
         self.dir.join("initrd")
     }
 
-    /// The content of a file in the initrd, by its path without the leading slash.
+    /// Reads a file of the initrd, by its path without the leading slash.
     ///
     /// # Errors
-    /// If there is none, or the initrd cannot be read.
+    /// If it does not exist, or the initrd cannot be read.
     pub fn initrd_file(&self, name: &str) -> io::Result<Vec<u8>> {
         archive::read(&self.initrd(), name)
     }
 
-    /// An ext4 image of the store, for machines that can read a disk faster than a directory of their host.
+    /// The path of an ext4 image of the store, for machines that read a disk faster than a directory of the host.
     #[must_use]
     pub fn store_image(&self) -> Option<PathBuf> {
         self.manifest.store.then(|| self.dir.join(STORE_IMAGE))
     }
 
-    /// The directory to be shared as [`STORE_TAG`], of kits that have one.
+    /// The directory to share as [`STORE_TAG`], if the kit has a store.
     #[must_use]
     pub fn store(&self) -> Option<PathBuf> {
         self.manifest.store.then(|| self.dir.join("store"))
     }
 }
 
-/// What a kit was made from.
+/// What a kit was built from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// The kit's name.
@@ -183,12 +183,12 @@ pub struct Manifest {
     pub modules: Vec<String>,
     /// SHA-256 of the agent, in hexadecimal.
     pub agent: String,
-    /// The kernel arguments that fit the kit.
+    /// The kit's kernel arguments.
     pub cmdline: String,
-    /// Whether the system is in a store.
+    /// Whether it has a store.
     #[serde(default)]
     pub store: bool,
-    /// What its files were when they were written, by their paths in its directory; without those of Debian.
+    /// The stamps of its files, by their paths in its directory; without Debian's files.
     pub files: Stamps,
 }
 
@@ -198,10 +198,10 @@ pub enum KitError {
     /// No kit has this name.
     #[error("there is no kit `{0}`; kits are: micro, systemd, desktop, carrier")]
     Unknown(String),
-    /// Neither `XDG_CACHE_HOME` nor `HOME` says where the cache is.
+    /// Neither `XDG_CACHE_HOME` nor `HOME` is usable.
     #[error("no place for the cache: set XDG_CACHE_HOME or HOME to an absolute path")]
     NoCache,
-    /// The cache is not this user's alone.
+    /// The cache is accessible to other users.
     #[error(
         "cannot use the cache {path}: {reason}; set XDG_CACHE_HOME to another directory of yours"
     )]
@@ -211,7 +211,7 @@ pub enum KitError {
         /// Why not.
         reason: io::Error,
     },
-    /// A file of a kit is not what was written.
+    /// A file of a kit is damaged.
     #[error("{path} is damaged: {what}; `firn kit build` makes its kit anew")]
     Damaged {
         /// The file.
@@ -222,29 +222,29 @@ pub enum KitError {
     /// A file operation failed.
     #[error("{action} {path}")]
     Io {
-        /// What was tried.
+        /// What was attempted.
         action: &'static str,
-        /// With which file.
+        /// On which file.
         path: PathBuf,
-        /// How it failed.
+        /// Why it failed.
         #[source]
         source: io::Error,
     },
 }
 
 impl KitError {
-    /// What makes this of an error with a file.
+    /// For `map_err`: adds what was attempted with which file.
     pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { action, path, source }
     }
 }
 
-/// The user's cache, `$XDG_CACHE_HOME/firn`, by the XDG base directory specification: a relative `XDG_CACHE_HOME` does
-/// not count. It need not be there; if it is, no other user can look into it from now on.
+/// Returns the user's cache, `$XDG_CACHE_HOME/firn`, by the XDG base directory specification: a relative
+/// `XDG_CACHE_HOME` is ignored. It need not exist; if it does, this removes all other users' access.
 ///
 /// # Errors
-/// If there is no place for it, or others can write to it.
+/// If no path for it is set, or others can write to it.
 pub fn cache_dir() -> Result<PathBuf, KitError> {
     let absolute =
         |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
@@ -259,7 +259,7 @@ pub fn cache_dir() -> Result<PathBuf, KitError> {
     }
 }
 
-/// Where the user's cache has unpacked kernels, if there is a cache.
+/// The directory of unpacked kernels in the user's cache, if there is a cache.
 pub(crate) fn kernels_dir() -> Option<PathBuf> {
     cache_dir().ok().map(|cache| cache.join("vmlinux"))
 }

@@ -1,4 +1,4 @@
-//! What makes one machine differ from the others that boot the same kit: a second archive behind the initrd.
+//! A machine's own configuration on top of its kit: a second archive behind the initrd.
 
 use std::net::IpAddr;
 
@@ -6,18 +6,18 @@ use thiserror::Error;
 
 use super::archive::Archive;
 
-/// What one machine is told about itself.
+/// The configuration of one machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GuestConfig {
-    /// Its name.
+    /// Its host name.
     pub hostname: String,
-    /// The lines of `/etc/hosts`; those of localhost are added.
+    /// The lines of `/etc/hosts`, besides those of localhost.
     pub hosts: Vec<HostsEntry>,
     /// Its network cards.
     pub interfaces: Vec<Interface>,
-    /// Whom it asks for names.
+    /// Its DNS servers.
     pub dns: Vec<IpAddr>,
-    /// What it mounts when it boots, in this order.
+    /// What it mounts at boot, in this order.
     pub mounts: Vec<Mount>,
 }
 
@@ -26,35 +26,35 @@ pub struct GuestConfig {
 pub struct HostsEntry {
     /// The address.
     pub address: IpAddr,
-    /// What it is called.
+    /// Its names.
     pub names: Vec<String>,
 }
 
-/// A network card, known by its hardware address.
+/// A network card, identified by its hardware address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// What it shall be called, such as `eth1`: at most 15 bytes.
+    /// Its name, such as `eth1`: at most 15 bytes.
     pub name: String,
     /// Its hardware address.
     pub mac: [u8; 6],
-    /// Its addresses, each with the length of its network's prefix.
+    /// Its addresses, each with its prefix length.
     pub addresses: Vec<(IpAddr, u8)>,
-    /// Who passes on what is for no network that it is on.
+    /// The default gateway.
     pub gateway: Option<IpAddr>,
 }
 
-/// A share that is mounted when the machine boots.
+/// A share mounted at boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
     /// The virtio-fs tag.
     pub tag: String,
-    /// Where; made if it is not there.
+    /// The mount point; created if missing.
     pub mount_point: String,
-    /// Options for mount, such as `ro`; may be empty.
+    /// Mount options, such as `ro`; may be empty.
     pub options: String,
 }
 
-/// A value that the guest could not take.
+/// A value that the guest cannot use.
 #[derive(Debug, PartialEq, Eq, Error)]
 #[error("{what} {value:?} {problem}")]
 pub struct OverlayError {
@@ -63,12 +63,12 @@ pub struct OverlayError {
     problem: &'static str,
 }
 
-/// The archive that tells a machine of the micro kit who it is: `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf`, `/etc/firn/network`
-/// (lines `NAME MAC ADDRESS/PREFIX... via=GATEWAY`) and `/etc/firn/mounts` (lines `TAG MOUNTPOINT OPTIONS`), which the kit's boot
-/// script reads.
+/// Builds the archive that configures a machine of the micro kit: `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf`,
+/// `/etc/firn/network` (lines `NAME MAC ADDRESS/PREFIX... via=GATEWAY`) and `/etc/firn/mounts` (lines
+/// `TAG MOUNTPOINT OPTIONS`), which the kit's boot script reads.
 ///
 /// # Errors
-/// When a value is empty, too long, or has characters that those files cannot hold.
+/// If a value is empty, too long, or has characters that those files cannot hold.
 pub fn machine_overlay(config: &GuestConfig) -> Result<Vec<u8>, OverlayError> {
     let mut archive = Archive::new();
     archive.dir("etc", 0o755);
@@ -157,21 +157,21 @@ fn mounts(mounts: &[Mount]) -> Result<String, OverlayError> {
     Ok(text)
 }
 
-/// `value` if it is one word: not empty, no longer than `max` bytes, without blanks, controls or backslashes.
+/// Returns `value` if it is one word: not empty, at most `max` bytes, without whitespace, controls or backslashes.
 fn word<'a>(what: &'static str, value: &'a str, max: usize) -> Result<&'a str, OverlayError> {
     let problem = if value.is_empty() {
         "is empty"
     } else if value.len() > max {
         "is too long"
     } else if value.contains(|c: char| c.is_whitespace() || c.is_control() || c == '\\') {
-        "has characters that it must not have"
+        "has invalid characters"
     } else {
         return Ok(value);
     };
     Err(OverlayError { what, value: value.to_owned(), problem })
 }
 
-/// `value` as the shell's `read` takes it for one word: blanks and backslashes after a backslash.
+/// Escapes `value` for the shell's `read` as one word: a backslash before each blank and backslash.
 fn escaped(what: &'static str, value: &str) -> Result<String, OverlayError> {
     if value.is_empty() || value.contains(['\n', '\0']) {
         let problem = "is empty or has a line break";

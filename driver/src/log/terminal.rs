@@ -10,7 +10,7 @@ use super::{Event, Level, Sink, finished, printable};
 const STEP: Style = AnsiColor::Green.on_default().effects(Effects::BOLD);
 /// A guest's output.
 const SERIAL: Style = Style::new().effects(Effects::DIMMED);
-/// What went wrong.
+/// Errors.
 const ERROR: Style = AnsiColor::Red.on_default();
 /// A warning.
 const WARNING: Style = AnsiColor::Yellow.on_default();
@@ -26,7 +26,7 @@ impl Terminal {
         Self { out, colours, level }
     }
 
-    /// One write for a line, so that lines of several processes do not mix.
+    /// Writes each line in one call, so that lines of several processes do not mix.
     fn line(&mut self, machine: Option<&str>, style: Option<Style>, text: &str) {
         let prefix = machine.map_or_else(String::new, |name| format!("{name}: "));
         let text = printable(text);
@@ -34,7 +34,7 @@ impl Terminal {
             Some(style) => format!("{prefix}{style}{text}{style:#}\n"),
             None => format!("{prefix}{text}\n"),
         };
-        // A log that nobody can read any more (a closed pipe) must not end the test.
+        // A log that nobody reads any more (a closed pipe) must not end the test.
         let _ = self.out.write_all(line.as_bytes()).and_then(|()| self.out.flush());
     }
 }

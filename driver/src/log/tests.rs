@@ -55,7 +55,7 @@ fn colours_only_when_asked_for() {
 fn a_guest_cannot_drive_the_terminal() {
     let log = written(true, |log| log.serial("m", "a\x1b[2Jb\x1b]0;title\x07c\u{8}\u{9b}d\te\r"));
     assert_eq!(log, "\x1b[2mm # abcd\te\x1b[0m\n");
-    // Its words are in what commands print, in panics and in errors, too.
+    // The guest's text is also in command output, panics and errors.
     let hostile = "a\x1b[2Jb\r\nc\x1b]52;c;AA==\x07\u{9b}31m\td\x1b";
     let log = written(true, |log| {
         log.for_machine("m").info(format_args!("output: {hostile}"));
@@ -101,7 +101,7 @@ fn levels() {
     assert!("loud".parse::<Level>().expect_err("no level").contains("allowed: debug, info"));
 }
 
-/// What a log writes to a file.
+/// Returns what a log writes to a file.
 fn file(add: impl FnOnce(&Logger, &Path) -> io::Result<()>, act: impl FnOnce(&Logger)) -> String {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("log.xml");
@@ -161,7 +161,7 @@ fn a_junit_report() {
     let cases: Vec<_> = suite.test_cases.iter().map(|case| case.name.as_str()).collect();
     assert_eq!(cases, ["main", "good", "bad", "killed"]);
     let [main, _, bad, killed] = &suite.test_cases[..] else { unreachable!("there are four") };
-    // Whoever reads it leaves the last line end out.
+    // The parser drops the last newline.
     let text = |text: &Option<quick_junit::XmlString>| text.as_ref().map(|text| text.to_string());
     assert_eq!(text(&main.system_out).as_deref(), Some("hello"));
     assert_eq!(main.system_err, None);

@@ -12,7 +12,7 @@ use quick_xml::events::{BytesDecl, BytesEnd, BytesStart, BytesText, Event as Xml
 
 use super::{Event, Level, Sink, finished};
 
-/// Most bytes of the file that a machine's console takes: a guest must not fill the host's disk.
+/// The most bytes of the file that a machine's console may take: a guest must not fill the host's disk.
 const MAX_CONSOLE: usize = 16 << 20;
 /// The size of a line without its text and its machine's name.
 const LINE: usize = r#"<line machine="" type="serial"></line>"#.len();

@@ -32,7 +32,7 @@ fn files_come_back_as_they_were() {
     ] {
         let path = dir.path().join(name);
         std::fs::write(&path, bytes).expect("written");
-        assert_eq!(read(&path).expect_err(name).to_string(), "it is no PNG or PPM picture");
+        assert_eq!(read(&path).expect_err(name).to_string(), "it is not a PNG or PPM picture");
     }
     assert_eq!(read(&dir.path().join("gone")).expect_err("gone").kind(), io::ErrorKind::NotFound);
     assert_eq!(black().rgb.len(), 1024 * 768 * 3);

@@ -106,7 +106,7 @@ fn links_are_not_followed() {
     fs::write(target.join("file"), "kept").expect("written");
     let place = Place::open(tmp.path()).expect("as /tmp is");
     symlink(&target, tmp.path().join("link")).expect("made");
-    refused(place.make("link".as_ref(), DIR_MODE), "is no directory");
+    refused(place.make("link".as_ref(), DIR_MODE), "is not a directory");
     place.remove("link".as_ref()).expect("the link is removed");
     assert!(target.join("file").exists());
     symlink(target.join("file"), tmp.path().join("link")).expect("made");

@@ -1,6 +1,6 @@
 use super::*;
 
-/// A relocatable ELF file with a `.modinfo` section: what this module looks at of a kernel module.
+/// Builds a relocatable ELF file with a `.modinfo` section: all that is read of a kernel module.
 pub(crate) fn module(depends: &str) -> Vec<u8> {
     let names = b"\0.modinfo\0.shstrtab\0";
     let modinfo = format!("license=GPL\0depends={depends}\0name=x\0");

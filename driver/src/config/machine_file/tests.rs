@@ -164,7 +164,7 @@ fn what_makes_no_sense_is_named_with_what_would() {
         ),
         (
             r#""shares": [{"tag": "a", "source": "/"}, {"tag": "a", "source": "/"}]"#,
-            &["`shares[1].tag`: a cannot", "a tag of its own"],
+            &["`shares[1].tag`: a cannot", "a unique tag"],
         ),
         (r#""vlans": [0]"#, &["`vlans[0]`: 0 cannot be used", "allowed: 1 to 254"]),
         (r#""vlans": [1, 1]"#, &["`vlans[1]`: 1 cannot be used", "each vlan once"]),
