@@ -10,6 +10,7 @@ use firn_vmm::spec::{Cid, Number, VsockSpec};
 use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
+use crate::checkpoint::Stack;
 use crate::config::{BackendKind, MachineFile, NodeConfig, TestConfig};
 use crate::descriptors::{self, Part};
 use crate::error::{MachineError, Result};
@@ -57,6 +58,7 @@ pub struct Driver {
     out: PathBuf,
     base: Option<PathBuf>,
     vsock_offset: Option<u32>,
+    checkpoints: Stack,
     /// Removed last.
     state: Mutex<Option<State>>,
     /// Its machines belong to another driver now.
@@ -100,6 +102,7 @@ impl Driver {
             out,
             base,
             vsock_offset: test.vsock_offset,
+            checkpoints: Stack::default(),
             state: Mutex::new(Some(state)),
             replaced: AtomicBool::new(false),
         };
@@ -131,10 +134,12 @@ impl Driver {
             out: self.out.clone(),
             base: self.base.clone(),
             vsock_offset: test.vsock_offset.or(self.vsock_offset),
+            checkpoints: Stack::default(),
             state: Mutex::new(self.state().take()),
             replaced: AtomicBool::new(false),
         };
         self.replaced.store(true, Ordering::Release);
+        self.checkpoints.end(None);
         std::mem::swap(&mut *self.created(), &mut *driver.created());
         let (mut running, mut kept) = (Vec::new(), Vec::new());
         for old in &self.machines {
@@ -315,6 +320,7 @@ impl Driver {
             return;
         }
         let _step = self.log.nested("cleanup");
+        self.checkpoints.end(None);
         let mut ends = JoinSet::new();
         for machine in self.all_machines() {
             ends.spawn(async move {
@@ -322,6 +328,7 @@ impl Driver {
                     machine.log("kill machine");
                 }
                 machine.stop().await;
+                machine.discard().await;
             });
         }
         ends.join_all().await;
@@ -335,6 +342,10 @@ impl Driver {
     pub fn all_machines(&self) -> Vec<Machine> {
         let created = self.created();
         self.machines.iter().chain(&*created).cloned().collect()
+    }
+
+    pub(crate) fn checkpoints(&self) -> &Stack {
+        &self.checkpoints
     }
 
     fn created(&self) -> MutexGuard<'_, Vec<Machine>> {

@@ -170,6 +170,9 @@ pub enum End {
     /// The script stopped it.
     #[error("was stopped")]
     Stopped,
+    /// It went back to the checkpoint of this name, and goes on from there.
+    #[error("went back to {0}")]
+    WentBack(String),
     /// The monitor could not continue.
     #[error("cannot go on: {0}")]
     Failed(String),
@@ -182,7 +185,7 @@ impl End {
     pub fn is_off(&self) -> bool {
         match self {
             Self::PoweredOff | Self::Reset | Self::Stopped | Self::Panicked(_) => true,
-            Self::Halted | Self::VcpuDied { .. } | Self::Failed(_) => false,
+            Self::Halted | Self::VcpuDied { .. } | Self::WentBack(_) | Self::Failed(_) => false,
         }
     }
 }

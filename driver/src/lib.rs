@@ -1,6 +1,7 @@
 //! firn: drives virtual machines from a test script.
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
 pub mod config;
 mod descriptors;
 pub mod driver;

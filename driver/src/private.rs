@@ -253,7 +253,7 @@ fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
 }
 
 /// Removes a tree of this user's. Guests may have left directories in it whose permissions must be changed first.
-fn remove_tree(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => {
             open_up(path);

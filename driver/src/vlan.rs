@@ -42,6 +42,10 @@ impl Vlan {
         Ok(sockets.insert(made).path().to_owned())
     }
 
+    pub(crate) fn switch(&self) -> &Switch {
+        &self.switch
+    }
+
     pub(crate) fn plug(&self, machine: &str) -> Arc<SwitchPort> {
         Arc::new(self.switch.add_port(machine))
     }

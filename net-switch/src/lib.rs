@@ -25,7 +25,7 @@ pub use attachment::Attachment;
 pub use backlog::{Backlog, OwnedFrame};
 pub use offload::{OffloadError, Offloads, Segments, sanitize, without_offloads};
 pub use port::{Delivery, Frame, Header, MAX_FRAME, MIN_FRAME, NetPort, Receiver};
-pub use switch::{PortStats, Switch, SwitchPort};
+pub use switch::{Addresses, PortStats, Switch, SwitchPort};
 pub use table::{AGEING, MAX_MACS, MAX_MACS_PER_PORT};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

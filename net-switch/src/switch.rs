@@ -91,6 +91,28 @@ impl Switch {
         SwitchPort { switch: self.clone(), port }
     }
 
+    /// What it has learned, for [`Self::restore_addresses`].
+    #[must_use]
+    pub fn addresses(&self) -> Addresses {
+        let now = (self.inner.clock)();
+        Addresses(lock(&self.inner.fabric).macs.learned(now))
+    }
+
+    /// Knows what it knew then, as if no time had passed, and no more. Ports that are gone stay so.
+    pub fn restore_addresses(&self, then: &Addresses) {
+        let now = (self.inner.clock)();
+        let mut fabric = lock(&self.inner.fabric);
+        let ports = Arc::clone(&fabric.ports);
+        for port in &*ports {
+            fabric.macs.flush(port.id);
+        }
+        for &(mac, port, age) in &then.0 {
+            if ports.binary_search_by_key(&port, |port| port.id).is_ok() {
+                fabric.macs.learn(mac, port, now.saturating_sub(age));
+            }
+        }
+    }
+
     /// Takes all ports away: from now on no frame gets anywhere from them.
     pub fn stop(&self) {
         // An address that was learned leads nowhere without its port.
@@ -130,6 +152,10 @@ impl fmt::Debug for Switch {
         f.debug_struct("Switch").field("name", &self.inner.name).finish_non_exhaustive()
     }
 }
+
+/// Addresses that a [`Switch`] has learned: each with its port and its age.
+#[derive(Clone, Debug)]
+pub struct Addresses(Vec<(Mac, PortId, Duration)>);
 
 /// What the switch and the handle of a port share.
 struct Port {

@@ -78,6 +78,15 @@ impl MacTable {
         (now.saturating_sub(entry.seen) < self.ageing).then_some(entry.port)
     }
 
+    /// Everything that is remembered, oldest first, with its age at `now`.
+    pub(crate) fn learned(&self, now: Duration) -> Vec<(Mac, PortId, Duration)> {
+        let entry =
+            |(&mac, entry): (&Mac, &Entry)| (mac, entry.port, now.saturating_sub(entry.seen));
+        let mut all: Vec<_> = self.entries.iter().map(entry).collect();
+        all.sort_by_key(|&(mac, _, age)| (std::cmp::Reverse(age), mac));
+        all
+    }
+
     /// Forgets everything behind `port`.
     pub(crate) fn flush(&mut self, port: PortId) {
         for (_, mac) in self.by_age.remove(&port).unwrap_or_default() {

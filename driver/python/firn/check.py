@@ -46,6 +46,9 @@ class _Retry(Protocol):
         timeout: Duration | None = None,
     ) -> None: ...
 
+class _Subtest(Protocol):
+    def __call__(self, name: str, isolated: bool = False) -> AbstractContextManager[None]: ...
+
 class _CreateMachine(Protocol):
     def __call__(
         self,
@@ -70,7 +73,7 @@ run_tests: Callable[[], None]
 serial_stdout_off: Callable[[], None]
 serial_stdout_on: Callable[[], None]
 start_all: Callable[[], None]
-subtest: Callable[[str], AbstractContextManager[None]]
+subtest: _Subtest
 t: TestCase
 test_script: Callable[[], None]
 vlans: list[VLan]

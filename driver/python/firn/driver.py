@@ -9,14 +9,14 @@ import time
 import traceback
 import unittest
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
-from firn._firn import Logger, Machine, Run, Test, Timer, VLan
+from firn._firn import Checkpoint, Logger, Machine, Run, Test, Timer, VLan
 from firn.config import DriverConfiguration
 from firn.debug import DebugAbstract, DebugNop
 from firn.duration import Duration, seconds
@@ -113,6 +113,7 @@ class Driver:
         self.machines_nspawn: list[NspawnMachine] = []
         self.vlans: list[VLan] = []
         self.names: dict[str, object] = {}
+        self._checkpoints = 0
         try:
             self._take_over()
             self.dump_machine_ssh()
@@ -230,9 +231,33 @@ class Driver:
         """Hide the guests' console output."""
         self.logger.print_serial_logs(False)
 
-    def subtest(self, name: str) -> AbstractContextManager[None]:
-        """Group what a `with` block does: a step in the log, a test case in the report."""
-        return self.logger.subtest(name)
+    def subtest(self, name: str, isolated: bool = False) -> AbstractContextManager[None]:
+        """Group what a `with` block does: a step in the log, a test case in the report.
+
+        With `isolated=True`, all machines and networks go back afterwards to what they were before.
+        """
+        return self._isolated(name) if isolated else self.logger.subtest(name)
+
+    @contextmanager
+    def _isolated(self, name: str) -> Iterator[None]:
+        with self.logger.subtest(name), self.checkpoint(f"before {name}"):
+            yield
+
+    def checkpoint(self, name: str = "") -> Checkpoint:
+        """Keep what all machines, networks and shared directories are, to go back to.
+
+            checkpoint = driver.checkpoint("installed")
+            machine.succeed("rm -rf /etc")
+            checkpoint.rollback()               # as often as wanted
+
+        In a `with` statement, the end of the block goes back. Machines that run must take
+        commands, that is, have booted; those under QEMU cannot go back. What guests share with
+        directories of yours stays as it is; `/tmp/shared` and `/tmp/xchg` go back.
+
+        Raises MachineError if a machine cannot be kept, and says why; nothing has changed then.
+        """
+        self._checkpoints += 1
+        return self._run.checkpoint(name or f"checkpoint {self._checkpoints}")
 
     def create_machine(
         self,

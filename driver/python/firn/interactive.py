@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from firn._firn import Test, interrupt_waits_by_signals
+from firn._firn import Checkpoint, Test, interrupt_waits_by_signals
 from firn.driver import Driver, ScriptFailed
 from firn.errors import MachineError
 
@@ -50,6 +50,30 @@ class Rebuild:
             self._driver.replace(self._load(last if last.is_file() else None))
 
 
+class Rollback:
+    """The prompt's `checkpoint` and `rollback`."""
+
+    def __init__(self, driver: Driver) -> None:
+        """Begin without checkpoints."""
+        self._driver = driver
+        self._made: list[Checkpoint] = []
+
+    def checkpoint(self, name: str = "") -> Checkpoint:
+        """Keep what all machines and networks are, for rollback()."""
+        made = self._driver.checkpoint(name)
+        self._made.append(made)
+        return made
+
+    def rollback(self, name: str | None = None) -> None:
+        """Go back to the checkpoint of this name, by default the last one."""
+        self._made = [made for made in self._made if made.is_there]
+        wanted = [made for made in self._made if name in (None, made.name)]
+        if not wanted:
+            there = ", ".join(made.name for made in self._made) or "none"
+            raise MachineError(f"there is no such checkpoint; there are: {there}")
+        wanted[-1].rollback()
+
+
 def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
     """Run a prompt with the script's names until the user leaves it."""
     try:
@@ -61,7 +85,13 @@ def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
         raise MachineError(
             f"interactive mode needs IPython ({error}): pip install ipython"
         ) from None
-    driver.names["rebuild"] = Rebuild(driver, load)
+    back = Rollback(driver)
+    own = {
+        "checkpoint": back.checkpoint,
+        "rebuild": Rebuild(driver, load),
+        "rollback": back.rollback,
+    }
+    driver.names.update(own)
     config = Config()
     config.HistoryManager.hist_file = history()
     config.TerminalInteractiveShell.confirm_exit = False
@@ -73,7 +103,8 @@ def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
     shell.events.register("pre_run_cell", lambda _info: interrupt_waits_by_signals())
     names = sorted(name for name in driver.test_symbols() if not name.startswith("_"))
     print("Names you can use, as in the script:")
-    print("   ", ", ".join([*names, "rebuild"]))
+    print("   ", ", ".join([*names, *own]))
     print("test_script() runs the script, start_all() starts all machines, Ctrl-D ends them.")
+    print("checkpoint() keeps what all machines are, and rollback() goes back to it.")
     print("`firn view` in another terminal shows the machines' screens in the browser.")
     shell.mainloop()

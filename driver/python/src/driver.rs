@@ -12,11 +12,12 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use super::checkpoint::PyCheckpoint;
 use super::duration::Timeout;
 use super::errors::{exception, not_here};
 use super::log::PyLogger;
 use super::machine::PyMachine;
-use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
+use super::wait::{hold_waiters, runtime, wait, wait_through_signals, wait_to_its_end};
 use firn::config::{ConfigError, MachineFile, Needs, NodeConfig, ScreenChoice, TestConfig};
 use firn::driver::{Driver, DriverOptions};
 use firn::error::{MachineError, chain};
@@ -312,6 +313,13 @@ impl PyRun {
     /// Wait until all machines are off, as Machine.wait_for_shutdown() does.
     fn join_all(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.join_all())
+    }
+
+    /// Keeps what all machines and networks are.
+    fn checkpoint(&self, py: Python<'_>, name: String) -> PyResult<PyCheckpoint> {
+        let driver = Arc::clone(&self.0);
+        let kept = wait_to_its_end(py, async move { driver.checkpoint(&name).await })?;
+        Ok(PyCheckpoint::new(Arc::clone(&self.0), kept))
     }
 
     /// Sync the disks of all running guests.

@@ -8,6 +8,7 @@
 use pyo3::prelude::*;
 
 mod accel;
+mod checkpoint;
 mod driver;
 mod duration;
 mod errors;
@@ -24,6 +25,8 @@ mod module {
 
     #[pymodule_export]
     use super::accel::in_carrier_if_needed;
+    #[pymodule_export]
+    use super::checkpoint::PyCheckpoint;
     #[pymodule_export]
     use super::driver::{PyRun, PyTest, PyTimer, PyVlan};
     #[pymodule_export]

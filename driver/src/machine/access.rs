@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::power::END_AFTER_LOSS;
+use super::power::{END_AFTER_LOSS, Guest};
 use super::session::{AgentSession, Session, SessionError, ShellSession};
 use super::{DEFAULT_TIMEOUT, Machine, State};
 use crate::error::{Error, MachineError, Result, chain};
@@ -84,6 +84,19 @@ impl Access {
     /// Ends all sessions, because the guest is gone.
     pub(super) fn close(&self) {
         [&self.agent, &self.shell].into_iter().filter_map(Way::session).for_each(Session::close);
+    }
+
+    /// Ends all sessions without a word to those who wait for answers: they learn better how the guest ended.
+    pub(super) fn abandon(&self) {
+        [&self.agent, &self.shell].into_iter().filter_map(Way::session).for_each(Session::abandon);
+    }
+
+    /// The backdoor's shell, if it is there.
+    pub(super) fn shell(&self) -> Option<&ShellSession> {
+        match &self.shell {
+            Way::There(Session::Shell(shell)) => Some(shell),
+            _ => None,
+        }
     }
 
     /// The best way at the moment. It may be lost already without its task having noticed.
@@ -215,17 +228,17 @@ impl Machine {
         }
     }
 
-    /// Connects by one of the ways, and reconnects when its session is lost: both services may be restarted. The
-    /// agent's port may hold bytes of an earlier boot if the guest runs `again`.
+    /// Connects by one of the ways, and reconnects when its session is lost: both services may be restarted.
     pub(super) async fn attend_way(
         &self,
         by: By,
         stream: Option<&UnixStream>,
-        again: bool,
+        guest: Guest,
     ) -> Infallible {
         let Some(stream) = stream else { return std::future::pending().await };
         for count in 1.. {
-            let error = match self.connect_by(by, stream, again || count > 1).await {
+            let guest = if count > 1 { Guest::Again } else { guest };
+            let error = match self.connect_by(by, stream, guest).await {
                 Ok(session) => self.attend_session(by, session).await,
                 Err(error) => error,
             };
@@ -248,12 +261,18 @@ impl Machine {
         &self,
         by: By,
         stream: &UnixStream,
-        again: bool,
+        guest: Guest,
     ) -> std::result::Result<Session, SessionError> {
         let clock = &self.inner.clock;
-        Ok(match by {
-            By::Agent => Session::Agent(AgentSession::connect(stream, again, clock).await?),
-            By::Shell => Session::Shell(ShellSession::connect(stream, clock).await?),
+        Ok(match (by, guest) {
+            (By::Agent, _) => {
+                let again = guest != Guest::Fresh;
+                Session::Agent(AgentSession::connect(stream, again, clock).await?)
+            }
+            (By::Shell, Guest::Back { shell: true }) => {
+                Session::Shell(ShellSession::resume(stream, clock)?)
+            }
+            (By::Shell, _) => Session::Shell(ShellSession::connect(stream, clock).await?),
         })
     }
 

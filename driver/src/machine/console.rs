@@ -71,6 +71,14 @@ impl Tap {
     }
 }
 
+/// How far a console was at some time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    start: u64,
+    consumed: u64,
+    end: u64,
+}
+
 /// Positions count all bytes ever printed.
 struct Buffer {
     bytes: Vec<u8>,
@@ -112,6 +120,28 @@ impl Console {
         let mut buffer = self.lock();
         buffer.start = buffer.end();
         buffer.consumed = buffer.start;
+    }
+
+    /// How far it is.
+    pub(super) fn mark(&self) -> Mark {
+        let buffer = self.lock();
+        Mark { start: buffer.start, consumed: buffer.consumed, end: buffer.end() }
+    }
+
+    /// Makes it what it was, as if nothing had been printed or consumed since.
+    pub(super) fn go_back(&self, to: &Mark) {
+        let mut buffer = self.lock();
+        let kept = usize::try_from(to.end.saturating_sub(buffer.base)).unwrap_or(usize::MAX);
+        buffer.bytes.truncate(kept);
+        buffer.base = buffer.base.min(to.end);
+        (buffer.start, buffer.consumed) = (to.start, to.consumed);
+        buffer.announced = false;
+    }
+
+    /// Where what is to be shown begins: at the start, or with what is yet to come.
+    pub(super) fn position(&self, from_start: bool) -> u64 {
+        let buffer = self.lock();
+        if from_start { buffer.start } else { buffer.end() }
     }
 
     /// Everything kept since the start.
@@ -210,15 +240,15 @@ impl Console {
         self.unconsumed().1.iter().filter(|byte| **byte == b'\n').count()
     }
 
-    /// Writes the lines to the log as they come, until `finished` changes; then what is left.
+    /// Writes the lines from a position on to the log as they come, until `finished` changes; then what is left.
     pub(super) async fn show(
         &self,
         machine: &str,
         log: &Logger,
+        mut shown: u64,
         mut finished: watch::Receiver<bool>,
     ) {
         let mut grown = self.grown.subscribe();
-        let mut shown = self.lock().start;
         loop {
             grown.mark_unchanged();
             let last = *finished.borrow_and_update();

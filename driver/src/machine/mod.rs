@@ -5,6 +5,7 @@
 
 use std::fmt::{self, Display};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{Mutex, watch};
@@ -20,6 +21,7 @@ use firn_agent_client::Clock;
 mod access;
 mod backend;
 mod bus;
+mod checkpoint;
 mod console;
 mod exec;
 mod files;
@@ -36,6 +38,7 @@ mod setup;
 mod units;
 mod waits;
 
+pub(crate) use checkpoint::Then;
 pub use console::Tap;
 pub(crate) use exec::quote;
 pub use exec::{DEFAULT_TIMEOUT, ExecOptions};
@@ -72,6 +75,8 @@ struct Inner {
     state: watch::Sender<State>,
     /// The way that the last call took.
     used: std::sync::Mutex<Option<Session>>,
+    /// How often it was started or went back.
+    runs: AtomicU64,
     /// Held while the machine is being started, stopped, paused or resumed, so that two callers do not both do it.
     changing: Mutex<()>,
 }
@@ -199,6 +204,15 @@ impl State {
         }
     }
 
+    /// How the last run ended, if no call took note of that.
+    fn end(&self) -> Option<Arc<End>> {
+        match self {
+            Self::Running(run) | Self::Paused(run) => run.before.clone(),
+            Self::Ended(end) => Some(Arc::clone(end)),
+            Self::Off | Self::Starting | Self::Stopping => None,
+        }
+    }
+
     /// Whether nothing of it is left.
     fn is_over(&self) -> bool {
         matches!(self, Self::Off | Self::Ended(_))
@@ -208,8 +222,12 @@ impl State {
 /// A guest from its machine's start to its end.
 #[derive(Clone)]
 struct Run {
-    /// Asks the supervisor to end the machine.
-    stop: watch::Sender<bool>,
+    /// Tells it from other runs of the machine.
+    number: u64,
+    /// How the run before it ended, if no call took note of that.
+    before: Option<Arc<End>>,
+    /// Asks the supervisor to end the machine, in this way.
+    stop: watch::Sender<Option<End>>,
     access: Access,
     allow_reboot: bool,
     /// How often the guest was started or has restarted itself.
@@ -255,6 +273,7 @@ impl Machine {
                 events: qmp::Events::new(own),
                 state: watch::Sender::new(State::Off),
                 used: std::sync::Mutex::default(),
+                runs: AtomicU64::new(0),
                 changing: Mutex::new(()),
             }),
         })
@@ -270,6 +289,11 @@ impl Machine {
     #[must_use]
     pub fn config(&self) -> &NodeConfig {
         &self.inner.node
+    }
+
+    /// Whether both are the same one.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     /// Whether it was made from this.
@@ -400,12 +424,19 @@ impl Machine {
         }
     }
 
-    /// Waits until nothing of the machine is left; returns the reason.
+    /// Waits until nothing of the machine's present run is left; returns the reason.
     async fn ended(&self, state: &mut watch::Receiver<State>) -> Error {
+        let number = state.borrow().run().map(|run| run.number);
+        let is_over = |state: &State| {
+            // Another run may have begun already.
+            state.is_over()
+                || number.is_some() && state.run().is_some_and(|run| Some(run.number) != number)
+        };
         // The sender lives in self, so there is always an answer.
-        match state.wait_for(State::is_over).await.as_deref() {
-            Ok(State::Ended(end)) => self.ended_error(end),
-            _ => self.not_running(),
+        let state = state.wait_for(is_over).await.ok();
+        match state.and_then(|state| state.end()) {
+            Some(end) => self.ended_error(&end),
+            None => self.not_running(),
         }
     }
 

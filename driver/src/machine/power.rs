@@ -2,6 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use firn_vmm::device::boot_timer::Mark;
@@ -25,11 +26,32 @@ const SLOW_REBOOT: Duration = Duration::from_secs(60);
 const UNKNOWN_REASON: &str = "its kernel printed no reason on the serial console";
 
 /// A supervised machine, between its start and its end.
-struct Launched {
+pub(super) struct Launched {
     events: mpsc::UnboundedReceiver<Event>,
     /// The host's ends of the guest's console ports: hvc0, and the agent's.
     hvc0: Arc<UnixStream>,
     agent: Option<UnixStream>,
+    guest: Guest,
+}
+
+/// What is to be expected of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Guest {
+    /// It boots.
+    Fresh,
+    /// It boots again: its ports may hold bytes of the earlier boot.
+    Again,
+    /// It goes on after going back to a checkpoint, where its agent may be in the middle of anything.
+    Back {
+        /// The backdoor's shell waits for a command.
+        shell: bool,
+    },
+}
+
+impl Launched {
+    pub(super) fn new(Started { events, shell, agent }: Started, guest: Guest) -> Self {
+        Self { events, hvc0: Arc::new(shell), agent, guest }
+    }
 }
 
 impl Machine {
@@ -58,20 +80,29 @@ impl Machine {
         let before = self.inner.state.send_replace(State::Starting);
         self.inner.console.restart();
         let (dirs, console) = (self.dirs().clone(), Arc::clone(&self.inner.console));
-        let Started { events, shell, agent } =
-            match self.inner.backend.start(dirs, console, allow_reboot).await {
-                Ok(started) => started,
-                Err(error) => {
-                    self.inner.state.send_replace(before);
-                    return Err(error);
-                }
-            };
-        let launched = Launched { events, hvc0: Arc::new(shell), agent };
-        let (stop, stopped) = watch::channel(false);
-        let access = Access::new(Arc::clone(&launched.hvc0));
-        self.inner.state.send_replace(State::Running(Run { stop, access, allow_reboot, boots: 1 }));
-        tokio::spawn(self.clone().supervise(launched, stopped, allow_reboot));
+        let started = match self.inner.backend.start(dirs, console, allow_reboot).await {
+            Ok(started) => started,
+            Err(error) => {
+                self.inner.state.send_replace(before);
+                return Err(error);
+            }
+        };
+        let launched = Launched::new(started, Guest::Fresh);
+        self.supervise_as(launched, |run| State::Running(Run { allow_reboot, ..run }));
         Ok(())
+    }
+
+    /// Takes a machine that was started into the state that `becomes` makes of its run, and attends to it.
+    pub(super) fn supervise_as(&self, launched: Launched, becomes: impl FnOnce(Run) -> State) {
+        let (stop, stopped) = watch::channel(None);
+        let access = Access::new(Arc::clone(&launched.hvc0));
+        let number = self.inner.runs.fetch_add(1, Ordering::Relaxed);
+        let before = self.inner.state.borrow().end();
+        let run = Run { number, before, stop, access, allow_reboot: false, boots: 1 };
+        let state = becomes(run);
+        let allow_reboot = state.run().is_some_and(|run| run.allow_reboot);
+        self.inner.state.send_replace(state);
+        tokio::spawn(self.clone().supervise(launched, stopped, allow_reboot));
     }
 
     /// Freezes the guest until [`Self::resume`]: its vCPUs, its devices, and the timeouts of all calls that wait for
@@ -341,19 +372,28 @@ impl Machine {
     /// Stops it without logging, and waits until nothing of it is left.
     pub(crate) async fn stop(&self) {
         // A machine that is being started is stopped once its start has succeeded or failed.
-        if self.status() == Status::Starting {
-            self.inner.backend.cancel_start();
-        }
+        self.cancel_start();
         let _changing = self.inner.changing.lock().await;
         self.request_stop();
         self.wait_for_end().await;
         self.inner.state.send_if_modified(forget_end);
     }
 
+    /// Has a start that is under way fail soon.
+    pub(crate) fn cancel_start(&self) {
+        if self.status() == Status::Starting {
+            self.inner.backend.cancel_start();
+        }
+    }
+
     /// Asks it to end, without waiting.
     pub(crate) fn request_stop(&self) {
+        self.request_end(End::Stopped);
+    }
+
+    pub(super) fn request_end(&self, end: End) {
         if let Some(run) = self.inner.state.borrow().run() {
-            run.stop.send_replace(true);
+            run.stop.send_replace(Some(end));
         }
     }
 
@@ -361,18 +401,18 @@ impl Machine {
     async fn supervise(
         self,
         mut launched: Launched,
-        mut stopped: watch::Receiver<bool>,
+        mut stopped: watch::Receiver<Option<End>>,
         allow_reboot: bool,
     ) {
         let (finish, finished) = watch::channel(false);
         let shown = tokio::spawn({
             let (machine, console) = (self.clone(), Arc::clone(&self.inner.console));
             let log = self.inner.log.clone();
-            async move { console.show(machine.name(), &log, finished).await }
+            let from = console.position(launched.guest == Guest::Fresh);
+            async move { console.show(machine.name(), &log, from, finished).await }
         });
-        let mut again = false;
         let end = loop {
-            let end = self.attend(&mut launched, &mut stopped, again).await;
+            let end = self.attend(&mut launched, &mut stopped).await;
             self.inner.events.ended(&end);
             if end != End::Reset || !allow_reboot {
                 break end;
@@ -381,17 +421,20 @@ impl Machine {
             if let Err(error) = self.reset(&launched).await {
                 break End::Failed(chain(&error));
             }
-            again = true;
+            launched.guest = Guest::Again;
         };
-        self.inner.state.send_replace(State::Stopping);
+        let run = self.inner.state.send_replace(State::Stopping);
         // Calls that waited for a paused machine now wait for its end.
         self.inner.clock.resume();
         self.inner.backend.stop().await;
         // The console's last lines come before any message about the end.
         finish.send_replace(true);
         let _ = shown.await;
-        if end != End::Stopped {
+        if !matches!(end, End::Stopped | End::WentBack(_)) {
             self.log(&end);
+        }
+        if let Some(run) = run.run() {
+            run.access.abandon();
         }
         self.inner.state.send_replace(State::Ended(Arc::new(end)));
     }
@@ -410,22 +453,21 @@ impl Machine {
         self.inner.backend.restart().await
     }
 
-    /// Serves a running machine until it ends or is told to. The agent's port may hold bytes of an earlier boot if it
-    /// runs
-    /// `again`.
+    /// Serves a running machine until it ends or is told to.
     async fn attend(
         &self,
         launched: &mut Launched,
-        stopped: &mut watch::Receiver<bool>,
-        again: bool,
+        stopped: &mut watch::Receiver<Option<End>>,
     ) -> End {
-        let Launched { events, hvc0, agent } = launched;
+        let Launched { events, hvc0, agent, guest } = launched;
         tokio::select! {
             biased;
-            _ = stopped.wait_for(|stop| *stop) => End::Stopped,
+            stop = stopped.wait_for(Option::is_some) => {
+                stop.ok().as_deref().cloned().flatten().unwrap_or(End::Stopped)
+            }
             end = self.attend_events(events) => end,
-            never = self.attend_way(By::Shell, Some(hvc0), again) => match never {},
-            never = self.attend_way(By::Agent, agent.as_ref(), again) => match never {},
+            never = self.attend_way(By::Shell, Some(hvc0), *guest) => match never {},
+            never = self.attend_way(By::Agent, agent.as_ref(), *guest) => match never {},
         }
     }
 

@@ -169,6 +169,11 @@ impl AgentClient {
         self.shared.lose(Lost::Closed);
     }
 
+    /// Ends the connection, but leaves those who wait for an answer waiting: for a caller who tells them better.
+    pub fn abandon(&self) {
+        self.tasks.0.iter().for_each(JoinHandle::abort);
+    }
+
     /// Why the agent is lost, if it is.
     #[must_use]
     pub fn lost_reason(&self) -> Option<Lost> {

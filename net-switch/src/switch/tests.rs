@@ -56,6 +56,29 @@ fn send(port: &SwitchPort, to: Mac, from: Mac) -> Delivery {
 }
 
 #[test]
+fn addresses_go_back() {
+    let switch = Switch::new("vlan1");
+    let ((a, _), (b, b_card), (c, c_card)) =
+        (plug(&switch, "a"), plug(&switch, "b"), plug(&switch, "c"));
+    send(&b, BROADCAST, mac(2));
+    let then = switch.addresses();
+    // A station moves, and another comes.
+    send(&c, BROADCAST, mac(2));
+    send(&b, BROADCAST, mac(3));
+    b_card.take();
+    c_card.take();
+    switch.restore_addresses(&then);
+    send(&a, mac(2), mac(1));
+    assert_eq!((b_card.take().len(), c_card.take().len()), (1, 0), "where it was");
+    send(&a, mac(3), mac(1));
+    assert_eq!((b_card.take().len(), c_card.take().len()), (1, 1), "unknown: flooded");
+    drop(b);
+    switch.restore_addresses(&then);
+    send(&a, mac(2), mac(1));
+    assert_eq!(c_card.take().len(), 1, "its port is gone: flooded");
+}
+
+#[test]
 fn floods_until_it_has_learned() {
     let switch = Switch::new("vlan1");
     let (p1, c1) = plug(&switch, "1");

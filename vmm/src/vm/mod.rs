@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! new, restore --> Built --start()--> Running --stop()--> Stopped
-//!                    ^                   |
-//!                    +----- reset() -----+
+//!                    ^                   | |
+//!                    +----- reset() -----+ +--cut_power()--> Off
+//!                    +----- reset(), roll_back() -------------+
 //! ```
 
 mod build;
@@ -181,6 +182,8 @@ enum Phase {
     Running,
     /// Its threads wait.
     Paused,
+    /// Its power was cut; it can be reset or go back to a checkpoint.
+    Off,
     /// For good.
     Stopped,
 }
@@ -429,6 +432,19 @@ impl Vm {
                 tracing::error!(machine = self.spec.name, "a vCPU thread panicked");
             }
         }
+    }
+
+    /// Ends the guest as if its power failed, but keeps what it ran on for [`Vm::reset`] or [`Vm::roll_back`]. Does
+    /// nothing after [`Vm::stop`].
+    pub fn cut_power(&mut self) {
+        if self.phase == Phase::Stopped {
+            return;
+        }
+        self.end_vcpus();
+        for transport in &self.transports {
+            transport.reset();
+        }
+        self.phase = Phase::Off;
     }
 
     /// Ends the machine as if its power failed. On return none of its threads runs and its devices have released

@@ -19,12 +19,16 @@ use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, spawn_blocking};
 
-use super::{Backend, Event, Input, Parts, Started};
+use super::{Backend, Checkpoints, Event, Input, Parts, Started};
 use crate::config::PortForward;
 use crate::error::{End, MachineError, Result};
 use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
 use crate::machine::rfb::{self, Display};
+
+mod checkpoints;
+
+pub(in crate::machine) use checkpoints::Kept;
 
 /// Most events of a machine, beside those that begin and end a boot, that are passed on.
 const MAX_EVENTS: u32 = 1000;
@@ -43,11 +47,20 @@ pub(super) struct Firn {
     cancel: Mutex<Cancel>,
     /// Of the last boot that has ended.
     boot_marks: Mutex<Vec<Mark>>,
+    /// Held by checkpoints too: while there are any, a machine that ends is only switched off.
+    held: Arc<()>,
 }
 
-/// A virtual machine between its start and its end.
+/// A virtual machine, from its start to its end or, if there are checkpoints of it, for longer.
 struct Running {
     vm: Vm,
+    /// It has ended, and is kept for checkpoints.
+    off: bool,
+    /// Where its events go.
+    events: Arc<Mutex<mpsc::UnboundedSender<Event>>>,
+    /// The host's ends of its ports.
+    shell: UnixStream,
+    agent: UnixStream,
     /// Serves viewers of its screen.
     viewers: Option<AbortHandle>,
     paused: bool,
@@ -63,6 +76,7 @@ impl Firn {
             running: Arc::default(),
             cancel: Mutex::default(),
             boot_marks: Mutex::default(),
+            held: Arc::default(),
         }
     }
 
@@ -89,7 +103,9 @@ impl Firn {
         work: impl FnOnce(&mut Running) -> T + Send + 'static,
     ) -> Result<T> {
         let running = Arc::clone(&self.running);
-        let done = blocking(move || lock(&running).as_mut().map(work)).await;
+        let done =
+            blocking(move || lock(&running).as_mut().filter(|running| !running.off).map(work));
+        let done = done.await;
         done.ok_or_else(|| MachineError::NotRunning { machine: self.name() }.into())
     }
 
@@ -98,8 +114,9 @@ impl Firn {
         let (shell, shell_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
         let (agent, agent_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
         let (sender, events) = mpsc::unbounded_channel();
+        let sender = Arc::new(Mutex::new(sender));
         let host = HostSide {
-            events: Box::new(passed_on(self.name(), sender)),
+            events: Box::new(passed_on(self.name(), Arc::clone(&sender))),
             serial: Box::new(ConsoleWriter(console)),
             connect: Box::new(Ends {
                 shell: Some(shell_guest),
@@ -109,11 +126,22 @@ impl Firn {
             descriptors: self.parts.descriptors.monitor(),
             cancel: lock(&self.cancel).clone(),
         };
-        let vm = blocking(move || start_vm(&spec, host)).await;
-        let mut running = vm.map_err(|e| self.start_error(e))?;
-        running.viewers = self.open_to_viewers(&running.vm, dirs);
+        let memory = spec.memory.get() << 20;
+        let vm = blocking(move || start_vm(&spec, host)).await.map_err(|e| self.start_error(e))?;
+        let viewers = self.open_to_viewers(&vm, dirs);
+        let running = Running {
+            vm,
+            off: false,
+            events: sender,
+            shell,
+            agent,
+            viewers,
+            paused: false,
+            memory,
+        };
+        let started = running.started(events).map_err(|e| self.start_error(e))?;
         *lock(&self.running) = Some(running);
-        Ok(Started { events, shell, agent: Some(agent) })
+        Ok(started)
     }
 
     /// Lets viewers see the screen, if there is one.
@@ -189,8 +217,12 @@ impl Backend for Firn {
     ) -> BoxFuture<'_, Result<Started>> {
         *lock(&self.cancel) = Cancel::default();
         Box::pin(async move {
+            self.discard_unless_held().await;
             self.open_user_network(&dirs).await?;
-            let started = self.launch(&dirs, console).await;
+            let started = match self.start_kept(&dirs).await? {
+                Some(started) => return Ok(started),
+                None => self.launch(&dirs, console).await,
+            };
             if started.is_err() {
                 self.close_user_network().await;
             }
@@ -219,19 +251,22 @@ impl Backend for Firn {
 
     fn stop(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
+            let held = self.held();
             let running = Arc::clone(&self.running);
             let marks = blocking(move || {
-                let mut running = lock(&running).take()?;
-                if let Some(viewers) = &running.viewers {
-                    viewers.abort();
+                let mut running = lock(&running);
+                match held {
+                    true => running.as_mut().map(Running::switch_off),
+                    false => running.take().map(|mut running| running.end()),
                 }
-                running.vm.stop();
-                Some(running.vm.boot_marks())
             });
             if let Some(marks) = marks.await {
                 *lock(&self.boot_marks) = marks;
             }
-            self.close_user_network().await;
+            // The card of one that can go back stays plugged in there.
+            if !held {
+                self.close_user_network().await;
+            }
         })
     }
 
@@ -243,10 +278,17 @@ impl Backend for Firn {
     }
 
     fn resume(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.with(|running| {
-            running.vm.resume();
-            running.paused = false;
-        }))
+        Box::pin(async {
+            let resume = |running: &mut Running| {
+                // One that went back waits for its start.
+                running.vm.start()?;
+                running.vm.resume();
+                running.paused = false;
+                Ok(())
+            };
+            let resumed = self.with(resume).await?;
+            resumed.map_err(|error| self.monitor_error("cannot resume it", error).into())
+        })
     }
 
     fn press_power_button(&self) -> BoxFuture<'_, Result<()>> {
@@ -319,6 +361,10 @@ impl Backend for Firn {
     fn boot_marks(&self) -> Vec<Mark> {
         lock(&self.boot_marks).clone()
     }
+
+    fn checkpoints(&self) -> Option<&dyn Checkpoints> {
+        Some(self)
+    }
 }
 
 /// The other ends of a machine's devices.
@@ -340,16 +386,37 @@ impl Connect for Ends {
     }
 }
 
-fn start_vm(spec: &MachineSpec, host: HostSide) -> Result<Running, VmError> {
+fn start_vm(spec: &MachineSpec, host: HostSide) -> Result<Vm, VmError> {
     let mut vm = Vm::new(spec, host)?;
     vm.start()?;
-    Ok(Running { vm, viewers: None, paused: false, memory: spec.memory.get() << 20 })
+    Ok(vm)
+}
+
+impl Running {
+    /// What a start gives to the machine.
+    fn started(&self, events: mpsc::UnboundedReceiver<Event>) -> io::Result<Started> {
+        let (shell, agent) = (self.shell.try_clone()?, Some(self.agent.try_clone()?));
+        Ok(Started { events, shell, agent })
+    }
+
+    /// Ends it for good; returns when it reached which stage of its boot.
+    fn end(&mut self) -> Vec<Mark> {
+        self.close_to_viewers();
+        self.vm.stop();
+        self.vm.boot_marks()
+    }
+
+    fn close_to_viewers(&self) {
+        if let Some(viewers) = &self.viewers {
+            viewers.abort();
+        }
+    }
 }
 
 /// Passes the monitor's events on, as far as they matter.
 fn passed_on(
     machine: String,
-    events: mpsc::UnboundedSender<Event>,
+    events: Arc<Mutex<mpsc::UnboundedSender<Event>>>,
 ) -> impl Fn(vm::Event) + Send + Sync {
     let count = AtomicU32::new(0);
     move |event| {
@@ -368,7 +435,7 @@ fn passed_on(
             other => return tracing::debug!(machine, event = ?other, "event"),
         };
         // Nobody listens any more once the machine is being stopped.
-        let _ = events.send(event);
+        let _ = lock(&events).send(event);
     }
 }
 

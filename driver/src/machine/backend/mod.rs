@@ -25,6 +25,8 @@ use crate::vlan::Vlan;
 mod firn;
 mod qemu;
 
+pub(super) use firn::Kept;
+
 /// What a machine gives to whatever runs it.
 pub(super) struct Parts {
     pub(super) node: Arc<NodeConfig>,
@@ -107,10 +109,27 @@ pub(super) trait Backend: Send + Sync {
     /// When its last boot, if that has ended, reached which stage.
     fn boot_marks(&self) -> Vec<Mark>;
 
+    /// Checkpoints, if it can make them.
+    fn checkpoints(&self) -> Option<&dyn Checkpoints> {
+        None
+    }
+
     /// QEMU's own monitors, if it has them; else what scripts ask of those is firn's to answer.
     fn monitor(&self) -> Option<&dyn QemuMonitors> {
         None
     }
+}
+
+/// A machine that can go back.
+pub(super) trait Checkpoints: Send + Sync {
+    /// Keeps what a paused guest is. While that exists, the machine's end only switches it off.
+    fn keep(&self) -> BoxFuture<'_, Result<Kept>>;
+
+    /// Makes the guest, whatever became of it, what it was then. It stands still until [`Backend::resume`].
+    fn go_back<'a>(&'a self, dirs: &'a Dirs, to: &'a Kept) -> BoxFuture<'a, Result<Started>>;
+
+    /// Ends a machine for good that was only switched off: it cannot go back any more.
+    fn discard(&self) -> BoxFuture<'_, ()>;
 }
 
 /// The host's hand on a keyboard or a pointer.

@@ -143,6 +143,15 @@ impl Session {
         each!(self, session => session.close());
     }
 
+    /// Ends it without a word to those who wait for answers.
+    pub(super) fn abandon(&self) {
+        match self {
+            Self::Agent(agent) => agent.client().abandon(),
+            // Only those who wait read from its console.
+            Self::Shell(_) => {}
+        }
+    }
+
     /// Whether it can no longer be used.
     pub(super) fn is_lost(&self) -> bool {
         each!(self, session => session.is_lost())

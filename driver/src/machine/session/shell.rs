@@ -107,10 +107,29 @@ impl ShellSession {
             seen.clear();
             read_line(&mut reader, MAX_LINE, &mut seen).await?;
         }
+        Ok(Self::open(reader, writer, clock))
+    }
+
+    /// Goes on with a shell that waits for a command.
+    pub(crate) fn resume(stream: &UnixStream, clock: &Clock) -> Result<Self> {
+        let (reader, writer) = tokio::io::split(cloned(stream).map_err(ShellError::from)?);
+        Ok(Self::open(BufReader::new(reader), writer, clock))
+    }
+
+    fn open(
+        reader: BufReader<ReadHalf<net::UnixStream>>,
+        writer: WriteHalf<net::UnixStream>,
+        clock: &Clock,
+    ) -> Self {
         let (sender, lines) = mpsc::unbounded_channel();
         tokio::spawn(write_lines(writer, lines));
         let line = Arc::new(Mutex::new(Line { reader, writer: sender, calls: 0 }));
-        Ok(Self { line, clock: clock.clone(), end: Arc::new(watch::Sender::new(None)) })
+        Self { line, clock: clock.clone(), end: Arc::new(watch::Sender::new(None)) }
+    }
+
+    /// Whether nobody waits for an answer.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.line.try_lock().is_ok()
     }
 
     /// Whether both are the same one.

@@ -1,0 +1,258 @@
+//! Checkpoints of a whole run: all machines, networks and shared directories go back together, as often as wanted.
+//!
+//! ```text
+//! checkpoint: all machines stand still -> each is kept, and the networks, and the directories -> they go on
+//! roll back:  all machines are switched off -> networks, directories and machines go back -> they go on
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use firn_net_switch::{Addresses, Switch};
+use futures_util::future::{join_all, try_join_all};
+use tokio::task::spawn_blocking;
+
+use crate::driver::Driver;
+use crate::error::{End, Error, MachineError, Result};
+use crate::machine::{Machine, Then};
+use crate::scratch::Scratch;
+
+mod copy;
+
+/// What a run was at some time, to go back to with [`Driver::roll_back`]. Checkpoints are a stack: going back to one
+/// ends all later ones.
+pub struct Checkpoint(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    /// None once the run has gone back to an earlier one, or is over.
+    world: Mutex<Option<World>>,
+}
+
+struct World {
+    machines: Vec<(Machine, Then)>,
+    switches: Vec<(Switch, Addresses)>,
+    dirs: Arc<Dirs>,
+}
+
+/// What was in the directories that guests write to.
+struct Dirs {
+    /// In the scratch directory each has its number.
+    sources: Vec<PathBuf>,
+    copies: Scratch,
+}
+
+/// The checkpoints of a run that there are, oldest first.
+#[derive(Default)]
+pub(crate) struct Stack(Mutex<Vec<Weak<Inner>>>);
+
+impl Checkpoint {
+    /// Its name, for messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Whether the run can still go back to it.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.0.world().is_some()
+    }
+
+    /// Gives it up; what it took is free.
+    pub fn forget(&self) {
+        self.0.world().take();
+    }
+}
+
+impl Inner {
+    fn world(&self) -> MutexGuard<'_, Option<World>> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stack {
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Inner>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, checkpoint: &Arc<Inner>) {
+        let mut stack = self.lock();
+        stack.retain(|there| there.strong_count() > 0);
+        stack.push(Arc::downgrade(checkpoint));
+    }
+
+    /// Ends all that came after this one; without one, all.
+    pub(crate) fn end(&self, after: Option<&Checkpoint>) {
+        let mut stack = self.lock();
+        let is =
+            |there: &Weak<Inner>| after.is_some_and(|this| there.as_ptr() == Arc::as_ptr(&this.0));
+        let kept = stack.iter().position(is).map_or(0, |at| at + 1);
+        for ended in stack.drain(kept..).filter_map(|ended| ended.upgrade()) {
+            ended.world().take();
+        }
+    }
+}
+
+impl Driver {
+    /// Keeps what all machines, networks and shared directories are, to go back to as often as wanted. Machines stand
+    /// still meanwhile. The first time their memory is copied, later only what has changed since.
+    ///
+    /// What the user shares with guests from directories outside of the run is not part of it.
+    ///
+    /// # Errors
+    /// [`MachineError::Usage`] if a machine is booting or ending, runs under QEMU, or has a command running over the
+    /// backdoor; if there is no room. The run goes on as it was.
+    pub async fn checkpoint(&self, name: &str) -> Result<Checkpoint> {
+        let machines = self.all_machines();
+        let _changing = join_all(machines.iter().map(Machine::changing)).await;
+        machines.iter().try_for_each(Machine::check_checkpoint)?;
+        let _step = self.logger().nested(format_args!("checkpoint {name}"));
+        let (dirs, left): (Vec<_>, Vec<_>) = machines.iter().map(Machine::writable_dirs).unzip();
+        for (machine, shares) in machines.iter().zip(left).filter(|(_, shares)| !shares.is_empty())
+        {
+            machine.log(format_args!(
+                "not part of the checkpoint: what is in share {}",
+                shares.join(", ")
+            ));
+        }
+        let mut frozen = Vec::new();
+        let kept =
+            async {
+                for (machine, stands) in
+                    machines.iter().zip(join_all(machines.iter().map(Machine::freeze)).await)
+                {
+                    match stands {
+                        Ok(true) => frozen.push(machine),
+                        Ok(false) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(World {
+                    dirs: Arc::new(blocking(move || Dirs::new(dirs.concat())).await?),
+                    switches: self
+                        .vlans()
+                        .iter()
+                        .map(|vlan| (vlan.switch().clone(), vlan.switch().addresses()))
+                        .collect(),
+                    machines: try_join_all(machines.iter().map(async |machine| {
+                        Ok::<_, Error>((machine.clone(), machine.keep().await?))
+                    }))
+                    .await?,
+                })
+            };
+        let kept = kept.await;
+        let gone_on = join_all(frozen.into_iter().map(Machine::thaw)).await;
+        let world = kept?;
+        gone_on.into_iter().collect::<Result<()>>()?;
+        let inner = Arc::new(Inner { name: name.to_owned(), world: Mutex::new(Some(world)) });
+        self.checkpoints().push(&inner);
+        Ok(Checkpoint(inner))
+    }
+
+    /// Makes the run what it was at the checkpoint, which stays there. For the guests no time has passed. Calls that
+    /// wait for a guest end with [`MachineError::Ended`]; connections between guests and the host end; what the log
+    /// says stays. A machine that was made after the checkpoint is stopped.
+    ///
+    /// # Errors
+    /// [`MachineError::Usage`] if the checkpoint is gone: nothing has happened then. The host refuses: the machines
+    /// that could not go back are off.
+    pub async fn roll_back(&self, to: &Checkpoint) -> Result<()> {
+        let name = to.name();
+        let gone = || {
+            let what = format!(
+                "checkpoint {name} is gone: the run went back to an earlier one, or has changed"
+            );
+            Err(MachineError::Usage(what).into())
+        };
+        let all = self.all_machines();
+        // Out of its place, so that nobody goes back to it at the same time.
+        let Some(world) = to.0.world().take() else { return gone() };
+        let done =
+            match world.machines.iter().all(|(machine, _)| all.iter().any(|one| one.is(machine))) {
+                true => self.go_back(to, &world, &all).await,
+                false => gone(),
+            };
+        *to.0.world() = Some(world);
+        done
+    }
+
+    /// Sets the clocks of all guests that take commands to the present time.
+    ///
+    /// # Errors
+    /// The first guest's error.
+    pub async fn set_clocks(&self) -> Result<()> {
+        for machine in self.all_machines().iter().filter(|machine| machine.booted()) {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let set = format!("date -s @{}.{:03}", now.as_secs(), now.subsec_millis());
+            machine.succeed(&[&set], None).await?;
+        }
+        Ok(())
+    }
+
+    async fn go_back(&self, to: &Checkpoint, world: &World, all: &[Machine]) -> Result<()> {
+        let _step = self.logger().nested(format_args!("rolling back to checkpoint {}", to.name()));
+        for machine in all {
+            machine.cancel_start();
+        }
+        let _changing = join_all(all.iter().map(Machine::changing)).await;
+        self.checkpoints().end(Some(to));
+        let end = || End::WentBack(format!("checkpoint {}", to.name()));
+        join_all(all.iter().map(|machine| machine.cut(end()))).await;
+        for (switch, addresses) in &world.switches {
+            switch.restore_addresses(addresses);
+        }
+        let dirs = Arc::clone(&world.dirs);
+        blocking(move || dirs.put_back()).await?;
+        let backs = world.machines.iter().map(|(machine, then)| machine.go_back(then));
+        let backs = join_all(backs).await;
+        let mut done = Ok(());
+        for ((machine, _), back) in world.machines.iter().zip(backs) {
+            let gone_on = match back {
+                Ok(Some(back)) => machine.go_on(back).await,
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            };
+            done = done.and(gone_on);
+        }
+        done
+    }
+}
+
+impl Dirs {
+    fn new(mut sources: Vec<PathBuf>) -> Result<Self, MachineError> {
+        sources.sort();
+        sources.dedup();
+        sources.retain(|source| source.is_dir());
+        let copies = Scratch::new().map_err(MachineError::file("make", std::env::temp_dir()))?;
+        let dirs = Self { sources, copies };
+        for (source, copy) in dirs.pairs() {
+            let copied = fs::create_dir(&copy).and_then(|()| copy::mirror(source, &copy));
+            copied.map_err(MachineError::file("copy", source))?;
+        }
+        Ok(dirs)
+    }
+
+    fn put_back(&self) -> Result<(), MachineError> {
+        self.pairs().filter(|(source, _)| source.is_dir()).try_for_each(|(source, copy)| {
+            copy::mirror(&copy, source).map_err(MachineError::file("put back", source))
+        })
+    }
+
+    fn pairs(&self) -> impl Iterator<Item = (&Path, PathBuf)> {
+        let copy = |at: usize| self.copies.path().join(at.to_string());
+        self.sources.iter().enumerate().map(move |(at, source)| (source.as_path(), copy(at)))
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, MachineError> + Send + 'static,
+) -> Result<T> {
+    match spawn_blocking(work).await {
+        Ok(done) => Ok(done?),
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}

@@ -1,0 +1,148 @@
+//! Going back: what a machine keeps while there are checkpoints of it.
+
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use firn_net_switch::NetPort;
+use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::vm::{Checkpoint, VmError};
+use futures_util::future::BoxFuture;
+use tokio::sync::mpsc;
+
+use super::{Firn, Running, blocking, lock};
+use crate::error::{MachineError, Result};
+use crate::machine::Dirs;
+use crate::machine::backend::{Checkpoints, Event, Started};
+
+/// What a machine was. While this exists, its end only switches it off.
+#[derive(Clone)]
+pub(in crate::machine) struct Kept {
+    checkpoint: Arc<Checkpoint>,
+    /// Whether the cables of its cards were plugged in.
+    links: Vec<bool>,
+    _held: Arc<()>,
+}
+
+impl Checkpoints for Firn {
+    fn keep(&self) -> BoxFuture<'_, Result<Kept>> {
+        Box::pin(async {
+            let checkpoint = self.with(|running| running.vm.checkpoint()).await?;
+            let failed = |error| self.monitor_error("cannot make a checkpoint", error);
+            Ok(Kept {
+                checkpoint: Arc::new(checkpoint.map_err(failed)?),
+                links: self.parts.ports.iter().map(|port| port.link_up()).collect(),
+                _held: Arc::clone(&self.held),
+            })
+        })
+    }
+
+    fn go_back<'a>(&'a self, dirs: &'a Dirs, to: &'a Kept) -> BoxFuture<'a, Result<Started>> {
+        Box::pin(async move {
+            for (port, up) in self.parts.ports.iter().zip(&to.links) {
+                port.set_link(*up);
+            }
+            let checkpoint = Arc::clone(&to.checkpoint);
+            self.again(dirs, "cannot go back", move |running| running.vm.roll_back(&checkpoint))
+                .await?
+                .ok_or_else(|| MachineError::NotRunning { machine: self.name() }.into())
+        })
+    }
+
+    fn discard(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            let running = Arc::clone(&self.running);
+            let ended = blocking(move || {
+                let kept = lock(&running).take_if(|running| running.off);
+                kept.map(|mut kept| kept.end()).is_some()
+            });
+            if ended.await {
+                self.close_user_network().await;
+            }
+        })
+    }
+}
+
+impl Firn {
+    /// Whether there are checkpoints of it.
+    pub(super) fn held(&self) -> bool {
+        Arc::strong_count(&self.held) > 1
+    }
+
+    pub(super) async fn discard_unless_held(&self) {
+        if !self.held() {
+            self.discard().await;
+        }
+    }
+
+    /// Starts the machine that was only switched off, if there is one: on its disks lies what may be taken back.
+    pub(super) async fn start_kept(&self, dirs: &Dirs) -> Result<Option<Started>> {
+        let started = self.again(dirs, "cannot start it again", |running| running.vm.reset());
+        let started = started.await?;
+        if started.is_some() {
+            self.with(|running| running.vm.start())
+                .await?
+                .map_err(|error| self.start_error(error))?;
+        }
+        Ok(started)
+    }
+
+    /// Does something with the machine that is there, whatever became of it, that makes it ready to start.
+    async fn again(
+        &self,
+        dirs: &Dirs,
+        what: &'static str,
+        ready: impl FnOnce(&mut Running) -> Result<(), VmError> + Send + 'static,
+    ) -> Result<Option<Started>> {
+        let running = Arc::clone(&self.running);
+        let made = blocking(move || {
+            let mut running = lock(&running);
+            let running = running.as_mut()?;
+            if let Err(error) = ready(running) {
+                return Some(Err(error));
+            }
+            let (sender, events) = mpsc::unbounded_channel();
+            // Of a guest that goes on in the middle of its life no boot is told.
+            let _ = sender.send(Event::Booting);
+            *lock(&running.events) = sender;
+            (running.off, running.paused) = (false, false);
+            let started = drain(&running.shell)
+                .and_then(|()| drain(&running.agent))
+                .and_then(|()| running.started(events));
+            Some(Ok(started))
+        });
+        let Some(made) = made.await else { return Ok(None) };
+        let started = made.map_err(|error| self.monitor_error(what, error))?;
+        let started = started.map_err(|error| self.start_error(error))?;
+        if let Some(running) = &mut *lock(&self.running) {
+            running.close_to_viewers();
+            running.viewers = self.open_to_viewers(&running.vm, dirs);
+        }
+        Ok(Some(started))
+    }
+}
+
+impl Running {
+    /// Ends its guest, but keeps what it can go back with; returns when it reached which stage of its boot.
+    pub(super) fn switch_off(&mut self) -> Vec<Mark> {
+        self.close_to_viewers();
+        self.vm.cut_power();
+        self.off = true;
+        self.vm.boot_marks()
+    }
+}
+
+/// Throws away what an end that is over has sent.
+fn drain(mut stream: &UnixStream) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}

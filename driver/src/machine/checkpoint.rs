@@ -1,0 +1,207 @@
+//! A machine's part in a checkpoint of the whole run.
+//!
+//! Every machine is frozen before any is kept, and switched off before any goes back, so that no frame is half way.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::MutexGuard;
+
+use super::backend::{Checkpoints, Kept, Started};
+use super::console::Mark;
+use super::power::{Guest, Launched};
+use super::{Machine, Run, State, Status};
+use crate::config::BackendKind;
+use crate::error::{End, MachineError, Result};
+
+/// What a machine was at a checkpoint.
+pub(crate) struct Then {
+    console: Mark,
+    was: Was,
+}
+
+enum Was {
+    /// Off since it was made; it may have ended before its first boot.
+    Off(Option<Arc<End>>),
+    Up {
+        kept: Kept,
+        paused: bool,
+        allow_reboot: bool,
+        boots: u32,
+        /// The backdoor's shell was there, and waited for a command.
+        shell: bool,
+    },
+}
+
+/// A machine that went back and stands still.
+pub(crate) struct Back {
+    started: Started,
+    run: (bool, bool, u32, bool),
+}
+
+impl Machine {
+    /// Keeps everybody else from starting, stopping, pausing or resuming it.
+    pub(crate) async fn changing(&self) -> MutexGuard<'_, ()> {
+        self.inner.changing.lock().await
+    }
+
+    /// # Errors
+    /// [`MachineError::Usage`] if there can be no checkpoint of it now, and why.
+    pub(crate) fn check_checkpoint(&self) -> Result<()> {
+        let refuse = |why: &str| {
+            Err(MachineError::Usage(format!("no checkpoint: {} {why}", self.name())).into())
+        };
+        if self.inner.node.backend() == BackendKind::Qemu {
+            return refuse("runs under QEMU, which firn cannot take back");
+        }
+        match self.status() {
+            Status::Starting => refuse("is starting: wait until it takes commands"),
+            Status::Stopping => {
+                refuse("is ending: wait until it is off, as wait_for_shutdown() does")
+            }
+            Status::Running | Status::Paused if !self.connected() => refuse(
+                "does not take commands yet: wait until it has booted, for example with wait_for_unit()",
+            ),
+            Status::Running | Status::Paused => Ok(()),
+            Status::Off | Status::Ended => match self.image_in_use()? {
+                Some(image) => refuse(&format!(
+                    "is off, and what it writes to {} could not be taken back: start it before the checkpoint",
+                    image.display()
+                )),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// An image of a disk that it could write to, if there is one already.
+    fn image_in_use(&self) -> Result<Option<PathBuf>> {
+        let (_, disks) = self.devices()?;
+        let writable = disks.into_iter().filter(|disk| !disk.read_only).map(|disk| disk.image);
+        Ok(writable.into_iter().find(|image| image.exists()))
+    }
+
+    /// Stops its guest until [`Self::thaw`]; false if it stands still already.
+    ///
+    /// # Errors
+    /// It has ended meanwhile.
+    pub(crate) async fn freeze(&self) -> Result<bool> {
+        if self.status() != Status::Running {
+            return Ok(false);
+        }
+        self.inner.clock.pause();
+        let frozen = self.inner.backend.pause().await;
+        if frozen.is_err() {
+            self.inner.clock.resume();
+            self.run()?;
+        }
+        frozen.map(|()| true)
+    }
+
+    /// Lets the guest go on.
+    pub(crate) async fn thaw(&self) -> Result<()> {
+        self.inner.clock.resume();
+        self.inner.backend.resume().await
+    }
+
+    /// Keeps what the machine, which is frozen, is.
+    ///
+    /// # Errors
+    /// The host has no room, or a command is running over the backdoor.
+    pub(crate) async fn keep(&self) -> Result<Then> {
+        let console = self.inner.console.mark();
+        let (run, paused) = match &*self.inner.state.borrow() {
+            State::Running(run) => (run.clone(), false),
+            State::Paused(run) => (run.clone(), true),
+            State::Ended(end) => return Ok(Then { console, was: Was::Off(Some(Arc::clone(end))) }),
+            _ => return Ok(Then { console, was: Was::Off(None) }),
+        };
+        let shell = run.access.shell();
+        if shell.is_some_and(|shell| !shell.is_idle()) {
+            let what =
+                format!("no checkpoint: a command is running on {} over the backdoor", self.name());
+            return Err(MachineError::Usage(what).into());
+        }
+        let kept = self.checkpoints()?.keep().await?;
+        let (allow_reboot, boots) = (run.allow_reboot, run.boots);
+        Ok(Then {
+            console,
+            was: Was::Up { kept, paused, allow_reboot, boots, shell: run.access.shell().is_some() },
+        })
+    }
+
+    /// Ends the guest. What it has written to its disks stays where it can be taken back.
+    pub(crate) async fn cut(&self, end: End) {
+        self.request_end(end);
+        self.wait_for_end().await;
+    }
+
+    /// Makes the machine, which is off, what it was; None if that is off.
+    ///
+    /// # Errors
+    /// KVM or the host refuse. The machine stays off.
+    pub(crate) async fn go_back(&self, then: &Then) -> Result<Option<Back>> {
+        self.inner.console.go_back(&then.console);
+        match &then.was {
+            Was::Off(end) => {
+                self.discard().await;
+                // Those which the start made, for the next one to make anew.
+                while let Some(image) = self.image_in_use()? {
+                    std::fs::remove_file(&image).map_err(MachineError::file("remove", &image))?;
+                }
+                let state = end.clone().map_or(State::Off, State::Ended);
+                self.inner.state.send_replace(state);
+                Ok(None)
+            }
+            Was::Up { kept, paused, allow_reboot, boots, shell } => {
+                let dirs = self.dirs().clone();
+                dirs.make()?;
+                let started = self.checkpoints()?.go_back(&dirs, kept).await?;
+                Ok(Some(Back { started, run: (*paused, *allow_reboot, *boots, *shell) }))
+            }
+        }
+    }
+
+    /// Lets a machine that went back go on.
+    ///
+    /// # Errors
+    /// The host has no threads left; it ends then.
+    pub(crate) async fn go_on(&self, back: Back) -> Result<()> {
+        let Back { started, run: (paused, allow_reboot, boots, shell) } = back;
+        let launched = Launched::new(started, Guest::Back { shell });
+        if paused {
+            self.inner.clock.pause();
+        }
+        self.supervise_as(launched, |run| {
+            let run = Run { allow_reboot, boots, ..run };
+            if paused { State::Paused(run) } else { State::Running(run) }
+        });
+        if paused { Ok(()) } else { self.inner.backend.resume().await }
+    }
+
+    /// Ends it for good if it was only switched off.
+    pub(crate) async fn discard(&self) {
+        if let Some(checkpoints) = self.inner.backend.checkpoints() {
+            checkpoints.discard().await;
+        }
+    }
+
+    /// The directories of the run that its guest may write to; and the shares that it may, but that are the user's.
+    pub(crate) fn writable_dirs(&self) -> (Vec<PathBuf>, Vec<String>) {
+        let dirs = self.dirs().clone();
+        let node = &self.inner.node;
+        let mut own =
+            if node.exchange { vec![dirs.shared.clone(), dirs.exchange()] } else { Vec::new() };
+        let mut others = Vec::new();
+        for share in node.shares.iter().filter(|share| !share.read_only) {
+            match share.source.starts_with(&dirs.state) || own.contains(&share.source) {
+                true => own.push(share.source.clone()),
+                false => others.push(format!("{} ({})", share.tag, share.source.display())),
+            }
+        }
+        (own, others)
+    }
+
+    fn checkpoints(&self) -> Result<&dyn Checkpoints> {
+        self.inner.backend.checkpoints().ok_or_else(|| self.not_running())
+    }
+}
