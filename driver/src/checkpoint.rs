@@ -218,6 +218,7 @@ impl Driver {
             };
             done = done.and(gone_on);
         }
+        join_all(world.machines.iter().map(|(machine, _)| machine.wait_until_back())).await;
         done
     }
 }

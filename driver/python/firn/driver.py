@@ -257,7 +257,7 @@ class Driver:
         Raises MachineError if a machine cannot be kept, and says why; nothing has changed then.
         """
         self._checkpoints += 1
-        return self._run.checkpoint(name or f"checkpoint {self._checkpoints}")
+        return self._run.checkpoint(name or str(self._checkpoints))
 
     def create_machine(
         self,

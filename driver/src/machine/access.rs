@@ -70,8 +70,9 @@ impl Way {
 }
 
 impl Access {
-    pub(super) fn new(hvc0: Arc<UnixStream>) -> Self {
-        Self { agent: Way::Awaited, shell: Way::Awaited, hvc0, logged: false }
+    /// `logged`: the way that commands take is known already.
+    pub(super) fn new(hvc0: Arc<UnixStream>, logged: bool) -> Self {
+        Self { agent: Way::Awaited, shell: Way::Awaited, hvc0, logged }
     }
 
     fn way(&mut self, by: By) -> &mut Way {
@@ -204,7 +205,7 @@ impl Machine {
         });
     }
 
-    async fn await_session(&self, even_down: bool) -> Result<Session> {
+    pub(super) async fn await_session(&self, even_down: bool) -> Result<Session> {
         let mut state = self.inner.state.subscribe();
         loop {
             let access = state.borrow_and_update().run().map(|run| run.access.clone());

@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::MutexGuard;
 
@@ -13,6 +14,9 @@ use super::power::{Guest, Launched};
 use super::{Machine, Run, State, Status};
 use crate::config::BackendKind;
 use crate::error::{End, MachineError, Result};
+
+/// How long a guest's agent may take to answer after going back. Emulated guests are slow.
+const BACK_WITHIN: Duration = Duration::from_secs(30);
 
 /// What a machine was at a checkpoint.
 pub(crate) struct Then {
@@ -176,6 +180,17 @@ impl Machine {
             if paused { State::Paused(run) } else { State::Running(run) }
         });
         if paused { Ok(()) } else { self.inner.backend.resume().await }
+    }
+
+    /// Waits until a machine that went on takes commands again. What keeps it from that, the next call says.
+    pub(crate) async fn wait_until_back(&self) {
+        if self.status() == Status::Running {
+            let _ = self
+                .inner
+                .clock
+                .timeout(BACK_WITHIN, self.unless_ended(self.await_session(true)))
+                .await;
+        }
     }
 
     /// Ends it for good if it was only switched off.

@@ -95,7 +95,8 @@ impl Machine {
     /// Takes a machine that was started into the state that `becomes` makes of its run, and attends to it.
     pub(super) fn supervise_as(&self, launched: Launched, becomes: impl FnOnce(Run) -> State) {
         let (stop, stopped) = watch::channel(None);
-        let access = Access::new(Arc::clone(&launched.hvc0));
+        let back = matches!(launched.guest, Guest::Back { .. });
+        let access = Access::new(Arc::clone(&launched.hvc0), back);
         let number = self.inner.runs.fetch_add(1, Ordering::Relaxed);
         let before = self.inner.state.borrow().end();
         let run = Run { number, before, stop, access, allow_reboot: false, boots: 1 };
@@ -442,7 +443,7 @@ impl Machine {
     /// Restarts a machine that its guest has reset: the same one, with its disks and the host's ends.
     async fn reset(&self, launched: &Launched) -> Result<()> {
         // Calls that wait for the old guest end before the new one says anything.
-        let access = Access::new(Arc::clone(&launched.hvc0));
+        let access = Access::new(Arc::clone(&launched.hvc0), false);
         self.inner.state.send_if_modified(|state| {
             let Some(run) = state.run_mut() else { return false };
             run.access.close();

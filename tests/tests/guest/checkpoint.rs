@@ -60,7 +60,7 @@ fn a_machine_goes_back_whatever_became_of_it() {
         let mut agent = AgentClient::connect(tokio_stream(&machine.port)).await.unwrap();
         // The process counts the lines of its pipe, so each look at it is a step of its memory.
         let begin = "printf one1 >/dev/vda; echo first >/tmp/file; mkfifo /tmp/tick; echo 0 >/tmp/count; \
-            (n=0; while read -r _ </tmp/tick; do n=$((n + 1)); echo $n >/tmp/count; done) >/dev/null 2>&1 & \
+            (n=0; while :; do read -r _ </tmp/tick || continue; n=$((n + 1)); echo $n >/tmp/count; done) >/dev/null 2>&1 & \
             echo $! >/tmp/pid; sync; echo >/mnt/s/kept";
         output(&agent, begin).await;
         let tick = "echo >/tmp/tick; until [ $(cat /tmp/count) = $N ]; do :; done";

@@ -12,6 +12,7 @@ mod files;
 mod network;
 mod power;
 mod qemu;
+mod rollback;
 mod run;
 mod screen;
 mod share_files;

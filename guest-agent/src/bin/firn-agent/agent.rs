@@ -305,7 +305,10 @@ impl Agent {
                 },
             };
             if let Err(error) = result {
-                complain!("firn-agent: session ended: {error}");
+                // Zeros are a new host's padding: it knows that the session is over.
+                if !matches!(error, ProtocolError::Length { length: 0 }) {
+                    complain!("firn-agent: session ended: {error}");
+                }
                 if let Some(session) = self.session.take() {
                     session.refuse(&error);
                     // What is half sent must be finished, or the host could not read the refusal.

@@ -1,0 +1,179 @@
+//! A whole run that goes back: machines, networks, disks and shared directories.
+
+use std::fs;
+use std::time::Duration;
+
+use firn::checkpoint::Checkpoint;
+use firn::error::MachineError;
+use firn::machine::Status;
+use firn::{Driver, Error, Machine};
+use firn_tests::{PATIENCE, output, with_machines};
+
+const NODES: &str = "[nodes.a]\ndisks = [{ size = 64 }]\n[nodes.b]\n[nodes.c]";
+
+/// What a guest has: files, how far a process has counted, its disk, and what it shares with the host and others.
+const LOOK: &str =
+    "cat /tmp/file /tmp/count /tmp/shared/file /tmp/xchg/file; head -c 4 /dev/vda; ls /tmp/shared";
+const SEEN: &str = "one\n1\none\none\none!file";
+
+#[test]
+fn everything_goes_back_together() {
+    with_machines(NODES, async |driver| {
+        let [a, b, c] = driver.machines() else { panic!("three machines") };
+        refused_while_booting(driver, a).await;
+        b.connect().await.unwrap();
+        // `c` has never been started.
+        let begin = "for dir in /tmp /tmp/shared /tmp/xchg; do echo one >$dir/file; done; printf 'one!' >/dev/vda; sync; \
+            mkfifo /tmp/tick; echo 0 >/tmp/count; \
+            (n=0; while :; do read -r _ </tmp/tick || continue; n=$((n + 1)); echo $n >/tmp/count; done) >/dev/null 2>&1 &";
+        output(a, begin).await;
+        tick(a, 1).await;
+        a.succeed(&["ping -c 1 b"], None).await.unwrap();
+        // A connection from guest to guest that lives through it all.
+        output(b, "(nc -l -p 7 -e cat >/dev/null 2>&1) & sleep 0.1").await;
+        output(a, "mkfifo /tmp/to; (nc b 7 </tmp/to >/tmp/from) >/dev/null 2>&1 & exec 3>/tmp/to; echo hello >&3; \
+            (sleep 100000 >&3) >/dev/null 2>&1 & until grep -q hello /tmp/from; do :; done").await;
+        refused_in_a_command(driver, a, b).await;
+
+        let first = driver.checkpoint("first").await.unwrap();
+        assert_eq!(a.status(), Status::Running);
+        spoil(driver).await;
+        driver.roll_back(&first).await.unwrap();
+        check(driver).await;
+        assert_eq!(c.status(), Status::Off);
+
+        // A stack.
+        output(a, "echo two >/tmp/file").await;
+        let second = driver.checkpoint("second").await.unwrap();
+        output(a, "echo three >/tmp/file").await;
+        driver.roll_back(&second).await.unwrap();
+        assert_eq!(output(a, "cat /tmp/file").await, "two");
+        driver.roll_back(&first).await.unwrap();
+        check(driver).await;
+        let gone = driver.roll_back(&second).await.unwrap_err().to_string();
+        assert!(gone.contains("checkpoint second is gone"), "{gone}");
+        assert!(!second.is_there() && first.is_there());
+
+        whatever_became_of_it(driver, &first).await;
+        calls_end(driver, a, &first).await;
+        often(driver, &first).await;
+
+        // Given up, it takes nothing, and what ends then has ended.
+        first.forget();
+        a.shutdown().await.unwrap();
+        let image = fs::read(a.state_dir().join("disk0.img")).unwrap();
+        assert_eq!(&image[..4], b"end!");
+    });
+}
+
+async fn refused_while_booting(driver: &Driver, a: &Machine) {
+    let refused = |error: Error| match error {
+        Error::Machine(MachineError::Usage(what)) => what,
+        other => panic!("{other}"),
+    };
+    a.start(false).await.unwrap();
+    let Err(error) = driver.checkpoint("early").await else { panic!("it boots") };
+    assert!(refused(error).contains("a does not take commands yet"));
+    a.connect().await.unwrap();
+}
+
+/// Commands of the agent may run at a checkpoint; going back ends them.
+async fn refused_in_a_command(driver: &Driver, a: &Machine, b: &Machine) {
+    // Paused machines stay so.
+    b.pause().await.unwrap();
+    let checkpoint = driver.checkpoint("paused").await.unwrap();
+    assert_eq!((a.status(), b.status()), (Status::Running, Status::Paused));
+    b.resume().await.unwrap();
+    driver.roll_back(&checkpoint).await.unwrap();
+    assert_eq!((a.status(), b.status()), (Status::Running, Status::Paused));
+    b.resume().await.unwrap();
+    output(b, "true").await;
+}
+
+async fn tick(machine: &Machine, count: u32) {
+    let tick = "echo >/tmp/tick; until [ \"$(cat /tmp/count)\" = N ]; do :; done";
+    output(machine, &tick.replace('N', &count.to_string())).await;
+}
+
+async fn spoil(driver: &Driver) {
+    let [a, b, c] = driver.machines() else { panic!("three machines") };
+    tick(a, 2).await;
+    let spoil = "rm /tmp/file; echo two >/tmp/shared/file; echo two >/tmp/xchg/file; touch /tmp/shared/new; \
+        printf 'two!' >/dev/vda; sync; ip link set eth1 down";
+    output(a, spoil).await;
+    fs::write(a.shared_dir().join("of the host"), "").unwrap();
+    output(b, "killall cat; ip link set eth1 down").await;
+    b.block();
+    c.connect().await.unwrap();
+}
+
+async fn check(driver: &Driver) {
+    let [a, b, _] = driver.machines() else { panic!("three machines") };
+    assert_eq!(output(a, &format!("echo 3 >/proc/sys/vm/drop_caches; {LOOK}")).await, SEEN);
+    a.succeed(&["ping -c 1 b", "ping -c 1 -6 b"], None).await.unwrap();
+    output(b, "ping -c 1 a; echo there >/tmp/shared/there; cat /tmp/shared/file").await;
+    assert_eq!(output(a, "cat /tmp/shared/there; rm /tmp/shared/there").await, "there");
+    output(a, "echo again >/tmp/to; until grep -q again /tmp/from; do :; done").await;
+    tick(a, 2).await;
+}
+
+/// Crashed, powered off and started again, rebooted, panicked, paused.
+async fn whatever_became_of_it(driver: &Driver, first: &Checkpoint) {
+    let [a, b, _] = driver.machines() else { panic!("three machines") };
+    a.crash().await;
+    b.shutdown().await.unwrap();
+    driver.roll_back(first).await.unwrap();
+    check(driver).await;
+
+    // It starts with what is on its disk now.
+    output(a, "printf 'two!' >/dev/vda; sync").await;
+    a.shutdown().await.unwrap();
+    a.start(true).await.unwrap();
+    assert_eq!(output(a, "test ! -e /tmp/file; head -c 4 /dev/vda").await, "two!");
+    a.reboot().await.unwrap();
+    a.connect().await.unwrap();
+    b.pause().await.unwrap();
+    driver.roll_back(first).await.unwrap();
+    check(driver).await;
+
+    let panic = "echo 1 >/proc/sys/kernel/sysrq; (sleep 0.1; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 &";
+    output(b, panic).await;
+    b.wait_for_end().await;
+    driver.roll_back(first).await.unwrap();
+    check(driver).await;
+    let text = b.get_console_log();
+    assert!(!text.contains("sysrq: Trigger a crash"), "it has not happened");
+}
+
+/// Calls that wait end at once, and say why.
+async fn calls_end(driver: &Driver, a: &Machine, first: &Checkpoint) {
+    let command = a.succeed(&["sleep 100000"], None);
+    let file = a.wait_for_file("/never", PATIENCE * 10);
+    let back = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        driver.roll_back(first).await.unwrap();
+    };
+    let (command, file, ()) = tokio::join!(command, file, back);
+    for error in [command.unwrap_err(), file.unwrap_err()] {
+        let error = error.to_string();
+        assert!(error.contains("a went back to checkpoint first"), "{error}");
+    }
+    check(driver).await;
+}
+
+async fn often(driver: &Driver, first: &Checkpoint) {
+    let before = resources();
+    for _ in 0..20 {
+        driver.roll_back(first).await.unwrap();
+    }
+    check(driver).await;
+    let after = resources();
+    assert!(after.0 <= before.0 + 2 && after.1 <= before.1 + 10, "{before:?}, then {after:?}");
+    output(&driver.machines()[0], "printf 'end!' >/dev/vda; sync").await;
+}
+
+/// How many files this process has open, and how many mappings it has.
+fn resources() -> (usize, usize) {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    (fs::read_dir("/proc/self/fd").unwrap().count(), maps.lines().count())
+}
