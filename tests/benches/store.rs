@@ -1,6 +1,7 @@
 //! How long a guest takes with a tree that nobody changes, in seconds: the systemd kit's store, 4,000 files of 200 MB,
 //! from a directory in memory. It is served by firn's own server, by virtiofsd in firn, and by virtiofsd to QEMU, by
-//! turns; what counts is the best of the rounds, and the ratios of one run. Arguments name the ones to measure.
+//! turns; what counts is the best of the rounds, and the ratios of one run. Arguments name the ones to measure; a number is
+//! that of the rounds, of which an exact carrier needs one.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
@@ -15,7 +16,9 @@ use firn_vmm::Cancel;
 use firn_vmm::spec::{CachePolicy, MachineSpec, ShareSpec};
 use firn_vmm::virtio::fs::ShareServer;
 use firn_vmm::vm::{HostSide, Vm};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+/// Unless another number is asked for.
 const ROUNDS: usize = 2;
 /// A guest that says nothing for so long hangs.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -62,7 +65,13 @@ fn main() {
     let source = systemd().store().expect("the kit has a store");
     let copied = Command::new("cp").args(["-a"]).args([&source, &store]).status();
     assert!(copied.expect("cp can be run").success(), "{source:?} cannot be copied");
-    let asked: Vec<_> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with('-'));
+    let (numbers, asked): (Vec<_>, Vec<_>) =
+        arguments.partition(|argument| argument.parse::<usize>().is_ok());
+    let rounds = numbers.first().and_then(|number| number.parse().ok()).unwrap_or(ROUNDS);
+    // virtiofsd opens each file that a guest remembers.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("there is a limit");
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("it can be reached");
     let place = Place { kit, initrd, store, socket: dir.path().join("socket") };
     let all: [(&str, Measure); 3] = [
         ("firn", |place| place.firn(true)),
@@ -74,7 +83,7 @@ fn main() {
         .filter(|(name, _)| asked.is_empty() || asked.iter().any(|asked| asked == name))
         .map(|(name, measure)| (name, measure, BTreeMap::<usize, (String, f64)>::new()))
         .collect();
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         for (_, measure, best) in &mut rows {
             for (at, (step, seconds)) in measure(&place).into_iter().enumerate() {
                 let known = best.entry(at).or_insert((step, f64::INFINITY));
