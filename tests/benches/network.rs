@@ -3,7 +3,7 @@
 //! whatever else the machine does only makes them longer. What counts is the ratio of one run. With the argument `firn`
 //! QEMU is left out, as an exact carrier needs it, where QEMU in QEMU hardly gets on.
 
-use std::io::{Cursor, Read, Write};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use firn::kit::Kit;
 use firn_gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, Side};
 use firn_net_switch::NetPort;
-use firn_tests::micro;
+use firn_tests::{micro, small_guest};
 use firn_vmm::Cancel;
 use firn_vmm::spec::{Mac, MachineSpec, NetSpec};
 use firn_vmm::virtio::build::Connect;
@@ -60,7 +60,7 @@ fn main() {
     let kit = micro();
     let dir = tempfile::tempdir().expect("a temporary directory");
     let initrd = dir.path().join("initrd");
-    std::fs::write(&initrd, guest(&kit)).expect("the initrd can be written");
+    std::fs::write(&initrd, small_guest(&kit, SCRIPT)).expect("the initrd can be written");
     println!("{TRANSFER} bytes by TCP               to the guest  from the guest  (seconds)");
     let mut runs = vec![Run::start("firn", |port| Box::new(Firn::start(&kit, &initrd, port)))];
     if !std::env::args().any(|argument| argument == "firn") {
@@ -253,29 +253,4 @@ impl Drop for Qemu {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// The busybox and the drivers of the kit, with the script.
-fn guest(kit: &Kit) -> Vec<u8> {
-    let content = |name: &str| kit.initrd_file(name).expect("the kit has it");
-    let list = content("etc/firn/modules");
-    let modules = String::from_utf8(list.clone()).expect("paths");
-    let mut entries = vec![
-        ("bin".to_owned(), 0o040_755, Vec::new()),
-        ("etc".to_owned(), 0o040_755, Vec::new()),
-        ("etc/firn".to_owned(), 0o040_755, Vec::new()),
-        ("lib".to_owned(), 0o040_755, Vec::new()),
-        ("lib/modules".to_owned(), 0o040_755, Vec::new()),
-        ("bin/busybox".to_owned(), 0o100_755, content("bin/busybox")),
-        ("etc/firn/modules".to_owned(), 0o100_644, list),
-        ("init".to_owned(), 0o100_755, SCRIPT.into()),
-    ];
-    for module in modules.lines() {
-        let name = module.trim_start_matches('/');
-        entries.push((name.to_owned(), 0o100_644, content(name)));
-    }
-    let entries = entries.into_iter().map(|(name, mode, content)| {
-        (cpio::NewcBuilder::new(&name).mode(mode), Cursor::new(content))
-    });
-    cpio::write_cpio(entries, Vec::new()).expect("memory can be written")
 }

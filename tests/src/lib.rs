@@ -5,7 +5,7 @@
 pub mod input;
 pub mod skip;
 
-use std::io::{self, Write};
+use std::io::{self, Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -148,4 +148,30 @@ impl Write for TestOutput {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// An initrd with the busybox and the drivers of a kit that runs a script and nothing else.
+#[must_use]
+pub fn small_guest(kit: &Kit, script: &str) -> Vec<u8> {
+    let content = |name: &str| kit.initrd_file(name).expect("the kit has it");
+    let list = content("etc/firn/modules");
+    let modules = String::from_utf8(list.clone()).expect("paths");
+    let mut entries = vec![
+        ("bin".to_owned(), 0o040_755, Vec::new()),
+        ("etc".to_owned(), 0o040_755, Vec::new()),
+        ("etc/firn".to_owned(), 0o040_755, Vec::new()),
+        ("lib".to_owned(), 0o040_755, Vec::new()),
+        ("lib/modules".to_owned(), 0o040_755, Vec::new()),
+        ("bin/busybox".to_owned(), 0o100_755, content("bin/busybox")),
+        ("etc/firn/modules".to_owned(), 0o100_644, list),
+        ("init".to_owned(), 0o100_755, script.into()),
+    ];
+    for module in modules.lines() {
+        let name = module.trim_start_matches('/');
+        entries.push((name.to_owned(), 0o100_644, content(name)));
+    }
+    let entries = entries.into_iter().map(|(name, mode, content)| {
+        (cpio::NewcBuilder::new(&name).mode(mode), Cursor::new(content))
+    });
+    cpio::write_cpio(entries, Vec::new()).expect("memory can be written")
 }

@@ -39,9 +39,9 @@ impl Subject {
     }
 }
 
-/// What a guest has: a file, a process's memory, what is on its disk and its share, and how long it has been up.
+/// What a guest has: a file, a process's memory, what is on its disk and its shares, and how long it has been up.
 const LOOK: &str = "cat /tmp/file /tmp/count; kill -0 $(cat /tmp/pid) && echo alive; echo 3 >/proc/sys/vm/drop_caches; \
-    head -c 4 /dev/vda; ls /mnt/s";
+    head -c 4 /dev/vda; ls /mnt/s; cat /mnt/fixed/dir/both";
 
 #[test]
 fn a_machine_goes_back_whatever_became_of_it() {
@@ -77,7 +77,7 @@ fn a_machine_goes_back_whatever_became_of_it() {
         output(&agent, spoil).await;
         output(&agent, &tick(2)).await;
         agent = machine.go_back(agent, &first).await;
-        assert_eq!(output(&agent, LOOK).await, "first\n1\nalive\none1kept");
+        assert_eq!(output(&agent, LOOK).await, "first\n1\nalive\none1kept\nboth");
         let passed = began.elapsed().as_secs_f64();
         let now: f64 = output(&agent, uptime).await.parse().unwrap();
         assert!(now < up + passed, "no time has passed for it: {up}, then {now} after {passed}");
@@ -92,10 +92,10 @@ fn a_machine_goes_back_whatever_became_of_it() {
         for _ in 0..3 {
             output(&agent, "rm /tmp/file; printf bad! >/dev/vda").await;
             agent = machine.go_back(agent, &second).await;
-            assert_eq!(output(&agent, LOOK).await, "second\n2\nalive\ntwo2kept");
+            assert_eq!(output(&agent, LOOK).await, "second\n2\nalive\ntwo2kept\nboth");
         }
         agent = machine.go_back(agent, &first).await;
-        assert_eq!(output(&agent, LOOK).await, "first\n1\nalive\none1kept");
+        assert_eq!(output(&agent, LOOK).await, "first\n1\nalive\none1kept\nboth");
         let gone = machine.vm.roll_back(&second).expect_err("it is gone").to_string();
         assert!(gone.contains("went back to an earlier checkpoint"), "{gone}");
         assert_eq!(output(&agent, "cat /tmp/file").await, "first", "it goes on");
@@ -114,7 +114,7 @@ fn a_machine_goes_back_whatever_became_of_it() {
         agent = AgentClient::connect(tokio_stream(&machine.port)).await.unwrap();
         output(&agent, "test ! -e /tmp/file").await;
         agent = machine.go_back(agent, &first).await;
-        assert_eq!(output(&agent, LOOK).await, "first\n1\nalive\none1kept");
+        assert_eq!(output(&agent, LOOK).await, "first\n1\nalive\none1kept\nboth");
 
         // Often, without growth.
         let before = resources();
@@ -124,7 +124,7 @@ fn a_machine_goes_back_whatever_became_of_it() {
             machine.vm.pause();
         }
         agent = machine.go_back(agent, &first).await;
-        assert_eq!(output(&agent, LOOK).await, "first\n1\nalive\none1kept");
+        assert_eq!(output(&agent, LOOK).await, "first\n1\nalive\none1kept\nboth");
         let after = resources();
         assert!(after.0 <= before.0 + 2 && after.1 <= before.1 + 10, "{before:?}, then {after:?}");
         let said = output(

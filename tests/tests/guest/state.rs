@@ -13,7 +13,9 @@ use firn_agent_client::{AgentClient, ExecRequest};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
 use firn_vmm::Cancel;
-use firn_vmm::spec::{ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec};
+use firn_vmm::spec::{
+    CachePolicy, ConsolePortSpec, Cores, DiskSpec, Mac, MachineSpec, NetSpec, ShareSpec,
+};
 use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{HostSide, Vm};
 
@@ -34,6 +36,11 @@ net() { cat /tmp/data; }
 rounds disk & rounds share & rounds net | nc 192.168.1.2 5000 &
 "#;
 
+/// Has a directory and a file open that are only read afterwards.
+const HOLD: &str = "(cd /mnt/fixed/dir; exec 5<$(hostname); until [ -e /tmp/go ]; do sleep 0.1; done; \
+    cat <&5; cat both; >/tmp/held.done) >/tmp/held 2>&1 & \
+    until [ -e /proc/$!/fd/5 ]; do :; done";
+
 struct Machine {
     vm: Vm,
     agent: UnixStream,
@@ -53,16 +60,26 @@ pub(super) fn spec(dir: &Path, index: usize) -> MachineSpec {
             gateway: None,
         }],
         dns: Vec::new(),
-        mounts: vec![Mount {
-            tag: "s".to_owned(),
-            mount_point: "/mnt/s".to_owned(),
-            options: "rw".to_owned(),
-        }],
+        mounts: [("s", "rw"), ("fixed", "ro")]
+            .map(|(tag, options)| Mount {
+                tag: tag.to_owned(),
+                mount_point: format!("/mnt/{tag}"),
+                options: options.to_owned(),
+            })
+            .into(),
     });
     let overlay_path = dir.join(format!("{name}.cpio"));
     fs::write(&overlay_path, overlay.unwrap()).unwrap();
     let share = dir.join(format!("{name}-share"));
     fs::create_dir_all(&share).unwrap();
+    // Both machines have the same one that nobody changes.
+    let fixed = dir.join("fixed");
+    if !fixed.exists() {
+        fs::create_dir_all(fixed.join("dir")).unwrap();
+        for file in ["a", "b", "both"] {
+            fs::write(fixed.join("dir").join(file), file).unwrap();
+        }
+    }
     let disk = |image: PathBuf| DiskSpec {
         image,
         size: Some(64_u64.try_into().unwrap()),
@@ -77,7 +94,14 @@ pub(super) fn spec(dir: &Path, index: usize) -> MachineSpec {
         cmdline: kit.manifest.cmdline,
         console_ports: vec![ConsolePortSpec { name: Some("org.firn.agent".to_owned()) }],
         nets: vec![NetSpec { mac: Mac(mac) }],
-        shares: vec![ShareSpec::new("s".try_into().unwrap(), share)],
+        shares: vec![
+            ShareSpec::new("s".try_into().unwrap(), share),
+            ShareSpec {
+                read_only: true,
+                cache: CachePolicy::Always,
+                ..ShareSpec::new("fixed".try_into().unwrap(), fixed)
+            },
+        ],
         disks: vec![disk(dir.join(format!("{name}.qcow2")))],
         rng: true,
         balloon: true,
@@ -195,6 +219,7 @@ async fn work_and_save(dir: &Path) {
 
     let mut boots = Vec::new();
     for agent in &agents {
+        output(agent, HOLD).await;
         boots.push(booted(agent).await);
     }
     fs::write(dir.join("booted"), serde_json::to_vec(&boots).unwrap()).unwrap();
@@ -254,7 +279,10 @@ async fn go_on(dir: &Path) {
     let sent = output(&agents[0], &sent).await;
     let got = "until [ -e /tmp/received ]; do sleep 0.1; done; cat /tmp/sum";
     assert_eq!(output(&agents[1], got).await, sent);
-    for agent in &agents {
+    for (agent, name) in agents.iter().zip(NAMES) {
+        let held = "echo 3 >/proc/sys/vm/drop_caches; >/tmp/go; until [ -e /tmp/held.done ]; do sleep 0.1; done; \
+            cat /tmp/held /mnt/fixed/dir/a";
+        assert_eq!(output(agent, held).await, format!("{name}botha"));
         let said = "dmesg | grep -iE 'lockup|stall|I/O error|unstable|nobody cared' || true";
         assert_eq!(output(agent, said).await, "");
     }

@@ -2,7 +2,7 @@
 //!
 //! The ringing thread only takes chains off the queues and wakes a worker for each; a worker that has finished one
 //! looks for the next itself, so a burst costs few wake-ups. What takes long blocks a worker, not a vCPU. A device
-//! may have its quick requests served by the ringing thread ([`Server::is_quick`]). A worker is started when no idle
+//! may have its quick requests served by the ringing thread ([`Server::serve_quickly`]). A worker is started when no idle
 //! one can take a chain, so an unused device has none.
 
 use std::collections::VecDeque;
@@ -38,10 +38,13 @@ pub(super) trait Server: Send + Sync {
     /// What costs the guest the device.
     fn serve(&self, chain: &Chain) -> Result<u32, DeviceError>;
 
-    /// Whether the request can be served on any thread, and at once, so that it is not worth
-    /// waking a worker for.
-    fn is_quick(&self, _chain: &Chain) -> bool {
-        false
+    /// The same if the request can be done on any thread, and at once, so that it is not worth waking a worker for;
+    /// otherwise nothing is done.
+    ///
+    /// # Errors
+    /// As [`Self::serve`].
+    fn serve_quickly(&self, _chain: &Chain) -> Result<Option<u32>, DeviceError> {
+        Ok(None)
     }
 
     /// Called on each worker before its first request.
@@ -233,10 +236,14 @@ impl Pool {
         state.held = false;
         for _ in 0..QUICK_TURN {
             match self.shared.take(&mut state) {
-                Some(job) if self.shared.server.is_quick(&job.chain) => {
-                    state = self.shared.serve(state, &job);
+                Some(job) => {
+                    let done;
+                    (state, done) =
+                        self.shared.serve(state, &job, |server, chain| server.serve_quickly(chain));
+                    if !done {
+                        state.backlog.push_back(job);
+                    }
                 }
-                Some(job) => state.backlog.push_back(job),
                 None => break,
             }
         }
@@ -378,23 +385,29 @@ impl Shared {
         }
         let mut state = self.lock();
         while let Some((locked, job)) = self.next_job(state) {
-            state = self.serve(locked, &job);
+            (state, _) = self.serve(locked, &job, |server, chain| server.serve(chain).map(Some));
         }
     }
 
-    /// Serves a request with the lock released and gives its chain back.
-    fn serve<'a>(&'a self, mut state: MutexGuard<'a, State>, job: &Job) -> MutexGuard<'a, State> {
+    /// Serves a request with the lock released and gives its chain back. False if the server has left it undone.
+    fn serve<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        job: &Job,
+        serve: impl FnOnce(&dyn Server, &Chain) -> Result<Option<u32>, DeviceError>,
+    ) -> (MutexGuard<'a, State>, bool) {
         state.in_flight += 1;
         drop(state);
-        let served = catch_unwind(AssertUnwindSafe(|| self.server.serve(&job.chain)));
+        let served = catch_unwind(AssertUnwindSafe(|| serve(&*self.server, &job.chain)));
         state = self.lock();
         state.in_flight -= 1;
         if state.failed {
-            return state;
+            return (state, true);
         }
         let panicked = DeviceError::Request("the device panicked on a request");
         let (written, failure) = match served.unwrap_or(Err(panicked)) {
-            Ok(written) => (Some(written), None),
+            Ok(None) => return (state, false),
+            Ok(written) => (written, None),
             Err(failure) => (self.server.gives_back_failed().then_some(0), Some(failure)),
         };
         let completed = written.map_or(Ok(()), |written| state.complete(job, written));
@@ -403,7 +416,7 @@ impl Shared {
         } else if let Some(failure) = failure {
             self.fail(&mut state, failure);
         }
-        state
+        (state, true)
     }
 
     /// Waits for a request; `None` is the end of the worker.

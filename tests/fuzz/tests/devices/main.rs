@@ -17,7 +17,8 @@ use std::sync::Arc;
 use bolero::check;
 use firn_net_switch::{Header, NetPort, OwnedFrame, Switch};
 use firn_vmm::spec::{
-    ConsolePortSpec, DiskFormat, DiskMib, DiskSpec, Mac, NetSpec, ScreenSpec, ShareSpec, VsockSpec,
+    CachePolicy, ConsolePortSpec, DiskFormat, DiskMib, DiskSpec, Mac, NetSpec, ScreenSpec,
+    ShareSpec, VsockSpec,
 };
 use firn_vmm::virtio::VirtioDevice;
 use firn_vmm::virtio::balloon::Balloon;
@@ -266,11 +267,13 @@ fn fs() {
     let share = dir.path().join("share");
     fs::create_dir(&share).expect("it is new");
     fs::write(share.join("file"), "text").expect("there is room");
-    let make = || {
-        let spec = ShareSpec::new("fuzz".try_into().expect("a tag"), share.clone());
-        (Box::new(Fs::new(&spec).expect("a share")) as Box<dyn VirtioDevice>, ())
-    };
-    drive(FEWER, make, fuse, |(), _| {});
+    let spec = ShareSpec::new("fuzz".try_into().expect("a tag"), share.clone());
+    let store = ShareSpec { read_only: true, cache: CachePolicy::Always, ..spec.clone() };
+    // The store's server is firn's own.
+    for spec in [spec, store] {
+        let make = || (Box::new(Fs::new(&spec).expect("a share")) as Box<dyn VirtioDevice>, ());
+        drive(FEWER, make, fuse, |(), _| {});
+    }
     let beside = fs::read_dir(dir.path()).expect("it is still there").count();
     assert_eq!(beside, 1, "something was made outside the share");
 }

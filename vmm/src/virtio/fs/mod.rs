@@ -6,6 +6,8 @@
 //!   +---- used chains -----+                 PassthroughFs on the directory
 //! ```
 //!
+//! What nobody changes, a read-only share that is cached for ever, has a server of firn's own: see [`store`].
+//!
 //! **Owners.** As root, firn passes ids through: a file that uid 1000 of the guest creates belongs
 //! to uid 1000 of the host. Otherwise the host lets firn create files for its own user only, so all
 //! of the guest's users act as that user. In a share that can be written the guest sees that user
@@ -36,6 +38,7 @@
 mod confined;
 mod listing;
 mod server;
+mod store;
 #[cfg(test)]
 mod tests;
 mod vhost_user;
@@ -63,7 +66,7 @@ use super::{
 };
 use crate::event_loop::new_event;
 use crate::spec::ShareSpec;
-use server::{Fuse, Session, detach_thread, is_quick};
+use server::{Fuse, Session, detach_thread};
 pub use vhost_user::ShareServer;
 
 /// Longest tag in bytes, and its room in the configuration space (virtio 1.2, 5.11.4).
@@ -73,7 +76,7 @@ const URGENT: u16 = 128;
 /// Request queue. Linux caps a request at the queue's size in pages; this allows 1 MiB.
 const REQUESTS: u16 = 1024;
 /// Layout version of [`SavedState`].
-const STATE_VERSION: u16 = 1;
+const STATE_VERSION: u16 = 2;
 
 /// Why a share could not be set up.
 #[derive(Debug, Error)]
@@ -247,8 +250,8 @@ impl Server for Arc<dyn Fuse> {
         Ok(Fuse::serve(self.as_ref(), chain))
     }
 
-    fn is_quick(&self, chain: &Chain) -> bool {
-        is_quick(chain)
+    fn serve_quickly(&self, chain: &Chain) -> Result<Option<u32>, DeviceError> {
+        Ok(Fuse::serve_quickly(self.as_ref(), chain))
     }
 
     fn prepare_thread(&self) -> Result<(), DeviceError> {

@@ -24,6 +24,7 @@ use virtiofsd::soft_idmap::cmdline::IdMap;
 use vm_memory::{Address, Bytes};
 
 use super::confined::{Confined, Rules};
+use super::store::{self, Place, Store};
 use super::vhost_user::Client;
 use super::xattr::{self, Names};
 use crate::spec::{CachePolicy, ShareSpec};
@@ -39,7 +40,7 @@ pub(super) const SQUASHED_GID: u32 = 100;
 const OTHER_ID: u32 = 65534;
 
 /// "For ever": a day, as `virtiofsd` itself uses.
-const FOR_EVER: Duration = Duration::from_secs(86400);
+pub(super) const FOR_EVER: Duration = Duration::from_secs(86400);
 
 /// What a share's guest has open, for [`Fuse::save`].
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,16 +51,23 @@ pub(super) enum Session {
     Mounted(Vec<u8>),
     /// Something, but it could not be written down.
     Lost,
+    /// The nodes of a [`Store`].
+    Store(Vec<Place>),
 }
 
 /// The server of one share.
 pub(super) trait Fuse: Send + Sync {
     /// Serves one request and gives the number of bytes written into the chain. May block.
-    /// Must run on a thread that has called [`detach_thread`], unless the request [`is_quick`].
+    /// Must run on a thread that has called [`detach_thread`].
     ///
     /// # Panics
     /// `virtiofsd` may; the server is then not to be used again.
     fn serve(&self, chain: &Chain) -> u32;
+    /// The same if it can be done on any thread, and at once.
+    ///
+    /// # Panics
+    /// As [`Self::serve`].
+    fn serve_quickly(&self, chain: &Chain) -> Option<u32>;
     /// Ends the guest's session: closes all it has open.
     fn end_session(&self);
     /// What the guest has open.
@@ -101,6 +109,9 @@ pub(super) fn on_detached_thread() -> io::Result<()> {
 /// Makes the server for `spec` on its opened directory `root`, which must outlive it. It keeps no more than
 /// `descriptors` for the guest, which holds one for each inode that it remembers.
 pub(super) fn start(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Arc<dyn Fuse>> {
+    if store::is_store(spec) {
+        return Ok(Arc::new(Store::new(spec, root, descriptors)?));
+    }
     let (config, rules) = settings(spec, root, descriptors)?;
     // PassthroughFs::new sets the umask, which threads share until they say otherwise.
     on_own_thread(move || {
@@ -172,7 +183,7 @@ pub(super) fn can_act_for_others() -> io::Result<bool> {
     })
 }
 
-fn effective_ids() -> (u32, u32) {
+pub(super) fn effective_ids() -> (u32, u32) {
     // SAFETY: both take no arguments and cannot fail.
     unsafe { (libc::geteuid(), libc::getegid()) }
 }
@@ -275,6 +286,10 @@ where
         }
     }
 
+    fn serve_quickly(&self, chain: &Chain) -> Option<u32> {
+        is_quick(chain).then(|| self.serve(chain))
+    }
+
     fn end_session(&self) {
         self.server.destroy();
     }
@@ -302,6 +317,7 @@ where
             Session::Unmounted => return Ok(()),
             Session::Lost => return Err(io::Error::other("it could not be saved")),
             Session::Mounted(bytes) => bytes,
+            Session::Store(_) => return Err(io::Error::other("it is that of a store")),
         };
         let restored = catch_unwind(AssertUnwindSafe(|| {
             through_pipe_in(bytes, |pipe| self.server.deserialize_and_apply(pipe))

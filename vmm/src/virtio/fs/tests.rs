@@ -3,6 +3,7 @@ mod hostile;
 mod listing;
 mod process;
 mod rights;
+mod store;
 mod workers;
 
 use std::fs;

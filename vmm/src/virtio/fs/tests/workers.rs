@@ -7,7 +7,7 @@ use virtiofsd::fuse::{InHeader, Opcode};
 use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::super::server::{Fuse, Session};
+use super::super::server::{Fuse, Session, is_quick};
 use crate::event_loop::new_event;
 use crate::virtio::DeviceError;
 use crate::virtio::pool::Pool;
@@ -27,6 +27,9 @@ impl Fuse for Puppet {
         drop(began);
         let order = self.orders.lock().unwrap().recv().unwrap();
         order.expect("ordered to panic")
+    }
+    fn serve_quickly(&self, chain: &Chain) -> Option<u32> {
+        is_quick(chain).then(|| self.serve(chain))
     }
     fn end_session(&self) {}
     fn save(&self) -> Session {

@@ -1,0 +1,106 @@
+//! Shares that nobody changes, such as the Nix store: read-only, to be trusted for ever.
+//!
+//! virtiofsd keeps a descriptor and a count for each file that a guest remembers, for each guest, and is asked to open
+//! and close each file that is read. Where nothing changes none of that is needed. All machines of the process that
+//! share a directory have one [`Tree`] of what has been found in it, of which nothing is ever forgotten; a guest looks
+//! each name up once and is told to keep it. Files are read without being opened first, straight into guest memory,
+//! and on the vCPU's thread if the host has them in its cache.
+//!
+//! A file that changes all the same costs the guest that file: what was cut short gives `EIO` beyond its end, what was
+//! removed or replaced `ESTALE`.
+
+mod open;
+mod request;
+mod tree;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+use super::server::{Fuse, Session};
+use crate::spec::{CachePolicy, ShareSpec};
+use crate::virtio::queue::Chain;
+use request::{Patience, serve};
+pub(super) use tree::Place;
+use tree::{Tree, errno};
+
+/// Whether a share is one that nobody changes.
+pub(super) fn is_store(spec: &ShareSpec) -> bool {
+    spec.read_only && spec.cache == CachePolicy::Always
+}
+
+/// A share of such a directory.
+pub(super) struct Store {
+    /// Replaced when a state of another process is restored whose nodes are others.
+    tree: RwLock<Arc<Tree>>,
+    root: File,
+    descriptors: u64,
+}
+
+impl Store {
+    /// For the directory `root` of `spec`.
+    pub(super) fn new(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Store> {
+        let tree = common_tree(spec, root, descriptors)?;
+        Ok(Store { tree: RwLock::new(tree), root: root.try_clone()?, descriptors })
+    }
+
+    fn tree(&self) -> Arc<Tree> {
+        Arc::clone(&self.tree.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// What makes two shares the same directory. The path is for those who mount something below one of two.
+type Key = (u64, u64, PathBuf);
+
+/// The trees of the process.
+static TREES: Mutex<Vec<(Key, Weak<Tree>)>> = Mutex::new(Vec::new());
+
+fn common_tree(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Arc<Tree>> {
+    let metadata = root.metadata()?;
+    let key = (metadata.dev(), metadata.ino(), spec.source.clone());
+    let mut trees = TREES.lock().unwrap_or_else(PoisonError::into_inner);
+    trees.retain(|(_, tree)| tree.strong_count() > 0);
+    let found = trees.iter().find(|(other, _)| *other == key);
+    if let Some(tree) = found.and_then(|(_, tree)| tree.upgrade()) {
+        return Ok(tree);
+    }
+    let tree = Arc::new(Tree::new(root, descriptors)?);
+    trees.push((key, Arc::downgrade(&tree)));
+    Ok(tree)
+}
+
+impl Fuse for Store {
+    fn serve(&self, chain: &Chain) -> u32 {
+        // With patience there is always an answer.
+        serve(&self.tree(), chain, Patience::Any).unwrap_or(0)
+    }
+
+    fn serve_quickly(&self, chain: &Chain) -> Option<u32> {
+        serve(&self.tree(), chain, Patience::None)
+    }
+
+    fn end_session(&self) {
+        // The guest has nothing open.
+    }
+
+    fn save(&self) -> Session {
+        Session::Store(self.tree().places())
+    }
+
+    fn restore(&self, session: &Session) -> io::Result<()> {
+        let Session::Store(places) = session else {
+            return Err(io::Error::other("it is not that of a store"));
+        };
+        let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
+        if !tree.adopt(places)? {
+            let own = Tree::new(&self.root, self.descriptors)?;
+            if !own.adopt(places)? {
+                return Err(errno(libc::EINVAL));
+            }
+            *tree = Arc::new(own);
+        }
+        Ok(())
+    }
+}
