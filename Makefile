@@ -98,6 +98,8 @@ build: setup $(VENV)/python
 	cargo build --release -p firn-cli
 	PIP_QUIET=1 VIRTUAL_ENV="$(abspath .venv)" $(VENV)/maturin develop --quiet --release \
 		--extras interactive,check -m driver/python/Cargo.toml
+	# Otherwise each run where nothing can be written there, as in a carrier, compiles it anew.
+	$(VENV)/python -m compileall -q driver/python/firn driver/python/test_driver
 	install -C target/$(TARGET)/agent/firn-agent target/release/firn $(VENV)/
 
 setup:

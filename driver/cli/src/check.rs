@@ -22,12 +22,10 @@ pub struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let python = python::find()?;
-    let mut argv: Vec<OsString> = vec![python.path.into()];
-    argv.extend(["-P", "-m", "firn.check", "--config"].map(Into::into));
-    argv.push(args.config.clone().into());
+    let mut arguments: Vec<OsString> = vec!["--config".into(), args.config.clone().into()];
     if let Some(script) = &args.script {
-        argv.extend(["--".into(), script.clone().into()]);
+        arguments.extend(["--".into(), script.clone().into()]);
     }
+    let argv = python::execute(&python::locate()?, "firn.check", arguments);
     Err(super::become_command(&argv))
 }

@@ -1,11 +1,12 @@
 //! Finds the Python that runs test scripts.
 
 use std::ffi::OsString;
+use std::iter;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 /// A Python interpreter with firn's package.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,16 +26,48 @@ except ImportError as error:
     print('!', error)
 ";
 
+/// Checks what [`check`] does and says it in the same words; then calls `main` of the module that its first argument
+/// names.
+const EXECUTE: &str = "import sys
+_, module, own, help, *arguments = sys.argv
+try:
+    from firn._firn import __version__ as package
+except ImportError as error:
+    version = '.'.join(map(str, sys.version_info[:3]))
+    sys.exit(f'error: {sys.executable} (Python {version}) has no package firn ({error}): {help}')
+if package != own:
+    sys.exit(f'error: {sys.executable} has the package firn {package}, and this is firn {own}: {help}')
+sys.argv[:] = [module, *arguments]
+sys.exit(__import__(module, fromlist=['main']).main(arguments))
+";
+
 const HELP: &str =
     "install it with `maturin develop` (see the README), or name another Python by FIRN_PYTHON";
 
 /// Finds a Python: `FIRN_PYTHON`, the one beside this program, one in a `.venv` above it or above the current directory,
 /// or the one in `PATH`, in this order.
 pub(super) fn find() -> Result<Python> {
-    let Some(path) = candidates().into_iter().find(|path| path.is_file()) else {
-        bail!("there is no python3: install it, or name one by FIRN_PYTHON");
-    };
-    check(&path)
+    check(&locate()?)
+}
+
+/// The same without a look at what it is: [`execute`] does that.
+pub(super) fn locate() -> Result<PathBuf> {
+    candidates()
+        .into_iter()
+        .find(|path| path.is_file())
+        .context("there is no python3: install it, or name one by FIRN_PYTHON")
+}
+
+/// The command that calls `main` of a module of the package with `arguments`, after what [`check`] would check:
+/// starting Python only for that would double the time until a script runs.
+pub(super) fn execute(
+    python: &Path,
+    module: &str,
+    arguments: impl IntoIterator<Item = OsString>,
+) -> Vec<OsString> {
+    // -P: a file of the current directory must not stand in for a module.
+    let words = ["-P", "-c", EXECUTE, module, env!("CARGO_PKG_VERSION"), HELP].map(OsString::from);
+    iter::once(python.into()).chain(words).chain(arguments).collect()
 }
 
 fn candidates() -> Vec<PathBuf> {
@@ -61,7 +94,7 @@ fn in_path(name: &OsString) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
 }
 
-fn check(path: &Path) -> Result<Python> {
+pub(super) fn check(path: &Path) -> Result<Python> {
     let shown = path.display();
     let output = Command::new(path).args(["-c", PROBE]).stdin(Stdio::null()).output();
     let output = match output {
@@ -105,6 +138,38 @@ mod tests {
         let python = checked(&format!("echo 3.12.1; echo {}", env!("CARGO_PKG_VERSION")))
             .expect("all is there");
         assert_eq!(python.version, "3.12.1");
+    }
+
+    /// What a real Python with this package makes of a command: its exit status and output.
+    fn executed(files: &[(&str, &str)]) -> (Option<i32>, String) {
+        let dir = tempfile::tempdir().expect("a temp dir");
+        fs::create_dir(dir.path().join("firn")).expect("made");
+        for (name, text) in files {
+            fs::write(dir.path().join("firn").join(name), text).expect("written");
+        }
+        let python = in_path(&"python3".into()).expect("tests need Python");
+        let argv = execute(&python, "firn.runner", ["one".into(), "".into()]);
+        let output = Command::new(&argv[0])
+            .args(&argv[1..])
+            .env("PYTHONPATH", dir.path())
+            .output()
+            .expect("it starts");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8_lossy(&said).into_owned())
+    }
+
+    #[test]
+    fn what_is_executed_checks_itself() {
+        let own = format!("__version__ = {:?}", env!("CARGO_PKG_VERSION"));
+        let runner = "import sys\ndef main(given):\n    print(given, sys.argv)\n    return 7\n";
+        let (status, said) = executed(&[("_firn.py", &own), ("runner.py", runner)]);
+        assert_eq!((status, said.as_str()), (Some(7), "['one', ''] ['firn.runner', 'one', '']\n"));
+        let (status, said) = executed(&[("_firn.py", "__version__ = '0.0.0-old'")]);
+        assert_eq!(status, Some(1), "{said}");
+        assert!(said.contains("has the package firn 0.0.0-old, and this is firn"), "{said}");
+        let (status, said) = executed(&[("__init__.py", "")]);
+        assert_eq!(status, Some(1), "{said}");
+        assert!(said.contains(") has no package firn (No module named 'firn._firn')"), "{said}");
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! `firn test`.
 
 use std::ffi::OsString;
-use std::iter;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -12,7 +11,6 @@ use firn::kit::{Kit, KitName};
 use firn::log::Level;
 use firn_carrier::Options;
 use firn_carrier::accel::run_again;
-use serde::Serialize;
 
 use super::{Place, python};
 
@@ -31,7 +29,7 @@ pub struct Args {
 }
 
 /// Flags passed on to the Python runner as they are.
-#[derive(Debug, Serialize, clap::Args)]
+#[derive(Debug, clap::Args)]
 struct Flags {
     /// The test: a TOML file
     file: PathBuf,
@@ -53,12 +51,24 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     // What is wrong with the file is said before anything is fetched, built or booted.
     let test = TestConfig::from_toml_file(&args.flags.file)?;
     prepare_output(&args.flags.output_dir)?;
-    let python = python::find()?;
-    let kits = Driver::kits_needed(&test).into_iter().map(build_kit).collect::<Result<Vec<_>>>()?;
-    let runner = runner(&args.flags, &python.path, &kits)?;
+    let python = python::locate()?;
+    // Python checks itself when it starts; but before anything else that takes long, it is asked.
+    let mut asked = false;
+    let mut ask = || {
+        if std::mem::replace(&mut asked, true) { Ok(()) } else { python::check(&python).map(drop) }
+    };
+    let mut kits = Vec::new();
+    for name in Driver::kits_needed(&test) {
+        kits.push(match firn_kits::lookup(name) {
+            Ok(Some(kit)) => kit,
+            _ => ask().and_then(|()| build_kit(name))?,
+        });
+    }
+    let runner = runner(&args.flags, &python, &kits);
     if args.place.accel.runs_here()? {
         return Err(super::become_command(&runner));
     }
+    ask()?;
     let writable = test.writable().into_iter().chain([args.flags.output_dir.clone()]).collect();
     let viewers = std::env::current_exe().ok();
     let options = Options { writable, viewers, ..Options::default() };
@@ -78,19 +88,18 @@ fn build_kit(name: KitName) -> Result<Kit> {
     })
 }
 
-/// The Python runner's arguments.
-#[derive(Serialize)]
-struct RunnerArguments<'a> {
-    #[serde(flatten)]
-    flags: &'a Flags,
-    kit_dirs: Vec<&'a Path>,
-}
-
-/// The command that runs the script.
-fn runner(flags: &Flags, python: &Path, kits: &[Kit]) -> Result<Vec<OsString>> {
-    let kit_dirs = kits.iter().map(|kit| kit.dir.as_path()).collect();
-    let asked = serde_json::to_string(&RunnerArguments { flags, kit_dirs })?;
-    // -P: a file of the current directory must not stand in for a module.
-    let argv = ["-P", "-m", "firn.runner", &asked].map(OsString::from);
-    Ok(iter::once(python.into()).chain(argv).collect())
+/// The command that runs the script. Its arguments are words: reading JSON takes Python longer than a script that does
+/// nothing.
+fn runner(flags: &Flags, python: &Path, kits: &[Kit]) -> Vec<OsString> {
+    let timeout = flags.global_timeout.map(|seconds| seconds.to_string());
+    let junit = flags.junit_xml.clone().unwrap_or_default();
+    let flags: [OsString; 5] = [
+        flags.file.clone().into(),
+        flags.output_dir.clone().into(),
+        timeout.unwrap_or_default().into(),
+        junit.into(),
+        flags.log_level.clone().into(),
+    ];
+    let kits = kits.iter().map(|kit| kit.dir.clone().into());
+    python::execute(python, "firn.runner", flags.into_iter().chain(kits))
 }

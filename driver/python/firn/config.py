@@ -33,7 +33,7 @@ class DriverConfiguration:
         _, script, _ = test.script
         return cls(
             vms={name: NodeConfiguration(name, path) for name, path in test.files.items()},
-            test_script=script,
+            test_script=Path(script),
             vlans=test.vlans,
             global_timeout=test.global_timeout,
             enable_ssh_backdoor=test.ssh_backdoor,

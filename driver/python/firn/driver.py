@@ -1,52 +1,66 @@
 """A test run as its script sees it: its names, how it is run, and how errors are shown."""
 
-import ast
-import json
-import linecache
-import os
-import shlex
-import time
-import traceback
-import unittest
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from types import SimpleNamespace
-from typing import NoReturn
+from __future__ import annotations
 
-from firn._firn import Checkpoint, Logger, Machine, Run, Test, Timer, VLan
-from firn.config import DriverConfiguration
+import os
+import time
+from types import SimpleNamespace
+
+from firn._firn import Machine, Run, Test, Timer, VLan
 from firn.debug import DebugAbstract, DebugNop
-from firn.duration import Duration, seconds
-from firn.errors import RequestedAssertionFailed
+from firn.duration import seconds
 from firn.logger import CompositeLogger, TerminalLogger
 from firn.machine import BaseMachine, NspawnMachine, QemuMachine
-from firn.needs import parts_of, supplied
-from firn.polling import Check, Decorator, PollingCondition, active, check_active
+from firn.parts import parts_of, supplied
+from firn.polling import Decorator, PollingCondition, active, check_active
 from firn.retry import retry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from os import PathLike
+    from pathlib import Path
+    from typing import NoReturn
+
+    from firn._firn import Checkpoint, Logger
+    from firn.assertions import Case
+    from firn.config import DriverConfiguration
+    from firn.duration import Duration
 
 
 class ScriptFailed(Exception):
     """The script raised. The log has the error already."""
 
 
-@dataclass(frozen=True)
 class Settings:
     """How a test is run."""
 
-    out_dir: Path = Path()
-    kit_dirs: Sequence[Path] = ()
-    #: Overrides the test's own.
-    global_timeout: Duration | None = None
-    #: Keep state in TMPDIR under the machines' names, as NixOS tests do.
-    named_state: bool = False
-    keep_machine_state: bool = False
-    #: Set up ssh over vsock for every machine; a CID is this plus the machine's number.
-    vsock_offset: int | None = None
-    #: For interactive use: machines get a screen, a keyboard and a tablet.
-    interactive: bool = False
+    def __init__(  # noqa: PLR0913 - a dataclass, which would take long to make
+        self,
+        *,
+        out_dir: str | PathLike[str] = ".",
+        kit_dirs: Sequence[str | PathLike[str]] = (),
+        global_timeout: Duration | None = None,
+        named_state: bool = False,
+        keep_machine_state: bool = False,
+        vsock_offset: int | None = None,
+        interactive: bool = False,
+    ) -> None:
+        """Take all settings.
+
+        global_timeout: overrides the test's own.
+        named_state: keep state in TMPDIR under the machines' names, as NixOS tests do.
+        vsock_offset: set up ssh over vsock for every machine; a CID is this plus its number.
+        interactive: for interactive use: machines get a screen, a keyboard and a tablet.
+        """
+        self.out_dir = out_dir
+        self.kit_dirs = kit_dirs
+        self.global_timeout = global_timeout
+        self.named_state = named_state
+        self.keep_machine_state = keep_machine_state
+        self.vsock_offset = vsock_offset
+        self.interactive = interactive
 
 
 class VhostVsock:
@@ -126,13 +140,19 @@ class Driver:
         """Take the names from the run and the script from the test."""
         self.machines[:] = self._run.machines
         self.vlans[:] = self._run.vlans
-        text, file, line = self.test.script
-        self.file = str(file)
+        text, self.file, line = self.test.script
         # The script may be a part of the file; keep the file's line numbers.
         self.text = "\n" * (line - 1) + text
+        if self.settings.interactive or not isinstance(self.debug, DebugNop):
+            self._remember_lines()
+        self.names.update(self.test_symbols())
+
+    def _remember_lines(self) -> None:
+        """Let tracebacks and debuggers show the script as it is run."""
+        import linecache
+
         lines = self.text.splitlines(keepends=True)
         linecache.cache[self.file] = (len(self.text), None, lines, self.file)
-        self.names.update(self.test_symbols())
 
     def dump_machine_ssh(self) -> None:
         """Log how to open an ssh session in each machine, if that is possible."""
@@ -150,6 +170,8 @@ class Driver:
     @property
     def config(self) -> DriverConfiguration:
         """The test's configuration, as the NixOS test framework has it."""
+        from firn.config import DriverConfiguration
+
         return DriverConfiguration.of(self.test)
 
     @property
@@ -168,7 +190,9 @@ class Driver:
     @property
     def out_dir(self) -> Path:
         """The output directory."""
-        return self.settings.out_dir
+        from pathlib import Path
+
+        return Path(self.settings.out_dir)
 
     @property
     def state_dir(self) -> Path | None:
@@ -205,7 +229,7 @@ class Driver:
             "serial_stdout_on": self.serial_stdout_on,
             "start_all": self.start_all,
             "subtest": self.subtest,
-            "t": Case(),
+            "t": Assertions(),
             "test_script": self.test_script,
             "vlans": self.vlans,
         }
@@ -236,12 +260,16 @@ class Driver:
 
         With `isolated=True`, all machines and networks go back afterwards to what they were before.
         """
-        return self._isolated(name) if isolated else self.logger.subtest(name)
+        if not isolated:
+            return self.logger.subtest(name)
+        from contextlib import contextmanager  # noqa: PLC0415 - few scripts need it
 
-    @contextmanager
-    def _isolated(self, name: str) -> Iterator[None]:
-        with self.logger.subtest(name), self.checkpoint(f"before {name}"):
-            yield
+        @contextmanager
+        def subtest() -> Iterator[None]:
+            with self.logger.subtest(name), self.checkpoint(f"before {name}"):
+                yield
+
+        return subtest()
 
     def checkpoint(self, name: str = "") -> Checkpoint:
         """Keep what all machines, networks and shared directories are, to go back to.
@@ -278,9 +306,13 @@ class Driver:
                 raise TypeError(f"create_machine: unknown options {', '.join(map(repr, options))}")
         parts = parts_of(self.test, everything=self.settings.interactive)
         if isinstance(made_of, dict):
+            import json
+
             return self._run.create_machine_of_json(
                 json.dumps(made_of), name=name, keep_state=keep_machine_state, parts=parts
             )
+        import shlex
+
         words = shlex.split(made_of) if isinstance(made_of, str) else [os.fspath(made_of)]
         if isinstance(made_of, str) and (len(words) != 1 or "/" not in words[0]):
             return self._run.create_machine_of_command(
@@ -329,18 +361,23 @@ class Driver:
 
     def _exec(self) -> None:
         try:
-            tree = ast.parse(self.text, self.file)
-            self._warn_of_alias(tree)
-            exec(compile(tree, self.file, "exec"), self.names)
+            self._warn_of_alias()
+            # This file's own future features are not the script's.
+            exec(compile(self.text, self.file, "exec", dont_inherit=True), self.names)
         except Exception as error:
             self.logger.log_test_error("\n".join(self._describe(error)))
             self.debug.breakpoint()
             raise ScriptFailed from error
 
-    def _warn_of_alias(self, tree: ast.AST) -> None:
+    def _warn_of_alias(self) -> None:
         """Warn if the script calls its only machine `machine` though it has another name."""
         if len(self.machines) != 1 or self.machines[0].variable == "machine":
             return
+        if "machine" not in self.text:
+            return
+        import ast
+
+        tree = ast.parse(self.text, self.file)
         uses = [
             node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "machine"
         ]
@@ -352,6 +389,9 @@ class Driver:
 
     def _describe(self, error: Exception) -> Iterator[str]:
         """Show an error with the script's own frames only; its author did not write the others."""
+        import traceback
+
+        self._remember_lines()
         frames = [
             frame
             for frame in traceback.extract_tb(error.__traceback__)
@@ -366,10 +406,22 @@ class Driver:
         yield from text.removeprefix("firn.errors.").splitlines()
 
 
-class Case(unittest.TestCase):
-    """The script's `t`, whose methods are assertions."""
+class Assertions:
+    """The script's `t`: a `Case` from its first use on. Importing unittest takes long."""
 
-    failureException = RequestedAssertionFailed
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Case]:  # type: ignore[override]
+        """What isinstance() takes it for."""
+        from firn.assertions import Case
+
+        return Case
+
+    def __getattr__(self, name: str) -> object:
+        """Become the case, and return its attribute."""
+        case = self.__class__
+        vars(object)["__class__"].__set__(self, case)
+        case.__init__(self)  # type: ignore[arg-type]
+        return getattr(self, name)
 
 
-__all__ = ["Case", "Check", "Driver", "PollingCondition", "ScriptFailed", "Settings", "VhostVsock"]
+__all__ = ["Driver", "PollingCondition", "ScriptFailed", "Settings", "VhostVsock"]

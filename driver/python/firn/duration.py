@@ -1,14 +1,30 @@
 """Durations: a timedelta, or an int or float of seconds."""
 
-from datetime import timedelta
+from __future__ import annotations
 
-Duration = timedelta | float
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    Duration = timedelta | float
+
+
+def __getattr__(name: str) -> object:
+    """Make the type when it is asked for."""
+    if name != "Duration":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from datetime import timedelta
+
+    return timedelta | float
 
 
 def seconds(duration: Duration) -> float:
     """Convert a duration to seconds. A bool is not a duration."""
-    if isinstance(duration, timedelta):
-        return duration.total_seconds()
+    if not isinstance(duration, int | float):
+        from datetime import timedelta
+
+        if isinstance(duration, timedelta):
+            return duration.total_seconds()
     if isinstance(duration, bool) or not isinstance(duration, int | float):
         raise TypeError("a duration is a datetime.timedelta, or seconds as an int or float")
     return float(duration)

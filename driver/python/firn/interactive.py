@@ -77,10 +77,10 @@ class Rollback:
 def interact(driver: Driver, load: Callable[[Path | None], Test]) -> None:
     """Run a prompt with the script's names until the user leaves it."""
     try:
-        from IPython.terminal.interactiveshell import (  # noqa: PLC0415 - optional, and slow
+        from IPython.terminal.interactiveshell import (
             TerminalInteractiveShell,
         )
-        from traitlets.config import Config  # noqa: PLC0415 - comes with IPython
+        from traitlets.config import Config
     except ImportError as error:
         raise MachineError(
             f"interactive mode needs IPython ({error}): pip install ipython"

@@ -1,13 +1,18 @@
 """The log, under the names that scripts use."""
 
+from __future__ import annotations
+
 import atexit
 import sys
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
 from enum import IntEnum
-from os import PathLike
 
 from firn._firn import Logger, Step
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from os import PathLike
 
 
 class LogLevel(IntEnum):

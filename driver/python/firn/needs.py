@@ -1,39 +1,10 @@
-"""The parts that a script needs its machines to have: a screen, a keyboard, a tablet.
-
-Machines whose scripts call nothing that needs one are made without: a screen costs time at each
-boot. What is seen here are the names of the calls; a script that hides them says in its machines'
-descriptions what it needs.
-"""
+"""Finds the calls in a script that need parts of its machines."""
 
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from firn._firn import Test
-
-#: All such parts.
-PARTS = ("screen", "keyboard", "tablet")
-
-#: Methods of machines, and the parts each needs. An X server needs a screen to start.
-CALLS = {
-    "get_screen_text": "screen",
-    "get_screen_text_variants": "screen",
-    "get_window_names": "screen",
-    "screenshot": "screen",
-    "send_chars": "keyboard",
-    "send_key": "keyboard",
-    "wait_for_text": "screen",
-    "wait_for_window": "screen",
-    "wait_for_x": "screen",
-}
-
-#: Commands of QEMU's monitors, and the parts each needs.
-COMMANDS = {
-    "input-send-event": ("keyboard", "tablet"),
-    "screendump": ("screen",),
-    "send-key": ("keyboard",),
-    "sendkey": ("keyboard",),
-}
+from firn.parts import CALLS, COMMANDS
 
 
 @dataclass(frozen=True)
@@ -69,27 +40,10 @@ def needs(tree: ast.AST, variables: Iterable[str]) -> Iterator[Need]:
                             yield Need(node.lineno, node.col_offset + 1, word, part, None)
 
 
-def needs_of(test: Test) -> list[Need]:
-    """Find what a test's script needs; nothing if Python cannot parse it."""
+def needs_of_text(script: str, variables: Iterable[str]) -> list[Need]:
+    """Find what a script needs; nothing if Python cannot parse it."""
     try:
-        tree = ast.parse(test.script[0])
+        tree = ast.parse(script)
     except (SyntaxError, ValueError):
         return []
-    return list(needs(tree, test.variables))
-
-
-def supplied(test: Test, everything: bool = False) -> Test:
-    """Add the parts that a test's script needs, or all parts, to its machines."""
-    if everything:
-        return test.supplied(PARTS)
-    wanted = {(need.variable, need.part) for need in needs_of(test)}
-    for variable, part in wanted:
-        test = test.supplied([part], variable)
-    return test
-
-
-def parts_of(test: Test, everything: bool = False) -> list[str]:
-    """Return the parts of machines that the script creates itself."""
-    if everything:
-        return list(PARTS)
-    return sorted({need.part for need in needs_of(test)})
+    return list(needs(tree, variables))

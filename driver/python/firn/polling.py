@@ -1,17 +1,25 @@
 """Polling conditions, which have to hold while a part of a script runs."""
 
-import threading
-import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import overload
+from __future__ import annotations
 
-from firn._firn import Logger, set_wait_hook
-from firn.duration import Duration, one_of, seconds
+import time
+from _thread import allocate_lock
+
+from firn._firn import set_wait_hook
+from firn.duration import one_of, seconds
 from firn.errors import PollingConditionError
 from firn.retry import retry
 
-Check = Callable[[], bool | None]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import overload
+
+    from firn._firn import Logger
+    from firn.duration import Duration
+
+    Check = Callable[[], bool | None]
 
 
 class PollingCondition:
@@ -30,12 +38,12 @@ class PollingCondition:
         self._log = log
         self._interval = seconds(interval)
         self._checked = float("-inf")
-        self._checking = threading.Lock()
+        self._checking = allocate_lock()
         name = getattr(check, "__name__", repr(check))
         self.description = " ".join((description or check.__doc__ or name).split())
 
     @property
-    def condition(self) -> "PollingCondition":
+    def condition(self) -> PollingCondition:
         """Itself: upstream's driver has it within another object."""
         return self
 
@@ -102,7 +110,7 @@ class _Active:
     """The active conditions, innermost last; machines check them while they wait."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = allocate_lock()
         self._conditions: tuple[PollingCondition, ...] = ()
 
     def add(self, condition: PollingCondition) -> None:
@@ -145,25 +153,27 @@ class Decorator:
         """Take the log of the checks."""
         self._log = log
 
-    @overload
-    def __call__(
-        self,
-        fun_: Check,
-        *,
-        seconds_interval: Duration | None = None,
-        description: str | None = None,
-        interval: Duration | None = None,
-    ) -> PollingCondition: ...
+    if TYPE_CHECKING:
 
-    @overload
-    def __call__(
-        self,
-        fun_: None = None,
-        *,
-        seconds_interval: Duration | None = None,
-        description: str | None = None,
-        interval: Duration | None = None,
-    ) -> Callable[[Check], PollingCondition]: ...
+        @overload
+        def __call__(
+            self,
+            fun_: Check,
+            *,
+            seconds_interval: Duration | None = None,
+            description: str | None = None,
+            interval: Duration | None = None,
+        ) -> PollingCondition: ...
+
+        @overload
+        def __call__(
+            self,
+            fun_: None = None,
+            *,
+            seconds_interval: Duration | None = None,
+            description: str | None = None,
+            interval: Duration | None = None,
+        ) -> Callable[[Check], PollingCondition]: ...
 
     def __call__(
         self,

@@ -1,11 +1,18 @@
 """Retries until a function succeeds."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Callable
 
 from firn._firn import check_wait_hook
-from firn.duration import Duration, one_of, seconds
+from firn.duration import one_of, seconds
 from firn.errors import RequestedAssertionFailed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from firn.duration import Duration
 
 
 def retry(

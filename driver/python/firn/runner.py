@@ -1,20 +1,30 @@
-"""Runs a test: `python3 -m firn.runner FILE`, which `firn test` executes."""
+"""Runs a test: what `firn test` executes.
 
-import json
+What few runs need is imported where it is needed, here and in what this imports: each such module
+takes longer than a run that has nothing to do.
+"""
+
+from __future__ import annotations
+
 import os
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import FrameType
 
 from firn._firn import Test, interrupt_waits_by_signals
-from firn.debug import Debug, DebugNop
+from firn.debug import DebugNop
 from firn.driver import Driver, ScriptFailed, Settings
 from firn.errors import MachineError, RequestedAssertionFailed
 from firn.logger import CompositeLogger, JunitXMLLogger, TerminalLogger, XMLLogger
 from firn.terminal import filter_output
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from os import PathLike
+    from pathlib import Path
+    from types import FrameType
+
+    from firn.debug import DebugAbstract
 
 
 class Terminated(BaseException):
@@ -45,19 +55,29 @@ def end_by_raising() -> None:
         signal.signal(number, terminate)
 
 
-@dataclass(frozen=True)
 class Options:
     """The options of a command line."""
 
-    #: Reads the test, or with a path another test.
-    load: Callable[[Path | None], Test]
-    settings: Settings = field(default_factory=Settings)
-    interactive: bool = False
-    #: Turns breakpoints on: the command with which people attach to the driver's namespaces.
-    debug_attach: str | None = None
-    #: A JUnit report, relative to the output directory.
-    junit: Path | None = None
-    log_level: str = "info"
+    def __init__(
+        self,
+        load: Callable[[Path | None], Test],
+        settings: Settings,
+        debug_attach: str | None = None,
+        junit: str | PathLike[str] | None = None,
+        log_level: str = "info",
+    ) -> None:
+        """Take all options.
+
+        load: reads the test, or with a path another test.
+        debug_attach: turns breakpoints on: the command with which people attach to the driver's
+            namespaces.
+        junit: a JUnit report, relative to the output directory.
+        """
+        self.load = load
+        self.settings = settings
+        self.debug_attach = debug_attach
+        self.junit = junit
+        self.log_level = log_level
 
 
 def run(options: Options) -> None:
@@ -68,16 +88,19 @@ def run(options: Options) -> None:
     if xml and xml != os.devnull:
         log.add_logger(XMLLogger(xml))
     if options.junit is not None:
-        log.add_logger(JunitXMLLogger(options.settings.out_dir / options.junit))
-    debug = DebugNop() if options.debug_attach is None else Debug(log, options.debug_attach)
+        log.add_logger(JunitXMLLogger(os.path.join(options.settings.out_dir, options.junit)))
+    debug: DebugAbstract = DebugNop()
+    if options.debug_attach is not None:
+        from firn.breakpoints import Debug
+
+        debug = Debug(log, options.debug_attach)
     try:
         test = options.load(None)
         end_by_raising()
-        settings = replace(options.settings, interactive=options.interactive)
-        driver = Driver(test, log, settings, debug)
+        driver = Driver(test, log, options.settings, debug)
         try:
-            if options.interactive:
-                from firn.interactive import interact  # noqa: PLC0415 - IPython is slow
+            if options.settings.interactive:
+                from firn.interactive import interact
 
                 interact(driver, options.load)
             else:
@@ -135,22 +158,22 @@ def guarded(options: Options) -> int:
     return status
 
 
-def options(asked: str) -> Options:
-    """Read the options of `firn test` from JSON; it declares the flags and defaults."""
-    given = json.loads(asked)
-    file = Path(given["file"])
-    junit = given["junit_xml"]
-    return Options(
-        load=lambda other: Test.from_toml_file(other or file),
-        settings=Settings(
-            out_dir=Path(given["output_dir"]),
-            kit_dirs=[Path(kit) for kit in given["kit_dirs"]],
-            global_timeout=given["global_timeout"],
-        ),
-        junit=None if junit is None else Path(junit),
-        log_level=given["log_level"],
+def main(arguments: list[str]) -> int:
+    """Run what `firn test` asks for, which declares the flags and defaults; "" is None."""
+    file, out_dir, timeout, junit, log_level, *kit_dirs = arguments
+    return guarded(
+        Options(
+            load=lambda other: Test.from_toml_file(other or file),
+            settings=Settings(
+                out_dir=out_dir,
+                kit_dirs=kit_dirs,
+                global_timeout=float(timeout) if timeout else None,
+            ),
+            junit=junit or None,
+            log_level=log_level,
+        )
     )
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(options(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

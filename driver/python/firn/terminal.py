@@ -4,22 +4,23 @@ The latter is `python3 -m firn.terminal ROWS COLS CMD…`: a carrier passes on w
 no terminal, and a prompt needs one.
 """
 
+from __future__ import annotations
+
 import io
 import os
-import pty
-import re
-import shutil
 import sys
-from typing import TextIO
 
 from firn._firn import printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TextIO
 
 #: Sets the terminal's size, then executes the command.
 SIZED = 'stty rows "$1" cols "$2"; shift 2; exec "$@"'
 
-
 #: Escape sequences that set colours and nothing else.
-COLOURS = re.compile(r"(\x1b\[[0-9;:]*m)")
+COLOURS = r"(\x1b\[[0-9;:]*m)"
 
 
 class Filtered(io.TextIOWrapper):
@@ -31,7 +32,9 @@ class Filtered(io.TextIOWrapper):
 
     def write(self, text: str, /) -> int:
         """Write the printable part of a text."""
-        parts = COLOURS.split(text)
+        import re
+
+        parts = re.split(COLOURS, text)
         parts[::2] = map(printable, parts[::2])
         super().write("".join(parts))
         return len(text)
@@ -59,6 +62,8 @@ def _filtered(stream: TextIO) -> TextIO:
 
 def with_terminal(command: list[str]) -> list[str]:
     """Return the command line that runs a command in a terminal as large as this process's."""
+    import shutil
+
     size = shutil.get_terminal_size()
     own = [sys.executable, "-P", "-m", "firn.terminal"]
     return [*own, str(size.lines), str(size.columns), *command]
@@ -66,6 +71,8 @@ def with_terminal(command: list[str]) -> list[str]:
 
 def main() -> int:
     """Run the command line and return the command's exit status."""
+    import pty
+
     status = pty.spawn(["sh", "-c", SIZED, "sh", *sys.argv[1:]])
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

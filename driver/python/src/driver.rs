@@ -1,6 +1,7 @@
 //! A run and its networks, in Python.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -108,9 +109,9 @@ impl PyTest {
 
     /// The script's text, its file, and the line on which it begins.
     #[getter]
-    fn script(&self) -> (&str, PathBuf, usize) {
+    fn script(&self) -> (&str, &OsStr, usize) {
         let script = &self.0.script;
-        (&script.text, script.file.clone(), script.line)
+        (&script.text, script.file.as_os_str(), script.line)
     }
 
     /// The limit for the whole run, in seconds; None for no limit.

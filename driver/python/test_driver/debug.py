@@ -1,5 +1,6 @@
 """Breakpoints in a script."""
 
-from firn.debug import Debug, DebugAbstract, DebugNop
+from firn.breakpoints import Debug
+from firn.debug import DebugAbstract, DebugNop
 
 __all__ = ["Debug", "DebugAbstract", "DebugNop"]

@@ -38,15 +38,8 @@ class Log(unittest.TestCase):
         """Write a test, and give what runs it."""
         file = self.dir / "test.toml"
         file.write_text(f"test_script = {json.dumps(script)}\n{node.format(file=file)}")
-        asked: dict[str, object] = {
-            "file": str(file),
-            "output_dir": str(self.dir),
-            "kit_dirs": [],
-            "global_timeout": None,
-            "junit_xml": "junit.xml",
-            "log_level": "info",
-        }
-        return [sys.executable, "-P", "-m", "firn.runner", json.dumps(asked)]
+        asked = [str(file), str(self.dir), "", "junit.xml", "info"]
+        return [sys.executable, "-P", "-m", "firn.runner", *asked]
 
     def spawn(self, command: list[str]) -> "subprocess.Popen[str]":
         """Start a run."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from firn._firn import Test
 from firn.check import check_needs
-from firn.needs import Need, needs, needs_of, parts_of, supplied
+from firn.needs import Need, needs
+from firn.parts import needs_of, parts_of, supplied
 
 NODES = """
 [nodes.server]

@@ -1,6 +1,5 @@
 """The runner as a process: exit statuses, tracebacks, signals, what it leaves behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -46,16 +45,9 @@ class Runner(unittest.TestCase):
 
     def start(self, timeout: float | None = None) -> "subprocess.Popen[str]":
         """Start the runner on the file that is there."""
-        asked: dict[str, object] = {
-            "file": str(self.file),
-            "output_dir": ".",
-            "kit_dirs": [],
-            "global_timeout": timeout,
-            "junit_xml": None,
-            "log_level": "info",
-        }
+        asked = [str(self.file), ".", "" if timeout is None else str(timeout), "", "info"]
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "firn.runner", json.dumps(asked)],
+            [sys.executable, "-P", "-m", "firn.runner", *asked],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -94,6 +86,17 @@ class Runner(unittest.TestCase):
         names = "machines vlans vlan1 driver log os start_all join_all subtest retry t test_script"
         status, _, err = self.run_script(f"print({', '.join(names.split())}, run_tests)")
         self.assertEqual(status, 0, err)
+
+    def test_assertions(self) -> None:
+        """Whatever is done with `t` first, it is a test case."""
+        for script in (
+            "import unittest\nassert isinstance(t, unittest.TestCase)\nt.assertTrue(True)",
+            "t.maxDiff = None\nt.assertEqual([1], [1])\nassert t.maxDiff is None",
+            "with t.assertRaises(ZeroDivisionError), t.subTest():\n    1 / 0",
+            "assert 'assertIn' in dir(t)",
+        ):
+            status, _, err = self.run_script(script)
+            self.assertEqual(status, 0, err)
 
     def test_traceback(self) -> None:
         """Only the script's own frames are shown, with their lines in the file."""

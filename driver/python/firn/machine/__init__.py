@@ -1,40 +1,25 @@
 """Machines as scripts see them: `firn._firn.Machine`, and what is simpler in Python."""
 
-import queue
-import shutil
-from collections.abc import Callable
-from pathlib import Path
-from socket import socket
-from typing import Any, Generic, NoReturn, TypeVar, overload
+from __future__ import annotations
 
-from firn import interact
-from firn._firn import Machine
-from firn.duration import Duration, seconds
-from firn.errors import MachineError, RequestedAssertionFailed
-from firn.machine.keys import CHAR_TO_KEY
-from firn.machine.qmp import QMPSession
-from firn.machine.start import Process, QemuStartCommand, make_command
+from firn._firn import CHAR_TO_KEY, Machine
+from firn.duration import seconds
+from firn.errors import MachineError
+from firn.machine.assignable import assignable
 from firn.machine.windows import Windows
 from firn.retry import retry
 
-T = TypeVar("T")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from socket import socket
+    from typing import Any, NoReturn
 
-
-class assignable(Generic[T]):
-    """A computed attribute that a script may override by assigning to it."""
-
-    def __init__(self, get: Callable[[Any], T]) -> None:
-        """Take the function that computes it."""
-        self._get = get
-        self.__doc__ = get.__doc__
-
-    @overload
-    def __get__(self, machine: None, owner: type) -> "assignable[T]": ...
-    @overload
-    def __get__(self, machine: object, owner: type) -> T: ...
-    def __get__(self, machine: object | None, owner: type) -> "T | assignable[T]":
-        """Compute the value."""
-        return self if machine is None else self._get(machine)
+    from firn.duration import Duration
+    from firn.machine.lines import ConsoleLines
+    from firn.machine.qmp import QMPSession
+    from firn.machine.start import Process, QemuStartCommand
 
 
 class BaseMachine(Machine):
@@ -92,6 +77,8 @@ class BaseMachine(Machine):
         """Remove the machine's state. Its disks are new at the next start."""
         if self.booted:
             raise MachineError(f"{self.name} is running and needs its state")
+        import shutil
+
         shutil.rmtree(self.state_dir)
         self.log(f"deleting machine state directory {self.state_dir}")
         self.log("if you want to keep the machine state, pass --keep-machine-state")
@@ -109,6 +96,8 @@ class QemuMachine(Windows, BaseMachine):
     @assignable
     def process(self) -> Process | None:
         """A stand-in for the machine's process while it runs; it has no process of its own."""
+        from firn.machine.start import Process
+
         return Process(self) if self.booted else None
 
     @assignable
@@ -119,11 +108,15 @@ class QemuMachine(Windows, BaseMachine):
     @assignable
     def start_command(self) -> QemuStartCommand:
         """The command that starts the machine by hand."""
+        from firn.machine.start import QemuStartCommand
+
         return QemuStartCommand(f"run-{self.name}-vm")
 
     @property
     def qmp_client(self) -> QMPSession:
         """A QMP session, for the commands that firn supports."""
+        from firn.machine.qmp import QMPSession
+
         session = self.__dict__.get("_qmp_client")
         if not isinstance(session, QMPSession) or session.closed:
             session = QMPSession(self)
@@ -131,8 +124,10 @@ class QemuMachine(Windows, BaseMachine):
         return session
 
     @assignable
-    def last_lines(self) -> "ConsoleLines":
+    def last_lines(self) -> ConsoleLines:
         """The console lines not consumed yet; wait_for_console_text() consumes lines too."""
+        from firn.machine.lines import ConsoleLines
+
         return ConsoleLines(self)
 
     @assignable
@@ -182,36 +177,15 @@ class QemuMachine(Windows, BaseMachine):
 
         address: what socat shall connect to the shell instead of the terminal: `tcp-listen:4444`.
         """
+        from firn import interact
+
         interact.shell(self, address)
 
     def console_interact(self) -> None:
         """Send what the user types to the serial console until Ctrl-D or Ctrl-C."""
+        from firn import interact
+
         interact.console(self)
-
-
-class ConsoleLines(queue.Queue[str]):
-    """A machine's unconsumed console lines, as a queue."""
-
-    def __init__(self, machine: Machine) -> None:
-        """Take the machine."""
-        super().__init__()
-        self._machine = machine
-
-    def get(self, block: bool = True, timeout: float | None = None) -> str:
-        """Take the next line. Raises queue.Empty if none comes in time."""
-        limit = (float("inf") if timeout is None else timeout) if block else 0.0
-        try:
-            return self._machine._next_console_line(limit)
-        except RequestedAssertionFailed:
-            raise queue.Empty from None
-
-    def qsize(self) -> int:
-        """Return the number of lines."""
-        return self._machine._console_lines_left()
-
-    def empty(self) -> bool:
-        """Whether the queue is empty."""
-        return self.qsize() == 0
 
 
 class NspawnMachine(BaseMachine):
@@ -228,7 +202,5 @@ __all__ = [
     "Machine",
     "NspawnMachine",
     "QemuMachine",
-    "QemuStartCommand",
-    "make_command",
     "retry",
 ]

@@ -1,13 +1,18 @@
 """Windows on a guest's screen, listed by commands to its X server."""
 
-import re
+from __future__ import annotations
 
 from firn._firn import Machine
-from firn.duration import Duration
 from firn.retry import retry_on
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import re
+
+    from firn.duration import Duration
+
 #: The name of a window, in a line of xwininfo.
-_NAME = re.compile(r'0x[0-9a-f]+ "(.*?)"')
+_NAME = r'0x[0-9a-f]+ "(.*?)"'
 
 
 class Windows(Machine):
@@ -31,8 +36,10 @@ class Windows(Machine):
 
     def get_window_names(self) -> list[str]:
         """Return the names of all windows of the guest's X server. Needs xwininfo in the guest."""
+        import re
+
         lines = self.succeed("xwininfo -root -tree").splitlines()
-        return [found[1] for line in lines if (found := _NAME.search(line))]
+        return [found[1] for line in lines if (found := re.search(_NAME, line))]
 
     def wait_for_window(self, regexp: str | re.Pattern[str], timeout: Duration = 900) -> None:
         """Wait until there is a window whose name matches a regular expression.
@@ -40,6 +47,8 @@ class Windows(Machine):
         timeout: seconds or a timedelta; 900 seconds by default. Raises RequestedAssertionFailed
         after it.
         """
+        import re
+
         pattern = re.compile(regexp)
 
         def visible(last: bool) -> bool:

@@ -5,10 +5,9 @@ from firn.machine import (
     BaseMachine,
     NspawnMachine,
     QemuMachine,
-    QemuStartCommand,
-    make_command,
     retry,
 )
+from firn.machine.start import QemuStartCommand, make_command
 
 # The name before there were containers.
 Machine = QemuMachine
