@@ -38,6 +38,7 @@ test: setup-tests kit
 	$(VENV)/pip install -q mypy pexpect selenium
 	$(VENV)/python -m unittest discover -s driver/python/tests
 	$(VENV)/python tests/conformance/conformance.py run
+	$(FIRN) test tests/examples/database/test.toml
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
 	cargo test --release -p firn-tests --no-run
 	$(MAKE) -j2 guests-a guests-b

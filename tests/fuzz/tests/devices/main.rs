@@ -267,7 +267,7 @@ fn fs() {
     let share = dir.path().join("share");
     fs::create_dir(&share).expect("it is new");
     fs::write(share.join("file"), "text").expect("there is room");
-    let spec = ShareSpec::new("fuzz".try_into().expect("a tag"), share.clone());
+    let spec = ShareSpec::new("fuzz".try_into().expect("a tag"), share);
     let store = ShareSpec { read_only: true, cache: CachePolicy::Always, ..spec.clone() };
     // The store's server is firn's own.
     for spec in [spec, store] {
