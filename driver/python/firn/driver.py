@@ -262,7 +262,7 @@ class Driver:
         """
         if not isolated:
             return self.logger.subtest(name)
-        from contextlib import contextmanager  # noqa: PLC0415 - few scripts need it
+        from contextlib import contextmanager
 
         @contextmanager
         def subtest() -> Iterator[None]:
