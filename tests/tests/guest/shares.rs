@@ -1,14 +1,19 @@
 //! Directories of the host that guests mount.
 
+use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use firn::{Driver, Machine};
 use firn_tests::skip::skipped;
-use firn_tests::{micro, output, with_machines};
+use firn_tests::{micro, noise, output, with_machines};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
 /// Two guests with the share `exchange` in `/mnt`.
@@ -179,41 +184,99 @@ fn copy_of_kit(place: &TempDir) -> PathBuf {
     copy
 }
 
+/// A directory in which there is everything that one can hold.
+fn tree() -> TempDir {
+    let tree = tempfile::tempdir().unwrap();
+    let path = |name: &str| tree.path().join(name);
+    fs::write(path("file"), "of the host").unwrap();
+    fs::write(path("large"), noise(3_000_000)).unwrap();
+    fs::write(path("executable"), "#!/bin/sh\n").unwrap();
+    fs::set_permissions(path("executable"), fs::Permissions::from_mode(0o4755)).unwrap();
+    fs::create_dir_all(path("a/b/c")).unwrap();
+    for number in 0..300 {
+        fs::write(path("a/b").join(format!("file {number}")), number.to_string()).unwrap();
+    }
+    fs::write(path("a").join(OsStr::from_bytes(b"new\nline \xff")), "odd").unwrap();
+    fs::write(path("a").join("n".repeat(255)), "").unwrap();
+    fs::hard_link(path("large"), path("a/b/linked")).unwrap();
+    symlink("/etc/passwd", path("a/out")).unwrap();
+    symlink("../a/b", path("a/inside")).unwrap();
+    mkfifo(&path("a/fifo"), Mode::S_IRUSR).unwrap();
+    UnixListener::bind(path("a/socket")).unwrap();
+    fs::set_permissions(tree.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    tree
+}
+
+/// All that can be seen of the files below the working directory, but inode numbers.
+const ALL: &str = "{ find . -exec stat -c '%n %f %s %b %u %g %h %Y %Z %t %T' {} + | sort; \
+    find . -type f -exec sha256sum {} + | sort; find . -type l -exec readlink {} ';' | sort; } ";
+
 #[test]
-fn a_read_only_share_refuses_writes_even_if_the_guest_mounts_it_writable() {
-    let source = tempfile::tempdir().unwrap();
-    fs::write(source.path().join("file"), "of the host").unwrap();
-    fs::set_permissions(source.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let nodes = format!(
-        "[[nodes.m.shares]]\ntag = 'store'\nsource = {:?}\ntarget = '/mnt/store'\nread_only = true",
-        source.path()
-    );
+fn read_only_shares_show_the_whole_tree_and_refuse_writes_even_if_mounted_writable() {
+    let source = tree();
+    // The second has a server of its own.
+    let share = |name: &str, cache: &str| {
+        format!(
+            "[[nodes.m.shares]]\ntag = '{name}'\nsource = {:?}\ntarget = '/mnt/{name}'\n\
+             read_only = true\ncache = '{cache}'\n",
+            source.path()
+        )
+    };
+    let nodes = share("store", "auto") + &share("fixed", "always");
     with_machines(&nodes, async |driver| {
         let m = &driver.machines()[0];
-        let changes = [
-            "echo x >/mnt/store/new",
-            "echo x >>/mnt/store/file",
-            "mkdir /mnt/store/dir",
-            "mkfifo /mnt/store/fifo",
-            "ln -s x /mnt/store/link",
-            "ln /mnt/store/file /mnt/store/hard",
-            "rm /mnt/store/file",
-            "mv /mnt/store/file /mnt/store/other",
-            "chmod 600 /mnt/store/file",
-            "touch /mnt/store/file",
-            "truncate -s 3 /mnt/store/file",
-        ];
-        assert_eq!(output(m, "cat /mnt/store/file").await, "of the host");
-        m.fail(&changes, None).await.unwrap();
-        output(m, "mount -o remount,rw /mnt/store; grep -q '/mnt/store virtiofs rw' /proc/mounts")
-            .await;
-        m.fail(&changes, None).await.unwrap();
-        assert_eq!(output(m, "cat /mnt/store/file").await, "of the host");
+        let all = output(m, &format!("cd /mnt/store; {ALL} | tee /tmp/all | wc -l")).await;
+        assert!(all.parse::<usize>().unwrap() > 600, "{all}");
+        for cold in ["", "echo 3 >/proc/sys/vm/drop_caches; "] {
+            output(m, &format!("cd /mnt/fixed; {cold}{ALL} | diff /tmp/all -")).await;
+        }
+        output(m, "cd /mnt/fixed; test large -ef a/b/linked && cmp file a/b/../../file").await;
+        for share in ["/mnt/store", "/mnt/fixed"] {
+            refuses_writes(m, share).await;
+        }
+        // Whatever happens to it on the host, the guest gets an error and goes on.
+        output(
+            m,
+            "echo 3 >/proc/sys/vm/drop_caches; cd /mnt/fixed; ls -l large file a/b >/dev/null",
+        )
+        .await;
+        let large = fs::File::options().write(true).open(source.path().join("large")).unwrap();
+        large.set_len(1_000_000).unwrap();
+        fs::remove_file(source.path().join("a/b/file 7")).unwrap();
+        m.fail(&["cat /mnt/fixed/large", "cat '/mnt/fixed/a/b/file 7'"], None).await.unwrap();
+        assert_eq!(output(m, "cat /mnt/fixed/file '/mnt/fixed/a/b/file 8'").await, "of the host8");
     });
     let file = source.path().join("file");
     assert_eq!(fs::read(&file).unwrap(), b"of the host");
     assert_eq!(fs::metadata(&file).unwrap().mode() & 0o777, 0o644);
-    assert_eq!(fs::read_dir(source.path()).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(source.path()).unwrap().count(), 4);
+}
+
+async fn refuses_writes(m: &Machine, share: &str) {
+    let changes = [
+        "echo x >new",
+        "echo x >>file",
+        "echo x >file",
+        "mkdir dir",
+        "mkfifo fifo",
+        "ln -s x link",
+        "ln file hard",
+        "rm file",
+        "mv file other",
+        "chmod 600 file",
+        "touch file",
+        "truncate -s 3 file",
+    ]
+    .map(|change| format!("cd {share}; {change}"));
+    let changes: Vec<_> = changes.iter().map(String::as_str).collect();
+    let file = format!("cat {share}/file");
+    assert_eq!(output(m, &file).await, "of the host");
+    m.fail(&changes, None).await.unwrap();
+    output(m, &format!("mount -o remount,rw {share}; grep -q '{share} virtiofs rw' /proc/mounts"))
+        .await;
+    m.fail(&changes, None).await.unwrap();
+    output(m, "echo 3 >/proc/sys/vm/drop_caches").await;
+    assert_eq!(output(m, &file).await, "of the host");
 }
 
 #[test]

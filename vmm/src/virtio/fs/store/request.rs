@@ -279,10 +279,12 @@ impl Request<'_> {
             let (node, name) = match position {
                 0 => (Some(Arc::clone(&directory)), c"."),
                 1 => (self.tree.node(directory.parent()), c".."),
-                position => (self.tree.node(entries[position - 2]), c""),
+                position => {
+                    let (name, node) = &entries[position - 2];
+                    (self.tree.node(*node), &**name)
+                }
             };
             let node = node.ok_or_else(|| errno(libc::ESTALE))?;
-            let name = if position < 2 { name } else { node.name() };
             let entry = entry(self.tree, &node)?;
             let name = name.to_bytes();
             let dirent = Dirent {

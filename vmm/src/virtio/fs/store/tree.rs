@@ -58,8 +58,11 @@ struct Known {
     attr: Attr,
 }
 
+/// A directory's entries: of a file that has several names, not its node's own.
+type Entries = Arc<[(Arc<CStr>, u32)]>;
+
 enum Contents {
-    Entries(Arc<[u32]>),
+    Entries(Entries),
     Target(Arc<[u8]>),
 }
 
@@ -124,11 +127,6 @@ impl Node {
     pub(super) fn parent(&self) -> u32 {
         self.parent
     }
-
-    /// Its name there.
-    pub(super) fn name(&self) -> &CStr {
-        &self.name
-    }
 }
 
 impl Tree {
@@ -176,7 +174,7 @@ impl Tree {
     }
 
     /// What a directory holds.
-    pub(super) fn entries(&self, directory: &Node) -> io::Result<Arc<[u32]>> {
+    pub(super) fn entries(&self, directory: &Node) -> io::Result<Entries> {
         self.expect_kind(directory, libc::S_IFDIR, libc::ENOTDIR)?;
         if let Some(Contents::Entries(entries)) = directory.contents.get() {
             return Ok(Arc::clone(entries));
@@ -187,13 +185,13 @@ impl Tree {
         for entry in fs::read_dir(format!("/proc/self/fd/{}", open.file.as_raw_fd()))? {
             let name = CString::new(entry?.file_name().into_vec())?;
             match self.enter(directory, &name) {
-                Ok(node) => entries.push(node.index),
+                Ok(node) => entries.push((name.into(), node.index)),
                 // It has gone meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
         }
-        let entries: Arc<[u32]> = entries.into();
+        let entries: Entries = entries.into();
         let kept = directory.contents.get_or_init(|| Contents::Entries(Arc::clone(&entries)));
         // Another thread may have been first; positions count its entries, then.
         Ok(if let Contents::Entries(kept) = kept { Arc::clone(kept) } else { entries })
@@ -360,7 +358,7 @@ impl Tree {
         let mut open = open.ok_or_else(stale)?;
         for node in way.iter().rev() {
             let stat =
-                fstatat(&open.file, node.name(), AtFlags::AT_SYMLINK_NOFOLLOW).map_err(gone)?;
+                fstatat(&open.file, &*node.name, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(gone)?;
             let known = *node.known.get_or_init(|| self.known_from(node.index, &stat));
             open =
                 self.open_below(&open, node, known.identity, OFlag::O_PATH | OFlag::O_DIRECTORY)?;

@@ -141,7 +141,9 @@ fn everything_that_a_directory_can_hold() {
     for name in odd {
         assert_eq!(read(&mut mount, listed[name].nodeid, 0, 4096).unwrap(), name);
     }
-    // Two names of one file.
+    // Two names of one file, each where it belongs.
+    let top = list(&mut mount, ROOT, 4096);
+    assert!(top.keys().eq([&b"."[..], b"..", b"dir", b"linked"]), "{top:?}");
     assert_eq!(mount.lookup(ROOT, "linked").unwrap().nodeid, listed[&b"..."[..]].nodeid);
     let link = listed[&b"out"[..]].nodeid;
     let secret = outside.path().join("secret");
