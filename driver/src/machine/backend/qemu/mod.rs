@@ -18,7 +18,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use firn_gateway::{Forward, Side};
-use firn_net_switch::plugs::PlugError;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
 use firn_vmm::socket::{Listener, connect_to};
@@ -148,7 +147,7 @@ impl Qemu {
                  directory with a shorter name"
             )).into());
         }
-        let vlans = self.vlan_directories(&dirs)?;
+        let vlans = self.vlan_directories()?;
         let (mut command, shares) =
             self.command_line(&node, &dirs, &sockets, &vlans, may_reboot).await?;
         let vlans = vlans.iter().map(|(number, directory)| (*number, directory.as_path()));
@@ -274,11 +273,9 @@ impl Qemu {
     }
 
     /// The vlans' numbers, and where QEMU plugs cards into them.
-    fn vlan_directories(&self, dirs: &Dirs) -> Result<Vec<(u8, PathBuf)>> {
-        // Where the run keeps its state: the paths of sockets have to be short.
-        let place = dirs.shared.parent().unwrap_or(&dirs.state);
-        let directory = |vlan: &Vlan| Ok((vlan.number().get(), vlan.sockets(place)?));
-        let all: Result<_, PlugError> = self.parts.vlans.iter().map(directory).collect();
+    fn vlan_directories(&self) -> Result<Vec<(u8, PathBuf)>> {
+        let directory = |vlan: &Vlan| Ok((vlan.number().get(), vlan.socket_dir()?));
+        let all: Result<_, MachineError> = self.parts.vlans.iter().map(directory).collect();
         all.map_err(|error| self.start_error(error).into())
     }
 
