@@ -474,21 +474,27 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
             f"shown = lambda: subprocess.run([{firn!r}, 'vlan'], text=True, capture_output=True)\n"
             "found = shown()\n"
             "print(found.stdout, found.stderr)\n"
-            "directory = vlan1.socket_dir\n"
-            "assert f'vlan 1 of process {vlan1.pid}: {directory}\\n' in shown().stdout\n"
+            "directories = [vlan.socket_dir for vlan in (vlan1, vlan2)]\n"
+            "for nr, directory in enumerate(directories, 1):\n"
+            "    t.assertIn(f'vlan {nr} of process {vlan1.pid}: {directory}\\n', shown().stdout)\n"
+            # A wire between the two vlans.
+            "wire = subprocess.Popen(['vde_plug', *map(str, directories)])\n"
             "frame = bytes([255] * 6 + [2, 0, 0, 0, 0, 1, 0x88, 0xb5]) + b'hello' * 9\n"
             "plugs = [socket.socket(socket.AF_UNIX) for _ in range(2)]\n"
-            "for plug in plugs:\n"
+            "for plug, directory in zip(plugs, directories):\n"
             "    plug.connect(str(directory / 'stream'))\n"
             "    plug.settimeout(0.1)\n"
-            "got = b''\n"
-            "while len(got) < 4 + len(frame):\n"
-            "    plugs[0].sendall(struct.pack('>I', len(frame)) + frame)\n"
-            "    try:\n"
-            "        got += plugs[1].recv(4096)\n"
-            "    except TimeoutError:\n"
-            "        pass\n"
-            "assert got[4:].startswith(frame)\n"
+            "for one, other in (plugs, plugs[::-1]):\n"
+            "    got = b''\n"
+            "    while len(got) < 4 + len(frame):\n"
+            "        one.sendall(struct.pack('>I', len(frame)) + frame)\n"
+            "        try:\n"
+            "            got += other.recv(4096)\n"
+            "        except TimeoutError:\n"
+            "            pass\n"
+            "    t.assertEqual(got[4:][:len(frame)], frame)\n"
+            "wire.kill()\n"
+            "wire.wait()\n"
         )
         # The paths of sockets are short: with a long TMPDIR they are elsewhere.
         long = self.state / ("x" * 80)
@@ -501,7 +507,7 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
         ):
             for arguments, said in (([], "no vlan is open"), (["--open-vlans"], "vlan 1 of proc")):
                 with self.subTest(place=place, arguments=arguments):
-                    config = self.config(script)
+                    config = self.config(script, vlans=[1, 2])
                     with self.spawn(*arguments, "--config", config, env=variables) as process:
                         out, err = process.communicate(timeout=120)
                     self.assertEqual(process.returncode, 0, err)
