@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use firn_gateway::{Forward, Side};
 use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::probe;
 use firn_vmm::screen::Screen;
 use firn_vmm::socket::{Listener, connect_to};
 use firn_vmm::virtio::blk::create_image;
@@ -255,7 +256,10 @@ impl Qemu {
         let vlans: Vec<PathBuf> = node.vlans.iter().filter_map(of_node).collect();
         let shares: Vec<PathBuf> =
             (0..spec.shares.len()).map(|at| dirs.state.join(format!("fs{at}"))).collect();
-        let command = command::own(command::of_spec(&spec, node, &initrd, &shares, &vlans), added);
+        // QEMU takes any that it can open, and there are some that only interpret.
+        let kvm = spawn_blocking(|| probe::kvm().usable()).await.unwrap_or(false);
+        let arguments = command::of_spec(&spec, node, kvm, &initrd, &shares, &vlans);
+        let command = command::own(arguments, added);
         let descriptors = self.parts.descriptors.monitor();
         let prepare = move || {
             for disk in &spec.disks {
@@ -526,7 +530,7 @@ impl QemuMonitors for Qemu {
         Box::pin(async move {
             let arguments = json!({"command-line": command});
             let said = self.command("human-monitor-command", arguments).await?;
-            Ok(said.as_str().unwrap_or_default().to_owned())
+            Ok(said.as_str().unwrap_or_default().replace("\r\n", "\n"))
         })
     }
 
