@@ -17,6 +17,9 @@ use crate::private::Place;
 use crate::scratch::{self, Scratch};
 use crate::viewers;
 
+/// How the variables begin that tell start scripts for QEMU where to plug in; the vlan's number follows.
+pub const SOCKET_VARIABLE: &str = "QEMU_VDE_SOCKET_";
+
 /// The prefix of the names of vlans' directories.
 const PREFIX: &str = "vlan";
 /// The longest name of such a directory.

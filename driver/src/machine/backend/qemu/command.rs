@@ -13,6 +13,7 @@ use tokio::process::Command;
 
 use crate::config::{NodeConfig, PortForward};
 use crate::machine::Dirs;
+use crate::vlan::SOCKET_VARIABLE;
 
 /// What runs firn's own command line.
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -66,7 +67,7 @@ pub(super) fn environment<'a>(
     command.current_dir(&dirs.state);
     command.env("TMPDIR", &dirs.state).env("USE_TMPDIR", "1").env("SHARED_DIR", &dirs.shared);
     for (vlan, directory) in vlans {
-        command.env(format!("QEMU_VDE_SOCKET_{vlan}"), directory);
+        command.env(format!("{SOCKET_VARIABLE}{vlan}"), directory);
     }
 }
 
