@@ -145,5 +145,6 @@ mod tests {
         );
         assert_eq!(Accel::Kvm.decide_by(&slow), Decision::Refused(slow.to_string()));
         assert_eq!(Accel::Carrier.decide_by(&fast), Decision::Carrier(None));
+        assert_eq!(Accel::None.decide_by(&slow), Decision::Here);
     }
 }
