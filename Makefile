@@ -37,7 +37,7 @@ test: setup-tests kit
 	cargo test --release --workspace --exclude firn-tests
 	$(VENV)/pip install -q mypy pexpect selenium
 	$(VENV)/python -m unittest discover -s driver/python/tests
-	$(VENV)/python tests/conformance/conformance.py run
+	$(VENV)/python tests/conformance/conformance.py run --quick
 	$(FIRN) test tests/examples/database/test.toml
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
 	cargo test --release -p firn-tests --no-run

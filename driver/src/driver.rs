@@ -18,7 +18,7 @@ use crate::kit::{Kit, KitName};
 use crate::log::{Logger, Step};
 use crate::machine::{Boot, Dirs, Machine, Source, hosts};
 use crate::scratch::{State, StatePlace};
-use crate::vlan::Vlan;
+use crate::vlan::{Sockets, Vlan};
 
 /// The options of a [`Driver`]; by default no kits, the current directory, a log on standard error, and state that is
 /// removed at the end.
@@ -53,6 +53,7 @@ pub struct Driver {
     /// Machines created while the test runs.
     created: Mutex<Vec<Machine>>,
     vlans: Vec<Vlan>,
+    sockets: Arc<Sockets>,
     log: Logger,
     global_timeout: Option<Duration>,
     out: PathBuf,
@@ -93,10 +94,12 @@ impl Driver {
         let sources = sources(test, &kits)?;
         let state = State::new(&state)?;
         let out = std::path::absolute(&out_dir).map_err(MachineError::file("find", out_dir))?;
+        let sockets = Arc::default();
         let mut driver = Self {
             machines: Vec::new(),
             created: Mutex::default(),
-            vlans: test.vlans().into_iter().map(Vlan::new).collect(),
+            vlans: test.vlans().into_iter().map(|number| Vlan::new(number, &sockets)).collect(),
+            sockets,
             log,
             global_timeout: test.global_timeout,
             out,
@@ -123,12 +126,13 @@ impl Driver {
         let sources = sources(test, kits)?;
         let vlan = |number| {
             let there = self.vlans.iter().find(|vlan| vlan.number() == number);
-            there.cloned().unwrap_or_else(|| Vlan::new(number))
+            there.cloned().unwrap_or_else(|| Vlan::new(number, &self.sockets))
         };
         let mut driver = Self {
             machines: Vec::new(),
             created: Mutex::default(),
             vlans: test.vlans().into_iter().map(vlan).collect(),
+            sockets: Arc::clone(&self.sockets),
             log: self.log.clone(),
             global_timeout: test.global_timeout,
             out: self.out.clone(),
@@ -140,6 +144,7 @@ impl Driver {
         };
         self.replaced.store(true, Ordering::Release);
         self.checkpoints.end(None);
+        self.sockets.keep(&driver.vlans);
         std::mem::swap(&mut *self.created(), &mut *driver.created());
         let (mut running, mut kept) = (Vec::new(), Vec::new());
         for old in &self.machines {
@@ -332,9 +337,13 @@ impl Driver {
             });
         }
         ends.join_all().await;
-        let state = self.state().take();
+        let (state, sockets) = (self.state().take(), Arc::clone(&self.sockets));
         // There may be gigabytes.
-        let _ = tokio::task::spawn_blocking(move || drop(state)).await;
+        let _ = tokio::task::spawn_blocking(move || {
+            sockets.close();
+            drop(state);
+        })
+        .await;
     }
 
     /// All machines, including those of [`Self::create_machine`].
@@ -365,5 +374,6 @@ impl Drop for Driver {
         for machine in self.all_machines() {
             machine.request_stop();
         }
+        self.sockets.close();
     }
 }

@@ -213,7 +213,8 @@ impl Scratch {
         Self::new_in(&std::env::temp_dir())
     }
 
-    fn new_in(parent: &Path) -> io::Result<Self> {
+    /// As [`Self::new`], in `parent`.
+    pub(crate) fn new_in(parent: &Path) -> io::Result<Self> {
         let place = Place::open(parent)?;
         sweep(&place);
         let dir = private::temporary(&place, PREFIX)?;

@@ -164,6 +164,12 @@ impl PlugDir {
         dir.as_os_str().as_bytes().len() <= MAX_DIR
     }
 
+    /// The socket in the directory `dir` that VDE plugs connect to.
+    #[must_use]
+    pub fn control(dir: &Path) -> PathBuf {
+        dir.join(CONTROL)
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {

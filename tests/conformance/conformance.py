@@ -15,10 +15,13 @@ The script's machines are in comments at its beginning:
 
 Scripts are run through the real command lines, `nixos-test-driver` or `firn test`, and the outcome
 is read from the JUnit report; a case that is not in it, or is skipped there, has failed. `firn
-check` looks at the scripts too. A script with `#: ways: agent backdoor` is run once over each of
-the ways into a guest.
+check` looks at the scripts too. A script with `#: ways: agent backdoor qemu` is run once each way:
+over firn's agent; over the root shell on hvc0; and over that shell with all machines under QEMU,
+which has no KVM here. What QEMU does in another way is in DIFFERS.
 
     conformance.py run [FAMILY…]    run them; with --write keep the outcome in results.json
+        --way WAY                   only this way
+        --quick                     under QEMU only what takes less than a minute
     conformance.py table [--check]  write README.md's table here, or check it
 """
 
@@ -46,6 +49,51 @@ END = "<!-- end -->"
 
 #: How many families run at the same time: a carrier has one processor, and some GiB of memory.
 MOST_AT_ONCE = 4
+
+#: The ways in which a family can be run, and the table's headings of them.
+WAYS = {
+    "agent": "over the agent",
+    "backdoor": "over the root shell",
+    "qemu": "under QEMU",
+}
+
+#: The families whose guests are quick enough under QEMU to be run each time.
+QUICK = {"monitor"}
+
+#: Cases that are not run under QEMU, by family, and why.
+DIFFERS = {
+    "monitor": {
+        "send_monitor_command: info about firn itself": "QEMU says its own version, and has no KVM "
+        "where tests run",
+        "send_monitor_command, wrongly: what a machine has nothing for": "QEMU adds devices to a "
+        "machine that runs",
+        "wait_for_shutdown, wrongly: one that stands still is not": "QEMU does not tell that a "
+        "kernel has halted",
+    },
+    "screen": {
+        "screenshot: black before anything is shown": "the firmware draws",
+        "screenshot: of the size that the screen has": "the kernel draws on it as on a VGA's text "
+        "mode, in the firmware's size",
+        "send_monitor_command, wrongly: no such key": "QEMU says so in its answer, and nothing is "
+        "raised",
+    }
+    | {
+        f"{name}, wrongly: {what} a machine that has none": "QEMU's machines have a keyboard, and "
+        "QEMU has its own words for a screen that is not there"
+        for name, what in [
+            ("get_screen_text", "of"),
+            ("get_screen_text_variants", "of"),
+            ("screenshot", "of"),
+            ("send_key", "to"),
+        ]
+    },
+    "files": {
+        "send_monitor_command, wrongly: what firn does not know": "QEMU says so in its answer, and "
+        "nothing is raised",
+        "wait_for_shutdown, wrongly: of a guest that halts and stands still": "QEMU does not tell "
+        "that a kernel has halted",
+    },
+}
 
 #: What fails unless the guest is as it should be: at the end of another name's case, an assertion.
 GUEST_CHECKS = {"succeed", "fail", "wait_until_succeeds", "wait_until_fails"}
@@ -106,6 +154,8 @@ class Family:
                 names[key].append(value.strip())
             elif key == "ways":
                 new.ways = value.split()
+                if unknown := set(new.ways) - set(WAYS):
+                    raise SystemExit(f"{path}: there are no ways {unknown}; allowed: {[*WAYS]}")
             elif key == "arguments":
                 new.arguments = value.split()
             else:
@@ -116,6 +166,23 @@ class Family:
         new.cases = [case for case, _ in subtests(tree)]
         new.unproven = unproven(tree)
         return new
+
+    def cases_of(self, way: str) -> list[str]:
+        """Give the cases that are run one way."""
+        left_out = DIFFERS.get(self.name, {}) if way == "qemu" else {}
+        return [case for case in self.cases if case not in left_out]
+
+    def script(self, way: str) -> str:
+        """Give the script with the cases that are run one way."""
+        text = self.path.read_text()
+        lines = text.splitlines()
+        left_out = set(self.cases) - set(self.cases_of(way))
+        for case, node in subtests(ast.parse(text)):
+            if case in left_out:
+                # All others keep their places.
+                for at in range(node.lineno - 1, node.end_lineno or node.lineno):
+                    lines[at] = ""
+        return "\n".join(lines) + "\n"
 
 
 def subtests(tree: ast.AST) -> list[tuple[str, ast.With]]:
@@ -190,6 +257,10 @@ def faults(all_families: list[Family]) -> list[str]:
     for name, tests in COMMANDS.items():
         if len(set(tests)) != len(tests):
             found.append(f"{name}: one test cannot show right and wrong use")
+    cases = {family.name: family.cases for family in all_families if "qemu" in family.ways}
+    for name, differing in DIFFERS.items():
+        for case in set(differing).difference(cases.get(name, [])):
+            found.append(f"DIFFERS: {name} has no `{case}` under QEMU")
     return found
 
 
@@ -215,13 +286,22 @@ def command(family: Family, way: str, directory: Path) -> list[str]:
     file = directory / "test.toml"
     nodes = family.nodes
     arguments = family.arguments
-    if way == "backdoor":
+    script = family.path
+    if way == "qemu":
+        nodes = re.sub(r"^\[nodes\.[^].]+\]$", '\\g<0>\nbackend = "qemu"', nodes, flags=re.M)
+        script = directory / script.name
+        script.write_text(family.script(way))
+        # QEMU works without KVM.
+        report += ["--accel", "none"]
+    if way != "agent":
         # A guest without an agent has the root shell on hvc0 only.
         arguments = arguments + [f"{rd}systemd.mask=firn-agent.service" for rd in ("", "rd.")]
     if arguments:
         line = f"cmdline = '{' '.join([cmdline('systemd'), *arguments])}'"
         nodes = re.sub(r'^kit = "systemd"$', rf"\g<0>\n{line}", nodes, flags=re.M)
-    head = f"global_timeout = 600\ntest_script_file = {json.dumps(str(family.path))}\n"
+    # An emulated processor is slow.
+    limit = 1800 if way == "qemu" else 600
+    head = f"global_timeout = {limit}\ntest_script_file = {json.dumps(str(script))}\n"
     file.write_text(head + nodes + "\n")
     return [str(BIN / "firn"), "test", str(file), *report]
 
@@ -306,7 +386,7 @@ def run_family(family: Family, way: str) -> dict[str, bool]:
             for case in ET.parse(report).getroot().iter("testcase"):
                 bad = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
                 outcome[str(case.get("name"))] = not bad
-    passed = {case: outcome.get(case, False) for case in family.cases}
+    passed = {case: outcome.get(case, False) for case in family.cases_of(way)}
     if done.returncode != 0 or not all(passed.values()):
         print(done.stdout)
         print(f"{family.name} over {way}: exit status {done.returncode}")
@@ -337,7 +417,7 @@ def run_commands() -> dict[str, bool]:
     return passed
 
 
-def run(wanted: list[str], write: bool) -> int:
+def run(wanted: list[str], wanted_way: str | None, quick: bool, write: bool) -> int:
     """Run families; the answer is the exit status."""
     results: dict[str, dict[str, dict[str, bool]]] = {}
     found = faults(families())
@@ -347,11 +427,17 @@ def run(wanted: list[str], write: bool) -> int:
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
         chosen = [family for family in families() if not wanted or family.name in wanted]
         unclean += len(chosen) - sum(pool.map(check, chosen))
-        runs = [(family, way) for family in chosen for way in family.ways]
+        runs = [
+            (family, way)
+            for family in chosen
+            for way in family.ways
+            if wanted_way in (None, way)
+            and not (quick and way == "qemu" and family.name not in QUICK)
+        ]
         outcomes = pool.map(lambda run: run_family(*run), runs)
         for (family, way), passed in zip(runs, outcomes, strict=True):
             results.setdefault(family.name, {})[way] = passed
-    if not wanted or "commands" in wanted:
+    if wanted_way in (None, "agent") and (not wanted or "commands" in wanted):
         results["command-line"] = {"agent": run_commands()}
     failed = 0
     for name, ways in results.items():
@@ -362,8 +448,10 @@ def run(wanted: list[str], write: bool) -> int:
             for case in bad:
                 print(f"    FAILED {case}")
     if write:
-        kept = json.loads(RESULTS.read_text()) if wanted and RESULTS.is_file() else {}
-        RESULTS.write_text(json.dumps(kept | results, indent=1, sort_keys=True) + "\n")
+        some = wanted or wanted_way or quick
+        kept = json.loads(RESULTS.read_text()) if some and RESULTS.is_file() else {}
+        kept |= {name: kept.get(name, {}) | ways for name, ways in results.items()}
+        RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
         table(check=False)
     return 1 if failed or unclean else 0
 
@@ -373,7 +461,7 @@ def lines(results: dict[str, dict[str, dict[str, bool]]]) -> list[str]:
     titles = {family.name: family.title for family in families()} | {
         "command-line": "The command line and the prompt"
     }
-    made = ["| | names | over the agent | over the root shell |", "|---|---|---|---|"]
+    made = [f"| | names | {' | '.join(WAYS.values())} |", "|---" * (2 + len(WAYS)) + "|"]
     for name, ways in sorted(results.items(), key=lambda item: titles.get(item[0], "")):
         names: dict[str, None] = {}
         counts: dict[str, str] = defaultdict(str)
@@ -382,8 +470,11 @@ def lines(results: dict[str, dict[str, dict[str, bool]]]) -> list[str]:
             for case in passed:
                 if match := CASE.fullmatch(case):
                     names[f"`{match['name']}`"] = None
-        row = [titles.get(name, name), ", ".join(names), counts["agent"], counts["backdoor"]]
+        row = [titles.get(name, name), ", ".join(names), *(counts[way] for way in WAYS)]
         made.append("| " + " | ".join(row) + " |")
+    made += ["", "Left out under QEMU:", "", "| | |", "|---|---|"]
+    for differing in DIFFERS.values():
+        made += [f"| {case} | {why} |" for case, why in differing.items()]
     return made
 
 
@@ -394,7 +485,7 @@ def table(check: bool) -> int:
     for family in families():
         kept = results.get(family.name, {})
         for way in family.ways:
-            if sorted(kept.get(way, {})) != sorted(set(family.cases)):
+            if sorted(kept.get(way, {})) != sorted(set(family.cases_of(way))):
                 found.append(f"results.json does not fit {family.name} over {way}: run it")
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
@@ -418,13 +509,17 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="run families")
     runner.add_argument("family", nargs="*", help="all, unless some are named")
+    runner.add_argument("--way", choices=WAYS, help="only this way")
+    runner.add_argument(
+        "--quick", action="store_true", help=f"under QEMU only {', '.join(sorted(QUICK))}"
+    )
     runner.add_argument("--write", action="store_true", help="keep the outcome")
     tabler = commands.add_parser("table", help="write the README's table")
     tabler.add_argument("--check", action="store_true", help="only look whether it is right")
     args = parser.parse_args()
     if args.command == "table":
         return table(args.check)
-    return run(args.family, args.write)
+    return run(args.family, args.way, args.quick, args.write)
 
 
 if __name__ == "__main__":

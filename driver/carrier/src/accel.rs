@@ -19,6 +19,8 @@ pub enum Accel {
     Kvm,
     /// In the carrier.
     Carrier,
+    /// Here, where firn's own may not start; those under QEMU do.
+    None,
 }
 
 /// The decision.
@@ -39,16 +41,15 @@ impl FromStr for Accel {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|accel| accel.as_str() == name)
-            .ok_or_else(|| format!("{name:?} is not an accelerator; allowed: auto, kvm, carrier"))
+        Self::ALL.into_iter().find(|accel| accel.as_str() == name).ok_or_else(|| {
+            format!("{name:?} is not an accelerator; allowed: auto, kvm, carrier, none")
+        })
     }
 }
 
 impl Accel {
     /// All, in the order of the help text.
-    pub const ALL: [Self; 3] = [Self::Auto, Self::Kvm, Self::Carrier];
+    pub const ALL: [Self; 4] = [Self::Auto, Self::Kvm, Self::Carrier, Self::None];
 
     /// The name that users type.
     #[must_use]
@@ -57,6 +58,7 @@ impl Accel {
             Self::Auto => "auto",
             Self::Kvm => "kvm",
             Self::Carrier => "carrier",
+            Self::None => "none",
         }
     }
 
@@ -67,6 +69,7 @@ impl Accel {
             Self::Auto => "On KVM if it works here, else in the carrier",
             Self::Kvm => "On KVM only",
             Self::Carrier => "In the carrier",
+            Self::None => "Here, without a look at KVM, which machines under QEMU do without",
         }
     }
 
@@ -79,6 +82,7 @@ impl Accel {
         // The probe takes a moment, and the carrier does not need it.
         let decision = match self {
             Self::Carrier => Decision::Carrier(None),
+            Self::None => Decision::Here,
             Self::Auto | Self::Kvm => self.decide_by(&probe::kvm()),
         };
         match decision {
@@ -96,6 +100,7 @@ impl Accel {
     fn decide_by(self, kvm: &KvmStatus) -> Decision {
         match self {
             Self::Carrier => Decision::Carrier(None),
+            Self::None => Decision::Here,
             _ if kvm.usable() => Decision::Here,
             Self::Auto => Decision::Carrier(Some(kvm.to_string())),
             Self::Kvm => Decision::Refused(kvm.to_string()),
@@ -140,5 +145,6 @@ mod tests {
         );
         assert_eq!(Accel::Kvm.decide_by(&slow), Decision::Refused(slow.to_string()));
         assert_eq!(Accel::Carrier.decide_by(&fast), Decision::Carrier(None));
+        assert_eq!(Accel::None.decide_by(&slow), Decision::Here);
     }
 }

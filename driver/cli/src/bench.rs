@@ -20,6 +20,7 @@ use firn_bench::{Guest, OtherMonitor, Stage, Stages, Subject};
 use firn_carrier::Options;
 use firn_carrier::accel::{Accel, run_again};
 use firn_vmm::device::boot_timer::{Mark, now_ns, stage};
+use firn_vmm::spec::Number;
 use futures_util::future::try_join_all;
 
 use super::run::{options_here, runtime, test_of};
@@ -40,7 +41,7 @@ enum Command {
 
 /// Measure boots, from exec to exit of the process
 ///
-/// A machine file is booted until it ends; a test file until all its machines take commands and have powered off.
+/// A machine file, or a start script for QEMU, is booted until it ends; a test file until all its machines take commands and have powered off.
 /// Without files, two guests are booted: the micro kit's kernel with an initrd that prints a line and restarts the
 /// machine, and the micro kit as tests have it, with a console, two network cards, two shares and an entropy source.
 #[derive(Debug, clap::Args)]
@@ -61,7 +62,7 @@ Examples:
   firn bench boot --machines 8
   firn bench boot --runs 9 my-machine two-machines.toml")]
 struct Boot {
-    /// Machine files and test files
+    /// Machine files, start scripts and test files
     files: Vec<PathBuf>,
     /// How many times to boot each
     #[arg(long, default_value = "5", value_parser = clap::value_parser!(u16).range(1..=1000))]
@@ -171,7 +172,10 @@ impl Machines {
     fn into_test(self, machines: u8) -> Result<TestConfig, ConfigError> {
         let file = match self {
             Self::One(file) if machines > 1 => file,
-            Self::One(file) => return Ok(test_of(*file)),
+            Self::One(file) => {
+                let more_vlans = vlans_of(&file);
+                return Ok(TestConfig { more_vlans, ..test_of(*file) });
+            }
             Self::Test(test) => return Ok(*test),
         };
         let numbered = |number| {
@@ -179,8 +183,30 @@ impl Machines {
             copy.rename(&format!("{}{number}", file.name())).map(|()| copy)
         };
         let files = (1..=machines).map(numbered).collect::<Result<_, _>>()?;
-        Ok(TestConfig { files, ..test_of(*file) })
+        Ok(TestConfig { files, more_vlans: vlans_of(&file), ..test_of(*file) })
     }
+
+    /// What boots them.
+    fn monitor(&self) -> &'static str {
+        match self {
+            Self::One(file) if file.command().is_some() => "qemu",
+            _ => "firn",
+        }
+    }
+}
+
+/// The vlans that a start script plugs QEMU into: nothing but the script says which.
+fn vlans_of(file: &MachineFile) -> Vec<Number> {
+    let script = match file.command() {
+        Some(_) => fs::read(file.path()).unwrap_or_default(),
+        None => Vec::new(),
+    };
+    let script = String::from_utf8_lossy(&script);
+    let numbers = script.split(firn::vlan::SOCKET_VARIABLE).skip(1).filter_map(|behind| {
+        let end = behind.find(|char: char| !char.is_ascii_digit()).unwrap_or(behind.len());
+        Number::try_from(behind[..end].parse::<u64>().ok()?).ok()
+    });
+    numbers.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn here(args: &Boot) -> Result<ExitCode> {
@@ -273,7 +299,7 @@ impl Plan<'_> {
         if let (Machines::One(machine), None) = (&read, &self.guest) {
             self.guest = Guest::of(&machine.outline(1)?);
         }
-        let name = format!("firn: {}", file.display());
+        let name = format!("{}: {}", read.monitor(), file.display());
         self.add(name.clone(), file);
         if matches!(read, Machines::One(_)) {
             self.add_several(&name, file);

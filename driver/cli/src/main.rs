@@ -30,6 +30,7 @@ mod run;
 mod ssh;
 mod test;
 mod view;
+mod vlan;
 
 /// Runs tests that boot virtual machines and drive them from a Python script.
 #[derive(Debug, Parser)]
@@ -78,6 +79,7 @@ enum Command {
     Run(run::Args),
     Ssh(ssh::Args),
     View(view::Args),
+    Vlan(vlan::Args),
     Check(check::Args),
     /// Show what this host can do and what is missing
     Doctor(doctor::Args),
@@ -95,6 +97,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Ssh(args) => ssh::run(&args),
         Command::View(args) => view::run(&args),
+        Command::Vlan(args) => vlan::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),

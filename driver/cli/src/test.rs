@@ -42,6 +42,9 @@ struct Flags {
     /// Write a JUnit report to the output directory, with a test case for each subtest
     #[arg(long, value_name = "FILE")]
     junit_xml: Option<PathBuf>,
+    /// Let programs outside plug into the test's networks: see `firn vlan`
+    #[arg(long)]
+    open_vlans: bool,
     /// The lowest level that the log shows
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = Level::NAMES)]
     log_level: String,
@@ -69,6 +72,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return Err(super::become_command(&runner));
     }
     ask()?;
+    if args.flags.open_vlans {
+        eprintln!(
+            "note: this test runs in the carrier, so only programs in there can plug into its networks"
+        );
+    }
     let writable = test.writable().into_iter().chain([args.flags.output_dir.clone()]).collect();
     let viewers = std::env::current_exe().ok();
     let options = Options { writable, viewers, ..Options::default() };
@@ -93,12 +101,13 @@ fn build_kit(name: KitName) -> Result<Kit> {
 fn runner(flags: &Flags, python: &Path, kits: &[Kit]) -> Vec<OsString> {
     let timeout = flags.global_timeout.map(|seconds| seconds.to_string());
     let junit = flags.junit_xml.clone().unwrap_or_default();
-    let flags: [OsString; 5] = [
+    let flags: [OsString; 6] = [
         flags.file.clone().into(),
         flags.output_dir.clone().into(),
         timeout.unwrap_or_default().into(),
         junit.into(),
         flags.log_level.clone().into(),
+        if flags.open_vlans { "yes" } else { "" }.into(),
     ];
     let kits = kits.iter().map(|kit| kit.dir.clone().into());
     python::execute(python, "firn.runner", flags.into_iter().chain(kits))

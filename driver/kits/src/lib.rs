@@ -90,7 +90,7 @@ struct Recipe {
     kernel: &'static str,
     /// Modules to load, in this order, each after its dependencies.
     modules: &'static [&'static str],
-    /// Modules that the script loads if the machine has a device for them.
+    /// Modules that the script loads if the machine has a device for them, or that tests load.
     on_demand: &'static [&'static str],
     /// The script that the agent runs as `/etc/firn/boot`; with a store, the initrd's `/init`.
     boot: &'static str,
@@ -113,6 +113,7 @@ const MICRO: Recipe = Recipe {
         "pvpanic_mmio",
     ],
     on_demand: &[
+        "8021q",
         "evdev",
         "virtio_input",
         "virtio_balloon",

@@ -46,6 +46,7 @@ class Settings:
         keep_machine_state: bool = False,
         vsock_offset: int | None = None,
         interactive: bool = False,
+        open_vlans: bool = False,
     ) -> None:
         """Take all settings.
 
@@ -53,6 +54,7 @@ class Settings:
         named_state: keep state in TMPDIR under the machines' names, as NixOS tests do.
         vsock_offset: set up ssh over vsock for every machine; a CID is this plus its number.
         interactive: for interactive use: machines get a screen, a keyboard and a tablet.
+        open_vlans: let programs outside plug into the networks; always so in interactive use.
         """
         self.out_dir = out_dir
         self.kit_dirs = kit_dirs
@@ -61,6 +63,7 @@ class Settings:
         self.keep_machine_state = keep_machine_state
         self.vsock_offset = vsock_offset
         self.interactive = interactive
+        self.open_vlans = open_vlans
 
 
 class VhostVsock:
@@ -140,6 +143,9 @@ class Driver:
         """Take the names from the run and the script from the test."""
         self.machines[:] = self._run.machines
         self.vlans[:] = self._run.vlans
+        if self.settings.open_vlans or self.settings.interactive:
+            for vlan in self.vlans:
+                self.logger.info(f"vlan {vlan.nr} can be plugged into: {vlan.socket_dir}")
         text, self.file, line = self.test.script
         # The script may be a part of the file; keep the file's line numbers.
         self.text = "\n" * (line - 1) + text

@@ -133,6 +133,12 @@ def parser() -> argparse.ArgumentParser:
         help="the lowest level that the log shows (default: the variable logLevel, then info)",
     )
     add(
+        "--open-vlans",
+        action="store_true",
+        help="let programs outside plug into the networks; `firn vlan` lists them "
+        "(always so in interactive mode)",
+    )
+    add(
         "--dump-vsocks",
         type=int,
         metavar="OFFSET",
@@ -222,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
             keep_machine_state=args.keep_machine_state,
             vsock_offset=args.dump_vsocks,
             interactive=args.interactive,
+            open_vlans=args.open_vlans,
         ),
         debug_attach=args.debug_hook_attach,
         junit=args.junit_xml,

@@ -160,7 +160,7 @@ def guarded(options: Options) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run what `firn test` asks for, which declares the flags and defaults; "" is None."""
-    file, out_dir, timeout, junit, log_level, *kit_dirs = arguments
+    file, out_dir, timeout, junit, log_level, open_vlans, *kit_dirs = arguments
     return guarded(
         Options(
             load=lambda other: Test.from_toml_file(other or file),
@@ -168,6 +168,7 @@ def main(arguments: list[str]) -> int:
                 out_dir=out_dir,
                 kit_dirs=kit_dirs,
                 global_timeout=float(timeout) if timeout else None,
+                open_vlans=bool(open_vlans),
             ),
             junit=junit or None,
             log_level=log_level,

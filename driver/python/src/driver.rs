@@ -168,10 +168,13 @@ impl PyVlan {
         std::process::id()
     }
 
-    /// Raises NotHere. Upstream's networks are processes with a directory of sockets.
+    /// The directory through which programs outside plug in, such as QEMU and vde_plug; made on first use.
+    ///
+    /// In it, `ctl` is for VDE, and `stream` and `dgram` are for QEMU's -netdev of these names. Raises MachineError if it
+    /// cannot be made.
     #[getter]
-    fn socket_dir(&self, py: Python<'_>) -> PyResult<()> {
-        Err(self.missing(py, "socket directory"))
+    fn socket_dir(&self, py: Python<'_>) -> PyResult<PathBuf> {
+        py.detach(|| self.0.socket_dir()).map_err(|error| exception(py, &error.into()))
     }
 
     /// Raises NotHere. firn's networks have no process of their own.

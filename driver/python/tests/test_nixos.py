@@ -466,6 +466,70 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
             self.assertEqual((status, out), (0, f"{socket_path}\n{ssh}{socket_path}\n"), err)
             self.assertIn(f"    machine:  {ssh}{socket_path}\n", err)
 
+    def test_vlans(self) -> None:
+        """Programs outside plug into a network, and find its directory by `firn vlan`."""
+        firn = str(BIN / "firn")
+        script = (
+            "import socket, struct, subprocess\n"
+            f"shown = lambda: subprocess.run([{firn!r}, 'vlan'], text=True, capture_output=True)\n"
+            "found = shown()\n"
+            "print(found.stdout, found.stderr)\n"
+            "directories = [vlan.socket_dir for vlan in (vlan1, vlan2)]\n"
+            "for nr, directory in enumerate(directories, 1):\n"
+            "    t.assertIn(f'vlan {nr} of process {vlan1.pid}: {directory}\\n', shown().stdout)\n"
+            # A wire between the two vlans.
+            "wire = subprocess.Popen(['vde_plug', *map(str, directories)])\n"
+            "frame = bytes([255] * 6 + [2, 0, 0, 0, 0, 1, 0x88, 0xb5]) + b'hello' * 9\n"
+            "plugs = [socket.socket(socket.AF_UNIX) for _ in range(2)]\n"
+            "for plug, directory in zip(plugs, directories):\n"
+            "    plug.connect(str(directory / 'stream'))\n"
+            "    plug.settimeout(0.1)\n"
+            "for one, other in (plugs, plugs[::-1]):\n"
+            "    got = b''\n"
+            "    while len(got) < 4 + len(frame):\n"
+            "        one.sendall(struct.pack('>I', len(frame)) + frame)\n"
+            "        try:\n"
+            "            got += other.recv(4096)\n"
+            "        except TimeoutError:\n"
+            "            pass\n"
+            "    t.assertEqual(got[4:][:len(frame)], frame)\n"
+            "wire.kill()\n"
+            "wire.wait()\n"
+        )
+        # The paths of sockets are short: with a long TMPDIR they are elsewhere.
+        long = self.state / ("x" * 80)
+        runtime = self.dir / "runtime"
+        for directory in (long, runtime):
+            directory.mkdir(mode=0o700)
+        for place, variables in (
+            (self.state, {}),
+            (runtime, {"TMPDIR": str(long), "XDG_RUNTIME_DIR": str(runtime)}),
+        ):
+            for arguments, said in (([], "no vlan is open"), (["--open-vlans"], "vlan 1 of proc")):
+                with self.subTest(place=place, arguments=arguments):
+                    config = self.config(script, vlans=[1, 2])
+                    with self.spawn(*arguments, "--config", config, env=variables) as process:
+                        out, err = process.communicate(timeout=120)
+                    self.assertEqual(process.returncode, 0, err)
+                    self.assertIn(said, out)
+                    opened = f"vlan 1 can be plugged into: {place}/firn-run-"
+                    self.assertEqual(opened in err, bool(arguments), err)
+                    self.assertEqual([*runtime.iterdir(), *long.iterdir()], [])
+        long.rmdir()
+        self.assertEqual(list(self.state.iterdir()), [])
+
+    def test_vlans_after_a_kill(self) -> None:
+        """What a killed run leaves keeps nobody from plugging in again."""
+        script = "print(vlan1.socket_dir, flush=True)\nimport os\nos.kill(os.getpid(), 9)\n"
+        with self.spawn("--config", self.config(script)) as process:
+            left = Path(process.communicate(timeout=120)[0].strip())
+        self.assertEqual(process.returncode, -signal.SIGKILL)
+        self.assertTrue((left / "ctl").is_socket())
+        past = time.time() - 60
+        os.utime(left.parent / "lock", (past, past))
+        status, _, err = self.run_script("vlan1.socket_dir\n")
+        self.assertEqual(status, 0, err)
+
     def test_without_vsocks(self) -> None:
         """Without the ssh backdoor there are no sockets."""
         for script, said in [
@@ -550,10 +614,9 @@ with t.assertRaisesRegex(ValueError, "allowed: 1 to 63 of"):
             "    Variables('x')\n"
             "t.assertNotIsInstance(3, Variables)\n"
             "t.assertEqual(vlan1.pid, os.getpid())\n"
-            "for name in ('socket_dir', 'process'):\n"
-            "    t.assertFalse(hasattr(vlan1, name))\n"
-            "    with t.assertRaisesRegex(test_driver.errors.MachineError, '^vlan1 has no '):\n"
-            "        getattr(vlan1, name)\n"
+            "t.assertFalse(hasattr(vlan1, 'process'))\n"
+            "with t.assertRaisesRegex(test_driver.errors.MachineError, '^vlan1 has no '):\n"
+            "    vlan1.process\n"
             "vlan1.stop()\n"
             "dump_machine_ssh()\n"
         )

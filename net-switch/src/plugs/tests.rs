@@ -6,11 +6,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver as Inbox, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
+use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use tempfile::TempDir;
 
 use super::*;
 use crate::backlog::OwnedFrame;
-use crate::port::{Delivery, Frame, Header, NetPort, Receiver};
+use crate::port::{Delivery, Frame, Header, MIN_FRAME, NetPort, Receiver};
 use crate::switch::SwitchPort;
 
 /// How long anything may take on a busy host.
@@ -156,6 +157,47 @@ fn a_vde_plug_exchanges_frames_and_leaves_nothing() {
     let _third = Plug::new(&path, 3);
     drop(plugs);
     assert!(!path.exists());
+}
+
+#[test]
+fn what_cards_leave_to_others_is_done_for_plugs() {
+    let (_dir, switch, plugs) = vlan();
+    let card = Card::new(&switch);
+    let plug = Plug::new(plugs.path(), 1);
+    let payload: Vec<u8> = (0..=255).cycle().take(60_000).collect();
+    let mut data = Vec::new();
+    PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2])
+        .ipv4([10, 0, 0, 1], [10, 0, 0, 2], 64)
+        .tcp(1, 2, 1000, 500)
+        .write(&mut data, &payload)
+        .unwrap();
+    // Nobody has computed it.
+    data[50..52].copy_from_slice(&[0xab, 0xcd]);
+    let header = Header {
+        flags: Header::NEEDS_CSUM,
+        gso_type: Header::GSO_TCPV4,
+        hdr_len: 54,
+        gso_size: 1460,
+        csum_start: 34,
+        csum_offset: 16,
+    };
+    let mut frame = OwnedFrame { header, data };
+    assert_eq!(frame.lend(|frame| card.port.send(frame)), Delivery::Taken);
+    let mut got: Vec<u8> = Vec::new();
+    while got.len() < payload.len() {
+        let bytes = plug.receive();
+        assert!(bytes.len() <= MIN_FRAME + MTU);
+        let sliced = SlicedPacket::from_ethernet(&bytes).unwrap();
+        let (Some(NetSlice::Ipv4(ip)), Some(TransportSlice::Tcp(tcp))) =
+            (sliced.net, sliced.transport)
+        else {
+            panic!("no TCP");
+        };
+        let (source, destination) = (ip.header().source(), ip.header().destination());
+        assert_eq!(tcp.checksum(), tcp.calc_checksum_ipv4(source, destination).unwrap());
+        got.extend(tcp.payload());
+    }
+    assert!(got == payload);
 }
 
 #[test]

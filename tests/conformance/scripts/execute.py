@@ -1,5 +1,5 @@
 # Running commands.
-#: ways: agent backdoor
+#: ways: agent backdoor qemu
 #: [nodes.machine]
 #: kit = "systemd"
 import threading

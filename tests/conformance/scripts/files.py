@@ -1,5 +1,5 @@
 # Files, links and power.
-#: ways: agent backdoor
+#: ways: agent backdoor qemu
 #: [nodes.machine]
 #: kit = "systemd"
 #: [nodes.peer]

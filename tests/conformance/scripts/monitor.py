@@ -1,4 +1,5 @@
 # QEMU's monitors.
+#: ways: agent qemu
 #: [nodes.machine]
 #: memory = 256
 #: disks = [{ size = 5 }]
@@ -18,21 +19,26 @@ with subtest("send_monitor_command: help is long, and ends with the prompt"):
     t.assertTrue(help_text.endswith("(qemu) "))
     t.assertIn("set_link name on|off", machine.send_monitor_command("help set_link"))
 
+
+def info(what: str) -> str:
+    return machine.send_monitor_command(f"info {what}")
+
+
 with subtest("send_monitor_command: info"):
-
-    def info(what: str) -> str:
-        return machine.send_monitor_command(f"info {what}")
-
     t.assertEqual(info("status"), "info status\r\nVM status: running\r\n(qemu) ")
     t.assertIn("machine\r\n", info("name"))
-    t.assertRegex(info("version"), r"\d+\.\d+\.\d+ \(firn\)")
-    t.assertIn("kvm support: enabled", info("kvm"))
     t.assertIn("* CPU #0", info("cpus"))
-    t.assertRegex(info("block"), r"virtio0: .*/disk0.img \(raw\)")
+    t.assertRegex(info("block"), r"virtio0.*: .*/disk0.img \(raw\)")
     network = info("network")
     for card, mac in [("virtio-net-pci.0", "52:54:00:12:34:56"), ("virtio-net-pci.1", "52:54:00:")]:
         t.assertRegex(network, f"{card}: .*macaddr={mac}")
-    t.assertIn("info block -- ", machine.send_monitor_command("info"))
+    t.assertRegex(machine.send_monitor_command("info"), "info status +-- ")
+
+with subtest("send_monitor_command: info about firn itself"):
+    t.assertRegex(info("version"), r"\d+\.\d+\.\d+ \(firn\)")
+    t.assertIn("kvm support: enabled", info("kvm"))
+    kvm = machine.qmp_client.send("query-kvm")
+    t.assertEqual(kvm, {"return": {"enabled": True, "present": True}})
 
 with subtest("send_monitor_command: the balloon"):
     total = int(machine.succeed("awk '/MemFree/ {print $2}' /proc/meminfo"))
@@ -52,26 +58,31 @@ with subtest("send_monitor_command, wrongly: what a machine has nothing for"):
     }.items():
         with t.assertRaisesRegex(MachineError, why):
             machine.send_monitor_command(command)
+    with t.assertRaisesRegex(QMPAPIError, "CommandNotFound"):
+        machine.qmp_client.send("device_add", {"driver": "usb-storage"})
+
+qmp = machine.qmp_client
+
+
+def told(command: str, **arguments: object):
+    return qmp.send(command, arguments)["return"]
+
 
 with subtest("qmp_client: the whole reply"):
-    qmp = machine.qmp_client
     t.assertIsInstance(qmp, QMPSession)
-
-    def told(command: str, **arguments: object):
-        return qmp.send(command, arguments)["return"]
-
-    t.assertEqual(qmp.send("query-status"), {"return": {"status": "running", "running": True}})
+    t.assertEqual(list(qmp.send("query-status")), ["return"])
+    t.assertLessEqual({"status": "running", "running": True}.items(), told("query-status").items())
     t.assertEqual(told("query-name"), {"name": "machine"})
     t.assertEqual(set(told("query-version")["qemu"]), {"major", "minor", "micro"})
-    t.assertEqual(told("query-kvm"), {"enabled": True, "present": True})
     t.assertEqual([cpu["cpu-index"] for cpu in told("query-cpus-fast")], [0])
     t.assertEqual(told("query-block")[0]["inserted"]["drv"], "raw")
     t.assertEqual(told("query-balloon"), {"actual": 256 << 20})
     t.assertIn({"name": "query-block"}, told("query-commands"))
     name = {"command-line": "info name"}
-    t.assertEqual(told("human-monitor-command", **name), "machine\n")
+    t.assertEqual(told("human-monitor-command", **name), "machine\r\n")
 
 with subtest("qmp_client: events, each once"):
+    list(qmp.events())
     t.assertEqual(told("stop"), {})
     t.assertEqual(told("query-status")["status"], "paused")
     event = qmp.wait_for_event(timeout=60)
@@ -83,7 +94,6 @@ with subtest("qmp_client: events, each once"):
 with subtest("qmp_client, wrongly: an error reply is raised"):
     for command, class_name in {
         "no-such-command": "CommandNotFound",
-        "device_add": "CommandNotFound",
         "set_link": "GenericError",
         "balloon": "GenericError",
     }.items():

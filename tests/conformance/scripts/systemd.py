@@ -1,5 +1,5 @@
 # systemd, and waiting for things.
-#: ways: agent backdoor
+#: ways: agent backdoor qemu
 #: [nodes.machine]
 #: kit = "systemd"
 

@@ -1,10 +1,12 @@
 //! Machines under QEMU beside firn's own.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use firn::Machine;
-use firn_tests::{PATIENCE, noise, output, with_machines};
+use firn_tests::{PATIENCE, firn, micro, noise, output, with_machines};
 use serde_json::json;
 
 /// The size of what is transferred.
@@ -14,6 +16,25 @@ const TRANSFER: usize = 100 << 20;
 async fn reach_each_other(one: &Machine, other: &Machine) {
     for (from, to) in [(one, other), (other, one)] {
         output(from, &format!("ping -4 -c 1 {0} && ping -6 -c 1 {0}", to.name())).await;
+    }
+}
+
+/// A vlan inside of the vlan: frames of full length, and those that a card leaves to others to cut.
+async fn tagged_frames_pass(a: &Machine, q: &Machine) {
+    let ends = [(a, "10.7.0.1"), (q, "10.7.0.2")];
+    for (machine, address) in ends {
+        let up = format!(
+            "for name in llc stp garp mrp 8021q; do insmod /lib/modules/$name.ko; done
+             ip link add link eth1 name tagged type vlan id 7
+             ip addr add {address}/24 dev tagged && ip link set tagged up
+             httpd -p {address}:5002 -h /bin >/dev/null 2>&1"
+        );
+        output(machine, &up).await;
+    }
+    for ((from, _), (_, to)) in [(ends[0], ends[1]), (ends[1], ends[0])] {
+        output(from, &format!("ping -c 1 -s 1472 {to}")).await;
+        let fetch = format!("wget -q -O - http://{to}:5002/busybox | cmp - /bin/busybox");
+        output(from, &fetch).await;
     }
 }
 
@@ -41,6 +62,7 @@ fn one_beside_two_of_firn() {
         q.start(true).await.unwrap();
         reach_each_other(q, a).await;
         reach_each_other(q, b).await;
+        tagged_frames_pass(a, q).await;
         files_come_whole(a, q).await;
         cable_can_be_pulled(b, q).await;
         console_screen_and_keys(q).await;
@@ -58,6 +80,29 @@ fn one_beside_two_of_firn() {
         q.execute("echo c > /proc/sysrq-trigger", spawned()).await.unwrap();
         q.wait_for_shutdown().await.unwrap();
     });
+}
+
+/// A start script as nixpkgs makes them is a subject of benchmarks, too.
+#[test]
+fn benchmarks_take_start_scripts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kit, path) = (micro(), dir.path().join("run-q-vm"));
+    let script = format!(
+        r#"#!/bin/sh
+exec qemu-system-x86_64 -accel kvm -cpu max -m 256 -kernel {kernel} -initrd {initrd} \
+  -append 'console=ttyS0 quiet rdinit=/bin/poweroff -- -f' \
+  -netdev vde,id=vlan1,sock="$QEMU_VDE_SOCKET_1" -device virtio-net-pci,netdev=vlan1 "$@"
+"#,
+        kernel = kit.kernel().display(),
+        initrd = kit.initrd().display(),
+    );
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut bench = Command::new(firn());
+    let done = bench.args(["bench", "boot", "--runs", "1"]).arg(&path).output().unwrap();
+    let table = String::from_utf8_lossy(&done.stdout);
+    assert!(done.status.success(), "{table}{}", String::from_utf8_lossy(&done.stderr));
+    assert!(table.contains(&format!("\nqemu: {}", path.display())), "{table}");
 }
 
 /// Options of a command whose end nobody waits for.

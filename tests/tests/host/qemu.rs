@@ -6,9 +6,12 @@ use std::path::{Path, PathBuf};
 
 use firn::config::{MachineFile, Script, TestConfig};
 use firn::kit::{GuestConfig, HostsEntry, Interface, machine_overlay};
-use firn_tests::{PATIENCE, micro, only, output, with_config};
+use firn_tests::{PATIENCE, micro, output, with_config};
 
-/// A start script as nixpkgs makes them, with a firmware and a TPM.
+/// Debian's loader, where the firmware looks for it.
+const LOADER: &str = "/usr/lib/systemd/boot/efi/systemd-bootx64.efi";
+
+/// A start script as nixpkgs makes them, with a firmware, a TPM, and a disk with a boot loader.
 fn start_script(dir: &Path) -> PathBuf {
     let kit = micro();
     let address = std::net::Ipv4Addr::new(192, 168, 1, 2).into();
@@ -28,7 +31,17 @@ fn start_script(dir: &Path) -> PathBuf {
     let mut initrd = fs::read(kit.initrd()).unwrap();
     initrd.resize(initrd.len().next_multiple_of(4), 0);
     initrd.extend(overlay.unwrap());
-    fs::write(dir.join("initrd"), initrd).unwrap();
+    let disk = dir.join("disk");
+    for part in ["EFI/BOOT", "loader/entries"] {
+        fs::create_dir_all(disk.join(part)).unwrap();
+    }
+    fs::copy(LOADER, disk.join("EFI/BOOT/BOOTX64.EFI")).unwrap();
+    fs::copy(kit.kernel(), disk.join("linux")).unwrap();
+    fs::write(disk.join("initrd"), initrd).unwrap();
+    let options = format!("options {} of-the-disk", kit.manifest.cmdline);
+    let entry = format!("title firn\nlinux /linux\ninitrd /initrd\n{options}\n");
+    fs::write(disk.join("loader/entries/firn.conf"), entry).unwrap();
+    fs::write(disk.join("loader/loader.conf"), "timeout 0\n").unwrap();
     let script = format!(
         r#"#!/bin/bash
 set -e
@@ -46,13 +59,11 @@ exec qemu-system-x86_64 -name s -machine accel=tcg,type=q35 -cpu max -m 512 \
   -net nic,netdev=user.0,model=virtio -netdev user,id=user.0,"$QEMU_NET_OPTS" \
   -device virtio-net-pci,netdev=vlan1,mac=52:54:00:12:01:02 \
   -netdev vde,id=vlan1,sock="$QEMU_VDE_SOCKET_1" \
-  -kernel {kernel} -initrd {initrd} \
-  -append "{cmdline} of-the-script $QEMU_KERNEL_PARAMS" \
+  -drive if=none,id=disk,format=raw,readonly=on,file=fat:{disk} \
+  -device virtio-blk-pci,drive=disk,bootindex=1 \
   $QEMU_OPTS "$@"
 "#,
-        kernel = kit.kernel().display(),
-        initrd = dir.join("initrd").display(),
-        cmdline = kit.manifest.cmdline,
+        disk = disk.display(),
     );
     let path = dir.join("run-s-vm");
     fs::write(&path, script).unwrap();
@@ -61,7 +72,7 @@ exec qemu-system-x86_64 -name s -machine accel=tcg,type=q35 -cpu max -m 512 \
 }
 
 #[test]
-fn start_script_with_firmware_and_tpm() {
+fn a_script_boots_a_disk_with_firmware_loader_and_tpm() {
     let dir = tempfile::tempdir().unwrap();
     let path = start_script(dir.path());
     let config = TestConfig {
@@ -69,16 +80,16 @@ fn start_script_with_firmware_and_tpm() {
         script: Script { text: String::new(), file: PathBuf::new(), line: 1 },
         global_timeout: None,
         nodes: vec![],
-        files: vec![MachineFile::read(&path).unwrap()],
+        files: vec![],
         more_vlans: vec![1_u64.try_into().unwrap()],
         vsock_offset: None,
     };
     with_config(&config, async |driver| {
-        let s = only(driver);
+        let s = &driver.create_machine(MachineFile::read(&path).unwrap(), false).unwrap();
         assert_eq!(s.name(), "s");
         s.start(false).await.unwrap();
         output(s, "ls -d /sys/firmware/efi /sys/firmware/acpi/tables/TPM2").await;
-        output(s, "grep of-the-script /proc/cmdline && ping -c 1 s").await;
+        output(s, "grep of-the-disk /proc/cmdline && ping -c 1 s").await;
         assert_eq!(output(s, "cat /sys/class/net/eth1/carrier").await, "1");
         s.block();
         let pulled = "[ $(cat /sys/class/net/eth1/carrier) = 0 ]";

@@ -96,7 +96,11 @@ impl Machine {
                 None => return Err(generic("balloon needs `value`, a number of bytes")),
             },
             "human-monitor-command" => match arguments["command-line"].as_str() {
-                Some(line) => Box::pin(self.send_monitor_command(line)).await?.into(),
+                // It ends lines as a terminal does.
+                Some(line) => {
+                    let said = Box::pin(self.send_monitor_command(line)).await?;
+                    said.replace('\n', "\r\n").into()
+                }
                 None => return Err(generic("it needs `command-line`, a text")),
             },
             "send-key" => self.qmp_send_key(arguments).await.map(|()| json!({}))?,

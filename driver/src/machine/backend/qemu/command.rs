@@ -13,6 +13,7 @@ use tokio::process::Command;
 
 use crate::config::{NodeConfig, PortForward};
 use crate::machine::Dirs;
+use crate::vlan::SOCKET_VARIABLE;
 
 /// What runs firn's own command line.
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -66,7 +67,7 @@ pub(super) fn environment<'a>(
     command.current_dir(&dirs.state);
     command.env("TMPDIR", &dirs.state).env("USE_TMPDIR", "1").env("SHARED_DIR", &dirs.shared);
     for (vlan, directory) in vlans {
-        command.env(format!("QEMU_VDE_SOCKET_{vlan}"), directory);
+        command.env(format!("{SOCKET_VARIABLE}{vlan}"), directory);
     }
 }
 
@@ -92,14 +93,17 @@ pub(super) fn added(sockets: &Sockets, may_reboot: bool) -> Vec<OsString> {
 pub(super) fn of_spec(
     spec: &MachineSpec,
     node: &NodeConfig,
+    kvm: bool,
     initrd: &Path,
     shares: &[PathBuf],
     vlans: &[PathBuf],
 ) -> Arguments {
     let mut arguments = Arguments::default();
     arguments.flag("-no-user-config").flag("-nodefaults");
-    // As nixpkgs has it: KVM if it can be used.
-    arguments.add("-machine", "q35,accel=kvm:tcg,memory-backend=memory").add("-cpu", "max");
+    arguments.add("-name", path("guest=", Path::new(&node.name), ""));
+    let accel = if kvm { "kvm" } else { "tcg" };
+    arguments.add("-machine", format!("q35,accel={accel},memory-backend=memory"));
+    arguments.add("-cpu", "max");
     arguments.add("-smp", spec.cores.get().to_string());
     let memory = format!("{}M", spec.memory.get());
     arguments.add("-m", &memory);
@@ -167,13 +171,13 @@ fn user_network(arguments: &mut Arguments, node: &NodeConfig) {
 
 fn disk(arguments: &mut Arguments, at: usize, disk: &DiskSpec) {
     let read_only = if disk.read_only { ",readonly=on" } else { "" };
-    let drive = format!("if=none,id=disk{at},format={}{read_only},file=", disk.format());
+    let drive = format!("if=none,id=virtio{at},format={}{read_only},file=", disk.format());
     arguments.add("-drive", path(&drive, &disk.image, ""));
     let serial = disk.serial.as_ref().map_or(String::new(), |serial| {
         let serial: &str = serial;
         format!(",serial={}", serial.replace(',', ",,"))
     });
-    arguments.add("-device", format!("virtio-blk-pci,drive=disk{at}{serial}"));
+    arguments.add("-device", format!("virtio-blk-pci,drive=virtio{at}{serial}"));
 }
 
 /// A rule of QEMU's user network, `tcp:HOST:PORT-GUEST:PORT`.

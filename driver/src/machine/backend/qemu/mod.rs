@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use firn_gateway::{Forward, Side};
-use firn_net_switch::plugs::PlugError;
 use firn_vmm::device::boot_timer::Mark;
+use firn_vmm::probe;
 use firn_vmm::screen::Screen;
 use firn_vmm::socket::{Listener, connect_to};
 use firn_vmm::virtio::blk::create_image;
@@ -148,7 +148,7 @@ impl Qemu {
                  directory with a shorter name"
             )).into());
         }
-        let vlans = self.vlan_directories(&dirs)?;
+        let vlans = self.vlan_directories()?;
         let (mut command, shares) =
             self.command_line(&node, &dirs, &sockets, &vlans, may_reboot).await?;
         let vlans = vlans.iter().map(|(number, directory)| (*number, directory.as_path()));
@@ -256,7 +256,10 @@ impl Qemu {
         let vlans: Vec<PathBuf> = node.vlans.iter().filter_map(of_node).collect();
         let shares: Vec<PathBuf> =
             (0..spec.shares.len()).map(|at| dirs.state.join(format!("fs{at}"))).collect();
-        let command = command::own(command::of_spec(&spec, node, &initrd, &shares, &vlans), added);
+        // QEMU takes any that it can open, and there are some that only interpret.
+        let kvm = spawn_blocking(|| probe::kvm().usable()).await.unwrap_or(false);
+        let arguments = command::of_spec(&spec, node, kvm, &initrd, &shares, &vlans);
+        let command = command::own(arguments, added);
         let descriptors = self.parts.descriptors.monitor();
         let prepare = move || {
             for disk in &spec.disks {
@@ -274,11 +277,9 @@ impl Qemu {
     }
 
     /// The vlans' numbers, and where QEMU plugs cards into them.
-    fn vlan_directories(&self, dirs: &Dirs) -> Result<Vec<(u8, PathBuf)>> {
-        // Where the run keeps its state: the paths of sockets have to be short.
-        let place = dirs.shared.parent().unwrap_or(&dirs.state);
-        let directory = |vlan: &Vlan| Ok((vlan.number().get(), vlan.sockets(place)?));
-        let all: Result<_, PlugError> = self.parts.vlans.iter().map(directory).collect();
+    fn vlan_directories(&self) -> Result<Vec<(u8, PathBuf)>> {
+        let directory = |vlan: &Vlan| Ok((vlan.number().get(), vlan.socket_dir()?));
+        let all: Result<_, MachineError> = self.parts.vlans.iter().map(directory).collect();
         all.map_err(|error| self.start_error(error).into())
     }
 
@@ -529,7 +530,7 @@ impl QemuMonitors for Qemu {
         Box::pin(async move {
             let arguments = json!({"command-line": command});
             let said = self.command("human-monitor-command", arguments).await?;
-            Ok(said.as_str().unwrap_or_default().to_owned())
+            Ok(said.as_str().unwrap_or_default().replace("\r\n", "\n"))
         })
     }
 
