@@ -57,9 +57,10 @@ const MANIFEST_FORMAT: u32 = 1;
 ///
 /// `cryptomgr.notests` skips self-tests of ciphers (0.88 giga-instructions with Debian's kernel), `tsc=reliable` and
 /// `no_timer_check` skip the checking of clocks that KVM provides, the `i8042` ones skip the probing of a keyboard
-/// controller's ports.
+/// controller's ports; with `init_on_alloc=0`, memory that the kernel hands to itself is not cleared: a guest has no
+/// secrets.
 const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
-                             i8042.noaux i8042.nomux i8042.dumbkbd";
+                             i8042.noaux i8042.nomux i8042.dumbkbd init_on_alloc=0";
 
 /// Like [`MICRO_CMDLINE`], for kits with a store; the console is appended.
 ///
@@ -67,7 +68,7 @@ const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests noka
 /// the next tick.
 const SYSTEMD_PARAMS: &str = "panic=1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check i8042.noaux \
                               i8042.nomux i8042.dumbkbd net.ifnames=0 lsm=landlock,yama,bpf audit=0 mitigations=off \
-                              rcupdate.rcu_expedited=1 8250.nr_uarts=1";
+                              rcupdate.rcu_expedited=1 8250.nr_uarts=1 init_on_alloc=0";
 
 /// Like [`MICRO_CMDLINE`], for QEMU's software emulation. The carrier needs no isolation, and mitigations are slow to
 /// emulate.
