@@ -249,13 +249,19 @@ impl Tree {
         }) {
             return Ok(false);
         }
+        let mut entered = Vec::new();
         for (parent, name) in places.iter().skip(nodes.len() - 1) {
             let name: Arc<CStr> = CString::new(name.as_slice())?.into();
             plain(&name)?;
             let directory = usize::try_from(*parent).ok().and_then(|parent| nodes.get(parent));
             let directory = Arc::clone(directory.ok_or_else(stale)?);
             let node = Tree::push(&mut nodes, *parent, Arc::clone(&name))?;
-            lock(&directory.children).insert(name, node.index);
+            entered.push((directory, name, node.index));
+        }
+        // Whoever enters a name holds its directory's lock first.
+        drop(nodes);
+        for (directory, name, index) in entered {
+            lock(&directory.children).insert(name, index);
         }
         Ok(true)
     }
