@@ -235,11 +235,9 @@ fn read_only_shares_show_the_whole_tree_and_refuse_writes_even_if_mounted_writab
             refuses_writes(m, share).await;
         }
         // Whatever happens to it on the host, the guest gets an error and goes on.
-        output(
-            m,
-            "echo 3 >/proc/sys/vm/drop_caches; cd /mnt/fixed; ls -l large file a/b >/dev/null",
-        )
-        .await;
+        fs::write(source.path().join("late"), "never read").unwrap();
+        let look = "echo 3 >/proc/sys/vm/drop_caches; cd /mnt/fixed; ls -l large late >/dev/null";
+        output(m, look).await;
         let large = fs::File::options().write(true).open(source.path().join("large")).unwrap();
         large.set_len(1_000_000).unwrap();
         fs::remove_file(source.path().join("late")).unwrap();
