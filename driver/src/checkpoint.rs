@@ -119,32 +119,26 @@ impl Driver {
                 shares.join(", ")
             ));
         }
-        let mut frozen = Vec::new();
-        let kept =
-            async {
-                for (machine, stands) in
-                    machines.iter().zip(join_all(machines.iter().map(Machine::freeze)).await)
-                {
-                    match stands {
-                        Ok(true) => frozen.push(machine),
-                        Ok(false) => {}
-                        Err(error) => return Err(error),
-                    }
-                }
-                Ok(World {
-                    dirs: Arc::new(blocking(move || Dirs::new(dirs.concat())).await?),
-                    switches: self
-                        .vlans()
-                        .iter()
-                        .map(|vlan| (vlan.switch().clone(), vlan.switch().addresses()))
-                        .collect(),
-                    machines: try_join_all(machines.iter().map(async |machine| {
-                        Ok::<_, Error>((machine.clone(), machine.keep().await?))
-                    }))
-                    .await?,
-                })
-            };
-        let kept = kept.await;
+        let stands = join_all(machines.iter().map(Machine::freeze)).await;
+        let frozen = machines.iter().zip(&stands).filter(|(_, stands)| matches!(stands, Ok(true)));
+        let frozen: Vec<&Machine> = frozen.map(|(machine, _)| machine).collect();
+        let kept = async {
+            for one in stands {
+                one?;
+            }
+            let machine =
+                async |machine: &Machine| Ok::<_, Error>((machine.clone(), machine.keep().await?));
+            Ok(World {
+                dirs: Arc::new(blocking(move || Dirs::new(dirs.concat())).await?),
+                switches: self
+                    .vlans()
+                    .iter()
+                    .map(|vlan| (vlan.switch().clone(), vlan.switch().addresses()))
+                    .collect(),
+                machines: try_join_all(machines.iter().map(machine)).await?,
+            })
+        };
+        let kept: Result<World> = kept.await;
         let gone_on = join_all(frozen.into_iter().map(Machine::thaw)).await;
         let world = kept?;
         gone_on.into_iter().collect::<Result<()>>()?;
@@ -201,7 +195,11 @@ impl Driver {
         let _changing = join_all(all.iter().map(Machine::changing)).await;
         self.checkpoints().end(Some(to));
         let end = || End::WentBack(format!("checkpoint {}", to.name()));
-        join_all(all.iter().map(|machine| machine.cut(end()))).await;
+        join_all(all.iter().map(|machine| {
+            let known = world.machines.iter().any(|(one, _)| one.is(machine));
+            machine.cut(if known { end() } else { End::Stopped })
+        }))
+        .await;
         for (switch, addresses) in &world.switches {
             switch.restore_addresses(addresses);
         }
