@@ -75,7 +75,7 @@ class QemuMachines(unittest.TestCase):
         status, out, err = self.drive(
             "q.start()\n"
             "print(q.name, q.send_monitor_command('info status').splitlines()[1])\n"
-            "with t.assertRaisesRegex(Exception, 'q runs under QEMU, which firn cannot take back'):\n"
+            "with t.assertRaisesRegex(Exception, 'q runs under QEMU, which firn cannot'):\n"
             "    driver.checkpoint()\n"
             "env = (q.shared_dir / 'env').read_text().splitlines()\n"
             "for line in (f'TMPDIR={q.state_dir}', f'SHARED_DIR={q.shared_dir}', 'USE_TMPDIR=1'):\n"
