@@ -29,11 +29,8 @@ name = "view"
 test_script = '''
 machine.wait_for_unit("getty@tty1.service")
 machine.succeed("systemctl stop getty@tty1.service")
-# One command has the terminal open all the time: what is typed at one that nobody has is lost.
-machine.succeed(
-    "sh -c 'printf \\"\\\\033[2J\\\\033[41m%2000s\\" .; "
-    "read -r line && test \\"$line\\" = Hello-1' </dev/tty1 >/dev/tty1"
-)
+machine.succeed("printf '\\\\033[2J\\\\033[41m%2000s' ' ' >/dev/tty1")
+machine.succeed("sh -c 'read -r line && test \\"$line\\" = Hello-1' </dev/tty1")
 '''
 
 [nodes.machine]
