@@ -8,17 +8,16 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use firn_net_switch::{Addresses, Switch};
 use futures_util::future::{join_all, try_join_all};
-use tokio::task::spawn_blocking;
 
 use crate::driver::Driver;
 use crate::error::{End, Error, MachineError, Result};
 use crate::machine::{Machine, Then};
 use crate::scratch::Scratch;
+use crate::task::blocking;
 
 mod copy;
 
@@ -244,14 +243,5 @@ impl Dirs {
     fn pairs(&self) -> impl Iterator<Item = (&Path, PathBuf)> {
         let copy = |at: usize| self.copies.path().join(at.to_string());
         self.sources.iter().enumerate().map(move |(at, source)| (source.as_path(), copy(at)))
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, MachineError> + Send + 'static,
-) -> Result<T> {
-    match spawn_blocking(work).await {
-        Ok(done) => Ok(done?),
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }

@@ -16,6 +16,7 @@ pub mod private;
 pub mod retry;
 pub mod scratch;
 pub mod ssh;
+pub mod task;
 pub mod viewers;
 pub mod vlan;
 

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use firn::checkpoint::Checkpoint;
 use firn::driver::Driver;
+use firn::task::to_its_end;
 use pyo3::prelude::*;
 
-use super::wait::wait_to_its_end;
+use super::wait::wait;
 
 /// What all machines, networks and shared directories of a run were at some time, made by Driver.checkpoint().
 ///
@@ -56,10 +57,11 @@ impl PyCheckpoint {
     #[pyo3(signature = (wall_clock = false))]
     fn rollback(&self, py: Python<'_>, wall_clock: bool) -> PyResult<()> {
         let (driver, checkpoint) = (Arc::clone(&self.driver), Arc::clone(&self.checkpoint));
-        wait_to_its_end(py, async move {
+        let back = async move {
             driver.roll_back(&checkpoint).await?;
             if wall_clock { driver.set_clocks().await } else { Ok(()) }
-        })
+        };
+        wait(py, to_its_end(back))
     }
 
     /// Give it up. The memory and disk space that it took are free.

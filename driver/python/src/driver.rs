@@ -18,12 +18,13 @@ use super::duration::Timeout;
 use super::errors::{exception, not_here};
 use super::log::PyLogger;
 use super::machine::PyMachine;
-use super::wait::{hold_waiters, runtime, wait, wait_through_signals, wait_to_its_end};
+use super::wait::{hold_waiters, runtime, wait, wait_through_signals};
 use firn::config::{ConfigError, MachineFile, Needs, NodeConfig, ScreenChoice, TestConfig};
 use firn::driver::{Driver, DriverOptions};
 use firn::error::{MachineError, chain};
 use firn::kit::Kit;
 use firn::scratch::StatePlace;
+use firn::task::to_its_end;
 use firn::vlan::Vlan;
 
 /// How long an abandoned run may take to be made and removed.
@@ -322,7 +323,7 @@ impl PyRun {
     /// Keeps what all machines and networks are.
     fn checkpoint(&self, py: Python<'_>, name: String) -> PyResult<PyCheckpoint> {
         let driver = Arc::clone(&self.0);
-        let kept = wait_to_its_end(py, async move { driver.checkpoint(&name).await })?;
+        let kept = wait(py, to_its_end(async move { driver.checkpoint(&name).await }))?;
         Ok(PyCheckpoint::new(Arc::clone(&self.0), kept))
     }
 

@@ -107,20 +107,6 @@ pub(super) fn wait_through_signals<T: Send>(
     Ok(py.detach(|| runtime.block_on(future)))
 }
 
-/// Like [`wait`], but goes on in the background if a signal handler raises.
-pub(super) fn wait_to_its_end<T: Send + 'static>(
-    py: Python<'_>,
-    future: impl Future<Output = Result<T>> + Send + 'static,
-) -> PyResult<T> {
-    let task = runtime()?.spawn(future);
-    wait(py, async {
-        match task.await {
-            Ok(done) => done,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
-    })
-}
-
 /// From now on no wait returns.
 pub(super) fn hold_waiters() {
     ENDING.store(true, Ordering::Release);

@@ -15,6 +15,7 @@ use super::session::Session;
 use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State, Status};
 use crate::error::{End, MachineError, Result, chain};
 use crate::private;
+use crate::task::to_its_end;
 
 /// A guest that ends takes its agent with it, sometimes a moment before its end is seen.
 pub(super) const END_AFTER_LOSS: Duration = Duration::from_millis(1500);
@@ -497,18 +498,6 @@ impl Machine {
             }
         }
         End::Failed("the monitor went away".into())
-    }
-}
-
-/// Runs a future to its end even if the caller is cancelled; a panic in it is propagated.
-async fn to_its_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
-    match tokio::spawn(work).await {
-        Ok(value) => value,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // Only the end of the runtime cancels it.
-            Err(_) => std::future::pending().await,
-        },
     }
 }
 

@@ -17,7 +17,7 @@ use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{self, HostSide, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::task::AbortHandle;
 
 use super::{Backend, Checkpoints, Event, Input, Parts, Started};
 use crate::config::PortForward;
@@ -25,6 +25,7 @@ use crate::error::{End, MachineError, Result};
 use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
 use crate::machine::rfb::{self, Display};
+use crate::task::blocking;
 
 mod checkpoints;
 
@@ -441,16 +442,4 @@ fn passed_on(
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Runs what blocks; a panic in it goes on here.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match spawn_blocking(work).await {
-        Ok(value) => value,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // Blocking work is never cancelled once it runs, only when the runtime ends before it began.
-            Err(_) => std::future::pending().await,
-        },
-    }
 }

@@ -10,10 +10,11 @@ use firn_vmm::vm::{Checkpoint, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
-use super::{Firn, Running, blocking, lock};
+use super::{Firn, Running, lock};
 use crate::error::{MachineError, Result};
 use crate::machine::Dirs;
 use crate::machine::backend::{Checkpoints, Event, Started};
+use crate::task::blocking;
 
 /// What a machine was. While this exists, its end only switches it off.
 #[derive(Clone)]
