@@ -12,7 +12,6 @@ use super::backend::{Checkpoints, Kept, Started};
 use super::console::Mark;
 use super::power::{Guest, Launched};
 use super::{Machine, Run, State, Status};
-use crate::config::BackendKind;
 use crate::error::{End, MachineError, Result};
 
 /// How long a guest's agent may take to answer after going back. Emulated guests are slow.
@@ -27,20 +26,23 @@ pub(crate) struct Then {
 enum Was {
     /// Off since it was made; it may have ended before its first boot.
     Off(Option<Arc<End>>),
-    Up {
-        kept: Kept,
-        paused: bool,
-        allow_reboot: bool,
-        boots: u32,
-        /// The backdoor's shell was there, and waited for a command.
-        shell: bool,
-    },
+    Up(Up),
+}
+
+/// A machine that was up.
+struct Up {
+    kept: Kept,
+    paused: bool,
+    allow_reboot: bool,
+    boots: u32,
+    /// The backdoor's shell was there, and waited for a command.
+    shell: bool,
 }
 
 /// A machine that went back and stands still.
-pub(crate) struct Back {
+pub(crate) struct Back<'a> {
     started: Started,
-    run: (bool, bool, u32, bool),
+    up: &'a Up,
 }
 
 impl Machine {
@@ -55,7 +57,7 @@ impl Machine {
         let refuse = |why: &str| {
             Err(MachineError::Usage(format!("no checkpoint: {} {why}", self.name())).into())
         };
-        if self.inner.node.backend() == BackendKind::Qemu {
+        if self.inner.backend.checkpoints().is_none() {
             return refuse("runs under QEMU, which firn cannot take back");
         }
         match self.status() {
@@ -67,7 +69,7 @@ impl Machine {
                 "does not take commands yet: wait until it has booted, for example with wait_for_unit()",
             ),
             Status::Running | Status::Paused => Ok(()),
-            Status::Off | Status::Ended => match self.image_in_use()? {
+            Status::Off | Status::Ended => match self.written_image()? {
                 Some(image) => refuse(&format!(
                     "is off, and what it writes to {} could not be taken back: start it before the checkpoint",
                     image.display()
@@ -78,10 +80,10 @@ impl Machine {
     }
 
     /// An image of a disk that it could write to, if there is one already.
-    fn image_in_use(&self) -> Result<Option<PathBuf>> {
+    fn written_image(&self) -> Result<Option<PathBuf>> {
         let (_, disks) = self.devices()?;
-        let writable = disks.into_iter().filter(|disk| !disk.read_only).map(|disk| disk.image);
-        Ok(writable.into_iter().find(|image| image.exists()))
+        let mut images = disks.into_iter().filter(|disk| !disk.read_only).map(|disk| disk.image);
+        Ok(images.find(|image| image.exists()))
     }
 
     /// Stops its guest until [`Self::thaw`]; false if it stands still already.
@@ -125,12 +127,14 @@ impl Machine {
                 format!("no checkpoint: a command is running on {} over the backdoor", self.name());
             return Err(MachineError::Usage(what).into());
         }
-        let kept = self.checkpoints()?.keep().await?;
-        let (allow_reboot, boots) = (run.allow_reboot, run.boots);
-        Ok(Then {
-            console,
-            was: Was::Up { kept, paused, allow_reboot, boots, shell: run.access.shell().is_some() },
-        })
+        let up = Up {
+            kept: self.checkpoints()?.keep().await?,
+            paused,
+            allow_reboot: run.allow_reboot,
+            boots: run.boots,
+            shell: shell.is_some(),
+        };
+        Ok(Then { console, was: Was::Up(up) })
     }
 
     /// Ends the guest. What it has written to its disks stays where it can be taken back.
@@ -143,24 +147,24 @@ impl Machine {
     ///
     /// # Errors
     /// KVM or the host refuse. The machine stays off.
-    pub(crate) async fn go_back(&self, then: &Then) -> Result<Option<Back>> {
+    pub(crate) async fn go_back<'a>(&self, then: &'a Then) -> Result<Option<Back<'a>>> {
         self.inner.console.go_back(&then.console);
         match &then.was {
             Was::Off(end) => {
                 self.discard().await;
                 // Those which the start made, for the next one to make anew.
-                while let Some(image) = self.image_in_use()? {
+                while let Some(image) = self.written_image()? {
                     std::fs::remove_file(&image).map_err(MachineError::file("remove", &image))?;
                 }
                 let state = end.clone().map_or(State::Off, State::Ended);
                 self.inner.state.send_replace(state);
                 Ok(None)
             }
-            Was::Up { kept, paused, allow_reboot, boots, shell } => {
+            Was::Up(up) => {
                 let dirs = self.dirs().clone();
                 dirs.make()?;
-                let started = self.checkpoints()?.go_back(&dirs, kept).await?;
-                Ok(Some(Back { started, run: (*paused, *allow_reboot, *boots, *shell) }))
+                let started = self.checkpoints()?.go_back(&dirs, &up.kept).await?;
+                Ok(Some(Back { started, up }))
             }
         }
     }
@@ -169,8 +173,8 @@ impl Machine {
     ///
     /// # Errors
     /// The host has no threads left; it ends then.
-    pub(crate) async fn go_on(&self, back: Back) -> Result<()> {
-        let Back { started, run: (paused, allow_reboot, boots, shell) } = back;
+    pub(crate) async fn go_on(&self, back: Back<'_>) -> Result<()> {
+        let Back { started, up: &Up { paused, allow_reboot, boots, shell, .. } } = back;
         let launched = Launched::new(started, Guest::Back { shell });
         if paused {
             self.inner.clock.pause();

@@ -122,10 +122,9 @@ impl Machine {
                 return Ok(());
             }
             let inner = &machine.inner;
-            inner.clock.pause();
-            let paused = inner.backend.pause().await;
+            machine.freeze().await?;
             let stands = inner.state.send_if_modified(|state| match state {
-                State::Running(run) if paused.is_ok() => {
+                State::Running(run) => {
                     *state = State::Paused(run.clone());
                     true
                 }
@@ -134,8 +133,7 @@ impl Machine {
             if !stands {
                 // It has ended meanwhile.
                 inner.clock.resume();
-                machine.run()?;
-                return paused;
+                return machine.run().map(drop);
             }
             inner.events.tell("STOP", &json!({}));
             Ok(())

@@ -165,7 +165,7 @@ impl AgentClient {
     /// Ends the connection for all clones and requests, as if the agent had closed it. The stream's other clones can
     /// be used for another one.
     pub fn close(&self) {
-        self.tasks.0.iter().for_each(JoinHandle::abort);
+        self.abandon();
         self.shared.lose(Lost::Closed);
     }
 

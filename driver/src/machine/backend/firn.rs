@@ -218,7 +218,9 @@ impl Backend for Firn {
     ) -> BoxFuture<'_, Result<Started>> {
         *lock(&self.cancel) = Cancel::default();
         Box::pin(async move {
-            self.discard_unless_held().await;
+            if !self.held() {
+                self.discard().await;
+            }
             self.open_user_network(&dirs).await?;
             let started = match self.start_kept(&dirs).await? {
                 Some(started) => return Ok(started),

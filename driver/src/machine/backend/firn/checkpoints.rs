@@ -70,12 +70,6 @@ impl Firn {
         Arc::strong_count(&self.held) > 1
     }
 
-    pub(super) async fn discard_unless_held(&self) {
-        if !self.held() {
-            self.discard().await;
-        }
-    }
-
     /// Starts the machine that was only switched off, if there is one: on its disks lies what may be taken back.
     pub(super) async fn start_kept(&self, dirs: &Dirs) -> Result<Option<Started>> {
         let started = self.again(dirs, "cannot start it again", |running| running.vm.reset());
