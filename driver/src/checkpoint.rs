@@ -15,7 +15,7 @@ use futures_util::future::{join_all, try_join_all};
 
 use crate::driver::Driver;
 use crate::error::{End, Error, MachineError, Result};
-use crate::machine::{Machine, Then};
+use crate::machine::{Machine, Status, Then};
 use crate::scratch::Scratch;
 use crate::task::blocking;
 
@@ -178,7 +178,9 @@ impl Driver {
     /// # Errors
     /// The first guest's error.
     pub async fn set_clocks(&self) -> Result<()> {
-        for machine in self.all_machines().iter().filter(|machine| machine.booted()) {
+        // One that is paused would not answer.
+        let takes = |machine: &&Machine| machine.status() == Status::Running && machine.is_up();
+        for machine in self.all_machines().iter().filter(takes) {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let set = format!("date -s @{}.{:03}", now.as_secs(), now.subsec_millis());
             machine.succeed(&[&set], None).await?;
