@@ -109,6 +109,15 @@ pub(crate) fn run_of(name: &OsStr) -> Option<String> {
     name.to_str()?.strip_prefix(PREFIX).map(str::to_owned)
 }
 
+/// The directories of runs and machines in a place that belong to this user and that nobody else could write to.
+pub(crate) fn own_directories(place: &Place) -> io::Result<Vec<(OsString, PathBuf)>> {
+    let names = fs::read_dir(place.path())?.flatten().map(|entry| entry.file_name());
+    let own = names
+        .filter(|name| machine_of(name).is_some() || run_of(name).is_some())
+        .filter(|name| place.open_own(name).is_ok());
+    Ok(own.map(|name| (name.clone(), place.path().join(name))).collect())
+}
+
 /// The directory that all machines share.
 const SHARED: &str = "shared-xchg";
 /// Locked while a run with named directories lives.

@@ -1,7 +1,5 @@
 //! Where viewers find the screens of machines in other processes, and how they are served.
 
-use std::ffi::OsString;
-use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -75,14 +73,14 @@ pub fn find(dir: &Path) -> io::Result<Vec<Found>> {
     let own = place.path().file_name().and_then(scratch::machine_of).unwrap_or_default();
     add(&mut found, &own, "", place.path());
     add_carriers(&mut found, "", place.path());
-    for (name, dir) in own_directories(&place)? {
+    for (name, dir) in scratch::own_directories(&place)? {
         if let Some(machine) = scratch::machine_of(&name) {
             add(&mut found, &machine, "", &dir);
         } else if let Some(run) = scratch::run_of(&name) {
             // It may be about to be removed.
             let Ok(inner) = Place::open(&dir) else { continue };
             add_carriers(&mut found, &run, &dir);
-            for (name, dir) in own_directories(&inner).unwrap_or_default() {
+            for (name, dir) in scratch::own_directories(&inner).unwrap_or_default() {
                 if let Some(machine) = scratch::machine_of(&name) {
                     add(&mut found, &machine, &run, &dir);
                 }
@@ -144,13 +142,4 @@ where
             Some(_) = viewers.join_next() => {}
         }
     }
-}
-
-/// The directories of runs and machines in a place that belong to this user and that nobody else could write to.
-fn own_directories(place: &Place) -> io::Result<Vec<(OsString, PathBuf)>> {
-    let names = fs::read_dir(place.path())?.flatten().map(|entry| entry.file_name());
-    let own = names
-        .filter(|name| scratch::machine_of(name).is_some() || scratch::run_of(name).is_some())
-        .filter(|name| place.open_own(name).is_ok());
-    Ok(own.map(|name| (name.clone(), place.path().join(name))).collect())
 }

@@ -194,11 +194,10 @@ pub fn find(dir: Option<&Path>) -> io::Result<OpenVlans> {
 /// Looks into a run's directory and those in it.
 fn find_in(place: &Place, found: &mut OpenVlans) -> io::Result<()> {
     look_into(place, found)?;
-    for name in fs::read_dir(place.path())?.flatten().map(|entry| entry.file_name()) {
-        // It may be another user's, or on its way out.
+    for (name, dir) in scratch::own_directories(place)? {
+        // It may be on its way out.
         if scratch::run_of(&name).is_some()
-            && place.open_own(&name).is_ok()
-            && let Ok(run) = Place::open(&place.path().join(&name))
+            && let Ok(run) = Place::open(&dir)
         {
             let _ = look_into(&run, found);
         }
