@@ -5,6 +5,7 @@
 pub mod input;
 pub mod skip;
 
+use std::fs;
 use std::io::{self, Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -148,6 +149,14 @@ impl Write for TestOutput {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// How many files this process has open, and how many mappings it has.
+#[must_use]
+pub fn resources() -> (usize, usize) {
+    let maps = fs::read_to_string("/proc/self/maps").expect("there is /proc");
+    let files = fs::read_dir("/proc/self/fd").expect("there is /proc");
+    (files.count(), maps.lines().count())
 }
 
 /// An initrd with the busybox and the drivers of a kit that runs a script and nothing else.

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use firn_agent_client::AgentClient;
 use firn_net_switch::Switch;
+use firn_tests::resources;
 use firn_vmm::vm::{Checkpoint, Event, Vm};
 
 use super::state::{host_side, output, run, spec, tokio_stream};
@@ -141,10 +142,4 @@ fn a_machine_goes_back_whatever_became_of_it() {
         fs::File::open(image).unwrap().read_exact_at(&mut start, 0).unwrap();
         assert_eq!(&start, b"end!");
     });
-}
-
-/// How many files this process has open, and how many mappings it has.
-fn resources() -> (usize, usize) {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    (fs::read_dir("/proc/self/fd").unwrap().count(), maps.lines().count())
 }

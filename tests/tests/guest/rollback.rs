@@ -7,7 +7,7 @@ use firn::checkpoint::Checkpoint;
 use firn::error::MachineError;
 use firn::machine::Status;
 use firn::{Driver, Error, Machine};
-use firn_tests::{PATIENCE, output, with_machines};
+use firn_tests::{PATIENCE, output, resources, with_machines};
 
 const NODES: &str = "[nodes.a]\ndisks = [{ size = 64 }]\n[nodes.b]\n[nodes.c]";
 
@@ -170,10 +170,4 @@ async fn often(driver: &Driver, first: &Checkpoint) {
     let after = resources();
     assert!(after.0 <= before.0 + 2 && after.1 <= before.1 + 10, "{before:?}, then {after:?}");
     output(&driver.machines()[0], "printf 'end!' >/dev/vda; sync").await;
-}
-
-/// How many files this process has open, and how many mappings it has.
-fn resources() -> (usize, usize) {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    (fs::read_dir("/proc/self/fd").unwrap().count(), maps.lines().count())
 }

@@ -30,6 +30,18 @@ fn share() -> (TempDir, ShareSpec) {
     (directory, spec)
 }
 
+/// Mounts a share that cannot be changed, with a `file` that says "kept"; returns its node too.
+fn refuses_changes(spec: &ShareSpec) -> (Mount, u64) {
+    fs::write(spec.source.join("file"), "kept").unwrap();
+    let mut mount = Mount::new(spec);
+    let node = mount.lookup(ROOT, "file").unwrap().nodeid;
+    let refused = Some(libc::EROFS);
+    assert_eq!(mount.open(node, libc::O_RDWR).err(), refused);
+    assert_eq!(mount.create(ROOT, "new", 0o644).err(), refused);
+    assert_eq!(mount.mkdir(ROOT, "new").err(), refused);
+    (mount, node)
+}
+
 #[test]
 fn configuration_space() {
     let (_directory, spec) = share();
@@ -118,16 +130,14 @@ fn directories_are_listed_with_attributes() {
     let mut rest = &listing[..];
     while !rest.is_empty() {
         let entry: EntryOut = client::object(rest);
-        let dirent = &rest[size_of::<EntryOut>()..];
-        let len = u32::from_le_bytes(dirent[16..20].try_into().unwrap());
-        let len = usize::try_from(len).unwrap();
-        let name = String::from_utf8(dirent[24..24 + len].to_vec()).unwrap();
+        let (name, _, others) = client::dirent(&rest[size_of::<EntryOut>()..]);
+        let name = String::from_utf8(name).unwrap();
         if !name.starts_with('.') {
             assert_eq!(entry.attr.size, 1);
             assert_eq!(entry.attr_valid, 86400);
             names.push(name);
         }
-        rest = &dirent[(24 + len).next_multiple_of(8)..];
+        rest = others;
     }
     names.sort();
     assert_eq!(names, ["a", "b", "c"]);
@@ -153,15 +163,9 @@ fn forget_goes_through_the_urgent_queue() {
 fn read_only_shares_refuse_changes() {
     let (directory, mut spec) = share();
     spec.read_only = true;
-    fs::write(directory.path().join("file"), "kept").unwrap();
-    let mut mount = Mount::new(&spec);
-    let node = mount.lookup(ROOT, "file").unwrap().nodeid;
-    let refused = Some(libc::EROFS);
-    assert_eq!(mount.open(node, libc::O_RDWR).err(), refused);
-    assert_eq!(mount.create(ROOT, "new", 0o644).err(), refused);
-    assert_eq!(mount.mkdir(ROOT, "new").err(), refused);
+    let (mut mount, _) = refuses_changes(&spec);
     let unlink = mount.call(Opcode::Unlink, ROOT, &[&c_string("file")]);
-    assert_eq!(unlink.err(), refused);
+    assert_eq!(unlink.err(), Some(libc::EROFS));
     assert_eq!(mount.cat("file").unwrap(), b"kept");
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
 }

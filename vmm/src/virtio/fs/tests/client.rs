@@ -242,3 +242,11 @@ pub fn object<T: ByteValued + Default>(bytes: &[u8]) -> T {
     object.as_mut_slice().copy_from_slice(&bytes[..size_of::<T>()]);
     object
 }
+
+/// The first entry of a listing (linux/fuse.h: `fuse_dirent`): its name, the position behind it, and the rest.
+pub fn dirent(listing: &[u8]) -> (Vec<u8>, u64, &[u8]) {
+    let position = u64::from_le_bytes(listing[8..16].try_into().unwrap());
+    let len = u32::from_le_bytes(listing[16..20].try_into().unwrap());
+    let end = 24 + usize::try_from(len).unwrap();
+    (listing[24..end].to_vec(), position, &listing[end.next_multiple_of(8)..])
+}

@@ -5,7 +5,7 @@ use std::fs;
 
 use virtiofsd::fuse::Opcode;
 
-use super::client::{Mount, ROOT, c_string};
+use super::client::{Mount, ROOT, c_string, dirent};
 use super::share;
 
 /// The names and positions in a reply to READDIR.
@@ -13,10 +13,9 @@ fn entries(reply: &[u8]) -> Vec<(String, u64)> {
     let mut found = Vec::new();
     let mut rest = reply;
     while !rest.is_empty() {
-        let offset = u64::from_le_bytes(rest[8..16].try_into().unwrap());
-        let len = u32::from_le_bytes(rest[16..20].try_into().unwrap()) as usize;
-        found.push((String::from_utf8(rest[24..24 + len].to_vec()).unwrap(), offset));
-        rest = &rest[(24 + len).next_multiple_of(8)..];
+        let (name, offset, others) = dirent(rest);
+        found.push((String::from_utf8(name).unwrap(), offset));
+        rest = others;
     }
     found
 }

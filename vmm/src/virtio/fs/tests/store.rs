@@ -14,8 +14,8 @@ use tempfile::TempDir;
 use virtiofsd::fuse::{EntryOut, FsOptions, Opcode, WriteIn};
 use vm_memory::ByteValued;
 
-use super::client::{Mount, ROOT, Reply, c_string, object};
-use super::{Fs, share, spec};
+use super::client::{Mount, ROOT, Reply, c_string, dirent, object};
+use super::{Fs, refuses_changes, share, spec};
 use crate::spec::{CachePolicy, ShareSpec};
 use crate::virtio::{DeviceConfig, VirtioDevice};
 
@@ -59,12 +59,9 @@ fn list(mount: &mut Mount, node: u64, room: u32) -> BTreeMap<Vec<u8>, EntryOut> 
         let mut rest = &listing[..];
         while !rest.is_empty() {
             let entry: EntryOut = object(rest);
-            let dirent = &rest[size_of::<EntryOut>()..];
-            at = u64::from_le_bytes(dirent[8..16].try_into().unwrap());
-            let len = u32::from_le_bytes(dirent[16..20].try_into().unwrap());
-            let end = 24 + usize::try_from(len).unwrap();
-            assert!(all.insert(dirent[24..end].to_vec(), entry).is_none());
-            rest = &dirent[end.next_multiple_of(8)..];
+            let (name, position, others) = dirent(&rest[size_of::<EntryOut>()..]);
+            assert!(all.insert(name, entry).is_none());
+            (at, rest) = (position, others);
         }
     }
 }
@@ -168,13 +165,8 @@ fn everything_that_a_directory_can_hold() {
 #[test]
 fn nothing_can_be_changed() {
     let (directory, spec) = store();
-    fs::write(directory.path().join("file"), "kept").unwrap();
-    let mut mount = Mount::new(&spec);
-    let node = mount.lookup(ROOT, "file").unwrap().nodeid;
+    let (mut mount, node) = refuses_changes(&spec);
     let refused = Some(libc::EROFS);
-    assert_eq!(mount.open(node, libc::O_RDWR).err(), refused);
-    assert_eq!(mount.create(ROOT, "new", 0o644).err(), refused);
-    assert_eq!(mount.mkdir(ROOT, "new").err(), refused);
     assert_eq!(mount.set_xattr(node, "user.a", b"x").err(), refused);
     assert_eq!(mount.write(node, 0, 0, b"x").err(), refused);
     let write = WriteIn::default();
