@@ -3,7 +3,7 @@
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::fcntl::AT_FDCWD;
 use nix::sys::stat::{Mode, UtimensatFlags, utimensat};
@@ -39,7 +39,7 @@ fn copy(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
     Ok(())
 }
 
-fn copy_entry(from: &Path, to: &PathBuf, depth: usize) -> io::Result<()> {
+fn copy_entry(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
     let meta = fs::symlink_metadata(from)?;
     let kind = meta.file_type();
     if kind.is_symlink() {
@@ -62,9 +62,8 @@ fn copy_entry(from: &Path, to: &PathBuf, depth: usize) -> io::Result<()> {
     if !kind.is_symlink() {
         fs::set_permissions(to, Permissions::from_mode(meta.mode() & 0o7777))?;
     }
-    let time = |seconds, nanoseconds| TimeSpec::new(seconds, nanoseconds);
-    let (read, changed) =
-        (time(meta.atime(), meta.atime_nsec()), time(meta.mtime(), meta.mtime_nsec()));
+    let read = TimeSpec::new(meta.atime(), meta.atime_nsec());
+    let changed = TimeSpec::new(meta.mtime(), meta.mtime_nsec());
     Ok(utimensat(AT_FDCWD, to, &read, &changed, UtimensatFlags::NoFollowSymlink)?)
 }
 

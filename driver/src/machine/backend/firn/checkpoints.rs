@@ -17,7 +17,6 @@ use crate::machine::backend::{Checkpoints, Event, Started};
 use crate::task::blocking;
 
 /// What a machine was. While this exists, its end only switches it off.
-#[derive(Clone)]
 pub(in crate::machine) struct Kept {
     checkpoint: Arc<Checkpoint>,
     /// Whether the cables of its cards were plugged in.
