@@ -24,13 +24,16 @@ BIN = Path(sys.executable).parent
 #: No wait here takes as long, even on a loaded machine without KVM.
 PATIENCE = 300
 
-TEST = """
+TEST = r"""
 name = "view"
 test_script = '''
 machine.wait_for_unit("getty@tty1.service")
 machine.succeed("systemctl stop getty@tty1.service")
-machine.succeed("printf '\\\\033[2J\\\\033[41m%2000s' ' ' >/dev/tty1")
-machine.succeed("sh -c 'read -r line && test \\"$line\\" = Hello-1' </dev/tty1")
+# What is typed on a terminal that nobody has open is lost.
+machine.succeed(
+    r"( printf '\033[2J\033[41m%2000s' ' ' >&0; read -r line; "
+    'test "$line" = Hello-1 || { echo "read: $line" >&2; exit 1; }; ) <>/dev/tty1'
+)
 '''
 
 [nodes.machine]

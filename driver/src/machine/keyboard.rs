@@ -17,8 +17,8 @@ use names::KEYS;
 const MAX_CHORD: usize = 16;
 /// Up to here the scan codes of set 1 are Linux's key codes, even those without a name.
 const SAME_SCANS: u8 = 0x58;
-/// The shortest and longest time that a key is held. Programs that poll must see it, and a guest repeats keys held for
-/// longer than 250 ms.
+/// The shortest and longest time that a key is held. Programs that poll must see it, and graphical ones repeat a key
+/// that is held for some 250 ms.
 const HOLD: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(100)];
 /// The default pause after each key.
 pub const DEFAULT_DELAY: Duration = Duration::from_millis(10);

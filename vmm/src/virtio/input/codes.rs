@@ -14,8 +14,6 @@ pub(super) const EV_REL: u16 = 2;
 pub(super) const EV_ABS: u16 = 3;
 /// Lamps.
 pub(super) const EV_LED: u16 = 0x11;
-/// Repetition of keys that are held.
-pub(super) const EV_REP: u16 = 0x14;
 /// The wheel.
 pub(super) const REL_WHEEL: u16 = 8;
 pub(super) const ABS_X: u16 = 0;
@@ -61,6 +59,7 @@ impl Report {
         let event = |kind, code, value| Event { kind, code, value };
         let mut events = match self {
             Report::Key { code, down } => vec![event(EV_KEY, code, i32::from(down))],
+            Report::Repeat { code } => vec![event(EV_KEY, code, 2)],
             Report::Position { x, y } => {
                 vec![event(EV_ABS, ABS_X, i32::from(x)), event(EV_ABS, ABS_Y, i32::from(y))]
             }

@@ -19,6 +19,8 @@ pub const MAX_POSITION: u16 = 32767;
 pub(super) enum Report {
     /// A key or button went down or up.
     Key { code: u16, down: bool },
+    /// A key that is down types once more.
+    Repeat { code: u16 },
     /// The pointer is there.
     Position { x: u16, y: u16 },
     /// The wheel was turned, away from the user if positive.
@@ -35,7 +37,15 @@ pub(super) struct Waiting {
 
 impl Waiting {
     /// A key goes down or up, if it is not there already. It goes up whether there is room or not: nothing hangs.
+    /// One that is down already repeats, once for however many the guest has yet to hear of.
     fn key(&mut self, code: u16, down: bool) {
+        if down && self.down.contains(&code) {
+            let repeat = Report::Repeat { code };
+            if self.reports.back() != Some(&repeat) {
+                self.push(repeat);
+            }
+            return;
+        }
         let changes = match down {
             true => self.reports.len() < MAX_WAITING && self.down.insert(code),
             false => self.down.remove(&code),
@@ -94,7 +104,7 @@ impl InputHandle {
     }
 
     /// Presses or releases the key that Linux numbers `code` (`KEY_…` of linux/input-event-codes.h). A key that is
-    /// down already is not pressed again, and one that the device lacks is ignored.
+    /// down already repeats, as Linux does not do that by itself here; one that the device lacks is ignored.
     pub fn key(&self, code: u16, down: bool) {
         if self.0.kind.has_key(code) {
             self.change(|waiting| waiting.key(code, down));
