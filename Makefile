@@ -35,7 +35,7 @@ test: setup-tests kit
 	mkdir -p $(SKIPPED)
 	tests/nix/evaluate.py
 	cargo test --release --workspace --exclude firn-tests
-	$(VENV)/pip install -q mypy pexpect selenium
+	$(VENV)/pip install -q mypy pexpect pytest selenium
 	$(VENV)/python -m unittest discover -s driver/python/tests
 	$(VENV)/python tests/conformance/conformance.py run --quick
 	$(FIRN) test tests/examples/database/test.toml
@@ -76,7 +76,7 @@ lint: setup-tests build
 	! grep -rnwE '(kvm|get|set)_s?regs|rflags|rip|rdtsc|tsc_khz|triple fault' \
 		vmm/src --include='*.rs' --exclude-dir=arch
 	cargo clippy --release --workspace --all-targets -- -D warnings
-	$(VENV)/pip install -q mypy ruff selenium types-pexpect
+	$(VENV)/pip install -q mypy pytest ruff selenium types-pexpect
 	$(VENV)/mypy --config-file driver/pyproject.toml driver/python
 	# The stub says what the extension module is, which has to be there.
 	cd driver && ../$(VENV)/stubtest firn._firn --mypy-config-file pyproject.toml --ignore-disjoint-bases \

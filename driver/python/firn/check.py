@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from firn._firn import Test
+from firn.config import read_test
 from firn.errors import MachineError
 from firn.needs import needs
 from firn.nixos import SYMBOLS
@@ -178,9 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the test")
     args = parser.parse_args(arguments)
     try:
-        is_toml = args.config.suffix == ".toml"
-        read = Test.from_toml_file if is_toml else Test.from_driver_file
-        test = read(args.config)
+        test = read_test(args.config)
         text, file, line = test.script
         text, shown = "\n" * (line - 1) + text, str(file)
         if args.script is not None:

@@ -45,6 +45,11 @@ def load_driver_configuration(file_path: str | PathLike[str]) -> DriverConfigura
     return DriverConfiguration.of(Test.from_driver_file(file_path))
 
 
+def read_test(path: Path) -> Test:
+    """Read a test's description: a TOML file, or the file of `nixos-test-driver --config`."""
+    return Test.from_toml_file(path) if path.suffix == ".toml" else Test.from_driver_file(path)
+
+
 def pythonize_name(name: str) -> str:
     """Return the name of the script's variable for a machine of this name."""
     return re.sub(r"^[^A-Za-z_]|[^A-Za-z0-9_]", "_", name)

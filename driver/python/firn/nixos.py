@@ -8,14 +8,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from firn._firn import Test, in_carrier_if_needed
+from firn._firn import Test
+from firn.accel import ACCELS, again, in_carrier
 from firn.driver import Settings
 from firn.logger import LogLevel
 from firn.runner import Options, end_at_once, guarded
-from firn.terminal import with_terminal
-
-#: Set for a driver in a carrier, so that it does not start another.
-IN_CARRIER = "FIRN_IN_CARRIER"
 
 LEVELS = [level.name.lower() for level in LogLevel]
 
@@ -146,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--accel",
-        choices=["auto", "kvm", "carrier", "none"],
+        choices=ACCELS,
         default="auto",
         help="where machines run: auto is KVM if it works here, else the carrier; "
         "none does not check (default: %(default)s)",
@@ -234,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         junit=args.junit_xml,
         log_level=args.log_level,
     )
-    if args.accel != "none" and IN_CARRIER not in os.environ:
+    if args.accel != "none" and not in_carrier():
         end_at_once()
         try:
             status = elsewhere(args, options, arguments)
@@ -250,14 +247,7 @@ def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) 
     """Run the command line in a carrier, unless machines can run here."""
     # Errors in the test are reported before anything boots.
     test = options.load(None)
-    # This process is Python, so the agent cannot be found beside it.
-    agent = Path(sys.executable).with_name("firn-agent")
-    if agent.is_file():
-        os.environ.setdefault("FIRN_AGENT", str(agent))
-    command = ["env", f"{IN_CARRIER}=1", sys.executable, "-P", "-m", "firn.nixos", *arguments]
-    terminal = args.interactive and sys.stdin.isatty()
-    if terminal:
-        command = with_terminal(command)
+    command = [sys.executable, "-P", "-m", "firn.nixos", *arguments]
     writable = [args.output_directory, *test.writable]
     if args.keep_machine_state:
         # What is kept after the run must not stay in the carrier.
@@ -267,7 +257,7 @@ def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) 
     log = os.environ.get("LOGFILE")
     if log and log != os.devnull:
         writable.append(Path(log).absolute().parent)
-    status = in_carrier_if_needed(args.accel, command, writable, terminal)
+    status = again(args.accel, command, writable, args.interactive and sys.stdin.isatty())
     if status == 128 + signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from firn._firn import Test
     from firn.needs import Need
 
@@ -37,9 +39,8 @@ COMMANDS = {
 }
 
 
-def needs_of(test: Test) -> list[Need]:
-    """Find what a test's script needs; nothing if Python cannot parse it."""
-    text = test.script[0]
+def needs_of(test: Test, text: str) -> list[Need]:
+    """Find what a script of this text needs; nothing if Python cannot parse it."""
     # Most scripts need nothing, and reading one as Python takes longer than all else at the start.
     if not any(word in text for word in (*CALLS, *COMMANDS)):
         return []
@@ -48,11 +49,12 @@ def needs_of(test: Test) -> list[Need]:
     return needs_of_text(text, test.variables)
 
 
-def supplied(test: Test, everything: bool = False) -> Test:
-    """Add the parts that a test's script needs, or all parts, to its machines."""
+def supplied(test: Test, everything: bool = False, more: Iterable[str] = ()) -> Test:
+    """Add the parts that a test's script and `more` texts need, or all parts, to its machines."""
     if everything:
         return test.supplied(PARTS)
-    wanted = {(need.variable, need.part) for need in needs_of(test)}
+    texts = (test.script[0], *more)
+    wanted = {(need.variable, need.part) for text in texts for need in needs_of(test, text)}
     for variable, part in wanted:
         test = test.supplied([part], variable)
     return test
@@ -62,4 +64,4 @@ def parts_of(test: Test, everything: bool = False) -> list[str]:
     """Return the parts of machines that the script creates itself."""
     if everything:
         return list(PARTS)
-    return sorted({need.part for need in needs_of(test)})
+    return sorted({need.part for need in needs_of(test, test.script[0])})

@@ -145,6 +145,15 @@ impl PyTest {
     fn writable(&self) -> Vec<PathBuf> {
         self.0.writable()
     }
+
+    /// Builds the guest kits that machines boot and the cache lacks, and says so on stderr.
+    fn build_kits(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| {
+            let build = |name| firn_kits::build(name, &|line| eprintln!("{line}")).map(drop);
+            Driver::kits_needed(&self.0).into_iter().try_for_each(build)
+        })
+        .map_err(|error| exception(py, &MachineError::Usage(chain(&error)).into()))
+    }
 }
 
 /// A test run.

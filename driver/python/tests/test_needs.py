@@ -76,7 +76,7 @@ class Supply(unittest.TestCase):
 
     def test_unparsable(self) -> None:
         """A script that is none needs nothing: running it says what is wrong."""
-        self.assertEqual(needs_of(self.read("if")), [])
+        self.assertEqual(needs_of(self.read(""), "if"), [])
 
     def test_check(self) -> None:
         """`firn check` tells of calls that cannot work."""
