@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from keyword import iskeyword
 from pathlib import Path
 from types import ModuleType
@@ -131,6 +130,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if "driver" not in fixtures_of(plugins):
             config.pluginmanager.register(Unconfigured(), "firn-fixtures")
         return
+    end_by_signals(config)
     own = {it for it in plugins if getattr(it, "__name__", "").startswith("_pytest.")}
     taken = {"driver", "request", *fixtures_of({sys.modules[__name__], *own})}
     names = [name for name in test.variables if name not in taken and not iskeyword(name)]
@@ -187,23 +187,29 @@ def ended_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
+def end_by_signals(config: pytest.Config) -> None:
     """Let SIGTERM and SIGHUP end the session as Ctrl-C does, so that nothing is left behind."""
 
     def end(number: int, _frame: object) -> None:
         pytest.exit(f"ended by {signal.Signals(number).name}", returncode=128 + number)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, end)
+    restored = ExitStack()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+            restored.callback(signal.signal, number, signal.SIG_DFL)
+    config.add_cleanup(restored.close)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Show what firn says, and no traceback: no line of a test's file has raised it."""
+    from firn.errors import MachineError
+
     try:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except (MachineError, OSError) as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 @pytest.fixture(scope="session")
@@ -218,7 +224,6 @@ def firn_driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
         pytest.fail(NO_TEST, pytrace=False)
     from firn._firn import interrupt_waits_by_signals
     from firn.driver import Driver
-    from firn.errors import MachineError
     from firn.logger import CompositeLogger, TerminalLogger
     from firn.parts import supplied
 
@@ -226,18 +231,16 @@ def firn_driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
     texts = [path.read_text() for path in sorted(paths) if path.suffix == ".py"]
     interrupt_waits_by_signals()
     log = CompositeLogger([TerminalLogger()])
-    with ended_by_signals():
-        try:
-            driver = Driver(supplied(test, more=texts), log)
-        except (MachineError, OSError) as error:
-            raise pytest.fail.Exception(str(error), pytrace=False) from None
-        try:
+    with plainly():
+        driver = Driver(supplied(test, more=texts), log)
+    try:
+        with plainly():
             # A machine that can never go back says so before it boots.
             driver.checkpoint("before the boot").forget()
-            yield driver
-        finally:
-            driver.close()
-            log.finish()
+        yield driver
+    finally:
+        driver.close()
+        log.finish()
 
 
 @pytest.fixture(scope="session")
@@ -252,9 +255,10 @@ def firn_boot(firn_driver: Driver) -> None:
 
     A fixture of this name in your conftest.py may do more, and take this one as its argument.
     """
-    firn_driver.start_all()
-    for machine in firn_driver.machines:
-        machine.connect()
+    with plainly():
+        firn_driver.start_all()
+        for machine in firn_driver.machines:
+            machine.connect()
 
 
 class Unconfigured:
@@ -282,17 +286,22 @@ class Machines:
 
         After the test, all machines and networks go back to what they were before it.
         """
-        if self._spoiled and self._checkpoint is not None and self._checkpoint.is_there:
-            self._checkpoint.rollback()
-        if self._prepared or self._checkpoint is None or not self._checkpoint.is_there:
-            # The earlier one is dropped last: what it has copied is not copied again.
-            self._checkpoint = firn_driver.checkpoint("before the test")
-            self._prepared = False
+        with plainly():
+            if self._spoiled:
+                self._go_back()
+            if self._prepared or self._checkpoint is None or not self._checkpoint.is_there:
+                # The earlier one is dropped last: what it has copied is not copied again.
+                self._checkpoint = firn_driver.checkpoint("before the test")
+                self._prepared = False
         self._spoiled = True
         yield firn_driver
-        if self._checkpoint.is_there:
+        with plainly():
+            self._go_back()
+
+    def _go_back(self) -> None:
+        if self._checkpoint is not None and self._checkpoint.is_there:
             self._checkpoint.rollback()
-            self._spoiled = False
+        self._spoiled = False
 
     @pytest.fixture(autouse=True)
     def _firn_goes_back(self, request: pytest.FixtureRequest) -> None:
