@@ -4,6 +4,21 @@
 //! checkpoint: all machines stand still -> each is kept, and the networks, and the directories -> they go on
 //! roll back:  all machines are switched off -> networks, directories and machines go back -> they go on
 //! ```
+//!
+//! Tests that each start from the same boot:
+//!
+//! ```no_run
+//! # async fn run(driver: firn::Driver) -> firn::Result<()> {
+//! let server = driver.machine("server").expect("the test has one");
+//! server.succeed(&["systemctl start postgresql"], None).await?;
+//! let ready = driver.checkpoint("ready").await?;
+//! for spoil in ["rm -rf /etc", "systemctl stop postgresql"] {
+//!     server.succeed(&[spoil], None).await?;
+//!     driver.roll_back(&ready).await?;
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
 use std::fs;
 use std::path::{Path, PathBuf};
