@@ -36,7 +36,7 @@ test: setup-tests kit
 	tests/nix/evaluate.py
 	cargo test --release --workspace --exclude firn-tests
 	$(VENV)/pip install -q mypy pexpect selenium
-	$(VENV)/python -m unittest discover -s driver/python/tests
+	$(VENV)/python -m unittest discover -s driver/python/tests -t driver/python
 	$(VENV)/python tests/conformance/conformance.py run --quick
 	$(FIRN) test tests/examples/database/test.toml
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
