@@ -3,10 +3,11 @@
 //! time that passes. Before each roll back memory, disks and a file of the share have changed. Arguments name another
 //! kit than `systemd`, and how often to go back; in the end the process has what it had after the twentieth time.
 
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use firn::Driver;
-use firn_tests::{Held, PATIENCE, output, with_machines};
+use firn_tests::{Held, PATIENCE, micro, output, systemd, with_machines};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 
@@ -26,6 +27,7 @@ fn main() {
         arguments.partition(|argument| argument.parse::<usize>().is_ok());
     let rounds = numbers.first().and_then(|number| number.parse().ok()).unwrap_or(ROUNDS).max(1);
     let kit = kits.first().map_or("systemd", String::as_str);
+    warm();
     let node = |name| format!("[nodes.{name}]\nkit = '{kit}'\ndisks = [{{ size = 64 }}]\n");
     with_machines(&(node("a") + &node("b")), async |driver| {
         let ((), boot) = measured(boot(driver, kit == "systemd")).await;
@@ -76,6 +78,16 @@ fn main() {
             settled.check(&after);
         }
     });
+}
+
+/// Has the host read what guests boot from, as after any other boot.
+fn warm() {
+    for kit in [micro(), systemd()] {
+        let mut read = Command::new("find");
+        read.arg("-L").arg(&kit.dir).args(["-type", "f", "-exec", "cat", "{}", "+"]);
+        let status = read.stdout(Stdio::null()).status();
+        assert!(status.expect("find can be run").success());
+    }
 }
 
 /// Until both machines are up.
