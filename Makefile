@@ -2,7 +2,7 @@
 # make test    every test; guests run in the carrier where KVM cannot be used
 # make conformance  the NixOS test driver's API, case by case, and the table in tests/conformance/README.md
 # make lint    formatting, clippy, mypy, ruff, nixfmt
-# make bench   what a boot costs, in instructions, counted in the carrier; eight at once; how fast the user network and a store are
+# make bench   what a boot costs, in instructions, counted in the carrier; eight at once; how fast the user network and a store are; what checkpoints cost
 # make fuzz    a million hostile inputs for each fuzz target; RUNS=N for another number
 # make clean   removes what was built here; kits stay in ~/.cache/firn
 
@@ -36,7 +36,7 @@ test: setup-tests kit
 	tests/nix/evaluate.py
 	cargo test --release --workspace --exclude firn-tests
 	$(VENV)/pip install -q mypy pexpect pytest selenium
-	$(VENV)/python -m unittest discover -s driver/python/tests
+	$(VENV)/python -m unittest discover -s driver/python/tests -t driver/python
 	$(VENV)/python tests/conformance/conformance.py run --quick
 	$(FIRN) test tests/examples/database/test.toml
 	FIRN_AGENT="$(abspath $(VENV)/firn-agent)" cargo test --release -p firn-tests --test host
@@ -64,6 +64,7 @@ bench: kit
 	$(FIRN) bench boot --runs 3 --compare qemu-q35,qemu-microvm --output tests/bench/results
 	$(FIRN) bench boot --runs 5 --machines 8
 	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench network --bench store
+	$(call RUN_IN,--exact) cargo bench -p firn-tests --bench checkpoint
 
 lint: setup-tests build
 	cargo fmt --all --check

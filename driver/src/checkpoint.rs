@@ -246,7 +246,12 @@ impl Dirs {
         let dirs = Self { sources, copies };
         for (source, copy) in dirs.pairs() {
             let copied = fs::create_dir(&copy).and_then(|()| copy::mirror(source, &copy));
-            copied.map_err(MachineError::file("copy", source))?;
+            copied
+                .map_err(|error| {
+                    let what = format!("its copy in {}: {error}", copy.display());
+                    std::io::Error::new(error.kind(), what)
+                })
+                .map_err(MachineError::file("copy", source))?;
         }
         Ok(dirs)
     }

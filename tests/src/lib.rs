@@ -5,6 +5,7 @@
 pub mod input;
 pub mod skip;
 
+use std::fmt;
 use std::fs;
 use std::io::{self, Cursor, Write};
 use std::path::{Path, PathBuf};
@@ -151,12 +152,49 @@ impl Write for TestOutput {
     }
 }
 
-/// How many files this process has open, and how many mappings it has.
-#[must_use]
-pub fn resources() -> (usize, usize) {
-    let maps = fs::read_to_string("/proc/self/maps").expect("there is /proc");
-    let files = fs::read_dir("/proc/self/fd").expect("there is /proc");
-    (files.count(), maps.lines().count())
+/// What this process has that could grow.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    files: usize,
+    mappings: usize,
+    /// Its own memory in KiB, without what of its guests lies over checkpoints.
+    memory: usize,
+}
+
+impl Held {
+    /// What it has now.
+    #[must_use]
+    pub fn now() -> Self {
+        let files = fs::read_dir("/proc/self/fd").expect("there is /proc").count();
+        let maps = fs::read_to_string("/proc/self/smaps").expect("there is /proc");
+        let (mut mappings, mut memory, mut guests) = (0, 0, false);
+        for line in maps.lines() {
+            if let Some(size) = line.strip_prefix("Private_Dirty:") {
+                let size = size.trim().trim_end_matches(" kB").parse::<usize>();
+                memory += if guests { 0 } else { size.expect("a number") };
+            } else if line.split(' ').next().is_some_and(|word| word.contains('-')) {
+                mappings += 1;
+                guests = line.contains("/memfd:firn-memory");
+            }
+        }
+        Self { files, mappings, memory }
+    }
+
+    /// Checks that it has no more than that later, but for what comes and goes.
+    #[track_caller]
+    pub fn check(&self, later: &Self) {
+        let grown = later.files > self.files + 2
+            || later.mappings > self.mappings + 10
+            || later.memory > self.memory + 2048;
+        assert!(!grown, "first {self}, then {later}");
+    }
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { files, mappings, memory } = self;
+        write!(f, "{files} files, {mappings} mappings, {memory} KiB")
+    }
 }
 
 /// An initrd with the busybox and the drivers of a kit that runs a script and nothing else.

@@ -7,7 +7,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-BIN = Path(sys.executable).parent
+from .support import BIN
 
 #: Uses what scripts use, rightly.
 GOOD = """\

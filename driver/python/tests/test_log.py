@@ -7,32 +7,20 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import unicodedata
 import unittest
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
-NODE = """
-[nodes.machine]
-kernel = "{file}"
-initrd = ["{file}"]
-cmdline = ""
-"""
+from .support import NODE, RunTest
 
 
-class Log(unittest.TestCase):
-    """Each test has a directory of its own, in which runs keep their state."""
+class Log(RunTest):
+    """What comes out of runs."""
 
     def setUp(self) -> None:
-        """Make the directory, and hear of Ctrl-C."""
-        self.addCleanup(
-            signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)
-        )
-        temp = tempfile.TemporaryDirectory()
-        self.addCleanup(temp.cleanup)
-        self.dir = Path(temp.name)
-        self.environment = {**os.environ, "TMPDIR": temp.name, "NO_COLOR": ""}
+        """Ask for no colours."""
+        super().setUp()
+        self.environment = {**os.environ, "TMPDIR": str(self.state), "NO_COLOR": ""}
 
     def command(self, script: str, node: str = NODE) -> list[str]:
         """Write a test, and give what runs it."""

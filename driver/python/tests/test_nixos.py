@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import unittest
 import xml.etree.ElementTree as ET
@@ -15,25 +14,19 @@ from pathlib import Path
 
 import pexpect
 
-BIN = Path(sys.executable).parent
+from .support import BIN, RunTest
+
 DRIVER = str(BIN / "nixos-test-driver")
 
 
-class NixosTestDriver(unittest.TestCase):
-    """Each test has a directory of its own, in which runs keep their state."""
+class NixosTestDriver(RunTest):
+    """Runs of a configuration."""
 
     def setUp(self) -> None:
-        """Make the directory, and hear of Ctrl-C."""
-        self.addCleanup(
-            signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)
-        )
-        temp = tempfile.TemporaryDirectory()
-        self.addCleanup(temp.cleanup)
-        self.dir = Path(temp.name)
-        self.state = self.dir / "state"
+        """Make a directory for results, and choose the script's file."""
+        super().setUp()
         self.out = self.dir / "out"
-        for directory in (self.state, self.out):
-            directory.mkdir()
+        self.out.mkdir()
         self.script = self.dir / "test-script"
 
     def machine(self, name: str, **fields: object) -> Path:

@@ -3,13 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-import unittest
 from pathlib import Path
 
-BIN = Path(sys.executable).parent
+from .support import BIN, RunTest
 
 #: QEMU without a guest: its processors stand still.
 QEMU = 'exec qemu-system-x86_64 -accel tcg -m 64 -S "$@"'
@@ -29,16 +26,12 @@ def environments(state: Path) -> list[Path]:
     return found
 
 
-class QemuMachines(unittest.TestCase):
-    """Each test has a directory of its own, in which runs keep their state."""
+class QemuMachines(RunTest):
+    """Runs of start scripts."""
 
     def setUp(self) -> None:
-        """Make the directory."""
-        temp = tempfile.TemporaryDirectory()
-        self.addCleanup(temp.cleanup)
-        self.dir = Path(temp.name)
-        self.state = self.dir / "state"
-        self.state.mkdir()
+        """Choose the script's file."""
+        super().setUp()
         self.script = self.dir / "test-script"
 
     def spawn(self, script: str, *starts: Path) -> "subprocess.Popen[str]":

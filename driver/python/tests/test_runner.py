@@ -4,35 +4,18 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import unittest
-from pathlib import Path
 
-NODE = """
-[nodes.machine]
-kernel = "{file}"
-initrd = ["{file}"]
-cmdline = ""
-"""
+from .support import NODE, RunTest
 
 
-class Runner(unittest.TestCase):
-    """Each test has a directory of its own, in which runs keep their state."""
+class Runner(RunTest):
+    """Runs of a test file."""
 
     def setUp(self) -> None:
-        """Make the directory, and hear of Ctrl-C.
-
-        A shell that starts the tests in the background has them, and so their children, ignore it.
-        """
-        self.addCleanup(
-            signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)
-        )
-        temp = tempfile.TemporaryDirectory()
-        self.addCleanup(temp.cleanup)
-        self.dir = Path(temp.name)
-        self.state = self.dir / "state"
-        self.state.mkdir()
+        """Choose the file."""
+        super().setUp()
         self.file = self.dir / "test.toml"
 
     def spawn(

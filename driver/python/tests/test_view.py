@@ -3,13 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import unittest
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 from typing import Literal
 
 from selenium import webdriver
@@ -20,7 +17,8 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
-BIN = Path(sys.executable).parent
+from .support import BIN, RunTest
+
 #: No wait here takes as long, even on a loaded machine without KVM.
 PATIENCE = 300
 
@@ -71,16 +69,8 @@ def browser() -> WebDriver:
     return webdriver.Chrome(options, Service("/usr/bin/chromedriver"))
 
 
-class View(unittest.TestCase):
+class View(RunTest):
     """A test runs, and people watch it."""
-
-    def setUp(self) -> None:
-        """Make a directory in which runs keep their state."""
-        temp = tempfile.TemporaryDirectory()
-        self.addCleanup(temp.cleanup)
-        self.dir = Path(temp.name)
-        self.state = self.dir / "state"
-        self.state.mkdir()
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         """Start a command of firn's, which is ended in the end."""

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
 
-use firn_tests::{PATIENCE, firn};
+use firn_tests::{PATIENCE, SmallFileSystem, firn};
 use tempfile::TempDir;
 
 /// How long an ended firn may leave anything behind.
@@ -239,4 +239,63 @@ fn a_killed_run_leaves_only_files_and_the_next_run_removes_them() {
     let (status, said, places) = places.start(&[]).finish();
     assert!(status.success(), "{said}");
     assert_eq!(places.left(), [""; 0]);
+}
+
+/// The host's `TMPDIR` fills up, and then a file in memory may not be larger than 2 MiB, which is as if memory were
+/// full: only containers can make it so, and those kill whoever asks for more.
+const NO_ROOM: &str = r#"
+import os, pathlib, resource, signal, tempfile
+
+def files():
+    tmp = pathlib.Path(tempfile.gettempdir())
+    return sorted(map(str, tmp.rglob("*"))), len(os.listdir("/proc/self/fd"))
+
+def goes_on(text):
+    m.succeed("test $(cat /tmp/count) = 1", f"printf {text} >/dev/vda; sync", f"echo {text} >/tmp/xchg/said")
+    t.assertEqual((m.state_dir / "disk0.img").read_bytes()[:4], text.encode())
+
+m.succeed("echo 1 >/tmp/count", "head -c 1000000 /dev/urandom >/tmp/xchg/data; sync")
+before = files()
+with tempfile.TemporaryFile(buffering=0) as filler:
+    try:
+        while True:
+            filler.write(bytes(4096))
+    except OSError as error:
+        print("full:", error)
+    with t.assertRaisesRegex(Exception, r"cannot copy \S+: its copy in \S+: No space left on device"):
+        driver.checkpoint("no space")
+t.assertEqual(files(), before)
+goes_on("one!")
+
+before = files()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, limit[1]))
+with t.assertRaisesRegex(Exception, "cannot keep guest memory: File too large"):
+    driver.checkpoint("no memory")
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+t.assertEqual(files(), before)
+goes_on("two!")
+
+first = driver.checkpoint("first")
+m.succeed("echo 2 >/tmp/count; head -c 8000000 /dev/urandom >/tmp/noise")
+before = files()
+resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, limit[1]))
+with t.assertRaisesRegex(Exception, "cannot keep guest memory: File too large"):
+    driver.checkpoint("no more memory")
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+t.assertEqual(files(), before)
+m.succeed("test $(cat /tmp/count) = 2")
+first.rollback()
+m.succeed("test $(cat /tmp/count) = 1 -a ! -e /tmp/noise", "test $(head -c 4 /dev/vda) = 'two!'")
+"#;
+
+#[test]
+fn a_checkpoint_for_which_there_is_no_room_leaves_the_run_as_it_was() {
+    let places = Places::new("[nodes.m]\ndisks = [{ size = 1 }]", NO_ROOM);
+    let Some(small) = SmallFileSystem::mount(places.tmp.path(), 32) else { return };
+    let (status, said, places) = places.start(&[]).finish();
+    assert!(status.success(), "{said}");
+    assert_eq!(places.left(), [""; 0]);
+    drop(small);
 }

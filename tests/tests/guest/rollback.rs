@@ -1,13 +1,17 @@
 //! A whole run that goes back: machines, networks, disks and shared directories.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use firn::checkpoint::Checkpoint;
+use firn::config::MachineFile;
 use firn::error::MachineError;
 use firn::machine::Status;
 use firn::{Driver, Error, Machine};
-use firn_tests::{PATIENCE, output, resources, with_machines};
+use firn_tests::{Held, PATIENCE, micro, only, output, with_machines};
+
+/// How often a run goes back in a row, here; the benchmark takes any number.
+const OFTEN: usize = 200;
 
 const NODES: &str = "[nodes.a]\ndisks = [{ size = 64 }]\n[nodes.b]\n[nodes.c]";
 
@@ -56,6 +60,8 @@ fn everything_goes_back_together() {
 
         whatever_became_of_it(driver, &first).await;
         calls_end(driver, a, &first).await;
+        in_the_middle_of_writes(driver).await;
+        made_later(driver, &first).await;
         often(driver, &first).await;
 
         // Given up, it takes nothing, and what ends then has ended.
@@ -66,14 +72,23 @@ fn everything_goes_back_together() {
     });
 }
 
+async fn refused(driver: &Driver, why: &str) {
+    match driver.checkpoint("refused").await.map(|_| ()) {
+        Err(Error::Machine(MachineError::Usage(what))) => assert!(what.contains(why), "{what}"),
+        other => panic!("{other:?}"),
+    }
+}
+
 async fn refused_while_booting(driver: &Driver, a: &Machine) {
-    let refused = |error: Error| match error {
-        Error::Machine(MachineError::Usage(what)) => what,
-        other => panic!("{other}"),
-    };
-    a.start(false).await.unwrap();
-    let Err(error) = driver.checkpoint("early").await else { panic!("it boots") };
-    assert!(refused(error).contains("a does not take commands yet"));
+    a.start(true).await.unwrap();
+    refused(driver, "a does not take commands yet").await;
+    a.connect().await.unwrap();
+    a.reboot().await.unwrap();
+    refused(driver, "a does not take commands yet").await;
+    a.connect().await.unwrap();
+    // What it writes when it starts again could not be taken back.
+    a.shutdown().await.unwrap();
+    refused(driver, "a is off, and what it writes to").await;
     a.connect().await.unwrap();
 }
 
@@ -139,6 +154,14 @@ async fn whatever_became_of_it(driver: &Driver, first: &Checkpoint) {
     let panic = "echo 1 >/proc/sys/kernel/sysrq; (sleep 0.1; echo c >/proc/sysrq-trigger) >/dev/null 2>&1 &";
     output(b, panic).await;
     b.wait_for_end().await;
+    // It can be gone back to, too.
+    let panicked = driver.checkpoint("panicked").await.unwrap();
+    b.crash().await;
+    b.connect().await.unwrap();
+    driver.roll_back(&panicked).await.unwrap();
+    assert_eq!(b.status(), Status::Ended);
+    let error = b.succeed(&["true"], None).await.unwrap_err().to_string();
+    assert!(error.contains("b panicked: "), "{error}");
     driver.roll_back(first).await.unwrap();
     check(driver).await;
     let text = b.get_console_log();
@@ -161,13 +184,119 @@ async fn calls_end(driver: &Driver, a: &Machine, first: &Checkpoint) {
     check(driver).await;
 }
 
+/// Copies what is new each time to the disk, the share or over the network, and compares what comes back.
+const WRITES: &str = r#"
+head -c 3000000 /dev/urandom >/tmp/noise
+dd if=/tmp/noise of=/dev/vda bs=1M seek=32 conv=fsync 2>/dev/null
+cp /tmp/noise /tmp/xchg/noise
+disk() {
+    dd if=$1 of=/dev/vda bs=64k seek=64 conv=fsync 2>/dev/null
+    echo 3 >/proc/sys/vm/drop_caches
+    dd if=/dev/vda bs=64k skip=64 count=64 2>/dev/null | head -c $(stat -c %s $1) >$2
+}
+share() {
+    cp $1 /tmp/xchg/written
+    echo 3 >/proc/sys/vm/drop_caches
+    cat /tmp/xchg/written >$2
+}
+network() { nc b 8 <$1 >$2; }
+writes() {
+    n=0
+    while [ -e /tmp/writes ]; do
+        n=$((n + 1))
+        { echo $n; cat /tmp/noise; } >/tmp/$1.data
+        $1 /tmp/$1.data /tmp/$1.back
+        cmp /tmp/$1.data /tmp/$1.back || echo "$1 $n" >>/tmp/bad
+        echo $n >/tmp/$1.new
+        mv /tmp/$1.new /tmp/$1.count
+    done
+    touch /tmp/$1.over
+}
+touch /tmp/writes /tmp/bad
+for way in disk share network; do
+    echo 0 >/tmp/$way.count
+    writes $way >>/tmp/bad 2>&1 &
+done
+"#;
+
+/// All three have gone on three times.
+const GO_ON: &str = "for way in disk share network; do \
+    n=$(($(cat /tmp/$way.count) + 3)); until [ $(cat /tmp/$way.count) -ge $n ]; do usleep 10000; done; done";
+
+async fn in_the_middle_of_writes(driver: &Driver) {
+    let [a, b, _] = driver.machines() else { panic!("three machines") };
+    output(b, "(nc -ll -p 8 -e cat >/dev/null 2>&1) &").await;
+    output(a, WRITES).await;
+    output(a, GO_ON).await;
+    let noise = "echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M skip=32 count=3 2>/dev/null | head -c 3000000 | sha256sum; \
+        sha256sum </tmp/xchg/noise; sha256sum </tmp/noise";
+    let middle = driver.checkpoint("middle").await.unwrap();
+    let sums = output(a, noise).await;
+    let (sum, _) = sums.split_once('\n').unwrap();
+    assert!(sums.lines().all(|line| line == sum), "{sums}");
+    for _ in 0..3 {
+        output(a, GO_ON).await;
+        let spoil = "dd if=/dev/zero of=/dev/vda bs=1M seek=32 count=3 conv=fsync 2>/dev/null; >/tmp/xchg/noise";
+        output(a, spoil).await;
+        driver.roll_back(&middle).await.unwrap();
+        assert_eq!(output(a, noise).await, sums);
+    }
+    output(a, GO_ON).await;
+    let end = "rm /tmp/writes; \
+        until [ -e /tmp/disk.over -a -e /tmp/share.over -a -e /tmp/network.over ]; do usleep 10000; done; cat /tmp/bad";
+    assert_eq!(output(a, end).await, "");
+}
+
+/// A machine that did not exist at the checkpoint is off after it, and can start again.
+async fn made_later(driver: &Driver, first: &Checkpoint) {
+    let kit = micro();
+    let file = serde_json::json!({
+        "firn": 1, "name": "later", "memory": 256, "kernel": kit.vmlinux(), "initrd": [kit.initrd()],
+        "cmdline": kit.manifest.cmdline,
+    });
+    let path = driver.machines()[0].out_dir().join("later.json");
+    fs::write(&path, file.to_string()).unwrap();
+    let later = driver.create_machine(MachineFile::read(&path).unwrap(), false).unwrap();
+    later.start(false).await.unwrap();
+    driver.roll_back(first).await.unwrap();
+    assert!(!later.booted());
+    check(driver).await;
+}
+
 async fn often(driver: &Driver, first: &Checkpoint) {
-    let before = resources();
+    let before = Held::now();
     for _ in 0..20 {
         driver.roll_back(first).await.unwrap();
     }
     check(driver).await;
-    let after = resources();
-    assert!(after.0 <= before.0 + 2 && after.1 <= before.1 + 10, "{before:?}, then {after:?}");
+    before.check(&Held::now());
     output(&driver.machines()[0], "printf 'end!' >/dev/vda; sync").await;
+}
+
+#[test]
+fn many_times_in_a_row_nothing_grows() {
+    with_machines("[nodes.m]\ndisks = [{ size = 16 }]", async |driver| {
+        let m = only(driver);
+        let begin = "for file in /tmp/file /tmp/xchg/file; do echo one >$file; done; printf one! >/dev/vda; sync";
+        output(m, begin).await;
+        let first = driver.checkpoint("first").await.unwrap();
+        let (began, mut settled) = (Instant::now(), None);
+        for round in 1..=OFTEN {
+            if round % (OFTEN / 10) == 0 {
+                let spoil = "for file in /tmp/file /tmp/xchg/file; do echo two >$file; done; printf two! >/dev/vda; \
+                    sync; head -c 4000000 /dev/urandom >/tmp/noise";
+                output(m, spoil).await;
+            }
+            driver.roll_back(&first).await.unwrap();
+            if round % (OFTEN / 10) == 0 {
+                let look = "cat /tmp/file /tmp/xchg/file; head -c 4 /dev/vda; test ! -e /tmp/noise";
+                assert_eq!(output(m, look).await, "one\none\none!");
+            }
+            if round == 20 {
+                settled = Some(Held::now());
+            }
+        }
+        eprintln!("{OFTEN} times in {:?}", began.elapsed());
+        settled.unwrap().check(&Held::now());
+    });
 }

@@ -22,11 +22,32 @@ impl Vm {
     /// It is not paused, KVM refuses, or there is no room for memory or disks; the machine is as it was.
     pub fn checkpoint(&mut self) -> Result<Checkpoint, VmError> {
         let state = self.state()?;
-        let disks = self.disks().map(DiskHandle::checkpoint).collect::<Result<_, _>>();
-        let disks = disks.map_err(host("cannot keep what a disk holds"))?;
-        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
-        let memory = self.backing.checkpoint(&memories);
-        Ok(Checkpoint { state, memory: memory.map_err(host("cannot keep guest memory"))?, disks })
+        let mut disks = Vec::new();
+        let memory = self.checkpoint_disks(&mut disks).and_then(|()| {
+            let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+            let memory = self.backing.checkpoint(&memories);
+            memory.map_err(host("cannot keep guest memory"))
+        });
+        match memory {
+            Ok(memory) => Ok(Checkpoint { state, memory, disks }),
+            Err(error) => {
+                self.give_up_disks(&disks);
+                Err(error)
+            }
+        }
+    }
+
+    fn checkpoint_disks(&self, kept: &mut Vec<DiskCheckpoint>) -> Result<(), VmError> {
+        for disk in self.disks() {
+            kept.push(disk.checkpoint().map_err(host("cannot keep what a disk holds"))?);
+        }
+        Ok(())
+    }
+
+    fn give_up_disks(&self, kept: &[DiskCheckpoint]) {
+        for (disk, checkpoint) in self.disks().zip(kept) {
+            disk.give_up(checkpoint);
+        }
     }
 
     /// Makes the machine, whatever became of it meanwhile, what it was at a checkpoint of its own; [`Vm::start`] lets

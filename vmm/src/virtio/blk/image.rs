@@ -148,6 +148,14 @@ impl Image {
         Ok(frozen)
     }
 
+    /// Undoes [`Self::freeze`], if nothing was written since.
+    pub(super) fn unfreeze(&self, frozen: &Frozen) {
+        if self.has(frozen) {
+            let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+            layers.truncate(frozen.0.len());
+        }
+    }
+
     /// How many blocks of 512 bytes all layers take.
     #[cfg(test)]
     pub(super) fn layer_blocks(&self) -> u64 {

@@ -152,6 +152,11 @@ impl DiskHandle {
         self.0.freeze().map(DiskCheckpoint)
     }
 
+    /// Gives up a checkpoint since which the machine has been paused: the disk is as it was before.
+    pub fn give_up(&self, checkpoint: &DiskCheckpoint) {
+        self.0.unfreeze(&checkpoint.0);
+    }
+
     /// Whether the disk can still go back there: it has not gone back further.
     #[must_use]
     pub fn has(&self, checkpoint: &DiskCheckpoint) -> bool {

@@ -5,7 +5,7 @@
 //! its own guest, on the sender's thread. Checksums and segmentation that the sender left to its
 //! card stay undone if the receiver takes that upon itself.
 //!
-//! Frames that wait for buffers survive a pause, and are lost, as on a cable, by a snapshot.
+//! Frames that wait for buffers survive a pause, and are part of what is saved.
 
 mod header;
 mod receive;
@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use firn_net_switch::{NetPort, Offloads, Receiver};
+use firn_net_switch::{NetPort, Offloads, OwnedFrame, Receiver};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vm_memory::Le16;
@@ -38,7 +38,7 @@ const QUEUE_SIZE: u16 = 256;
 /// VIRTIO_NET_S_LINK_UP (5.1.4).
 const STATUS_LINK_UP: u16 = 1;
 /// Layout of the saved state, [`NetState`].
-const STATE_VERSION: u16 = 1;
+const STATE_VERSION: u16 = 2;
 
 /// Feature bits (virtio 1.2, 5.1.3). No control queue: Linux needs none, and the card passes on
 /// whatever the switch sends, so there is nothing to set.
@@ -82,8 +82,7 @@ pub struct Net<Q = ()> {
     mac: [u8; 6],
     port: Arc<dyn NetPort>,
     again: Arc<Again>,
-    /// The link state that the guest knew when it was saved.
-    restored_link: Option<bool>,
+    restored: Option<NetState>,
     queues: Q,
 }
 
@@ -117,6 +116,44 @@ impl Drop for Plug {
 struct NetState {
     /// What the guest knows of the cable.
     link_up: bool,
+    /// What waits for buffers, oldest first.
+    frames: Vec<SavedFrame>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedFrame {
+    header: [u8; header::LEN],
+    data: Vec<u8>,
+}
+
+impl From<OwnedFrame> for SavedFrame {
+    fn from(frame: OwnedFrame) -> Self {
+        Self { header: header::compose(&frame.header, 0), data: frame.data }
+    }
+}
+
+impl From<SavedFrame> for OwnedFrame {
+    fn from(frame: SavedFrame) -> Self {
+        Self { header: header::parse(frame.header), data: frame.data }
+    }
+}
+
+/// What a card with or without queues keeps for the guest.
+pub trait Waiting: Send {
+    /// The frames that wait for buffers, oldest first.
+    fn frames(&self) -> Vec<OwnedFrame>;
+}
+
+impl Waiting for () {
+    fn frames(&self) -> Vec<OwnedFrame> {
+        Vec::new()
+    }
+}
+
+impl Waiting for Queues {
+    fn frames(&self) -> Vec<OwnedFrame> {
+        self.card.waiting()
+    }
 }
 
 impl DeviceSpec for NetSpec {
@@ -134,18 +171,18 @@ impl Net {
     /// The process is out of descriptors.
     pub fn new(spec: &NetSpec, port: Arc<dyn NetPort>) -> io::Result<Net> {
         let again = Arc::new(Again::new()?);
-        Ok(Net { mac: spec.mac.0, port, again, restored_link: None, queues: () })
+        Ok(Net { mac: spec.mac.0, port, again, restored: None, queues: () })
     }
 }
 
 impl<Q> Net<Q> {
     /// The same card with other queues.
     fn with_queues<R>(self, queues: R) -> Net<R> {
-        Net { mac: self.mac, port: self.port, again: self.again, restored_link: None, queues }
+        Net { mac: self.mac, port: self.port, again: self.again, restored: None, queues }
     }
 }
 
-impl<Q: Send> DeviceConfig for Net<Q> {
+impl<Q: Waiting> DeviceConfig for Net<Q> {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
     }
@@ -169,19 +206,19 @@ impl<Q: Send> DeviceConfig for Net<Q> {
         vec![self.again.as_raw_fd()]
     }
     fn save(&self) -> SavedState {
-        SavedState::encode(STATE_VERSION, &NetState { link_up: self.port.link_up() })
+        let frames = self.queues.frames().into_iter().map(SavedFrame::from).collect();
+        SavedState::encode(STATE_VERSION, &NetState { link_up: self.port.link_up(), frames })
     }
 }
 
 impl VirtioDevice for Net {
     fn restore(&mut self, state: &SavedState) -> Result<(), RestoreError> {
-        let NetState { link_up } = state.decode(STATE_VERSION)?;
-        self.restored_link = Some(link_up);
+        self.restored = Some(state.decode(STATE_VERSION)?);
         Ok(())
     }
 
     fn activate(
-        self: Box<Self>,
+        mut self: Box<Self>,
         mut activation: Activation,
     ) -> Result<Box<dyn ActiveDevice>, (Box<dyn VirtioDevice>, DeviceError)> {
         let queues = activation.take_queue(RX).and_then(|rx| Ok((rx, activation.take_queue(TX)?)));
@@ -201,8 +238,14 @@ impl VirtioDevice for Net {
         let again = Arc::clone(&self.again);
         let card = Card::new(rx, offloads, has(feature::MRG_RXBUF), interrupt, again);
         let card = Arc::new(card);
+        let restored = self.restored.take();
+        let link_known = restored.as_ref().map(|state| state.link_up);
+        if let Some(NetState { frames, .. }) = restored {
+            // Before the first sender finds the card.
+            card.put_back(frames.into_iter().map(OwnedFrame::from));
+        }
         let plug = Plug::new(Arc::clone(&self.port), &card);
-        if self.restored_link.is_some_and(|link_up| link_up != self.port.link_up()) {
+        if link_known.is_some_and(|link_up| link_up != self.port.link_up()) {
             card.link_changed(self.port.link_up());
         }
         Ok(Box::new(self.with_queues(Queues { tx, card, _plug: plug })))

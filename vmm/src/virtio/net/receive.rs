@@ -5,7 +5,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use firn_net_switch::{Backlog, Delivery, Frame, MAX_FRAME, Offloads, Receiver, without_offloads};
+use firn_net_switch::{
+    Backlog, Delivery, Frame, MAX_FRAME, Offloads, OwnedFrame, Receiver, without_offloads,
+};
 use vm_memory::VolatileSlice;
 
 use super::header;
@@ -72,6 +74,19 @@ impl Card {
     /// Leaves queue and memory alone until [`Card::resume`]. Frames wait meanwhile.
     pub fn pause(&self) {
         self.ring().paused = true;
+    }
+
+    /// The frames that wait for buffers, oldest first.
+    pub fn waiting(&self) -> Vec<OwnedFrame> {
+        self.ring().backlog.iter().cloned().collect()
+    }
+
+    /// Makes the card one that is paused and has these frames waiting. What [`Card::receive`] would not take is dropped.
+    pub fn put_back(&self, frames: impl Iterator<Item = OwnedFrame>) {
+        self.pause();
+        for mut frame in frames {
+            frame.lend(|frame| self.receive(frame));
+        }
     }
 
     /// How far the queue has come.

@@ -326,9 +326,11 @@ fn a_paused_card_touches_nothing_and_loses_nothing() {
 #[test]
 fn a_card_goes_on_after_a_restore_and_hears_of_a_pulled_cable() {
     let mut bench = Bench::new(feature::ALL);
-    bench.give_buffers(4, 256);
+    bench.give_buffers(20, 256);
     bench.wire.deliver(Header::default(), &frame(60));
     bench.device.pause();
+    let (header, data) = tso_frame(2000);
+    bench.wire.deliver(header, &data);
     let (state, positions) = (bench.device.save(), bench.device.queue_positions());
     drop(bench.device);
     assert!(bench.wire.receiver.lock().unwrap().is_none(), "dropping pulls the card");
@@ -339,11 +341,11 @@ fn a_card_goes_on_after_a_restore_and_hears_of_a_pulled_cable() {
     let activation = bench.guest.reactivation(&bench.drivers, feature::ALL, &positions);
     let mut device = Box::new(device).activate(activation).ok().unwrap();
     assert_eq!(bench.guest.interrupt.take_config(), 1);
-    device.host_event().unwrap();
     bench.wire.deliver(Header::default(), &frame(61));
-    let lengths: Vec<_> =
-        received(&mut bench.drivers[RX]).iter().map(|(_, data)| data.len()).collect();
-    assert_eq!(lengths, [60, 61]);
+    let plain = |len| (Header::default(), frame(len));
+    assert_eq!(received(&mut bench.drivers[RX]), [plain(60)], "it is still paused");
+    device.host_event().unwrap();
+    assert_eq!(received(&mut bench.drivers[RX]), [(header, data), plain(61)]);
 }
 
 #[test]

@@ -1,0 +1,36 @@
+"""What tests of runs, which are processes, share."""
+
+import signal
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+#: Where the commands are.
+BIN = Path(sys.executable).parent
+
+#: A machine that cannot boot.
+NODE = """
+[nodes.machine]
+kernel = "{file}"
+initrd = ["{file}"]
+cmdline = ""
+"""
+
+
+class RunTest(unittest.TestCase):
+    """Each test has a directory of its own, in which runs keep their state."""
+
+    def setUp(self) -> None:
+        """Make the directory, and hear of Ctrl-C.
+
+        A shell that starts the tests in the background has them, and so their children, ignore it.
+        """
+        self.addCleanup(
+            signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)
+        )
+        temp = tempfile.TemporaryDirectory()
+        self.addCleanup(temp.cleanup)
+        self.dir = Path(temp.name)
+        self.state = self.dir / "state"
+        self.state.mkdir()
