@@ -215,7 +215,7 @@ writes() {
 touch /tmp/writes /tmp/bad
 for way in disk share network; do
     echo 0 >/tmp/$way.count
-    writes $way >>/tmp/bad 2>&1 &
+    (exec >>/tmp/bad 2>&1; writes $way) &
 done
 "#;
 
