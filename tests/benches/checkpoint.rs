@@ -33,14 +33,15 @@ fn main() {
         let ((), boot) = measured(boot(driver, kit == "systemd")).await;
         let checkpoint = async |name| {
             touch(driver).await;
-            measured(async { driver.checkpoint(name).await.unwrap() }).await
+            measured(async { driver.checkpoint(name).await.expect("there is room") }).await
         };
         let (_first, first) = checkpoint("first").await;
         let (second, again) = checkpoint("second").await;
         let (mut back, mut settled) = (Cost::default(), None);
         for round in 1..=rounds {
             touch(driver).await;
-            let ((), one) = measured(async { driver.roll_back(&second).await.unwrap() }).await;
+            let ((), one) =
+                measured(async { driver.roll_back(&second).await.expect("it is there") }).await;
             back = Cost {
                 processor: back.processor + one.processor,
                 elapsed: back.elapsed + one.elapsed,
@@ -92,12 +93,15 @@ fn warm() {
 
 /// Until both machines are up.
 async fn boot(driver: &Driver, systemd: bool) {
-    driver.start_all().await.unwrap();
+    driver.start_all().await.expect("they start");
     for machine in driver.machines() {
         if systemd {
-            machine.wait_for_unit("multi-user.target", None, PATIENCE * 4).await.unwrap();
+            machine
+                .wait_for_unit("multi-user.target", None, PATIENCE * 4)
+                .await
+                .expect("it is reached");
         } else {
-            machine.connect().await.unwrap();
+            machine.connect().await.expect("it boots");
         }
     }
 }

@@ -151,10 +151,15 @@ impl Machine {
         self.inner.console.go_back(&then.console);
         match &then.was {
             Was::Off(end) => {
-                self.discard().await;
-                // Those which the start made, for the next one to make anew.
-                while let Some(image) = self.written_image()? {
-                    std::fs::remove_file(&image).map_err(MachineError::file("remove", &image))?;
+                // An earlier checkpoint of it may need what was only switched off. It had no image to write to then,
+                // or there would not be this one.
+                if !self.checkpoints()?.held() {
+                    self.discard().await;
+                    // Those which the start made, for the next one to make anew.
+                    while let Some(image) = self.written_image()? {
+                        std::fs::remove_file(&image)
+                            .map_err(MachineError::file("remove", &image))?;
+                    }
                 }
                 let state = end.clone().map_or(State::Off, State::Ended);
                 self.inner.state.send_replace(state);

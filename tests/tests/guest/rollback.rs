@@ -60,7 +60,6 @@ fn everything_goes_back_together() {
 
         whatever_became_of_it(driver, &first).await;
         calls_end(driver, a, &first).await;
-        in_the_middle_of_writes(driver).await;
         made_later(driver, &first).await;
         often(driver, &first).await;
 
@@ -184,69 +183,6 @@ async fn calls_end(driver: &Driver, a: &Machine, first: &Checkpoint) {
     check(driver).await;
 }
 
-/// Copies what is new each time to the disk, the share or over the network, and compares what comes back.
-const WRITES: &str = r#"
-head -c 3000000 /dev/urandom >/tmp/noise
-dd if=/tmp/noise of=/dev/vda bs=1M seek=32 conv=fsync 2>/dev/null
-cp /tmp/noise /tmp/xchg/noise
-disk() {
-    dd if=$1 of=/dev/vda bs=64k seek=64 conv=fsync 2>/dev/null
-    echo 3 >/proc/sys/vm/drop_caches
-    dd if=/dev/vda bs=64k skip=64 count=64 2>/dev/null | head -c $(stat -c %s $1) >$2
-}
-share() {
-    cp $1 /tmp/xchg/written
-    echo 3 >/proc/sys/vm/drop_caches
-    cat /tmp/xchg/written >$2
-}
-network() { nc b 8 <$1 >$2; }
-writes() {
-    n=0
-    while [ -e /tmp/writes ]; do
-        n=$((n + 1))
-        { echo $n; cat /tmp/noise; } >/tmp/$1.data
-        $1 /tmp/$1.data /tmp/$1.back
-        cmp /tmp/$1.data /tmp/$1.back || echo "$1 $n" >>/tmp/bad
-        echo $n >/tmp/$1.new
-        mv /tmp/$1.new /tmp/$1.count
-    done
-    touch /tmp/$1.over
-}
-touch /tmp/writes /tmp/bad
-for way in disk share network; do
-    echo 0 >/tmp/$way.count
-    writes $way >>/tmp/bad 2>&1 &
-done
-"#;
-
-/// All three have gone on three times.
-const GO_ON: &str = "for way in disk share network; do \
-    n=$(($(cat /tmp/$way.count) + 3)); until [ $(cat /tmp/$way.count) -ge $n ]; do usleep 10000; done; done";
-
-async fn in_the_middle_of_writes(driver: &Driver) {
-    let [a, b, _] = driver.machines() else { panic!("three machines") };
-    output(b, "(nc -ll -p 8 -e cat >/dev/null 2>&1) &").await;
-    output(a, WRITES).await;
-    output(a, GO_ON).await;
-    let noise = "echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M skip=32 count=3 2>/dev/null | head -c 3000000 | sha256sum; \
-        sha256sum </tmp/xchg/noise; sha256sum </tmp/noise";
-    let middle = driver.checkpoint("middle").await.unwrap();
-    let sums = output(a, noise).await;
-    let (sum, _) = sums.split_once('\n').unwrap();
-    assert!(sums.lines().all(|line| line == sum), "{sums}");
-    for _ in 0..3 {
-        output(a, GO_ON).await;
-        let spoil = "dd if=/dev/zero of=/dev/vda bs=1M seek=32 count=3 conv=fsync 2>/dev/null; >/tmp/xchg/noise";
-        output(a, spoil).await;
-        driver.roll_back(&middle).await.unwrap();
-        assert_eq!(output(a, noise).await, sums);
-    }
-    output(a, GO_ON).await;
-    let end = "rm /tmp/writes; \
-        until [ -e /tmp/disk.over -a -e /tmp/share.over -a -e /tmp/network.over ]; do usleep 10000; done; cat /tmp/bad";
-    assert_eq!(output(a, end).await, "");
-}
-
 /// A machine that did not exist at the checkpoint is off after it, and can start again.
 async fn made_later(driver: &Driver, first: &Checkpoint) {
     let kit = micro();
@@ -254,8 +190,8 @@ async fn made_later(driver: &Driver, first: &Checkpoint) {
         "firn": 1, "name": "later", "memory": 256, "kernel": kit.vmlinux(), "initrd": [kit.initrd()],
         "cmdline": kit.manifest.cmdline,
     });
-    let path = driver.machines()[0].out_dir().join("later.json");
-    fs::write(&path, file.to_string()).unwrap();
+    let path = driver.machines()[0].out_dir().join("run-later-vm");
+    fs::write(&path, format!("#!/usr/bin/firn run\n{file}\n")).unwrap();
     let later = driver.create_machine(MachineFile::read(&path).unwrap(), false).unwrap();
     later.start(false).await.unwrap();
     driver.roll_back(first).await.unwrap();

@@ -128,6 +128,9 @@ pub(super) trait Checkpoints: Send + Sync {
     /// Makes the guest, whatever became of it, what it was then. It stands still until [`Backend::resume`].
     fn go_back<'a>(&'a self, dirs: &'a Dirs, to: &'a Kept) -> BoxFuture<'a, Result<Started>>;
 
+    /// Whether there are checkpoints of it.
+    fn held(&self) -> bool;
+
     /// Ends a machine for good that was only switched off: it cannot go back any more.
     fn discard(&self) -> BoxFuture<'_, ()>;
 }

@@ -49,6 +49,10 @@ impl Checkpoints for Firn {
         })
     }
 
+    fn held(&self) -> bool {
+        Arc::strong_count(&self.held) > 1
+    }
+
     fn discard(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
             let running = Arc::clone(&self.running);
@@ -64,11 +68,6 @@ impl Checkpoints for Firn {
 }
 
 impl Firn {
-    /// Whether there are checkpoints of it.
-    pub(super) fn held(&self) -> bool {
-        Arc::strong_count(&self.held) > 1
-    }
-
     /// Starts the machine that was only switched off, if there is one: on its disks lies what may be taken back.
     pub(super) async fn start_kept(&self, dirs: &Dirs) -> Result<Option<Started>> {
         let started = self.again(dirs, "cannot start it again", |running| running.vm.reset());
