@@ -6,9 +6,10 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import unittest
 from pathlib import Path
+
+from .support import RunTest
 
 #: What can be made and never boots.
 DEAD = 'kernel = "{file}"\ninitrd = ["{file}"]\ncmdline = ""'
@@ -23,19 +24,13 @@ def firn_boot(firn_driver):
 """
 
 
-class Plugin(unittest.TestCase):
-    """Each test has a directory of its own, with files of tests."""
+class Plugin(RunTest):
+    """Files of tests, run by pytest."""
 
     def setUp(self) -> None:
-        """Make the directory, and hear of Ctrl-C, which what is in the background ignores."""
-        self.addCleanup(
-            signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)
-        )
-        temp = tempfile.TemporaryDirectory()
-        self.addCleanup(temp.cleanup)
-        self.dir = Path(temp.name).resolve()
-        self.state = self.dir / "state"
-        self.state.mkdir()
+        """Write the configuration."""
+        super().setUp()
+        self.dir = self.dir.resolve()
         self.write("pytest.ini", "[pytest]\nfirn_test = test.toml\naddopts = -p no:cacheprovider\n")
 
     def write(self, name: str, text: str) -> Path:
