@@ -397,16 +397,17 @@ def run_commands() -> dict[str, bool]:
     """Run the tests of the command line; give which cases have passed."""
     tests = sorted({test for pair in COMMANDS.values() for test in pair})
     wanted = [word for test in tests for word in ("-k", "*" + test.replace(".", ".*."))]
-    directory = HERE.parent.parent / "driver/python/tests"
+    package = HERE.parent.parent / "driver/python"
+    where = ["-s", str(package / "tests"), "-t", str(package)]
     done = subprocess.run(
-        [sys.executable, "-m", "unittest", "discover", "-v", "-s", str(directory), *wanted],
+        [sys.executable, "-m", "unittest", "discover", "-v", *where, *wanted],
         capture_output=True,
         text=True,
         check=False,
     )
     good = set()
     # A test's name, then its description, behind which the outcome stands.
-    for match in re.finditer(r"^(\w+) \((\w+)\.[\w.]+\)\n.* \.\.\. ok$", done.stderr, re.M):
+    for match in re.finditer(r"^(\w+) \(tests\.(\w+)\.[\w.]+\)\n.* \.\.\. ok$", done.stderr, re.M):
         good.add(f"{match[2]}.{match[1]}")
     passed = {}
     for name, (right, wrong) in COMMANDS.items():
