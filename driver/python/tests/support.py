@@ -9,13 +9,11 @@ from pathlib import Path
 #: Where the commands are.
 BIN = Path(sys.executable).parent
 
-#: A machine that cannot boot.
-NODE = """
-[nodes.machine]
-kernel = "{file}"
-initrd = ["{file}"]
-cmdline = ""
-"""
+#: What is set of a machine that cannot boot.
+DEAD = 'kernel = "{file}"\ninitrd = ["{file}"]\ncmdline = ""\n'
+
+#: Such a machine.
+NODE = f"\n[nodes.machine]\n{DEAD}"
 
 
 class RunTest(unittest.TestCase):

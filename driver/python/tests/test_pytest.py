@@ -9,10 +9,7 @@ import sys
 import unittest
 from pathlib import Path
 
-from .support import RunTest
-
-#: What can be made and never boots.
-DEAD = 'kernel = "{file}"\ninitrd = ["{file}"]\ncmdline = ""'
+from .support import DEAD, RunTest
 
 #: For machines that cannot boot: they are off in all tests.
 NOT_BOOTED = """
@@ -43,7 +40,7 @@ class Plugin(RunTest):
         """Write a test with machines that cannot boot."""
         path = self.dir / "test.toml"
         dead = DEAD.format(file=path)
-        nodes = [f"[nodes.{name}]\n{dead}\n" for name in names]
+        nodes = [f"[nodes.{name}]\n{dead}" for name in names]
         path.write_text('test_script = ""\n' + "".join(nodes) + more)
 
     def spawn(self, *arguments: str, accel: str = "none") -> "subprocess.Popen[str]":

@@ -23,31 +23,24 @@ impl Vm {
     pub fn checkpoint(&mut self) -> Result<Checkpoint, VmError> {
         let state = self.state()?;
         let mut disks = Vec::new();
-        let memory = self.checkpoint_disks(&mut disks).and_then(|()| {
-            let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
-            let memory = self.backing.checkpoint(&memories);
-            memory.map_err(host("cannot keep guest memory"))
-        });
-        match memory {
+        match self.keep(&mut disks) {
             Ok(memory) => Ok(Checkpoint { state, memory, disks }),
             Err(error) => {
-                self.give_up_disks(&disks);
+                for (disk, kept) in self.disks().zip(&disks) {
+                    disk.give_up(kept);
+                }
                 Err(error)
             }
         }
     }
 
-    fn checkpoint_disks(&self, kept: &mut Vec<DiskCheckpoint>) -> Result<(), VmError> {
+    /// Keeps memory and, in `disks`, the disks, as far as it comes.
+    fn keep(&mut self, disks: &mut Vec<DiskCheckpoint>) -> Result<MemoryCheckpoint, VmError> {
         for disk in self.disks() {
-            kept.push(disk.checkpoint().map_err(host("cannot keep what a disk holds"))?);
+            disks.push(disk.checkpoint().map_err(host("cannot keep what a disk holds"))?);
         }
-        Ok(())
-    }
-
-    fn give_up_disks(&self, kept: &[DiskCheckpoint]) {
-        for (disk, checkpoint) in self.disks().zip(kept) {
-            disk.give_up(checkpoint);
-        }
+        let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
+        self.backing.checkpoint(&memories).map_err(host("cannot keep guest memory"))
     }
 
     /// Makes the machine, whatever became of it meanwhile, what it was at a checkpoint of its own; [`Vm::start`] lets

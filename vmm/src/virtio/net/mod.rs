@@ -238,12 +238,11 @@ impl VirtioDevice for Net {
         let again = Arc::clone(&self.again);
         let card = Card::new(rx, offloads, has(feature::MRG_RXBUF), interrupt, again);
         let card = Arc::new(card);
-        let restored = self.restored.take();
-        let link_known = restored.as_ref().map(|state| state.link_up);
-        if let Some(NetState { frames, .. }) = restored {
+        let link_known = self.restored.take().map(|NetState { link_up, frames }| {
             // Before the first sender finds the card.
             card.put_back(frames.into_iter().map(OwnedFrame::from));
-        }
+            link_up
+        });
         let plug = Plug::new(Arc::clone(&self.port), &card);
         if link_known.is_some_and(|link_up| link_up != self.port.link_up()) {
             card.link_changed(self.port.link_up());
