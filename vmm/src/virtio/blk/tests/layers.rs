@@ -37,8 +37,45 @@ fn a_disk_goes_back_to_each_checkpoint_of_the_stack() {
         assert_eq!(rig.write(100, &[4; 512]), OK);
         handle.merge().unwrap();
         assert!(!handle.has(&first));
-        drop((rig, handle));
+        drop((rig, handle, first, second));
         assert_eq!(Rig::new(&spec).read(100, 1024), [[4; 512], [0; 512]].concat());
+    }
+}
+
+#[test]
+fn another_disk_begins_with_a_checkpoint_and_neither_sees_what_the_other_writes() {
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        let (_dir, spec) = fresh(format, 16);
+        let (handle, mut rig) = disk(&spec);
+        assert_eq!(rig.write(100, &[1; 1024]), OK);
+        let first = handle.checkpoint().unwrap();
+        assert_eq!(rig.write(101, &[2; 512]), OK);
+        let then = handle.checkpoint().unwrap();
+        assert_eq!(rig.write(100, &[3; 512]), OK);
+        let image = fs::read(&spec.image).unwrap();
+
+        let fork = || {
+            let image = Image::borrow(&then.0).unwrap();
+            let disk = Blk::with_image(&spec, 1, image).unwrap();
+            (DiskHandle(Arc::clone(&disk.image)), Rig::around(disk, FEATURES))
+        };
+        let (mut one, mut two) = (fork(), fork());
+        assert_eq!(one.1.write(100, &[4; 512]), OK);
+        assert_eq!(one.1.read(100, 1024), [[4; 512], [2; 512]].concat());
+        assert_eq!(two.1.read(100, 1024), [[1; 512], [2; 512]].concat());
+        assert_eq!(rig.read(100, 1024), [[3; 512], [2; 512]].concat());
+        // It can go back to where it began, and its end leaves nothing in the image.
+        one.0.roll_back(&then).unwrap();
+        assert_eq!(one.1.read(100, 1024), [[1; 512], [2; 512]].concat());
+        assert_eq!(one.1.write(100, &[5; 512]), OK);
+        one.0.merge().unwrap();
+        let refused = handle.merge().expect_err("others read the image").to_string();
+        assert!(refused.contains("still reads it"), "{refused}");
+        assert_eq!(fs::read(&spec.image).unwrap(), image);
+        drop((one, two));
+        handle.merge().unwrap();
+        drop((rig, handle, first, then));
+        assert_eq!(Rig::new(&spec).read(100, 1024), [[3; 512], [2; 512]].concat());
     }
 }
 
