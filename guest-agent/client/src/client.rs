@@ -30,7 +30,7 @@ const BATCH: usize = 64 * 1024;
 const MAX_STALE: usize = 16 << 20;
 
 /// How long an agent that may be in the middle of a frame has to answer a hello, before it is brought out of the frame.
-const RESYNC_AFTER: Duration = Duration::from_secs(1);
+const RESYNC_AFTER: Duration = Duration::from_secs(2);
 
 /// How many times silence is waited for within [`SILENCE`].
 const SILENCE_PIECES: u32 = 4;
