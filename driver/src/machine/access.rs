@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::power::{END_AFTER_LOSS, Guest};
-use super::session::{AgentSession, Session, SessionError, ShellSession};
+use super::session::{AgentSession, Environment, Session, SessionError, ShellSession};
 use super::{DEFAULT_TIMEOUT, Machine, State};
 use crate::error::{Error, MachineError, Result, chain};
 
@@ -96,6 +96,14 @@ impl Access {
     pub(super) fn shell(&self) -> Option<&ShellSession> {
         match &self.shell {
             Way::There(Session::Shell(shell)) => Some(shell),
+            _ => None,
+        }
+    }
+
+    /// Root's login environment, if the agent has said it.
+    pub(super) fn environment(&self) -> Option<Environment> {
+        match &self.agent {
+            Way::There(Session::Agent(agent)) => agent.environment(),
             _ => None,
         }
     }
@@ -234,11 +242,11 @@ impl Machine {
         &self,
         by: By,
         stream: Option<&UnixStream>,
-        guest: Guest,
+        guest: &Guest,
     ) -> Infallible {
         let Some(stream) = stream else { return std::future::pending().await };
         for count in 1.. {
-            let guest = if count > 1 { Guest::Again } else { guest };
+            let guest = if count > 1 { &Guest::Again } else { guest };
             let error = match self.connect_by(by, stream, guest).await {
                 Ok(session) => self.attend_session(by, session).await,
                 Err(error) => error,
@@ -262,15 +270,19 @@ impl Machine {
         &self,
         by: By,
         stream: &UnixStream,
-        guest: Guest,
+        guest: &Guest,
     ) -> std::result::Result<Session, SessionError> {
         let clock = &self.inner.clock;
         Ok(match (by, guest) {
             (By::Agent, _) => {
-                let again = guest != Guest::Fresh;
-                Session::Agent(AgentSession::connect(stream, again, clock).await?)
+                let again = *guest != Guest::Fresh;
+                let environment = match guest {
+                    Guest::Back { environment, .. } => environment.clone(),
+                    Guest::Fresh | Guest::Again => None,
+                };
+                Session::Agent(AgentSession::connect(stream, again, environment, clock).await?)
             }
-            (By::Shell, Guest::Back { shell: true }) => {
+            (By::Shell, Guest::Back { shell: true, .. }) => {
                 Session::Shell(ShellSession::resume(stream, clock)?)
             }
             (By::Shell, _) => Session::Shell(ShellSession::connect(stream, clock).await?),

@@ -11,6 +11,7 @@ use tokio::sync::MutexGuard;
 use super::backend::{Checkpoints, Kept, Started};
 use super::console::Mark;
 use super::power::{Guest, Launched};
+use super::session::Environment;
 use super::{Machine, Run, Source, State, Status};
 use crate::error::{End, MachineError, Result};
 
@@ -37,6 +38,8 @@ struct Up {
     boots: u32,
     /// The backdoor's shell was there, and waited for a command.
     shell: bool,
+    /// Root's login environment, which the next command need not ask for.
+    environment: Option<Environment>,
 }
 
 /// A machine that went back and stands still.
@@ -133,6 +136,7 @@ impl Machine {
             allow_reboot: run.allow_reboot,
             boots: run.boots,
             shell: shell.is_some(),
+            environment: run.access.environment(),
         };
         Ok(Then { console, was: Was::Up(up) })
     }
@@ -196,8 +200,10 @@ impl Machine {
     /// # Errors
     /// The host has no threads left; it ends then.
     pub(crate) async fn go_on(&self, back: Back<'_>) -> Result<()> {
-        let Back { started, up: &Up { paused, allow_reboot, boots, shell, .. } } = back;
-        let launched = Launched::new(started, Guest::Back { shell });
+        let Back { started, up: &Up { paused, allow_reboot, boots, shell, ref environment, .. } } =
+            back;
+        let guest = Guest::Back { shell, environment: environment.clone() };
+        let launched = Launched::new(started, guest);
         if paused {
             self.inner.clock.pause();
         }

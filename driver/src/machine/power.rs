@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::access::{Access, By};
 use super::backend::{Event, Started};
-use super::session::Session;
+use super::session::{Environment, Session};
 use super::{DEFAULT_TIMEOUT, ExecOptions, Machine, Run, State, Status};
 use crate::error::{End, MachineError, Result, chain};
 use crate::private;
@@ -36,7 +36,7 @@ pub(super) struct Launched {
 }
 
 /// What is to be expected of a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Guest {
     /// It boots.
     Fresh,
@@ -46,6 +46,8 @@ pub(super) enum Guest {
     Back {
         /// The backdoor's shell waits for a command.
         shell: bool,
+        /// What root's environment is there, if the agent has said it.
+        environment: Option<Environment>,
     },
 }
 
@@ -469,8 +471,8 @@ impl Machine {
                 stop.ok().as_deref().cloned().flatten().unwrap_or(End::Stopped)
             }
             end = self.attend_events(events) => end,
-            never = self.attend_way(By::Shell, Some(hvc0), *guest) => match never {},
-            never = self.attend_way(By::Agent, agent.as_ref(), *guest) => match never {},
+            never = self.attend_way(By::Shell, Some(hvc0), guest) => match never {},
+            never = self.attend_way(By::Agent, agent.as_ref(), guest) => match never {},
         }
     }
 

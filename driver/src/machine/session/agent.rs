@@ -29,7 +29,7 @@ const ENVIRONMENT: &str = ". /etc/profile >/dev/null 2>&1; exec env -0";
 const SHELLS_OWN: [&str; 4] = ["_", "OLDPWD", "PWD", "SHLVL"];
 
 /// Name and value of each variable.
-type Environment = Vec<(String, String)>;
+pub(crate) type Environment = Vec<(String, String)>;
 
 /// A session with the agent. Clones are handles to the same one.
 #[derive(Clone)]
@@ -42,11 +42,22 @@ pub(crate) struct AgentSession {
 
 impl AgentSession {
     /// Waits for the guest's agent at the other end of `stream`, which stays open. With `again`, the agent may be in
-    /// the middle of anything.
-    pub(crate) async fn connect(stream: &UnixStream, again: bool, clock: &Clock) -> Result<Self> {
+    /// the middle of anything. The guest is asked for root's environment unless that is known.
+    pub(crate) async fn connect(
+        stream: &UnixStream,
+        again: bool,
+        environment: Option<Environment>,
+        clock: &Clock,
+    ) -> Result<Self> {
         let stream = cloned(stream).map_err(|e| AgentError::Lost(Lost::Io(Arc::new(e))))?;
         let client = AgentClient::connect_on(stream, clock, again).await?;
-        Ok(Self { client, clock: clock.clone(), environment: Arc::default() })
+        let environment = Arc::new(OnceCell::new_with(environment));
+        Ok(Self { client, clock: clock.clone(), environment })
+    }
+
+    /// Root's login environment, if a command has needed it.
+    pub(crate) fn environment(&self) -> Option<Environment> {
+        self.environment.get().cloned()
     }
 
     /// The agent itself, for what only it can do.

@@ -13,7 +13,7 @@ mod shell;
 #[cfg(test)]
 mod tests;
 
-pub(super) use agent::AgentSession;
+pub(super) use agent::{AgentSession, Environment};
 pub(super) use shell::ShellSession;
 
 use shell::ShellError;

@@ -1,6 +1,8 @@
 //! Sessions with agents that misbehave.
 
-use firn_guest_agent::protocol::{Decoder, Frame, Greeting, GreetingKind, Ready, ToHost, encode};
+use firn_guest_agent::protocol::{
+    Decoder, Frame, Greeting, GreetingKind, Item, Ready, ToAgent, ToHost, encode,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use std::os::unix::net::UnixStream;
@@ -55,8 +57,9 @@ async fn an_agent_that_is_started_again_is_met_again() {
         }
     });
     for again in [false, true, true] {
-        let session =
-            AgentSession::connect(&host, again, &Clock::new()).await.expect("the agent greets");
+        let session = AgentSession::connect(&host, again, None, &Clock::new())
+            .await
+            .expect("the agent greets");
         let lost = session.lost().await;
         assert!(lost.lost() && !lost.is_final(), "{lost}");
     }
@@ -68,7 +71,8 @@ async fn a_frozen_guest_is_noticed() {
     let (host, guest) = UnixStream::pair().expect("sockets");
     let agent = tokio::spawn(mute_agent(guest));
     let clock = Clock::new();
-    let session = AgentSession::connect(&host, false, &clock).await.expect("the agent greets");
+    let session =
+        AgentSession::connect(&host, false, None, &clock).await.expect("the agent greets");
     assert_eq!(session.warnings(), ["no clock"]);
     let began = tokio::time::Instant::now();
     let command = Command { script: "true".to_owned(), timeout: None };
@@ -84,11 +88,40 @@ async fn a_frozen_guest_is_noticed() {
 }
 
 #[tokio::test]
+async fn an_agent_is_not_asked_for_an_environment_that_is_known() {
+    let (host, guest) = UnixStream::pair().expect("sockets");
+    let agent = tokio::spawn(async move {
+        let mut stream = cloned(&guest).expect("a socket");
+        greet(&mut stream).await;
+        let mut decoder = Decoder::new();
+        loop {
+            match decoder.next_item::<ToAgent>().expect("frames") {
+                Some(Item::Frame(Frame { message: ToAgent::Heartbeat { .. }, .. })) => {}
+                Some(Item::Frame(Frame { message: ToAgent::Exec(request), .. })) => {
+                    break request.env;
+                }
+                Some(other) => panic!("{other:?}"),
+                None => decoder.push(&[stream.read_u8().await.expect("the host is there")]),
+            }
+        }
+    });
+    let environment = vec![("LANG".to_owned(), "C".to_owned())];
+    let session = AgentSession::connect(&host, true, Some(environment.clone()), &Clock::new())
+        .await
+        .expect("the agent greets");
+    assert_eq!(session.environment().as_ref(), Some(&environment));
+    let command = Command { script: "true".to_owned(), timeout: None };
+    session.run(command, HEARTBEAT, || {}).await.expect_err("the agent leaves");
+    assert_eq!(agent.await.expect("no panic"), environment);
+}
+
+#[tokio::test]
 async fn an_agent_that_goes_ends_calls_at_once() {
     let (host, guest) = UnixStream::pair().expect("sockets");
     let agent = tokio::spawn(mute_agent(guest));
     let clock = Clock::new();
-    let session = AgentSession::connect(&host, false, &clock).await.expect("the agent greets");
+    let session =
+        AgentSession::connect(&host, false, None, &clock).await.expect("the agent greets");
     let command = Command { script: "true".to_owned(), timeout: None };
     let run = session.run(command, HEARTBEAT, || {});
     let gone = async {
