@@ -3,9 +3,9 @@
 use std::ops::Deref;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data,
-    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, Msrs,
+    kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -90,6 +90,30 @@ impl ProcessorState {
         self.irqchip.restore(vm)?;
         vcpus.iter().zip(&self.vcpus).try_for_each(|(vcpu, state)| state.restore(vcpu, tsc))
     }
+}
+
+/// What a saved state needs of the host's processor and KVM, as bytes that mean nothing but whether two hosts are alike.
+///
+/// # Errors
+/// KVM does not say.
+pub fn fingerprint(kvm_fd: &Kvm) -> Result<Vec<u8>, ArchError> {
+    let vm = vcpu::create_vm(kvm_fd)?;
+    let vcpus = vcpu::create_vcpus(kvm_fd, &vm, 1)?;
+    let vcpus: Vec<_> = vcpus.iter().collect();
+    let mut bytes = tsc_khz(&vcpus).to_le_bytes().to_vec();
+    // What the guest sees, and not what KVM has, which says on which processor this thread runs.
+    for vcpu in &vcpus {
+        let leaves = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_CPUID2"))?;
+        for leaf in leaves.as_slice() {
+            let words =
+                [leaf.function, leaf.index, leaf.flags, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx];
+            bytes.extend(words.into_iter().flat_map(u32::to_le_bytes));
+        }
+    }
+    let mut msrs = msr_indices(kvm_fd)?;
+    msrs.sort_unstable();
+    bytes.extend(msrs.into_iter().flat_map(u32::to_le_bytes));
+    Ok(bytes)
 }
 
 /// Puts vCPUs and interrupt controllers into their state after power-on, read from fresh ones because KVM has no

@@ -22,6 +22,7 @@ use super::create::{CreateError, create};
 use super::layer::{Layer, Layered};
 use super::lock::{self, Outcome};
 use crate::Cancel;
+use crate::extents::Extents;
 use crate::spec::{DiskFormat, DiskSpec};
 use crate::virtio::queue::GuestSlice;
 
@@ -181,6 +182,12 @@ impl Image {
         Ok(())
     }
 
+    /// Writes what the disk held when it was frozen to an empty file.
+    pub(super) fn write_frozen(&self, frozen: &Frozen, to: &HostFile) -> io::Result<Extents> {
+        let layered = Layered { image: &self.access(), layers: &frozen.0 };
+        guard(|| layered.write_whole(self.size, to))
+    }
+
     /// Writes all layers to the image and forgets them. Nothing uses the disk meanwhile.
     pub(super) fn merge(&self) -> io::Result<()> {
         let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
@@ -272,7 +279,15 @@ impl Image {
 }
 
 /// What a disk held at a checkpoint: the image with these layers.
+#[derive(Default)]
 pub(super) struct Frozen(Vec<Arc<Layer>>);
+
+impl Frozen {
+    /// Reads what [`Image::write_frozen`] has written: it needs nothing of the image.
+    pub(super) fn read(extents: &Extents, from: &HostFile) -> io::Result<Self> {
+        Ok(Self(vec![Arc::new(Layer::whole(extents, from)?)]))
+    }
+}
 
 /// Opens and locks `path`; `None` if it is locked already.
 fn open_locked(path: &Path, writable: bool) -> io::Result<Option<HostFile>> {

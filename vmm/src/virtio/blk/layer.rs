@@ -4,20 +4,25 @@
 //! It takes the space of what was written, and is gone when it is dropped.
 
 use std::fs::File as HostFile;
-use std::io;
+use std::io::{self, BufWriter};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use imago::file::File;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::raw::Raw;
-use imago::{FormatAccess, StorageOpenOptions};
+use imago::{FormatAccess, Mapping, StorageOpenOptions};
 use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::extents::{Extents, Writer};
 
 /// The unit in which a layer holds data, in bytes: small enough that copying the rest of one on its first write costs
 /// little, large enough for a short bitmap.
 const CLUSTER: u64 = 64 << 10;
+/// How much of a disk is copied at once.
+const CHUNK: usize = 1 << 20;
 
 /// The clusters that were written since a checkpoint.
 pub(super) struct Layer {
@@ -42,6 +47,14 @@ impl Layer {
         let words = size.div_ceil(CLUSTER).div_ceil(64);
         let held = (0..words).map(|_| AtomicU64::new(0)).collect();
         Ok(Self { access, file, size, held, growing: Mutex::default() })
+    }
+
+    /// A layer that holds a whole disk.
+    pub(super) fn whole(extents: &Extents, from: &HostFile) -> io::Result<Self> {
+        let layer = Self::new(extents.size())?;
+        extents.read(from, |at, content| layer.file.write_all_at(content, at))?;
+        layer.hold(0..layer.size.div_ceil(CLUSTER));
+        Ok(layer)
     }
 
     #[cfg(test)]
@@ -99,18 +112,52 @@ impl<L: AsRef<Layer>> Layered<'_, L> {
         })
     }
 
+    /// Writes all that the disk of `size` bytes holds to an empty file.
+    pub(super) fn write_whole(&self, size: u64, to: &HostFile) -> io::Result<Extents> {
+        let mut writer = Writer::new(BufWriter::with_capacity(CHUNK, to), size);
+        let mut buffer = vec![0; CHUNK];
+        let mut at = 0;
+        while at < size {
+            let (holder, len) = self.run(at, (size - at).min(CHUNK as u64));
+            // Large disks are mostly empty.
+            let (is_zero, len) = match holder.get_mapping(at, len)? {
+                (Mapping::Zero { .. }, known) => (true, known.min(len)),
+                (_, known) => (false, known.min(len)),
+            };
+            let len = usize::try_from(len).unwrap_or(CHUNK).min(CHUNK);
+            if len == 0 {
+                return Err(io::Error::other("the image is shorter than the disk"));
+            }
+            let chunk = &mut buffer[..len];
+            if !is_zero {
+                holder.read(&mut *chunk, at)?;
+                writer.put(at, chunk)?;
+            }
+            at += len as u64;
+        }
+        writer.finish()
+    }
+
     /// Writes everything that the layers hold to the image.
     pub(super) fn merge(&self) -> io::Result<()> {
         let Some(size) = self.layers.first().map(|layer| layer.as_ref().size) else {
             return Ok(());
         };
         let mut buffer = vec![0; usize::try_from(CLUSTER).map_err(io::Error::other)?];
+        let mut before = buffer.clone();
         for cluster in 0..size.div_ceil(CLUSTER) {
             let layers = self.layers.iter().map(AsRef::as_ref);
             let Some(layer) = layers.rev().find(|layer| layer.holds(cluster)) else { continue };
             let offset = cluster * CLUSTER;
             let len = usize::try_from((size - offset).min(CLUSTER)).map_err(io::Error::other)?;
             layer.access.read(&mut buffer[..len], offset)?;
+            // A layer may hold a whole disk, which is mostly empty, as its image is.
+            if buffer[..len].iter().all(|byte| *byte == 0) {
+                self.image.read(&mut before[..len], offset)?;
+                if before[..len] == buffer[..len] {
+                    continue;
+                }
+            }
             self.image.write(&buffer[..len], offset)?;
         }
         Ok(())

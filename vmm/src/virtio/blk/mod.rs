@@ -24,6 +24,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
@@ -43,6 +44,7 @@ use super::{
 };
 use crate::Cancel;
 use crate::event_loop::new_event;
+use crate::extents::Extents;
 use crate::spec::DiskSpec;
 pub use create::{CreateError, create_image};
 pub use image::ImageError;
@@ -143,6 +145,21 @@ pub struct DiskHandle(Arc<Image>);
 /// What a disk held at some time.
 pub struct DiskCheckpoint(Frozen);
 
+impl DiskCheckpoint {
+    /// Of a disk that is only read, so that its image has all.
+    pub(crate) fn of_image() -> Self {
+        Self(Frozen::default())
+    }
+
+    /// Reads what [`DiskHandle::write`] has written. The file may change or go then.
+    ///
+    /// # Errors
+    /// It is damaged; there is no room for a copy.
+    pub(crate) fn read(extents: &Extents, from: &File) -> io::Result<Self> {
+        Frozen::read(extents, from).map(Self)
+    }
+}
+
 impl DiskHandle {
     /// Keeps what the disk of a paused machine holds. From now on its image stays as it is until [`Self::merge`].
     ///
@@ -169,6 +186,14 @@ impl DiskHandle {
     /// It has gone back further already, or there is no room.
     pub fn roll_back(&self, to: &DiskCheckpoint) -> io::Result<()> {
         self.0.thaw(&to.0)
+    }
+
+    /// Writes what the disk held at a checkpoint of its own to an empty file.
+    ///
+    /// # Errors
+    /// The image cannot be read, or the file not written.
+    pub(crate) fn write(&self, checkpoint: &DiskCheckpoint, to: &File) -> io::Result<Extents> {
+        self.0.write_frozen(&checkpoint.0, to)
     }
 
     /// Writes to the image of a machine that does not run what was written since its first checkpoint. No checkpoint

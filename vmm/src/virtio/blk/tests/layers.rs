@@ -60,6 +60,56 @@ fn a_layer_takes_what_was_written_and_zeroes_take_nothing() {
     assert!(fs::metadata(&spec.image).unwrap().blocks() * 512 < 1 << 20);
 }
 
+/// What a checkpoint has when it was written to a file and read again.
+fn in_a_file(handle: &DiskHandle, checkpoint: &DiskCheckpoint) -> Vec<u8> {
+    let file = tempfile::tempfile().unwrap();
+    let extents = handle.write(checkpoint, &file).unwrap();
+    let read = DiskCheckpoint::read(&extents, &file).unwrap();
+    // Nothing depends on the file any more.
+    file.set_len(0).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("other");
+    // Whatever its image holds is not seen.
+    fs::write(&path, vec![9; usize::try_from(handle.0.size()).unwrap()]).unwrap();
+    let other = Image::open(&spec(&path, DiskFormat::Raw), &Cancel::default()).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let extents = other.write_frozen(&read.0, &file).unwrap();
+    let mut whole = vec![0; usize::try_from(extents.size()).unwrap()];
+    let copied = extents.read(&file, |at, content| {
+        let at = usize::try_from(at).unwrap();
+        whole[at..at + content.len()].copy_from_slice(content);
+        Ok(())
+    });
+    copied.unwrap();
+    whole
+}
+
+#[test]
+fn a_checkpoint_in_a_file_takes_what_is_not_zero() {
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        let (_dir, spec) = fresh(format, 1024);
+        let (handle, mut rig) = disk(&spec);
+        assert_eq!(rig.write(8, &[1; 4096]), OK);
+        handle.checkpoint().unwrap();
+        assert_eq!(rig.write(1_000_000, &[2; 512]), OK);
+        let checkpoint = handle.checkpoint().unwrap();
+        assert_eq!(rig.write(8, &[3; 4096]), OK);
+        let file = tempfile::tempfile().unwrap();
+        let extents = handle.write(&checkpoint, &file).unwrap();
+        assert_eq!((extents.size(), file.metadata().unwrap().len()), (1 << 30, 8192));
+        let mut found = Vec::new();
+        extents
+            .read(&file, |at, content| {
+                found.push((at, content[0]));
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(found, [(4096, 1), (512_000_000, 2)]);
+        file.set_len(8191).unwrap();
+        assert!(DiskCheckpoint::read(&extents, &file).is_err());
+    }
+}
+
 /// What is done to a disk.
 #[derive(Clone, Debug)]
 enum Act {
@@ -108,7 +158,11 @@ proptest! {
                     prop_assert_eq!(rig.zero(at, u32::try_from(len).unwrap()), OK);
                     model[start * 512..(start + len) * 512].fill(0);
                 }
-                Act::Checkpoint => stack.push((handle.checkpoint().unwrap(), model.clone())),
+                Act::Checkpoint => {
+                    let checkpoint = handle.checkpoint().unwrap();
+                    prop_assert!(in_a_file(&handle, &checkpoint) == model);
+                    stack.push((checkpoint, model.clone()));
+                }
                 Act::RollBack(to) if !stack.is_empty() => {
                     stack.truncate(to % stack.len() + 1);
                     let (checkpoint, then) = stack.last().unwrap();
