@@ -21,6 +21,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::{Layer, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
 mod bench;
+mod cache;
 mod carrier;
 mod check;
 mod doctor;
@@ -84,6 +85,7 @@ enum Command {
     /// Show what this host can do and what is missing
     Doctor(doctor::Args),
     Kit(kit::Args),
+    Cache(cache::Args),
     Carrier(carrier::Args),
     Bench(bench::Args),
 }
@@ -101,6 +103,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),
+        Command::Cache(args) => cache::run(&args),
         Command::Carrier(args) => carrier::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
