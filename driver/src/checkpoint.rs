@@ -3,6 +3,7 @@
 //! ```text
 //! checkpoint: all machines stand still -> each is kept, and the networks, and the directories -> they go on
 //! roll back:  all machines are switched off -> networks, directories and machines go back -> they go on
+//! fork:       new networks, directories and machines are made what the old ones were -> they go on
 //! ```
 //!
 //! Tests that each start from the same boot:
@@ -35,6 +36,9 @@ use crate::scratch::Scratch;
 use crate::task::blocking;
 
 mod copy;
+mod fork;
+
+pub(crate) use fork::Origin;
 
 /// What a run was at some time, to go back to with [`Driver::roll_back`]. Checkpoints are a stack: going back to one
 /// ends all later ones.
@@ -43,7 +47,7 @@ pub struct Checkpoint(Arc<Inner>);
 struct Inner {
     name: String,
     /// None once the run has gone back to an earlier one, or is over.
-    world: Mutex<Option<World>>,
+    world: Mutex<Option<Arc<World>>>,
 }
 
 struct World {
@@ -83,7 +87,7 @@ impl Checkpoint {
 }
 
 impl Inner {
-    fn world(&self) -> MutexGuard<'_, Option<World>> {
+    fn world(&self) -> MutexGuard<'_, Option<Arc<World>>> {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -156,7 +160,8 @@ impl Driver {
         let gone_on = join_all(frozen.into_iter().map(Machine::thaw)).await;
         let world = kept?;
         gone_on.into_iter().collect::<Result<()>>()?;
-        let inner = Arc::new(Inner { name: name.to_owned(), world: Mutex::new(Some(world)) });
+        let inner =
+            Arc::new(Inner { name: name.to_owned(), world: Mutex::new(Some(Arc::new(world))) });
         self.checkpoints().push(&inner);
         Ok(Checkpoint(inner))
     }
@@ -260,6 +265,17 @@ impl Dirs {
         self.pairs().filter(|(source, _)| source.is_dir()).try_for_each(|(source, copy)| {
             copy::mirror(&copy, source).map_err(MachineError::file("put back", source))
         })
+    }
+
+    /// Copies what was in some of them elsewhere: from each first of a pair, if it was there, to the second.
+    fn copy_to(&self, pairs: &[(PathBuf, PathBuf)]) -> Result<(), MachineError> {
+        for (source, copy) in self.pairs() {
+            for (_, to) in pairs.iter().filter(|(from, _)| from == source) {
+                let copied = fs::create_dir_all(to).and_then(|()| copy::mirror(&copy, to));
+                copied.map_err(MachineError::file("make", to))?;
+            }
+        }
+        Ok(())
     }
 
     fn pairs(&self) -> impl Iterator<Item = (&Path, PathBuf)> {

@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use firn_vmm::spec::{Cid, Number, VsockSpec};
 use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
-use crate::checkpoint::Stack;
+use crate::checkpoint::{Origin, Stack};
 use crate::config::{BackendKind, MachineFile, NodeConfig, TestConfig};
 use crate::descriptors::{self, Part};
 use crate::error::{MachineError, Result};
@@ -60,6 +60,10 @@ pub struct Driver {
     base: Option<PathBuf>,
     vsock_offset: Option<u32>,
     checkpoints: Stack,
+    /// They end before it does.
+    forks: Mutex<Vec<Weak<Self>>>,
+    /// What it goes on from, if it is a fork.
+    origin: Mutex<Option<Origin>>,
     /// Removed last.
     state: Mutex<Option<State>>,
     /// Its machines belong to another driver now.
@@ -106,6 +110,8 @@ impl Driver {
             base,
             vsock_offset: test.vsock_offset,
             checkpoints: Stack::default(),
+            forks: Mutex::default(),
+            origin: Mutex::default(),
             state: Mutex::new(Some(state)),
             replaced: AtomicBool::new(false),
         };
@@ -139,6 +145,8 @@ impl Driver {
             base: self.base.clone(),
             vsock_offset: test.vsock_offset.or(self.vsock_offset),
             checkpoints: Stack::default(),
+            forks: Mutex::new(std::mem::take(&mut *lock(&self.forks))),
+            origin: Mutex::new(lock(&self.origin).take()),
             state: Mutex::new(self.state().take()),
             replaced: AtomicBool::new(false),
         };
@@ -175,6 +183,52 @@ impl Driver {
             machine.start(false).await?;
         }
         Ok(driver)
+    }
+
+    /// The driver of another world with these networks, whose machines are off.
+    pub(crate) fn beside(&self, name: &str, origin: Origin) -> Result<Self> {
+        let sockets = Arc::default();
+        let vlan = |vlan: &Vlan| Vlan::new(vlan.number(), &sockets);
+        let (vlans, sources) =
+            (self.vlans.iter().map(vlan).collect(), origin.sources(&self.machines));
+        let mut fork = Self {
+            machines: Vec::new(),
+            created: Mutex::default(),
+            vlans,
+            sockets,
+            log: self.log.for_machine(name),
+            global_timeout: None,
+            out: self.out.clone(),
+            base: self.base.clone(),
+            vsock_offset: self.vsock_offset,
+            checkpoints: Stack::default(),
+            forks: Mutex::default(),
+            origin: Mutex::new(Some(origin)),
+            state: Mutex::new(Some(State::new(&StatePlace::New)?)),
+            replaced: AtomicBool::new(false),
+        };
+        for (source, own) in sources {
+            let machine = fork.make(source, false, descriptors::part())?;
+            match own {
+                true => fork.machines.push(machine),
+                false => fork.created().push(machine),
+            }
+        }
+        Ok(fork)
+    }
+
+    /// Makes a fork end when this does.
+    ///
+    /// # Errors
+    /// The run is over.
+    pub(crate) fn remember(&self, fork: &Arc<Self>) -> Result<()> {
+        let mut forks = lock(&self.forks);
+        if self.state().is_none() {
+            return Err(MachineError::Usage("the run is over".to_owned()).into());
+        }
+        forks.retain(|fork| fork.strong_count() > 0);
+        forks.push(Arc::downgrade(fork));
+        Ok(())
     }
 
     fn make(&self, source: Source, keep: bool, descriptors: Arc<Part>) -> Result<Machine> {
@@ -325,6 +379,9 @@ impl Driver {
             return;
         }
         let _step = self.log.nested("cleanup");
+        let forks = std::mem::take(&mut *lock(&self.forks));
+        let forks = forks.iter().filter_map(Weak::upgrade);
+        join_all(forks.map(|fork| async move { Box::pin(fork.close()).await })).await;
         self.checkpoints.end(None);
         let mut ends = JoinSet::new();
         for machine in self.all_machines() {
@@ -337,11 +394,12 @@ impl Driver {
             });
         }
         ends.join_all().await;
+        let origin = lock(&self.origin).take();
         let (state, sockets) = (self.state().take(), Arc::clone(&self.sockets));
         // There may be gigabytes.
         let _ = tokio::task::spawn_blocking(move || {
             sockets.close();
-            drop(state);
+            drop((state, origin));
         })
         .await;
     }
@@ -358,12 +416,16 @@ impl Driver {
     }
 
     fn created(&self) -> MutexGuard<'_, Vec<Machine>> {
-        self.created.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.created)
     }
 
     fn state(&self) -> MutexGuard<'_, Option<State>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Driver {

@@ -251,10 +251,17 @@ impl Logger {
         }
     }
 
-    /// The same log, with messages prefixed by the machine's name.
+    /// The same log, with messages prefixed by the name of a machine, or of a fork of the run; of a fork's machine, by
+    /// both.
     #[must_use]
     pub fn for_machine(&self, name: &str) -> Self {
-        Self { core: Arc::clone(&self.core), machine: Some(name.into()) }
+        let machine = self.machine.as_ref().map_or(name.into(), |fork| format!("{fork}/{name}"));
+        Self { core: Arc::clone(&self.core), machine: Some(machine.into()) }
+    }
+
+    /// What its messages are prefixed with.
+    pub(crate) fn prefix(&self) -> Option<&str> {
+        self.machine.as_deref()
     }
 
     /// Logs a message for debugging.

@@ -158,7 +158,7 @@ pub struct Held {
     files: usize,
     mappings: usize,
     /// Its own memory in KiB, without what of its guests lies over checkpoints.
-    memory: usize,
+    pub memory: usize,
 }
 
 impl Held {

@@ -11,7 +11,7 @@ use tokio::sync::MutexGuard;
 use super::backend::{Checkpoints, Kept, Started};
 use super::console::Mark;
 use super::power::{Guest, Launched};
-use super::{Machine, Run, State, Status};
+use super::{Machine, Run, Source, State, Status};
 use crate::error::{End, MachineError, Result};
 
 /// How long a guest's agent may take to answer after going back. Emulated guests are slow.
@@ -172,6 +172,23 @@ impl Machine {
                 Ok(Some(Back { started, up }))
             }
         }
+    }
+
+    /// Makes a fresh machine what another one of the same description was; None if that is off. `then` has to outlive
+    /// it.
+    ///
+    /// # Errors
+    /// KVM or the host refuse.
+    pub(crate) async fn fork<'a>(&self, then: &'a Then) -> Result<Option<Back<'a>>> {
+        let Was::Up(up) = &then.was else { return Ok(None) };
+        let (dirs, console) = (self.dirs().clone(), Arc::clone(&self.inner.console));
+        let started = self.checkpoints()?.fork(dirs, console, &up.kept).await?;
+        Ok(Some(Back { started, up }))
+    }
+
+    /// Another machine of its description, which is off.
+    pub(crate) fn source(&self) -> Source {
+        Source::clone(&self.inner.source)
     }
 
     /// Lets a machine that went back go on.

@@ -409,7 +409,10 @@ impl Machine {
             let (machine, console) = (self.clone(), Arc::clone(&self.inner.console));
             let log = self.inner.log.clone();
             let from = console.position(launched.guest == Guest::Fresh);
-            async move { console.show(machine.name(), &log, from, finished).await }
+            async move {
+                let name = log.prefix().unwrap_or(machine.name());
+                console.show(name, &log, from, finished).await
+            }
         });
         let end = loop {
             let end = self.attend(&mut launched, &mut stopped).await;

@@ -205,52 +205,64 @@ impl Source {
             };
             inputs::fill(share, missing).await?;
         }
-        let mut oem_strings = inputs::credentials(node).await?;
-        oem_strings.extend_from_slice(&node.oem_strings);
-        let mut initrd = boot.initrd.clone();
-        if let Some(overlay) = &boot.overlay {
-            let bytes = kit::machine_overlay(overlay).map_err(|e| MachineError::Start {
-                machine: node.name.clone(),
-                source: e.into(),
-            })?;
-            let path = dirs.state.join("overlay.cpio");
-            private::write(&path, &bytes).map_err(MachineError::file("write", &path))?;
-            initrd.push(path);
-        }
-        let kernel = match node.backend() {
-            BackendKind::Firn => unpacked(boot.kernel.clone()).await,
-            BackendKind::Qemu => boot.kernel.clone(),
-        };
-        let own = [(SHARED_TAG, dirs.shared.clone()), (EXCHANGE_TAG, dirs.exchange())];
-        let own = own
-            .into_iter()
-            .filter(|_| node.exchange)
-            .map(|(tag, source)| Ok(ShareSpec::new(tag.try_into()?, source)));
-        let own = own.chain(boot.store.as_deref().map(store)).collect::<Result<Vec<_>, _>>();
-        let own = own.map_err(|error| start_error(node, error.into()))?;
-        Ok(MachineSpec {
-            name: node.name.clone(),
-            cores: node.cores,
-            memory: node.memory(),
-            kernel,
-            initrd,
-            cmdline: boot.cmdline.clone(),
-            console_ports: vec![
-                ConsolePortSpec { name: None },
-                ConsolePortSpec { name: Some(PORT_NAME.to_owned()) },
-            ],
-            nets: nets(node),
-            shares: own.into_iter().chain(node.shares.iter().cloned()).collect(),
-            disks: disks(node, dirs),
-            rng: node.rng,
-            balloon: node.balloon,
-            vsock: node.vsock.clone(),
-            oem_strings,
-            screen: node.screen.spec(),
-            keyboard: node.keyboard.unwrap_or_default(),
-            tablet: node.tablet.unwrap_or_default(),
-        })
+        build_spec(node, boot, dirs).await
     }
+
+    /// The spec of a machine that goes on from a checkpoint of another one of this description.
+    pub(super) async fn spec_of_fork(
+        &self,
+        known: &NodeConfig,
+        dirs: &Dirs,
+    ) -> Result<MachineSpec> {
+        let (node, boot) = &*self.resolve(known, dirs)?;
+        build_spec(node, boot, dirs).await
+    }
+}
+
+async fn build_spec(node: &NodeConfig, boot: &Boot, dirs: &Dirs) -> Result<MachineSpec> {
+    let mut oem_strings = inputs::credentials(node).await?;
+    oem_strings.extend_from_slice(&node.oem_strings);
+    let mut initrd = boot.initrd.clone();
+    if let Some(overlay) = &boot.overlay {
+        let bytes = kit::machine_overlay(overlay)
+            .map_err(|e| MachineError::Start { machine: node.name.clone(), source: e.into() })?;
+        let path = dirs.state.join("overlay.cpio");
+        private::write(&path, &bytes).map_err(MachineError::file("write", &path))?;
+        initrd.push(path);
+    }
+    let kernel = match node.backend() {
+        BackendKind::Firn => unpacked(boot.kernel.clone()).await,
+        BackendKind::Qemu => boot.kernel.clone(),
+    };
+    let own = [(SHARED_TAG, dirs.shared.clone()), (EXCHANGE_TAG, dirs.exchange())];
+    let own = own
+        .into_iter()
+        .filter(|_| node.exchange)
+        .map(|(tag, source)| Ok(ShareSpec::new(tag.try_into()?, source)));
+    let own = own.chain(boot.store.as_deref().map(store)).collect::<Result<Vec<_>, _>>();
+    let own = own.map_err(|error| start_error(node, error.into()))?;
+    Ok(MachineSpec {
+        name: node.name.clone(),
+        cores: node.cores,
+        memory: node.memory(),
+        kernel,
+        initrd,
+        cmdline: boot.cmdline.clone(),
+        console_ports: vec![
+            ConsolePortSpec { name: None },
+            ConsolePortSpec { name: Some(PORT_NAME.to_owned()) },
+        ],
+        nets: nets(node),
+        shares: own.into_iter().chain(node.shares.iter().cloned()).collect(),
+        disks: disks(node, dirs),
+        rng: node.rng,
+        balloon: node.balloon,
+        vsock: node.vsock.clone(),
+        oem_strings,
+        screen: node.screen.spec(),
+        keyboard: node.keyboard.unwrap_or_default(),
+        tablet: node.tablet.unwrap_or_default(),
+    })
 }
 
 /// What to boot in the place of a kernel.

@@ -9,6 +9,7 @@ mod command;
 mod devices;
 mod disks;
 mod files;
+mod forks;
 mod network;
 mod power;
 mod qemu;

@@ -53,6 +53,8 @@ pub struct Host<'a> {
     pub share_descriptors: u64,
     /// How many connections the vsock device may have.
     pub vsock_connections: usize,
+    /// What disks begin with, in their order, if not with what their images hold.
+    pub frozen: std::slice::Iter<'a, blk::DiskCheckpoint>,
 }
 
 /// What the host can do with a running device.

@@ -22,6 +22,7 @@ use crate::memory::{Memory, MemoryMap};
 use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Group};
+use crate::virtio::blk::DiskCheckpoint;
 use crate::virtio::build::{Built, Connect, Handle, Host, device_specs};
 use crate::virtio::transport::mmio::MmioTransport;
 
@@ -127,6 +128,7 @@ pub(super) fn build_devices(
     connect: &mut dyn Connect,
     descriptors: u64,
     cancel: &Cancel,
+    frozen: &[DiskCheckpoint],
 ) -> Result<Vec<Built>, VmError> {
     let parts = Counts::of(spec).divide(descriptors);
     let mut host = Host {
@@ -135,6 +137,7 @@ pub(super) fn build_devices(
         cores: spec.cores.get(),
         share_descriptors: parts.share,
         vsock_connections: parts.vsock,
+        frozen: frozen.iter(),
     };
     let built = device_specs(spec).into_iter().map(|device| device.build(&mut host));
     Ok(built.collect::<Result<_, _>>()?)

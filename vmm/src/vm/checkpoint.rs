@@ -1,7 +1,9 @@
 //! Going back in time: a machine returns to an earlier state of its own, as often as wanted.
 
-use super::{Phase, Vm, VmError, VmState, build, host};
+use super::{HostSide, Phase, Vm, VmError, VmState, build, host};
+use crate::memory;
 use crate::memory::checkpoint::MemoryCheckpoint;
+use crate::spec::MachineSpec;
 use crate::virtio::blk::{DiskCheckpoint, DiskHandle};
 use crate::virtio::build::Handle;
 
@@ -41,6 +43,28 @@ impl Vm {
         }
         let memories = build::memories(&self.memory, self.frame_buffer.as_ref());
         self.backing.checkpoint(&memories).map_err(host("cannot keep guest memory"))
+    }
+
+    /// Builds another machine that begins with what this checkpoint's was, and shares with it what neither changes:
+    /// memory, and what is on disks; [`Vm::start`] lets it go on. `spec` is that of the checkpoint's machine, but may
+    /// name other places on the host: sockets, and copies of what it shares. Its disks take nothing from the images
+    /// that it names and leave nothing there. For its guest no time has passed.
+    ///
+    /// The checkpoint has to outlive it, and the machine of the checkpoint cannot end with [`Vm::stop`] before it does
+    /// without losing what was written to its disks since its first checkpoint.
+    ///
+    /// # Errors
+    /// As for [`Vm::restore`].
+    pub fn fork(spec: &MachineSpec, host_side: HostSide, from: &Checkpoint) -> Result<Vm, VmError> {
+        build::check(spec)?;
+        let memory = memory::allocate(spec.memory.get())?;
+        let frame_buffer = build::frame_buffer(spec)?;
+        let mut vm = Vm::assemble(spec, host_side, memory, frame_buffer, &from.disks)?;
+        vm.boots = false;
+        let memories = build::memories(&vm.memory, vm.frame_buffer.as_ref());
+        vm.backing.roll_back(&memories, &from.memory).map_err(host("cannot map guest memory"))?;
+        vm.apply(&from.state, 0)?;
+        Ok(vm)
     }
 
     /// Makes the machine, whatever became of it meanwhile, what it was at a checkpoint of its own; [`Vm::start`] lets

@@ -12,11 +12,13 @@ use std::io::{self, Read, Write};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use super::{Checkpoint, Vm, VmError, VmState, host, kvm};
+use super::{Checkpoint, HostSide, Vm, VmError, VmState, build, host, kvm};
 use crate::arch::state::fingerprint as fingerprint_of_host;
 use crate::extents::Extents;
-use crate::memory::checkpoint::MemoryCheckpoint;
-use crate::virtio::blk::DiskCheckpoint;
+use crate::memory::{self, checkpoint::MemoryCheckpoint};
+use crate::spec::MachineSpec;
+use crate::virtio::blk;
+use crate::virtio::build::BuildError;
 
 /// Layout version of these files. [`VmState`] has its own, and so has each device.
 const VERSION: u32 = 1;
@@ -33,7 +35,7 @@ struct Parts<S> {
 }
 
 impl Vm {
-    /// Writes a checkpoint of this machine to files, which `create` makes by their names; [`Checkpoint::read`] reads
+    /// Writes a checkpoint of this machine to files, which `create` makes by their names; [`KeptVm::read`] reads
     /// them. The machine may run meanwhile. What its read-only disks hold is not written.
     ///
     /// # Errors
@@ -70,17 +72,25 @@ impl Vm {
     }
 }
 
-impl Checkpoint {
-    /// Reads what [`Vm::write_checkpoint`] has written, from files that `open` opens by their names. They may change or
-    /// go then.
+/// The files of a machine that was kept.
+pub struct KeptVm {
+    parts: Parts<VmState>,
+    memory: MemoryCheckpoint,
+    /// None of those that are only read.
+    disks: Vec<Option<File>>,
+}
+
+impl KeptVm {
+    /// Reads what [`Vm::write_checkpoint`] has written, from files that `open` opens by their names. The memory is
+    /// copied: whatever becomes of the files then cannot hurt the machine.
     ///
     /// # Errors
-    /// A file is missing, damaged or of another version; there is no room for copies.
-    pub fn read(open: &mut dyn FnMut(&str) -> io::Result<File>) -> Result<Checkpoint, VmError> {
+    /// A file is missing, damaged or of another version; there is no room for the memory.
+    pub fn read(open: &mut dyn FnMut(&str) -> io::Result<File>) -> Result<Self, VmError> {
         Self::read_parts(open).map_err(host("cannot read a checkpoint"))
     }
 
-    fn read_parts(open: &mut dyn FnMut(&str) -> io::Result<File>) -> io::Result<Checkpoint> {
+    fn read_parts(open: &mut dyn FnMut(&str) -> io::Result<File>) -> io::Result<Self> {
         let mut text = Vec::new();
         open("state")?.take(MAX_STATE).read_to_end(&mut text)?;
         let (version, parts) = text.split_first_chunk().unwrap_or((&[0; 4], &[]));
@@ -91,12 +101,41 @@ impl Checkpoint {
         }
         let parts: Parts<VmState> = postcard::from_bytes(parts).map_err(io::Error::other)?;
         let memory = MemoryCheckpoint::read(&parts.memory, &open("memory")?)?;
-        let disk = |(index, extents): (usize, &Option<Extents>)| match extents {
-            None => Ok(DiskCheckpoint::of_image()),
-            Some(extents) => DiskCheckpoint::read(extents, &open(&disk_name(index))?),
+        let disk = |(index, extents): (usize, &Option<Extents>)| {
+            extents.as_ref().map(|_| open(&disk_name(index))).transpose()
         };
         let disks = parts.disks.iter().enumerate().map(disk).collect::<io::Result<_>>()?;
-        Ok(Checkpoint { state: parts.state, memory, disks })
+        Ok(Self { parts, memory, disks })
+    }
+}
+
+impl Vm {
+    /// Builds a machine that begins with what a kept one was; [`Vm::start`] lets it go on. `spec` is that of the kept
+    /// one, but may name other places on the host. The images of disks that can be written are made, where nothing is
+    /// yet. For its guest no time has passed.
+    ///
+    /// # Errors
+    /// As for [`Vm::restore`]; an image is there.
+    pub fn go_on(spec: &MachineSpec, host_side: HostSide, from: &KeptVm) -> Result<Vm, VmError> {
+        build::check(spec)?;
+        let parts = &from.parts;
+        if spec.disks.len() != parts.disks.len() {
+            let problem = "its state has other disks than its spec".to_owned();
+            return Err(VmError::Saved { machine: spec.name.clone(), problem });
+        }
+        for ((disk, extents), file) in spec.disks.iter().zip(&parts.disks).zip(&from.disks) {
+            if let (Some(extents), Some(file)) = (extents, file) {
+                blk::make_image(disk, extents, file).map_err(BuildError::from)?;
+            }
+        }
+        let memory = memory::allocate(spec.memory.get())?;
+        let frame_buffer = build::frame_buffer(spec)?;
+        let mut vm = Vm::assemble(spec, host_side, memory, frame_buffer, &[])?;
+        vm.boots = false;
+        let memories = build::memories(&vm.memory, vm.frame_buffer.as_ref());
+        vm.backing.roll_back(&memories, &from.memory).map_err(host("cannot map guest memory"))?;
+        vm.apply(&parts.state, 0)?;
+        Ok(vm)
     }
 }
 

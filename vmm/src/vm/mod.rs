@@ -1,7 +1,7 @@
 //! One machine: put together here, and only here.
 //!
 //! ```text
-//! new, restore --> Built --start()--> Running --stop()--> Stopped
+//! new, restore, fork --> Built --start()--> Running --stop()--> Stopped
 //!                    ^                   | |
 //!                    +----- reset() -----+ +--cut_power()--> Off
 //!                    +----- reset(), roll_back() -------------+
@@ -36,11 +36,12 @@ use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Ending, Group, HaltWatch, Vcpu};
 use crate::virtio::RestoreError;
 use crate::virtio::balloon::BalloonHandle;
+use crate::virtio::blk::DiskCheckpoint;
 use crate::virtio::build::{BuildError, Connect, Handle};
 use crate::virtio::input::{self, InputHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
 pub use checkpoint::Checkpoint;
-pub use kept::fingerprint;
+pub use kept::{KeptVm, fingerprint};
 pub use state::VmState;
 
 /// What happens to a running machine. More kinds will come.
@@ -229,7 +230,7 @@ impl Vm {
         let memory = memory::allocate(spec.memory.get())?;
         let entry = build::load_kernel(spec, &memory)?;
         let frame_buffer = build::frame_buffer(spec)?;
-        let vm = Vm::assemble(spec, host_side, memory, frame_buffer)?;
+        let vm = Vm::assemble(spec, host_side, memory, frame_buffer, &[])?;
         vm.prepare_entry(entry)?;
         Ok(vm)
     }
@@ -240,6 +241,7 @@ impl Vm {
         host_side: HostSide,
         memory: Memory,
         frame_buffer: Option<Arc<FrameBuffer>>,
+        frozen: &[DiskCheckpoint],
     ) -> Result<Vm, VmError> {
         let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
         let vm = Arc::new(vcpu::create_vm(&kvm_fd)?);
@@ -258,7 +260,7 @@ impl Vm {
         build::attach_board(&mut buses, marks, panic.clone(), group.clone(), on_request)?;
         // Before the devices: KVM may not have as many, and disks are made for a machine that can be.
         let vcpus = vcpu::create_vcpus(&kvm_fd, &vm, spec.cores.get())?;
-        let devices = build::build_devices(spec, connect.as_mut(), descriptors, &cancel)?;
+        let devices = build::build_devices(spec, connect.as_mut(), descriptors, &cancel, frozen)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
 
         let subscribers = attached

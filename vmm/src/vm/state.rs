@@ -81,7 +81,7 @@ impl Vm {
         let frame_buffer = build::frame_buffer(spec)?;
         let memories = build::memories(&guest_memory, frame_buffer.as_ref());
         memory::load(&memories, memory).map_err(host("cannot read guest memory"))?;
-        let mut vm = Vm::assemble(spec, host_side, guest_memory, frame_buffer)?;
+        let mut vm = Vm::assemble(spec, host_side, guest_memory, frame_buffer, &[])?;
         vm.boots = false;
         vm.apply(state, now().saturating_sub(state.saved_at))?;
         Ok(vm)

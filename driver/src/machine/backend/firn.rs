@@ -110,8 +110,14 @@ impl Firn {
         done.ok_or_else(|| MachineError::NotRunning { machine: self.name() }.into())
     }
 
-    async fn launch(&self, dirs: &Dirs, console: Arc<Console>) -> Result<Started> {
-        let spec = self.parts.source.spec(&self.parts.node, dirs, &self.parts.log).await?;
+    /// Has `make` make a virtual machine of the spec, and takes it over.
+    async fn launch(
+        &self,
+        spec: MachineSpec,
+        dirs: &Dirs,
+        console: Arc<Console>,
+        make: impl FnOnce(&MachineSpec, HostSide) -> Result<Vm, VmError> + Send + 'static,
+    ) -> Result<Started> {
         let (shell, shell_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
         let (agent, agent_guest) = UnixStream::pair().map_err(|e| self.start_error(e))?;
         let (sender, events) = mpsc::unbounded_channel();
@@ -128,7 +134,7 @@ impl Firn {
             cancel: lock(&self.cancel).clone(),
         };
         let memory = spec.memory.get() << 20;
-        let vm = blocking(move || start_vm(&spec, host)).await.map_err(|e| self.start_error(e))?;
+        let vm = blocking(move || make(&spec, host)).await.map_err(|e| self.start_error(e))?;
         let viewers = self.open_to_viewers(&vm, dirs);
         let running = Running {
             vm,
@@ -156,8 +162,14 @@ impl Firn {
         rfb::open(&dirs.state, display, &self.parts.log)
     }
 
-    /// Makes the user network, if the machine has one and it is not there.
-    async fn open_user_network(&self, dirs: &Dirs) -> Result<()> {
+    async fn first_start(&self, dirs: &Dirs, console: Arc<Console>) -> Result<Started> {
+        let spec = self.parts.source.spec(&self.parts.node, dirs, &self.parts.log).await?;
+        self.launch(spec, dirs, console, start_vm).await
+    }
+
+    /// Makes the user network, if the machine has one and it is not there. With `elsewhere` ports of the host that the
+    /// machine names are another one's: it gets free ones.
+    async fn open_user_network(&self, dirs: &Dirs, elsewhere: bool) -> Result<()> {
         if lock(&self.gateway).is_some() {
             return Ok(());
         }
@@ -174,7 +186,11 @@ impl Firn {
         let failed = |source| self.network_error("cannot start its user network", source);
         let gateway = Gateway::new(spec).await.map_err(failed)?;
         for PortForward(forward) in &network.forward_ports {
-            let bound = match gateway.forward(*forward).await {
+            let mut forward = *forward;
+            if elsewhere {
+                forward.host.set_port(0);
+            }
+            let bound = match gateway.forward(forward).await {
                 Ok(bound) => bound,
                 Err(error) => {
                     // So that the ports that it has got are free on return.
@@ -221,10 +237,10 @@ impl Backend for Firn {
             if !self.held() {
                 self.discard().await;
             }
-            self.open_user_network(&dirs).await?;
+            self.open_user_network(&dirs, false).await?;
             let started = match self.start_kept(&dirs).await? {
                 Some(started) => return Ok(started),
-                None => self.launch(&dirs, console).await,
+                None => self.first_start(&dirs, console).await,
             };
             if started.is_err() {
                 self.close_user_network().await;

@@ -128,6 +128,15 @@ pub(super) trait Checkpoints: Send + Sync {
     /// Makes the guest, whatever became of it, what it was then. It stands still until [`Backend::resume`].
     fn go_back<'a>(&'a self, dirs: &'a Dirs, to: &'a Kept) -> BoxFuture<'a, Result<Started>>;
 
+    /// Makes a machine that is off, and of the same description, what another one was then: a fork of it. `from` has to
+    /// outlive it. It stands still until [`Backend::resume`].
+    fn fork<'a>(
+        &'a self,
+        dirs: Dirs,
+        console: Arc<Console>,
+        from: &'a Kept,
+    ) -> BoxFuture<'a, Result<Started>>;
+
     /// Whether there are checkpoints of it.
     fn held(&self) -> bool;
 

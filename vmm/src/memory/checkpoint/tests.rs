@@ -33,6 +33,30 @@ fn private(memory: &Memory) -> u64 {
 }
 
 #[test]
+fn other_memory_begins_with_a_checkpoint_and_takes_only_what_differs() {
+    let [ram, screen] = &memories();
+    let mut backing = Backing::default();
+    write(ram, 0x1000, 1);
+    write(screen, 4999, 3);
+    backing.checkpoint(&[ram, screen]).unwrap();
+    write(ram, 0x2000, 2);
+    let then = backing.checkpoint(&[ram, screen]).unwrap();
+    write(ram, 0x1000, 9);
+
+    let [other, beside] = &memories();
+    let mut others = Backing::default();
+    others.roll_back(&[other, beside], &then).unwrap();
+    assert_eq!([read(other, 0x1000), read(other, 0x2000), read(beside, 4999)], [1, 2, 3]);
+    assert_eq!(private(other), PAGE as u64, "the rest is shared");
+    write(other, 0x3000, 4);
+    assert_eq!([read(ram, 0x1000), read(ram, 0x3000)], [9, 0]);
+    others.roll_back(&[other, beside], &then).unwrap();
+    assert_eq!(read(other, 0x3000), 0);
+    let small = allocate(4).unwrap();
+    Backing::default().roll_back(&[&small, beside], &then).expect_err("another machine's");
+}
+
+#[test]
 fn memory_goes_back_to_each_checkpoint_as_often_as_wanted() {
     let [ram, screen] = &memories();
     let both: [&MemoryMap; 2] = [ram, screen];

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use imago::file::File;
@@ -77,17 +78,26 @@ pub enum ImageError {
     },
 }
 
-/// An open image. Its calls block, and may be made by several threads at once.
+/// A disk's contents: an open image, and layers over it. Its calls block, and may be made by several threads at once.
 pub(super) struct Image {
-    /// Discarding frees places that others may be reading or writing at, so it is done alone.
-    access: RwLock<FormatAccess<File>>,
+    base: Arc<Base>,
     /// What was written since the first checkpoint, one for each checkpoint that counts; the image itself is not
     /// written to then.
     layers: RwLock<Vec<Arc<Layer>>>,
+    /// Another disk owns the image; this one never writes to it.
+    borrowed: bool,
+}
+
+/// An open image file.
+struct Base {
+    /// Discarding frees places that others may be reading or writing at, so it is done alone.
+    access: RwLock<FormatAccess<File>>,
     /// The same open file, to sync without imago, which blocks reads and writes meanwhile.
     file: HostFile,
     size: u64,
     path: PathBuf,
+    /// How many disks borrow it.
+    borrowers: AtomicUsize,
 }
 
 impl Image {
@@ -120,18 +130,28 @@ impl Image {
             let problem = format!("its size of {size} bytes is no multiple of {SECTOR} above 0");
             return Err(content(io::Error::new(io::ErrorKind::InvalidData, problem)));
         }
-        let (access, layers) = (RwLock::new(access), RwLock::default());
-        Ok(Image { access, layers, file, size, path: path.clone() })
+        let (access, path, borrowers) = (RwLock::new(access), path.clone(), AtomicUsize::new(0));
+        let base = Arc::new(Base { access, file, size, path, borrowers });
+        Ok(Image { base, layers: RwLock::default(), borrowed: false })
+    }
+
+    /// A disk of its own that begins with what another one held.
+    pub(super) fn borrow(frozen: &Frozen) -> io::Result<Image> {
+        let base = Arc::clone(&frozen.base);
+        let layer = Arc::new(Layer::new(base.size)?);
+        let layers = frozen.layers.iter().cloned().chain([layer]).collect();
+        base.borrowers.fetch_add(1, Ordering::AcqRel);
+        Ok(Image { base, layers: RwLock::new(layers), borrowed: true })
     }
 
     /// Size of the disk in bytes, a multiple of [`SECTOR`].
     pub(super) fn size(&self) -> u64 {
-        self.size
+        self.base.size
     }
 
     /// Where the image is.
     pub(super) fn path(&self) -> &Path {
-        &self.path
+        &self.base.path
     }
 
     fn layers(&self) -> RwLockReadGuard<'_, Vec<Arc<Layer>>> {
@@ -142,9 +162,9 @@ impl Image {
     /// meanwhile.
     pub(super) fn freeze(&self) -> io::Result<Frozen> {
         self.write_back()?;
-        let layer = Arc::new(Layer::new(self.size)?);
+        let layer = Arc::new(Layer::new(self.size())?);
         let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
-        let frozen = Frozen(layers.clone());
+        let frozen = Frozen { base: Arc::clone(&self.base), layers: layers.clone() };
         layers.push(layer);
         Ok(frozen)
     }
@@ -153,7 +173,7 @@ impl Image {
     pub(super) fn unfreeze(&self, frozen: &Frozen) {
         if self.has(frozen) {
             let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
-            layers.truncate(frozen.0.len());
+            layers.truncate(frozen.layers.len());
         }
     }
 
@@ -166,8 +186,10 @@ impl Image {
     /// Whether the disk still has all that `frozen` consists of.
     pub(super) fn has(&self, frozen: &Frozen) -> bool {
         let layers = self.layers();
-        let Frozen(below) = frozen;
-        layers.len() > below.len() && below.iter().zip(&*layers).all(|(a, b)| Arc::ptr_eq(a, b))
+        let below = &frozen.layers;
+        Arc::ptr_eq(&self.base, &frozen.base)
+            && layers.len() > below.len()
+            && below.iter().zip(&*layers).all(|(a, b)| Arc::ptr_eq(a, b))
     }
 
     /// Puts the disk back to what it held when it was frozen. Nothing uses it meanwhile.
@@ -175,24 +197,38 @@ impl Image {
         if !self.has(frozen) {
             return Err(io::Error::other("the disk went back to an earlier checkpoint"));
         }
-        let layer = Arc::new(Layer::new(self.size)?);
+        let layer = Arc::new(Layer::new(self.size())?);
         let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
-        layers.truncate(frozen.0.len());
+        layers.truncate(frozen.layers.len());
         layers.push(layer);
         Ok(())
     }
 
     /// Writes what the disk held when it was frozen to an empty file.
     pub(super) fn write_frozen(&self, frozen: &Frozen, to: &HostFile) -> io::Result<Extents> {
-        let layered = Layered { image: &self.access(), layers: &frozen.0 };
-        guard(|| layered.write_whole(self.size, to))
+        let layered = Layered { image: &self.access(), layers: &frozen.layers };
+        guard(|| layered.write_whole(self.size(), to))
     }
 
-    /// Writes all layers to the image and forgets them. Nothing uses the disk meanwhile.
+    /// Writes what another disk held to the image, which is new and empty.
+    pub(super) fn fill(&self, extents: &Extents, from: &HostFile) -> io::Result<()> {
+        if extents.size() != self.size() {
+            let what = format!("it is of {} bytes, and held {}", self.size(), extents.size());
+            return Err(io::Error::other(what));
+        }
+        guard(|| extents.read(from, |at, content| self.access().write(content, at)))?;
+        self.write_back()
+    }
+
+    /// Writes all layers to the image, unless that is another disk's, and forgets them. Nothing uses the disk
+    /// meanwhile.
     pub(super) fn merge(&self) -> io::Result<()> {
         let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
-        if layers.is_empty() {
+        if layers.is_empty() || self.borrowed {
             return Ok(());
+        }
+        if self.base.borrowers.load(Ordering::Acquire) > 0 {
+            return Err(io::Error::other("a machine that began with its contents still reads it"));
         }
         guard(|| Layered { image: &self.access(), layers: &layers }.merge())?;
         layers.clear();
@@ -200,7 +236,7 @@ impl Image {
     }
 
     fn access(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
-        self.access.read().unwrap_or_else(PoisonError::into_inner)
+        self.base.access.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fills the guest's buffers from `offset` on, without a copy where the image stores the data unchanged.
@@ -229,7 +265,7 @@ impl Image {
             return Ok(());
         }
         self.write_back()?;
-        self.file.sync_data()
+        self.base.file.sync_data()
     }
 
     /// On return all that was written before the call survives the end of the process.
@@ -242,7 +278,7 @@ impl Image {
         if !self.layers().is_empty() {
             return Ok(());
         }
-        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        let mut access = self.base.access.write().unwrap_or_else(PoisonError::into_inner);
         match access.discard_to_any(offset, len) {
             // It is advice.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
@@ -256,7 +292,7 @@ impl Image {
             return Layered { image: &self.access(), layers }.write_zeroes(offset, len);
         }
         if unmap {
-            let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+            let mut access = self.base.access.write().unwrap_or_else(PoisonError::into_inner);
             return access.discard_to_zero(offset, len);
         }
         let mut done = 0;
@@ -278,15 +314,18 @@ impl Image {
     }
 }
 
-/// What a disk held at a checkpoint: the image with these layers.
-#[derive(Default)]
-pub(super) struct Frozen(Vec<Arc<Layer>>);
-
-impl Frozen {
-    /// Reads what [`Image::write_frozen`] has written: it needs nothing of the image.
-    pub(super) fn read(extents: &Extents, from: &HostFile) -> io::Result<Self> {
-        Ok(Self(vec![Arc::new(Layer::whole(extents, from)?)]))
+impl Drop for Image {
+    fn drop(&mut self) {
+        if self.borrowed {
+            self.base.borrowers.fetch_sub(1, Ordering::AcqRel);
+        }
     }
+}
+
+/// What a disk held at a checkpoint.
+pub(super) struct Frozen {
+    base: Arc<Base>,
+    layers: Vec<Arc<Layer>>,
 }
 
 /// Opens and locks `path`; `None` if it is locked already.

@@ -6,7 +6,6 @@
 use std::fs::File as HostFile;
 use std::io::{self, BufWriter};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -47,14 +46,6 @@ impl Layer {
         let words = size.div_ceil(CLUSTER).div_ceil(64);
         let held = (0..words).map(|_| AtomicU64::new(0)).collect();
         Ok(Self { access, file, size, held, growing: Mutex::default() })
-    }
-
-    /// A layer that holds a whole disk.
-    pub(super) fn whole(extents: &Extents, from: &HostFile) -> io::Result<Self> {
-        let layer = Self::new(extents.size())?;
-        extents.read(from, |at, content| layer.file.write_all_at(content, at))?;
-        layer.hold(0..layer.size.div_ceil(CLUSTER));
-        Ok(layer)
     }
 
     #[cfg(test)]
@@ -144,20 +135,12 @@ impl<L: AsRef<Layer>> Layered<'_, L> {
             return Ok(());
         };
         let mut buffer = vec![0; usize::try_from(CLUSTER).map_err(io::Error::other)?];
-        let mut before = buffer.clone();
         for cluster in 0..size.div_ceil(CLUSTER) {
             let layers = self.layers.iter().map(AsRef::as_ref);
             let Some(layer) = layers.rev().find(|layer| layer.holds(cluster)) else { continue };
             let offset = cluster * CLUSTER;
             let len = usize::try_from((size - offset).min(CLUSTER)).map_err(io::Error::other)?;
             layer.access.read(&mut buffer[..len], offset)?;
-            // A layer may hold a whole disk, which is mostly empty, as its image is.
-            if buffer[..len].iter().all(|byte| *byte == 0) {
-                self.image.read(&mut before[..len], offset)?;
-                if before[..len] == buffer[..len] {
-                    continue;
-                }
-            }
             self.image.write(&buffer[..len], offset)?;
         }
         Ok(())

@@ -95,7 +95,7 @@ pub enum BlkError {
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// The host is out of descriptors.
+    /// The host is out of descriptors, or of room.
     #[error("disk {}", path.display())]
     Host {
         /// The disk's image.
@@ -104,6 +104,12 @@ pub enum BlkError {
         #[source]
         source: io::Error,
     },
+}
+
+impl BlkError {
+    fn host(spec: &DiskSpec) -> impl Fn(io::Error) -> Self {
+        |source| Self::Host { path: spec.image.clone(), source }
+    }
 }
 
 /// A disk's state besides its queues' positions: only what proves that it is the same.
@@ -132,7 +138,11 @@ impl DeviceSpec for DiskSpec {
     }
 
     fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
-        let disk = Blk::open(self, host.cores, host.cancel)?;
+        let image = match host.frozen.next() {
+            Some(DiskCheckpoint(frozen)) => Image::borrow(frozen).map_err(BlkError::host(self))?,
+            None => Image::open(self, host.cancel).map_err(BlkError::Image)?,
+        };
+        let disk = Blk::with_image(self, host.cores, image)?;
         let handle = DiskHandle(Arc::clone(&disk.image));
         Ok((Box::new(disk), Handle::Disk(handle)))
     }
@@ -145,19 +155,18 @@ pub struct DiskHandle(Arc<Image>);
 /// What a disk held at some time.
 pub struct DiskCheckpoint(Frozen);
 
-impl DiskCheckpoint {
-    /// Of a disk that is only read, so that its image has all.
-    pub(crate) fn of_image() -> Self {
-        Self(Frozen::default())
+/// Makes the image of a disk, which is not there, and has it hold what [`DiskHandle::write`] has written.
+///
+/// # Errors
+/// It is there; there is no room; the file is damaged, or of a disk of another size.
+pub(crate) fn make_image(spec: &DiskSpec, extents: &Extents, from: &File) -> Result<(), BlkError> {
+    if spec.image.symlink_metadata().is_ok() {
+        return Err(BlkError::host(spec)(io::ErrorKind::AlreadyExists.into()));
     }
-
-    /// Reads what [`DiskHandle::write`] has written. The file may change or go then.
-    ///
-    /// # Errors
-    /// It is damaged; there is no room for a copy.
-    pub(crate) fn read(extents: &Extents, from: &File) -> io::Result<Self> {
-        Frozen::read(extents, from).map(Self)
-    }
+    // What a file system would bring is in the file.
+    let plain = DiskSpec { label: None, ..spec.clone() };
+    let image = Image::open(&plain, &Cancel::default())?;
+    image.fill(extents, from).map_err(BlkError::host(spec))
 }
 
 impl DiskHandle {
@@ -213,17 +222,16 @@ impl Blk {
     /// # Errors
     /// A bad serial number, or an image that is locked, damaged or cannot be opened or made.
     pub fn new(spec: &DiskSpec, cores: u8) -> Result<Blk, BlkError> {
-        Blk::open(spec, cores, &Cancel::default())
+        Blk::with_image(spec, cores, Image::open(spec, &Cancel::default())?)
     }
 
-    fn open(spec: &DiskSpec, cores: u8, cancel: &Cancel) -> Result<Blk, BlkError> {
+    fn with_image(spec: &DiskSpec, cores: u8, image: Image) -> Result<Blk, BlkError> {
         let mut serial = [0; SERIAL_LEN];
         for (byte, own) in serial.iter_mut().zip(spec.serial.iter().flat_map(|text| text.bytes())) {
             *byte = own;
         }
-        let image = Arc::new(Image::open(spec, cancel)?);
-        let alarm =
-            new_event().map_err(|source| BlkError::Host { path: spec.image.clone(), source })?;
+        let image = Arc::new(image);
+        let alarm = new_event().map_err(BlkError::host(spec))?;
         let queues = cores.clamp(1, MAX_QUEUES);
         let config = Config::new(image.size(), queues, spec.read_only);
         let read_only = spec.read_only;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use firn_net_switch::NetPort;
 use firn_vmm::device::boot_timer::Mark;
-use firn_vmm::vm::{Checkpoint, VmError};
+use firn_vmm::spec::MachineSpec;
+use firn_vmm::vm::{Checkpoint, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
@@ -14,6 +15,7 @@ use super::{Firn, Running, lock};
 use crate::error::{MachineError, Result};
 use crate::machine::Dirs;
 use crate::machine::backend::{Checkpoints, Event, Started};
+use crate::machine::console::Console;
 use crate::task::blocking;
 
 /// What a machine was. While this exists, its end only switches it off.
@@ -46,6 +48,36 @@ impl Checkpoints for Firn {
             self.again(dirs, "cannot go back", move |running| running.vm.roll_back(&checkpoint))
                 .await?
                 .ok_or_else(|| MachineError::NotRunning { machine: self.name() }.into())
+        })
+    }
+
+    fn fork<'a>(
+        &'a self,
+        dirs: Dirs,
+        console: Arc<Console>,
+        from: &'a Kept,
+    ) -> BoxFuture<'a, Result<Started>> {
+        Box::pin(async move {
+            for (port, up) in self.parts.ports.iter().zip(&from.links) {
+                port.set_link(*up);
+            }
+            self.open_user_network(&dirs, true).await?;
+            let checkpoint = Arc::clone(&from.checkpoint);
+            let forked = async {
+                let spec = self.parts.source.spec_of_fork(&self.parts.node, &dirs).await?;
+                let fork = move |spec: &MachineSpec, host| Vm::fork(spec, host, &checkpoint);
+                self.launch(spec, &dirs, console, fork).await
+            };
+            let started = forked.await;
+            match &started {
+                Err(_) => self.close_user_network().await,
+                Ok(_) => {
+                    if let Some(running) = &*lock(&self.running) {
+                        announce(&lock(&running.events));
+                    }
+                }
+            }
+            started
         })
     }
 
@@ -95,8 +127,7 @@ impl Firn {
                 return Some(Err(error));
             }
             let (sender, events) = mpsc::unbounded_channel();
-            // Of a guest that goes on in the middle of its life no boot is told.
-            let _ = sender.send(Event::Booting);
+            announce(&sender);
             *lock(&running.events) = sender;
             (running.off, running.paused) = (false, false);
             let started = drain(&running.shell)
@@ -123,6 +154,11 @@ impl Running {
         self.off = true;
         self.vm.boot_marks()
     }
+}
+
+/// Tells of a boot: of a guest that goes on in the middle of its life the monitor does not.
+pub(super) fn announce(events: &mpsc::UnboundedSender<Event>) {
+    let _ = events.send(Event::Booting);
 }
 
 /// Throws away what an end that is over has sent.

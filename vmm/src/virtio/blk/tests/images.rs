@@ -344,9 +344,9 @@ fn a_start_that_is_cancelled_looks_no_further() {
     fs::write(&path, filled()).unwrap();
     let spec = spec(&path, DiskFormat::Qcow2);
     let cancel = Cancel::default();
-    drop(Blk::open(&spec, 1, &cancel).unwrap());
+    drop(Image::open(&spec, &cancel).unwrap());
     cancel.cancel();
-    let error = Blk::open(&spec, 1, &cancel).err().expect("it is cancelled");
+    let error = Image::open(&spec, &cancel).err().expect("it is cancelled");
     let text = crate::error::chain(&error);
     assert!(text.ends_with("cannot be used as qcow2: the start was cancelled"), "{text}");
 }

@@ -37,8 +37,45 @@ fn a_disk_goes_back_to_each_checkpoint_of_the_stack() {
         assert_eq!(rig.write(100, &[4; 512]), OK);
         handle.merge().unwrap();
         assert!(!handle.has(&first));
-        drop((rig, handle));
+        drop((rig, handle, first, second));
         assert_eq!(Rig::new(&spec).read(100, 1024), [[4; 512], [0; 512]].concat());
+    }
+}
+
+#[test]
+fn another_disk_begins_with_a_checkpoint_and_neither_sees_what_the_other_writes() {
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        let (_dir, spec) = fresh(format, 16);
+        let (handle, mut rig) = disk(&spec);
+        assert_eq!(rig.write(100, &[1; 1024]), OK);
+        let first = handle.checkpoint().unwrap();
+        assert_eq!(rig.write(101, &[2; 512]), OK);
+        let then = handle.checkpoint().unwrap();
+        assert_eq!(rig.write(100, &[3; 512]), OK);
+        let image = fs::read(&spec.image).unwrap();
+
+        let fork = || {
+            let image = Image::borrow(&then.0).unwrap();
+            let disk = Blk::with_image(&spec, 1, image).unwrap();
+            (DiskHandle(Arc::clone(&disk.image)), Rig::around(disk, FEATURES))
+        };
+        let (mut one, mut two) = (fork(), fork());
+        assert_eq!(one.1.write(100, &[4; 512]), OK);
+        assert_eq!(one.1.read(100, 1024), [[4; 512], [2; 512]].concat());
+        assert_eq!(two.1.read(100, 1024), [[1; 512], [2; 512]].concat());
+        assert_eq!(rig.read(100, 1024), [[3; 512], [2; 512]].concat());
+        // It can go back to where it began, and its end leaves nothing in the image.
+        one.0.roll_back(&then).unwrap();
+        assert_eq!(one.1.read(100, 1024), [[1; 512], [2; 512]].concat());
+        assert_eq!(one.1.write(100, &[5; 512]), OK);
+        one.0.merge().unwrap();
+        let refused = handle.merge().expect_err("others read the image").to_string();
+        assert!(refused.contains("still reads it"), "{refused}");
+        assert_eq!(fs::read(&spec.image).unwrap(), image);
+        drop((one, two));
+        handle.merge().unwrap();
+        drop((rig, handle, first, then));
+        assert_eq!(Rig::new(&spec).read(100, 1024), [[3; 512], [2; 512]].concat());
     }
 }
 
@@ -60,28 +97,16 @@ fn a_layer_takes_what_was_written_and_zeroes_take_nothing() {
     assert!(fs::metadata(&spec.image).unwrap().blocks() * 512 < 1 << 20);
 }
 
-/// What a checkpoint has when it was written to a file and read again.
+/// What a checkpoint has when it was written to a file, and another image filled from that.
 fn in_a_file(handle: &DiskHandle, checkpoint: &DiskCheckpoint) -> Vec<u8> {
     let file = tempfile::tempfile().unwrap();
     let extents = handle.write(checkpoint, &file).unwrap();
-    let read = DiskCheckpoint::read(&extents, &file).unwrap();
-    // Nothing depends on the file any more.
-    file.set_len(0).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("other");
-    // Whatever its image holds is not seen.
-    fs::write(&path, vec![9; usize::try_from(handle.0.size()).unwrap()]).unwrap();
-    let other = Image::open(&spec(&path, DiskFormat::Raw), &Cancel::default()).unwrap();
-    let file = tempfile::tempfile().unwrap();
-    let extents = other.write_frozen(&read.0, &file).unwrap();
-    let mut whole = vec![0; usize::try_from(extents.size()).unwrap()];
-    let copied = extents.read(&file, |at, content| {
-        let at = usize::try_from(at).unwrap();
-        whole[at..at + content.len()].copy_from_slice(content);
-        Ok(())
-    });
-    copied.unwrap();
-    whole
+    fs::File::create(&path).unwrap().set_len(handle.0.size()).unwrap();
+    let image = Image::open(&spec(&path, DiskFormat::Raw), &Cancel::default()).unwrap();
+    image.fill(&extents, &file).unwrap();
+    fs::read(&path).unwrap()
 }
 
 #[test]
@@ -105,8 +130,19 @@ fn a_checkpoint_in_a_file_takes_what_is_not_zero() {
             })
             .unwrap();
         assert_eq!(found, [(4096, 1), (512_000_000, 2)]);
+        let other = DiskSpec { image: spec.image.with_extension("other"), ..spec.clone() };
+        make_image(&other, &extents, &file).unwrap();
+        assert_eq!(Rig::new(&other).read(999_999, 1536), [[0; 512], [2; 512], [0; 512]].concat());
+        assert_eq!(Rig::new(&other).read(7, 1024), [[0; 512], [1; 512]].concat());
+        make_image(&other, &extents, &file).expect_err("it is there");
+        fs::remove_file(&other.image).unwrap();
+        let smaller = DiskSpec { size: Some(16_u64.try_into().unwrap()), ..other.clone() };
+        let error = make_image(&smaller, &extents, &file).expect_err("another size");
+        assert!(crate::error::chain(&error).contains("it is of 16777216 bytes"), "{error}");
+        fs::remove_file(&other.image).unwrap();
         file.set_len(8191).unwrap();
-        assert!(DiskCheckpoint::read(&extents, &file).is_err());
+        let error = make_image(&other, &extents, &file).expect_err("it was cut short");
+        assert!(crate::error::chain(&error).contains("another length"), "{error}");
     }
 }
 
