@@ -50,7 +50,7 @@ struct Inner {
     world: Mutex<Option<Arc<World>>>,
 }
 
-struct World {
+pub(crate) struct World {
     machines: Vec<(Machine, Then)>,
     switches: Vec<(Switch, Addresses)>,
     dirs: Arc<Dirs>,
@@ -80,9 +80,26 @@ impl Checkpoint {
         self.0.world().is_some()
     }
 
+    /// What it keeps, if it is there.
+    pub(crate) fn world(&self) -> Option<Arc<World>> {
+        self.0.world().clone()
+    }
+
     /// Gives it up; what it took is free.
     pub fn forget(&self) {
         self.0.world().take();
+    }
+}
+
+impl World {
+    /// The machines, each with what it was.
+    pub(crate) fn machines(&self) -> &[(Machine, Then)] {
+        &self.machines
+    }
+
+    /// The copy of a directory that guests write to, if there was one.
+    pub(crate) fn copy_of(&self, dir: &Path) -> Option<PathBuf> {
+        self.dirs.pairs().find_map(|(source, copy)| (source == dir).then_some(copy))
     }
 }
 

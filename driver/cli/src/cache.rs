@@ -17,11 +17,11 @@ Without a command, this lists what is kept: the test's name, its machines, the s
 when it was made and used last.
 
 A world is used only while everything that it depends on is the same: the machines' descriptions,
-kernels, initrds and disks, the test's script, firn, and the host's processor. The log of a test
-says what has changed. Nothing breaks when worlds are removed: tests boot again, once.
+kernels, initrds, disks and shares, firn, and the host's processor. The script may change. The log
+of a test says what has changed. Nothing breaks when worlds are removed: tests boot again, once.
 
-They are in $XDG_CACHE_HOME/firn/worlds (~/.cache/firn/worlds), and take at most 8192 MiB, or
-FIRN_WORLDS_MIB; those not used for the longest time go first.
+They are in FIRN_WORLDS, by default $XDG_CACHE_HOME/firn/worlds (~/.cache/firn/worlds), and take
+at most FIRN_WORLDS_MIB, by default 8192; those not used for the longest time go first.
 
 Examples:
   firn test --from-boot my-test.toml   boots, keeps the world, and runs the script

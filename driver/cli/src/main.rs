@@ -71,7 +71,8 @@ Exit status: 0 success; 1 a test failed, or something is missing; 2 wrong usage,
 test file; 130 Ctrl-C; 143 SIGTERM, or the global timeout.
 
 Environment: FIRN_PYTHON is the Python that runs scripts; FIRN_LOG sets what firn itself logs (for
-example `debug` or `firn_vmm=trace`); NO_COLOR turns colours off; TMPDIR holds runs' state.";
+example `debug` or `firn_vmm=trace`); NO_COLOR turns colours off; TMPDIR holds runs' state;
+FIRN_WORLDS and FIRN_WORLDS_MIB say where booted worlds are kept, and how many: `firn cache --help`.";
 
 #[derive(Debug, Subcommand)]
 enum Command {

@@ -1,7 +1,7 @@
 //! A cache of booted worlds: tests start from there instead of booting.
 //!
 //! ```text
-//! $XDG_CACHE_HOME/firn/worlds/
+//! $XDG_CACHE_HOME/firn/worlds/, or $FIRN_WORLDS/
 //!   KEY/              an entry: manifest.json, and the files that it lists with sizes and checksums
 //!   KEY.new/          one that is being written
 //!   KEY.lock          locked by whoever writes it
@@ -27,14 +27,18 @@ use thiserror::Error;
 use crate::kit::{self, KitError};
 use crate::private;
 
+mod boot;
 mod key;
 mod manifest;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 pub(crate) use key::Key;
 use manifest::{FORMAT, MANIFEST, Manifest, Stamp};
 
+/// Sets the directory.
+pub const DIR_VARIABLE: &str = "FIRN_WORLDS";
 /// Sets how many MiB all worlds may take.
 pub const LIMIT_VARIABLE: &str = "FIRN_WORLDS_MIB";
 /// How many they may take by default.
@@ -169,7 +173,7 @@ pub struct Listed {
 }
 
 impl Worlds {
-    /// The user's: `$XDG_CACHE_HOME/firn/worlds`.
+    /// The user's: `$FIRN_WORLDS`, or `$XDG_CACHE_HOME/firn/worlds`.
     ///
     /// # Errors
     /// There is no place for it; the limit in the environment is no number.
@@ -181,7 +185,11 @@ impl Worlds {
                 text.parse().map_err(|_| WorldsError::Limit(text.into_owned()))?
             }
         };
-        Ok(Self::at(kit::cache_dir()?.join("worlds"), mib))
+        let dir = match env::var_os(DIR_VARIABLE).filter(|dir| !dir.is_empty()) {
+            Some(dir) => std::path::absolute(&dir).map_err(failed("find", Path::new(&dir)))?,
+            None => kit::cache_dir()?.join("worlds"),
+        };
+        Ok(Self::at(dir, mib))
     }
 
     /// The one in `dir`, which may take so many MiB. Nobody else may be able to write to it.
@@ -257,6 +265,13 @@ impl Worlds {
             .filter(|manifest| manifest.test == test)
             .min_by_key(|manifest| (key.distance(&manifest.key), u64::MAX - manifest.made));
         nearest.map_or(Why::New, |manifest| Why::Changed(key.changes_since(&manifest.key)))
+    }
+
+    /// Removes the entry of `key`, which is of no use after all, unless it is in use.
+    pub(crate) fn forget(&self, key: &Key) {
+        if let Err(error) = self.remove(&key.id()) {
+            tracing::debug!(%error, "a world of no use stays");
+        }
     }
 
     /// Begins to write the entry of `key`; None if another process does already, or has done it.

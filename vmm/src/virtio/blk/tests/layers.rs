@@ -103,7 +103,7 @@ fn in_a_file(handle: &DiskHandle, checkpoint: &DiskCheckpoint) -> Vec<u8> {
     let extents = handle.write(checkpoint, &file).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("other");
-    fs::File::create(&path).unwrap().set_len(handle.0.size()).unwrap();
+    File::create(&path).unwrap().set_len(handle.0.size()).unwrap();
     let image = Image::open(&spec(&path, DiskFormat::Raw), &Cancel::default()).unwrap();
     image.fill(&extents, &file).unwrap();
     fs::read(&path).unwrap()
