@@ -219,7 +219,9 @@ impl Driver {
         let takes = |machine: &&Machine| machine.status() == Status::Running && machine.is_up();
         for machine in self.all_machines().iter().filter(takes) {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let set = format!("date -s @{}.{:03}", now.as_secs(), now.subsec_millis());
+            let (seconds, millis) = (now.as_secs(), now.subsec_millis());
+            // busybox takes whole seconds only.
+            let set = format!("date -s @{seconds}.{millis:03} 2>/dev/null || date -s @{seconds}");
             machine.succeed(&[&set], None).await?;
         }
         Ok(())

@@ -70,7 +70,11 @@ impl Driver {
                 let began = Instant::now();
                 match self.start_from(&machines, world).await {
                     Ok(()) => {
-                        self.said_how_much(&path, boot, began.elapsed());
+                        let [boot, took] = [boot, began.elapsed()].map(|time| time.as_secs_f64());
+                        self.logger().info(format_args!(
+                            "started from the world kept in {} in {took:.1} seconds; its boot took {boot:.1}",
+                            path.display()
+                        ));
                         return Ok(());
                     }
                     Err(error) => {
@@ -103,13 +107,6 @@ impl Driver {
             }
         }
         Ok(())
-    }
-
-    fn said_how_much(&self, path: &Path, boot: Duration, took: Duration) {
-        let saved = boot.saturating_sub(took).as_secs_f64();
-        let path = path.display();
-        self.logger()
-            .info(format_args!("started from the world kept in {path} ({saved:.1} seconds saved)"));
     }
 
     /// Everything that the booted world depends on.
@@ -170,9 +167,7 @@ impl Driver {
             machine.go_on(back).await?;
         }
         drop(changing);
-        for machine in machines {
-            machine.connect().await?;
-        }
+        try_join_all(machines.iter().map(Machine::connect)).await?;
         self.set_clocks().await?;
         Ok(())
     }

@@ -8,10 +8,14 @@ use std::sync::{Arc, Mutex};
 use firn::log::Logger;
 use firn::worlds::Worlds;
 use firn::{Driver, Machine};
-use firn_tests::{config, output, with_log};
+use firn_tests::{config, micro, output, with_log};
 
-const NODES: &str =
-    "[nodes.a]\ndisks = [{ size = 16, label = 'data' }]\n[nodes.a.user_network]\n[nodes.b]";
+/// Two machines, of which the second prints what kernels print.
+fn nodes() -> String {
+    let cmdline = micro().manifest.cmdline;
+    let loud = format!("[nodes.b]\ncmdline = '{cmdline} loglevel=6'\n");
+    format!("[nodes.a]\ndisks = [{{ size = 16, label = 'data' }}]\n[nodes.a.user_network]\n{loud}")
+}
 
 /// What a run logs.
 #[derive(Clone, Default)]
@@ -20,6 +24,7 @@ struct Said(Arc<Mutex<Vec<u8>>>);
 impl Write for Said {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().unwrap().extend(bytes);
+        eprint!("{}", String::from_utf8_lossy(bytes));
         Ok(bytes.len())
     }
 
@@ -39,8 +44,9 @@ fn run(worlds: &Worlds, nodes: &str, script: impl AsyncFnOnce(&Driver)) -> Strin
     String::from_utf8(text).unwrap()
 }
 
-async fn boot_id(machine: &Machine) -> String {
-    output(machine, "cat /proc/sys/kernel/random/boot_id").await
+/// What each boot prints at other times.
+async fn boot_of(machine: &Machine) -> String {
+    output(machine, "dmesg | head -n 50 | md5sum").await
 }
 
 /// The one entry.
@@ -55,11 +61,12 @@ fn the_second_run_starts_where_the_first_had_booted() {
     let dir = tempfile::tempdir().unwrap();
     let worlds = Worlds::at(dir.path().join("worlds"), 4096);
     let uuid = "dd if=/dev/vda bs=1 skip=1128 count=16 2>/dev/null | od -An -tx1";
-    let (mut ids, mut disk) = (Vec::new(), String::new());
-    let said = run(&worlds, NODES, async |driver| {
+    let nodes = &nodes();
+    let (mut boots, mut disk) = (Vec::new(), String::new());
+    let said = run(&worlds, nodes, async |driver| {
         let [a, b] = driver.machines() else { panic!("two machines") };
         for machine in [a, b] {
-            ids.push(boot_id(machine).await);
+            boots.push(boot_of(machine).await);
         }
         disk = output(a, uuid).await;
         // What the script does is not kept.
@@ -76,14 +83,15 @@ fn the_second_run_starts_where_the_first_had_booted() {
     assert!(said.contains("kept the booted world in "), "{said}");
     let place = entry(&worlds);
 
-    let said = run(&worlds, NODES, async |driver| {
+    let said = run(&worlds, nodes, async |driver| {
         let [a, b] = driver.machines() else { panic!("two machines") };
-        for (machine, id) in [a, b].into_iter().zip(&ids) {
-            assert_eq!(boot_id(machine).await, *id);
+        for (machine, boot) in [a, b].into_iter().zip(&boots) {
+            assert_eq!(boot_of(machine).await, *boot);
             // As for any machine that runs.
             machine.start(false).await.unwrap();
-            assert!(machine.get_console_log().contains("Linux version"));
         }
+        let printed = b.get_console_log();
+        assert!(printed.contains("Linux version"), "{printed}");
         assert_eq!(output(a, uuid).await, disk);
         assert_eq!(
             output(a, "mkdir -p /mnt/d; mount -t ext4 /dev/vda /mnt/d; ls /mnt/d /tmp/shared")
@@ -108,7 +116,7 @@ fn the_second_run_starts_where_the_first_had_booted() {
             output(a, "mkdir -p /mnt/d; mount -t ext4 /dev/vda /mnt/d; cat /mnt/d/file").await,
             "kept"
         );
-        assert_ne!(boot_id(a).await, ids[0]);
+        assert_ne!(boot_of(a).await, boots[0]);
     });
     assert!(
         said.contains(&format!("started from the world kept in {}", place.display())),
@@ -117,11 +125,11 @@ fn the_second_run_starts_where_the_first_had_booted() {
 
     // In the place of the disk's image lies something.
     let said = Said::default();
-    with_log(&config(NODES), Logger::new(Box::new(said.clone()), false), async |driver| {
+    with_log(&config(nodes), Logger::new(Box::new(said.clone()), false), async |driver| {
         let [a, _] = driver.machines() else { panic!("two machines") };
         fs::write(a.state_dir().join("disk0.img"), "mine").unwrap();
         driver.boot_once(&worlds, "guest", false).await.unwrap();
-        assert_ne!(boot_id(a).await, ids[0]);
+        assert_ne!(boot_of(a).await, boots[0]);
         assert_eq!(
             output(a, "mkdir -p /mnt/d; mount -t ext4 /dev/vda /mnt/d; ls /mnt/d").await,
             "lost+found"
@@ -131,25 +139,25 @@ fn the_second_run_starts_where_the_first_had_booted() {
     assert!(said.contains("boots afresh: cannot start from the world kept in "), "{said}");
 
     refused(&worlds);
-    what_does_not_fit_is_not_used(&worlds, &ids[0]);
+    what_does_not_fit_is_not_used(&worlds, nodes, &boots[0]);
 }
 
-fn what_does_not_fit_is_not_used(worlds: &Worlds, id: &str) {
+fn what_does_not_fit_is_not_used(worlds: &Worlds, nodes: &str, boot: &str) {
     let memory = entry(worlds).join("a.memory");
     let file = fs::File::options().write(true).open(&memory).unwrap();
     file.set_len(file.metadata().unwrap().len() - 4096).unwrap();
     let mut again = String::new();
-    let said = run(worlds, NODES, async |driver| {
-        again = boot_id(&driver.machines()[0]).await;
-        assert_ne!(again, id);
+    let said = run(worlds, nodes, async |driver| {
+        again = boot_of(&driver.machines()[0]).await;
+        assert_ne!(again, boot);
     });
     assert!(said.contains("cannot be used: a.memory has "), "{said}");
     // It was replaced.
-    run(worlds, NODES, async |driver| assert_eq!(boot_id(&driver.machines()[0]).await, again));
+    run(worlds, nodes, async |driver| assert_eq!(boot_of(&driver.machines()[0]).await, again));
 
     let said =
-        run(worlds, &NODES.replace("[nodes.b]", "[nodes.b]\nmemory = 300"), async |driver| {
-            assert_ne!(boot_id(&driver.machines()[0]).await, again);
+        run(worlds, &nodes.replace("[nodes.b]", "[nodes.b]\nmemory = 300"), async |driver| {
+            assert_ne!(boot_of(&driver.machines()[0]).await, again);
         });
     let changed = "boots afresh: memory of machine b has changed from 512 to 300";
     assert!(said.contains(changed), "{said}");
