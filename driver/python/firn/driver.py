@@ -14,16 +14,16 @@ from firn.machine import BaseMachine, NspawnMachine, QemuMachine
 from firn.parts import parts_of, supplied
 from firn.polling import Decorator, PollingCondition, active, check_active
 from firn.retry import retry
+from firn.world import World
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
     from os import PathLike
     from pathlib import Path
     from typing import NoReturn
 
-    from firn._firn import Checkpoint, Logger
+    from firn._firn import Logger
     from firn.assertions import Case
     from firn.config import DriverConfiguration
     from firn.duration import Duration
@@ -100,7 +100,7 @@ class RaceTimer:
             self._timer = None
 
 
-class Driver:
+class Driver(World):
     """A test run: its machines, networks and script."""
 
     def __init__(
@@ -111,30 +111,28 @@ class Driver:
         debug: DebugAbstract | None = None,
     ) -> None:
         """Make the machines and networks of a test without starting any."""
-        self.logger = log or CompositeLogger([TerminalLogger()])
+        logger = log or CompositeLogger([TerminalLogger()])
         self.settings = settings or Settings()
         test = supplied(test, everything=self.settings.interactive)
         self.test = test
         self.debug = debug or DebugNop()
         limit = self.settings.global_timeout
         self.global_timeout = test.global_timeout if limit is None else seconds(limit)
-        self.polling_condition = Decorator(self.logger)
-        self._run = Run(
+        self.polling_condition = Decorator(logger)
+        run = Run(
             test,
-            self.logger,
+            logger,
             self.settings.out_dir,
             kit_dirs=self.settings.kit_dirs,
             named_state=self.settings.named_state,
             keep_state=self.settings.keep_machine_state,
             vsock_offset=self.settings.vsock_offset,
         )
-        self.race_timer = RaceTimer(self._run, self.global_timeout)
-        self.machines: list[Machine] = []
+        super().__init__(run, logger)
+        self.race_timer = RaceTimer(run, self.global_timeout)
         self.machines_qemu = self.machines
         self.machines_nspawn: list[NspawnMachine] = []
-        self.vlans: list[VLan] = []
         self.names: dict[str, object] = {}
-        self._checkpoints = 0
         try:
             self._take_over()
             self.dump_machine_ssh()
@@ -249,10 +247,6 @@ class Driver:
         names.update({machine.variable: machine for machine in self.machines})
         return names
 
-    def start_all(self) -> None:
-        """Start all machines. Does not wait for the guests to boot."""
-        self._run.start_all()
-
     def boot_once(self) -> None:
         """Bring all machines, none of which was started, to the end of their boot.
 
@@ -262,10 +256,6 @@ class Driver:
         """
         self._run.boot_once(self.test.name, "allow_reboot" in self.tests)
 
-    def join_all(self) -> None:
-        """Wait until all machines have powered off."""
-        self._run.join_all()
-
     def serial_stdout_on(self) -> None:
         """Show the guests' console output."""
         self.logger.print_serial_logs(True)
@@ -273,38 +263,6 @@ class Driver:
     def serial_stdout_off(self) -> None:
         """Hide the guests' console output."""
         self.logger.print_serial_logs(False)
-
-    def subtest(self, name: str, isolated: bool = False) -> AbstractContextManager[None]:
-        """Group what a `with` block does: a step in the log, a test case in the report.
-
-        With `isolated=True`, all machines and networks go back afterwards to what they were before.
-        """
-        if not isolated:
-            return self.logger.subtest(name)
-        from contextlib import contextmanager
-
-        @contextmanager
-        def subtest() -> Iterator[None]:
-            with self.logger.subtest(name), self.checkpoint(f"before {name}"):
-                yield
-
-        return subtest()
-
-    def checkpoint(self, name: str = "") -> Checkpoint:
-        """Keep what all machines, networks and shared directories are, to go back to.
-
-            checkpoint = driver.checkpoint("installed")
-            machine.succeed("rm -rf /etc")
-            checkpoint.rollback()               # as often as wanted
-
-        In a `with` statement, the end of the block goes back. Machines that run must take
-        commands, that is, have booted; those under QEMU cannot go back. What guests share with
-        directories of yours stays as it is; `/tmp/shared` and `/tmp/xchg` go back.
-
-        Raises MachineError if a machine cannot be kept, and says why; nothing has changed then.
-        """
-        self._checkpoints += 1
-        return self._run.checkpoint(name or str(self._checkpoints))
 
     def create_machine(
         self,
@@ -425,6 +383,9 @@ class Driver:
             yield from "".join(traceback.format_tb(error.__traceback__)).splitlines()
         text = "".join(traceback.format_exception_only(error))
         yield from text.removeprefix("firn.errors.").splitlines()
+        if isinstance(error, ExceptionGroup):
+            for part in error.exceptions:
+                yield from self._describe(part)
 
 
 class Assertions:

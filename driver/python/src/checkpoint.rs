@@ -31,6 +31,10 @@ impl PyCheckpoint {
     pub(super) fn new(driver: Arc<Driver>, checkpoint: Checkpoint) -> Self {
         Self { driver, checkpoint: Arc::new(checkpoint) }
     }
+
+    pub(super) fn shared(&self) -> Arc<Checkpoint> {
+        Arc::clone(&self.checkpoint)
+    }
 }
 
 #[pymethods]

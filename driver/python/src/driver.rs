@@ -351,6 +351,19 @@ impl PyRun {
         Ok(PyCheckpoint::new(Arc::clone(&self.0), kept))
     }
 
+    /// Makes another world of a checkpoint, which goes on beside this one.
+    fn fork(&self, py: Python<'_>, checkpoint: &PyCheckpoint, name: String) -> PyResult<Self> {
+        let (driver, checkpoint) = (Arc::clone(&self.0), checkpoint.shared());
+        let fork = async move { driver.fork(&checkpoint, &name).await };
+        Ok(Self(wait(py, to_its_end(fork))?))
+    }
+
+    /// Its log.
+    #[getter]
+    fn logger(&self) -> PyLogger {
+        PyLogger(self.0.logger().clone())
+    }
+
     /// Sync the disks of all running guests.
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.sync())

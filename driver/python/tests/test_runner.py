@@ -97,6 +97,47 @@ class Runner(RunTest):
         self.assertIn(expected, err)
         self.assertNotIn("unittest", err)
 
+    def test_forks(self) -> None:
+        """Functions in worlds of their own: results in order, all failures, and what is wrong."""
+        script = """
+def good(world):
+    return f"{world.name}: {world.machine.name}"
+def bad(world):
+    raise ValueError(f"no {world.name}")
+print(driver.fork_map([good, lambda world: world.name], jobs=1), driver.fork_map([]))
+kept = driver.checkpoint("kept")
+with driver.fork(kept, "other") as world, world.fork() as inner:
+    assert len({w.machine.state_dir for w in (driver, world, inner)}) == 3
+    print(world, inner, world.vlans)
+assert not inner.machine.state_dir.exists()
+kept.forget()
+for wrong in (
+    lambda: driver.fork(kept), lambda: driver.fork_map([good], jobs=0), lambda: world.nobody
+):
+    try:
+        wrong()
+    except Exception as error:
+        print(error)
+driver.fork_map([good, bad, good, bad])
+"""
+        status, out, err = self.run_script(script.strip())
+        self.assertEqual(
+            out.splitlines(),
+            [
+                "['1-good: machine', '2'] []",
+                "<world other> <world fork1> [<vlan 1>]",
+                "checkpoint kept is gone: it cannot be forked",
+                "fork_map: jobs is 0; allowed is 1 and above",
+                "World has no 'nobody', which is no machine either",
+            ],
+            err,
+        )
+        self.assertEqual(status, 1)
+        self.assertIn("!!! ExceptionGroup: 2 of 4 functions failed", err)
+        for name in ("2-bad", "4-bad"):
+            self.assertIn(f"!!! ValueError: no {name}\n!!! in the fork {name}\n", err)
+        self.assertIn("line 6, in bad\n", err)
+
     def test_syntax_error(self) -> None:
         """A script that is no Python is shown where it is not."""
         status, _, err = self.run_script("x = 1\nif x\n    pass")

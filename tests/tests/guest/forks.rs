@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use firn::checkpoint::Checkpoint;
 use firn::machine::Status;
 use firn::{Driver, Machine};
 use firn_tests::{Held, output, with_machines};
@@ -19,6 +20,7 @@ fn worlds_go_on_side_by_side() {
         let boot_id = output(a, "cat /proc/sys/kernel/random/boot_id").await;
 
         let first = driver.checkpoint("first").await.unwrap();
+        often(driver, &first).await;
         let before = Held::now();
         // What the run does after it is not seen by its forks.
         output(a, &write("run!")).await;
@@ -84,8 +86,21 @@ fn worlds_go_on_side_by_side() {
         // The run's own disk has what the run wrote.
         a.start(false).await.unwrap();
         assert_eq!(output(a, "head -c 4 /dev/vda").await, "one!");
-        before.check(&Held::now());
     });
+}
+
+/// Forks that have ended leave nothing.
+async fn often(driver: &Driver, first: &Checkpoint) {
+    let mut settled = None;
+    for round in 1..=9 {
+        let fork = driver.fork(first, &format!("fork{round}")).await.unwrap();
+        assert_eq!(look(&fork).await, seen("one!"));
+        fork.close().await;
+        if round == 4 {
+            settled = Some(Held::now());
+        }
+    }
+    settled.unwrap().check(&Held::now());
 }
 
 /// What a guest has: files, what it shares with the host and others, and its disk.
