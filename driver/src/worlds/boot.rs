@@ -352,4 +352,78 @@ mod tests {
         let error = file(&dir.path().join("none"), &run).unwrap_err().to_string();
         assert!(error.contains("/none: No such file"), "{error}");
     }
+
+    #[test]
+    fn a_machine_depends_on_what_it_is_made_of_and_not_on_where_the_run_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = fs::canonicalize(dir.path()).unwrap();
+        let [kernel, image, data] = ["kernel", "image.qcow2", "data"].map(|name| dir.join(name));
+        fs::write(&kernel, "kernel").unwrap();
+        fs::write(&image, "image").unwrap();
+        fs::create_dir(&data).unwrap();
+        let spec = |run: &Path| {
+            fs::create_dir_all(run.join("a/xchg")).unwrap();
+            fs::write(run.join("a/overlay.cpio"), "overlay").unwrap();
+            serde_json::json!({
+                "name": "a", "cores": 1, "memory": 256, "kernel": kernel, "cmdline": "quiet",
+                "initrd": [run.join("a/overlay.cpio")],
+                "shares": [
+                    { "tag": "xchg", "source": run.join("a/xchg") },
+                    { "tag": "data", "source": data, "read_only": true },
+                ],
+                "disks": [
+                    { "image": run.join("a/disk0.img"), "size": 16 },
+                    { "image": image, "read_only": true },
+                ],
+                "vsock": { "cid": 3, "socket": run.join("a/vsock") },
+                "oem_strings": ["secret"],
+            })
+        };
+        let key = |run: &Path, spec: serde_json::Value| {
+            let mut key = Key::default();
+            add_machine(&mut key, serde_json::from_value(spec).unwrap(), run).unwrap();
+            key
+        };
+        let [one, two] = ["one", "two"].map(|name| dir.join(name));
+        let before = key(&one, spec(&one));
+        assert_eq!(before, key(&two, spec(&two)));
+        assert!(!serde_json::to_string(&before).unwrap().contains("secret"));
+        for (pointer, value, changed) in [
+            ("/memory", 300.into(), "memory of machine a has changed from 256 to 300"),
+            ("/cores", 2.into(), "cores of machine a has changed from 1 to 2"),
+            ("/cmdline", "loud".into(), "the kernel's command line of machine a has changed"),
+            ("/initrd", serde_json::json!([]), "the initrd of machine a has changed"),
+            ("/disks/0/size", 17.into(), "disk 0 of machine a has changed"),
+            (
+                "/shares/0/tag",
+                "other".into(),
+                "share other of machine a is new, share xchg of machine a is gone",
+            ),
+            ("/vsock/cid", 4.into(), "the description of machine a has changed"),
+            ("/oem_strings/0", "".into(), "the description of machine a has changed"),
+        ] {
+            let mut spec = spec(&one);
+            *spec.pointer_mut(pointer).unwrap() = value;
+            assert_eq!(key(&one, spec).changes_since(&before), changed);
+        }
+        let touched = |path: &Path| fs::write(path, "other").unwrap();
+        for (path, changed) in [
+            (&kernel, "the kernel of machine a has changed"),
+            (&image, "disk 1 of machine a has changed"),
+        ] {
+            let before = key(&two, spec(&two));
+            touched(path);
+            assert_eq!(key(&two, spec(&two)).changes_since(&before), changed);
+        }
+        let before = key(&two, spec(&two));
+        touched(&data.join("new"));
+        assert_eq!(
+            key(&two, spec(&two)).changes_since(&before),
+            "share data of machine a has changed"
+        );
+        fs::remove_file(&image).unwrap();
+        let mut key = Key::default();
+        let gone = add_machine(&mut key, serde_json::from_value(spec(&one)).unwrap(), &one);
+        assert!(gone.unwrap_err().to_string().contains("image.qcow2: No such file"));
+    }
 }
