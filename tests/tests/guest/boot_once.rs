@@ -46,7 +46,7 @@ fn run(worlds: &Worlds, nodes: &str, script: impl AsyncFnOnce(&Driver)) -> Strin
 
 /// What each boot prints at other times.
 async fn boot_of(machine: &Machine) -> String {
-    output(machine, "dmesg | head -n 50 | md5sum").await
+    output(machine, "dmesg | sed -n 1,50p | md5sum").await
 }
 
 /// The one entry.
@@ -154,14 +154,6 @@ fn what_does_not_fit_is_not_used(worlds: &Worlds, nodes: &str, boot: &str) {
     assert!(said.contains("cannot be used: a.memory has "), "{said}");
     // It was replaced.
     run(worlds, nodes, async |driver| assert_eq!(boot_of(&driver.machines()[0]).await, again));
-
-    let said =
-        run(worlds, &nodes.replace("[nodes.b]", "[nodes.b]\nmemory = 300"), async |driver| {
-            assert_ne!(boot_of(&driver.machines()[0]).await, again);
-        });
-    let changed = "boots afresh: memory of machine b has changed from 512 to 300";
-    assert!(said.contains(changed), "{said}");
-    assert_eq!(worlds.list().unwrap().len(), 2);
 }
 
 /// What is not the run's alone could not be taken back with it.
