@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use firn_guest_agent::protocol::{
-    Condition, Decoder, Frame, Greeting, GreetingKind, Item, ProtocolError, RESYNC_PADDING, Ready,
-    ReceiveWindow, RequestId, ToAgent, ToHost, VERSION, WINDOW, WINDOW_MESSAGES, encode,
+    Condition, Decoder, Frame, Greeting, GreetingKind, Item, ProtocolError, RESYNC_GUARD,
+    RESYNC_PADDING, Ready, ReceiveWindow, RequestId, ToAgent, ToHost, VERSION, WINDOW,
+    WINDOW_MESSAGES, encode,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
@@ -27,6 +28,9 @@ const BATCH: usize = 64 * 1024;
 /// Most bytes before the agent's greeting. What an earlier session left behind is what the port's socket and the
 /// agent's queue hold, a megabyte or two.
 const MAX_STALE: usize = 16 << 20;
+
+/// How long an agent that may be in the middle of a frame has to answer a hello, before it is brought out of the frame.
+const RESYNC_AFTER: Duration = Duration::from_secs(2);
 
 /// How many times silence is waited for within [`SILENCE`].
 const SILENCE_PIECES: u32 = 4;
@@ -91,7 +95,7 @@ impl AgentClient {
     /// # Errors
     /// [`AgentError::Version`], or [`AgentError::Lost`] when the stream ends first.
     pub async fn connect(stream: UnixStream) -> Result<Self, AgentError> {
-        Self::establish(stream, &Clock::new(), 0).await
+        Self::establish(stream, &Clock::new(), false).await
     }
 
     /// The same for an agent that may still be in a session whose host vanished, even in the middle of a frame.
@@ -99,7 +103,7 @@ impl AgentClient {
     /// # Errors
     /// As [`Self::connect`].
     pub async fn reconnect(stream: UnixStream) -> Result<Self, AgentError> {
-        Self::establish(stream, &Clock::new(), RESYNC_PADDING).await
+        Self::establish(stream, &Clock::new(), true).await
     }
 
     /// [`Self::connect`], or with `again` [`Self::reconnect`], to the agent of a machine that may be paused or freeze:
@@ -113,21 +117,16 @@ impl AgentClient {
         clock: &Clock,
         again: bool,
     ) -> Result<Self, AgentError> {
-        let padding = if again { RESYNC_PADDING } else { 0 };
-        let client = Self::establish(stream, clock, padding).await?;
+        let client = Self::establish(stream, clock, again).await?;
         client.notice_silence();
         Ok(client)
     }
 
-    async fn establish(
-        stream: UnixStream,
-        clock: &Clock,
-        padding: usize,
-    ) -> Result<Self, AgentError> {
+    async fn establish(stream: UnixStream, clock: &Clock, again: bool) -> Result<Self, AgentError> {
         // The stream's own halves would shut it down when they are dropped, for its clones too.
         let (mut reader, mut writer) = tokio::io::split(stream);
         let mut decoder = Decoder::new();
-        shake_hands(&mut reader, &mut writer, &mut decoder, padding).await?;
+        shake_hands(&mut reader, &mut writer, &mut decoder, clock, again).await?;
         let ready = wait_until_ready(&mut reader, &mut decoder).await?;
 
         let (control, control_queue) = mpsc::unbounded_channel();
@@ -387,14 +386,19 @@ fn fresh_nonce() -> u64 {
     hasher.finish()
 }
 
+/// Begins a session. With `again`, the agent may be in the middle of a frame. It nearly never is, so it gets the padding
+/// only if it does not answer.
 async fn shake_hands(
     reader: &mut ReadHalf<UnixStream>,
     writer: &mut WriteHalf<UnixStream>,
     decoder: &mut Decoder,
-    padding: usize,
+    clock: &Clock,
+    again: bool,
 ) -> Result<(), AgentError> {
-    let hello = Greeting::new(GreetingKind::Hello, fresh_nonce());
-    let mut outgoing = vec![0; padding];
+    let mut late = std::pin::pin!(clock.sleep(RESYNC_AFTER));
+    let mut resync = again;
+    let mut hello = Greeting::new(GreetingKind::Hello, fresh_nonce());
+    let mut outgoing = vec![0; if again { RESYNC_GUARD } else { 0 }];
     outgoing.extend(hello.to_bytes());
     let (mut sent, mut received) = (0, 0);
     let mut buffer = vec![0; BUFFER];
@@ -406,6 +410,14 @@ async fn shake_hands(
                 continue;
             }
             result = reader.read(&mut buffer) => result.map_err(io_error)?,
+            () = &mut late, if resync => {
+                resync = false;
+                // Another one: should the first be answered after all, the padding ends that session.
+                hello = Greeting::new(GreetingKind::Hello, fresh_nonce());
+                outgoing.resize(outgoing.len() + RESYNC_PADDING, 0);
+                outgoing.extend(hello.to_bytes());
+                continue;
+            }
         };
         if length == 0 {
             return Err(Lost::Closed.into());

@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use firn_guest_agent::protocol::{
-    Decoder, Frame, Greeting, GreetingKind, Item, MAX_CHUNK, ToAgent, ToHost, WINDOW, encode,
+    Decoder, Frame, GREETING_LEN, Greeting, GreetingKind, Item, MAX_CHUNK, RESYNC_GUARD, ToAgent,
+    ToHost, WINDOW, encode,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -684,6 +685,55 @@ async fn stale_bytes_and_a_late_agent_do_not_matter() {
     let (client, _puppet) =
         within(async { tokio::join!(AgentClient::connect(host), puppet) }).await;
     assert_eq!(client.unwrap().ready().hostname, "puppet");
+}
+
+#[tokio::test]
+async fn an_agent_between_two_frames_gets_no_padding() {
+    let (host, mut stream) = UnixStream::pair().unwrap();
+    let host = tokio::spawn(AgentClient::reconnect(host));
+    let mut first = [0; RESYNC_GUARD + GREETING_LEN];
+    within(stream.read_exact(&mut first)).await.unwrap();
+    let (guard, hello) = first.split_first_chunk::<RESYNC_GUARD>().unwrap();
+    assert_eq!(guard, &[0; RESYNC_GUARD]);
+    let mut puppet = Puppet { stream, decoder: Decoder::new() };
+    puppet.decoder.push(hello);
+    within(puppet.welcome(VERSION_HERE)).await;
+    puppet.send(0, ToHost::Ready(ready())).await;
+    within(host).await.unwrap().unwrap();
+}
+
+/// A machine that went back has an agent with a session that nobody knows any more.
+#[tokio::test]
+async fn an_agent_is_met_again_between_two_frames_and_in_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("agent");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut command = Command::new(agent_program());
+    command.arg("--connect").arg(&path).stdin(Stdio::null()).kill_on_drop(true);
+    let _process = command.spawn().unwrap();
+    let port = listener.accept().await.unwrap().0.into_std().unwrap();
+    let end = || UnixStream::from_std(port.try_clone().unwrap()).unwrap();
+    let works = async |client: &AgentClient| {
+        let done = client.exec_collect(ExecRequest::shell("echo here")).await.unwrap();
+        assert_eq!(done.stdout, b"here\n");
+    };
+    let leave = |client: AgentClient| {
+        client.abandon();
+        drop(client);
+    };
+
+    let client = within(AgentClient::connect(end())).await.unwrap();
+    works(&client).await;
+    leave(client);
+    // Nothing, a cut length, and the beginnings of a short frame and of one as long as can be.
+    let short = [200, 0, 0, 0, 1, 0, 1];
+    let long = [0, 0, 4, 0, 1, 0, 1];
+    for begun in [&[][..], &short[..2], &short, &long] {
+        end().write_all(begun).await.unwrap();
+        let client = within(AgentClient::reconnect(end())).await.unwrap();
+        works(&client).await;
+        leave(client);
+    }
 }
 
 #[tokio::test]

@@ -16,8 +16,10 @@
 //! The host skips everything up to the welcome with its own nonce. The agent skips everything up to a hello, and
 //! takes a hello between two frames as the start of a new session, unless its nonce is the current session's: then it
 //! is a repetition and ignored. An agent that an earlier host left in the middle of a frame would take a hello as the
-//! frame's rest; a host that may meet one sends [`RESYNC_PADDING`] zero bytes first, which no frame can outlast and
-//! which are no frame.
+//! frame's rest. So a host that may meet one sends [`RESYNC_GUARD`] zero bytes first: a text that was cut off goes on
+//! with a zero then, and no command is run that only begins as one that was asked for. If no welcome comes, the host
+//! sends [`RESYNC_PADDING`] zero bytes, which no frame can outlast and which are no frame, and a hello with another
+//! nonce.
 //!
 //! # Frames
 //! A `u32` length (1 to [`MAX_PAYLOAD`]) and as many bytes of postcard: a [`Frame`]. What does not decode, or goes on
@@ -81,6 +83,9 @@ pub const WINDOW_MESSAGES: usize = (WINDOW / MESSAGE_COST) as usize;
 
 /// The most requests that may be in flight in a session; the agent refuses more.
 pub const MAX_REQUESTS: usize = 256;
+
+/// Zero bytes before the hello to an agent that may be in the middle of a frame: no frame begins so.
+pub const RESYNC_GUARD: usize = 4;
 
 /// Zero bytes that bring an agent out of any frame: more than the longest one, and a length of 0 after it.
 pub const RESYNC_PADDING: usize = MAX_PAYLOAD + 8;

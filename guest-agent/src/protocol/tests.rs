@@ -181,6 +181,31 @@ proptest! {
     }
 }
 
+/// What a session's end leaves of a frame must not become another command.
+#[test]
+fn guard_and_hello_make_no_other_script() {
+    let script = Program::Shell("rm -rf /tmp/directory".to_owned());
+    let message = ToAgent::Exec(ExecRequest::new(script.clone()));
+    let mut whole = Vec::new();
+    encode(&Frame { id: 1, message }, &mut whole).unwrap();
+    let hello = Greeting::new(GreetingKind::Hello, 7);
+    for cut in 0..whole.len() {
+        let mut bytes = whole[..cut].to_vec();
+        bytes.resize(cut + RESYNC_GUARD, 0);
+        bytes.extend(hello.to_bytes());
+        for item in decode::<ToAgent>(&bytes, &[bytes.len()]).0 {
+            match item {
+                Item::Greeting(greeting) => assert_eq!(greeting, hello),
+                Item::Frame(Frame { message: ToAgent::Exec(exec), .. }) => assert!(
+                    exec.program == script || format!("{:?}", exec.program).contains(r"\0"),
+                    "after {cut} bytes: {exec:?}"
+                ),
+                Item::Frame(frame) => panic!("after {cut} bytes: {frame:?}"),
+            }
+        }
+    }
+}
+
 fn first_error(bytes: &[u8]) -> ProtocolError {
     decode::<ToAgent>(bytes, &[bytes.len()]).1.expect("an error")
 }

@@ -60,6 +60,7 @@ fn everything_goes_back_together() {
 
         whatever_became_of_it(driver, &first).await;
         calls_end(driver, a, &first).await;
+        in_the_middle_of_writes(driver).await;
         made_later(driver, &first).await;
         often(driver, &first).await;
 
@@ -181,6 +182,78 @@ async fn calls_end(driver: &Driver, a: &Machine, first: &Checkpoint) {
         assert!(error.contains("a went back to checkpoint first"), "{error}");
     }
     check(driver).await;
+}
+
+/// Copies what is new each time to the disk, to the share and over the network, and compares what comes back.
+const WRITES: &str = r#"
+head -c 40000 /dev/urandom >/tmp/noise
+disk() {
+    dd if=$1 of=/dev/vda bs=40000 seek=8 conv=fsync
+    echo 3 >/proc/sys/vm/drop_caches
+    dd if=/dev/vda of=$2 bs=40000 skip=8 count=1
+}
+share() {
+    cp $1 /tmp/xchg/written
+    echo 3 >/proc/sys/vm/drop_caches
+    cp /tmp/xchg/written $2
+}
+network() {
+    cat $1 >&3 &
+    dd of=$2 bs=40000 count=1 iflag=fullblock <&4
+}
+writes() {
+    n=0
+    until [ -e /tmp/enough ]; do
+        n=$((n + 1))
+        { printf %08d $n; tail -c +9 /tmp/noise; } >/tmp/$1.data
+        $1 /tmp/$1.data /tmp/$1.back
+        cmp /tmp/$1.data /tmp/$1.back || echo "$1 $n" >>/tmp/bad
+        echo $n >/tmp/$1.new
+        mv /tmp/$1.new /tmp/$1.count
+    done
+    touch /tmp/$1.over
+}
+: >/tmp/bad
+mkfifo /tmp/there /tmp/back
+nc b 8 </tmp/there >/tmp/back 2>/tmp/nc.log &
+exec 3>/tmp/there 4</tmp/back
+for way in disk share network; do
+    echo 0 >/tmp/$way.count
+    # A function's redirection would leave the shell a copy of its output.
+    (exec >/tmp/$way.log 2>&1; writes $way) &
+done
+"#;
+
+/// Each way has come to the end of a round.
+const GO_ON: &str = "for way in disk share network; do \
+    n=$(($(cat /tmp/$way.count) + 1)); until [ $(cat /tmp/$way.count) -ge $n ]; do usleep 10000; done; done";
+
+/// What is being written arrives whole, and what was written before is as it was.
+async fn in_the_middle_of_writes(driver: &Driver) {
+    let [a, b, _] = driver.machines() else { panic!("three machines") };
+    let listen =
+        "nc -l -p 8 -e cat >/dev/null 2>&1 & until grep -q ':0008 ' /proc/net/tcp*; do :; done";
+    output(b, listen).await;
+    output(a, WRITES).await;
+    let keep =
+        "cp /tmp/noise /tmp/xchg/noise; dd if=/tmp/noise of=/dev/vda bs=40000 seek=4 conv=fsync";
+    output(a, keep).await;
+    output(a, GO_ON).await;
+    let middle = driver.checkpoint("middle").await.unwrap();
+    for _ in 0..2 {
+        output(a, GO_ON).await;
+        let spoil = "echo other >/tmp/xchg/noise; \
+            dd if=/dev/zero of=/dev/vda bs=40000 seek=4 count=1 conv=fsync";
+        output(a, spoil).await;
+        driver.roll_back(&middle).await.unwrap();
+        let look = "echo 3 >/proc/sys/vm/drop_caches; cmp /tmp/noise /tmp/xchg/noise; \
+            dd if=/dev/vda bs=40000 skip=4 count=1 2>/dev/null | cmp /tmp/noise -";
+        output(a, look).await;
+    }
+    output(a, GO_ON).await;
+    let end = "touch /tmp/enough; for way in disk share network; do \
+        until [ -e /tmp/$way.over ]; do usleep 10000; done; done; cat /tmp/bad";
+    assert_eq!(output(a, end).await, "");
 }
 
 /// A machine that did not exist at the checkpoint is off after it, and can start again.

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use firn::error::MachineError;
-use firn::{Error, Machine};
+use firn::{Driver, Error, Machine};
 use firn_tests::{PATIENCE, only, output, systemd, with_machines};
 
 /// Waits until `text` is on the console, behind what was waited for before.
@@ -26,9 +26,27 @@ fn two_machines_come_up_whole() {
         terminals_are_left_to_the_driver(a).await;
         journal_reaches_the_console(a).await;
         systemd_itself_tells_of_its_units(a).await;
+        forks_draw_fresh_entropy(driver).await;
         a.shutdown().await.unwrap();
         assert!(!a.booted() && b.booted());
     });
+}
+
+/// Two of one past would go on with the same random numbers.
+async fn forks_draw_fresh_entropy(driver: &Driver) {
+    let then = driver.checkpoint("then").await.unwrap();
+    let mut drawn = Vec::new();
+    for name in ["one", "two"] {
+        let fork = driver.fork(&then, name).await.unwrap();
+        let told =
+            "dmesg | grep -o 'reseeded due to virtual machine fork'; od -An -tx8 -N8 /dev/urandom";
+        drawn.push(output(fork.machine("a").unwrap(), told).await);
+        fork.close().await;
+    }
+    assert_ne!(drawn[0], drawn[1]);
+    for machine in driver.machines() {
+        machine.fail(&["dmesg | grep 'virtual machine fork'"], None).await.unwrap();
+    }
 }
 
 async fn store_is_writable_but_its_share_is_not(machine: &Machine) {

@@ -13,6 +13,7 @@
 //! | `params` | what the kernel is given beside its image: command line, initrd, memory map |
 //! | `firmware` | the tables that announce devices and say what the machine is |
 //! | `board` | the places and interrupts of the devices that are not virtio: serial console, boot timer, panic, power |
+//! | `generation` | telling a guest that it goes on from a past that others have too |
 //! | `state` | saving and restoring vCPUs, clocks and interrupt controllers, and their state after power-on |
 //! | `probe` | a tiny guest whose speed tells whether KVM is of use |
 //! | `ArchError` | what can go wrong with all that |

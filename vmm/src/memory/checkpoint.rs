@@ -3,7 +3,7 @@
 //! At the first checkpoint all pages are copied once, to a file in memory that nobody changes any more (the *base*),
 //! and the base is mapped privately in the place of the guest's memory. From then on the kernel copies a page when it
 //! is first written to, and `/proc/self/pagemap` says which ones: a later checkpoint keeps copies of those, and a roll
-//! back drops them. KVM follows by itself, so its memory slots stay as they are.
+//! back drops them or, if they are few in a place, writes over them. KVM follows by itself, so its memory slots stay as they are.
 
 use std::fs::File;
 use std::io::{self, BufWriter};
@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::{MemoryMap, PAGE, Region, keep_from_children};
@@ -26,6 +27,13 @@ const SWAPPED: u64 = 1 << 62;
 const PRESENT: u64 = 1 << 63;
 /// How many entries of it are read at once.
 const ENTRIES: usize = 8192;
+
+/// The longest run of changed pages, in bytes, that a roll back writes over. Such are the pages of the guest's kernel and
+/// of its agent, which change each time: one that was given back costs two faults and a copy as soon as the guest goes
+/// on. Longer runs are what a test has filled, and are given back.
+const SHORT: u64 = 16 * PAGE as u64;
+/// Most bytes that stay private for that.
+const KEPT: u64 = 1024 * PAGE as u64;
 
 /// All memory of a guest at its first checkpoint: regions one after the other, zeros as holes.
 struct Base(File);
@@ -125,11 +133,19 @@ impl Backing {
     /// The host refuses; what the memory holds then is undefined.
     pub fn roll_back(&mut self, memories: &[&MemoryMap], to: &MemoryCheckpoint) -> io::Result<()> {
         if self.base.as_ref().is_some_and(|base| Arc::ptr_eq(base, &to.base)) {
+            let mut kept = 0;
             for (region, start) in regions(memories) {
-                private_pages(region, |range| {
-                    let whole = start + range.start..start + range.end;
-                    without(&whole, &to.changed, |rest| {
-                        drop_pages(region, &(rest.start - start..rest.end - start))
+                private_pages(region, |run| {
+                    let short = run.end - run.start <= SHORT;
+                    without(&(start + run.start..start + run.end), &to.changed, |rest| {
+                        let range = rest.start - start..rest.end - start;
+                        let len = range.end - range.start;
+                        if short && kept + len <= KEPT {
+                            kept += len;
+                            read_over(region, &range, &to.base.0, rest.start)
+                        } else {
+                            drop_pages(region, &range)
+                        }
                     })
                 })?;
             }
@@ -137,18 +153,15 @@ impl Backing {
             self.map(memories, &to.base)?;
         }
         let mut from = 0;
-        let mut buffer = vec![0; super::CHUNK];
         for range in &to.changed {
             let Some((region, start)) =
                 regions(memories).find(|(region, start)| range.start < start + region.len())
             else {
                 return Err(io::Error::other("it is the memory of another machine"));
             };
-            let chunk = &mut buffer[..to_usize(range.end - range.start)?];
-            to.pages.read_exact_at(chunk, from)?;
-            let at = MemoryRegionAddress(range.start - start);
-            region.write_slice(chunk, at).map_err(io::Error::other)?;
-            from += chunk.len() as u64;
+            let inside = range.start - start..range.end - start;
+            read_over(region, &inside, &to.pages, from)?;
+            from += range.end - range.start;
         }
         Ok(())
     }
@@ -294,6 +307,28 @@ fn drop_pages(region: &Region, range: &Range<u64>) -> io::Result<()> {
     let status =
         unsafe { libc::madvise(region.as_ptr().add(start).cast(), len, libc::MADV_DONTNEED) };
     if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Fills a range of a region with what a file has from an offset on.
+fn read_over(region: &Region, range: &Range<u64>, file: &File, mut from: u64) -> io::Result<()> {
+    let at = MemoryRegionAddress(range.start);
+    let len = to_usize(range.end - range.start)?;
+    let mut rest = region.get_slice(at, len).map_err(io::Error::other)?;
+    while !rest.is_empty() {
+        let guard = rest.ptr_guard_mut();
+        let offset = libc::off_t::try_from(from).map_err(io::Error::other)?;
+        // SAFETY: the slice lies in guest memory, which stays mapped, and which anybody may write at any time.
+        let read =
+            unsafe { libc::pread(file.as_raw_fd(), guard.as_ptr().cast(), guard.len(), offset) };
+        let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        rest.bitmap().mark_dirty(0, read);
+        rest = rest.offset(read).map_err(io::Error::other)?;
+        from += read as u64;
+    }
+    Ok(())
 }
 
 /// Replaces what is mapped in the place of a region: by a private view of a file from an offset on, or by zeros.

@@ -1,6 +1,9 @@
 //! Going back in time: a machine returns to an earlier state of its own, as often as wanted.
 
-use super::{HostSide, Phase, Vm, VmError, VmState, build, host};
+use std::io;
+
+use super::{HostSide, Phase, Vm, VmError, VmState, build, host, kvm};
+use crate::arch::generation;
 use crate::memory;
 use crate::memory::checkpoint::MemoryCheckpoint;
 use crate::spec::MachineSpec;
@@ -48,7 +51,8 @@ impl Vm {
     /// Builds another machine that begins with what this checkpoint's was, and shares with it what neither changes:
     /// memory, and what is on disks; [`Vm::start`] lets it go on. `spec` is that of the checkpoint's machine, but may
     /// name other places on the host: sockets, and copies of what it shares. Its disks take nothing from the images
-    /// that it names and leave nothing there. For its guest no time has passed.
+    /// that it names and leave nothing there. For its guest no time has passed, and it
+    /// is told to draw fresh entropy.
     ///
     /// The checkpoint has to outlive it, and the machine of the checkpoint cannot end with [`Vm::stop`] before it does
     /// without losing what was written to its disks since its first checkpoint.
@@ -64,6 +68,9 @@ impl Vm {
         let memories = build::memories(&vm.memory, vm.frame_buffer.as_ref());
         vm.backing.roll_back(&memories, &from.memory).map_err(host("cannot map guest memory"))?;
         vm.apply(&from.state, 0)?;
+        generation::write(&vm.memory)
+            .map_err(|error| host("cannot write guest memory")(io::Error::other(error)))?;
+        generation::announce(&vm.vm).map_err(kvm("KVM_IRQ_LINE"))?;
         Ok(vm)
     }
 

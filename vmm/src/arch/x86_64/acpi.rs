@@ -17,6 +17,7 @@ use acpi_tables::{Aml, aml};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use super::generation::Generation;
 use super::layout::{ACPI_END, ACPI_START, IOAPIC_START, LAPIC_START, VIRTIO_MMIO_SIZE};
 use super::{board, console, power};
 use crate::memory::MemoryMap;
@@ -134,7 +135,10 @@ fn dsdt(devices: &[MmioDevice]) -> Vec<u8> {
         &Package::new(vec![&power::SLEEP_TYPE_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]),
     );
     table.append_slice(&bytes(&sleep_type));
-    table.append_slice(&bytes(&Scope::new("_SB_".into(), vec![&SerialPort, &PowerButton, &Panic])));
+    table.append_slice(&bytes(&Scope::new(
+        "_SB_".into(),
+        vec![&SerialPort, &PowerButton, &Panic, &Generation],
+    )));
     for (index, device) in devices.iter().enumerate() {
         let device = VirtioMmio { index, device: *device };
         table.append_slice(&bytes(&Scope::new("_SB_".into(), vec![&device])));

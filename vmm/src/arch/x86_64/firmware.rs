@@ -4,8 +4,8 @@ use thiserror::Error;
 use vm_memory::GuestMemoryError;
 
 use super::acpi::{self, AcpiError};
-use super::entry;
 use super::smbios::{self, SmbiosError};
+use super::{entry, generation};
 use crate::memory::MemoryMap;
 use crate::spec::MachineSpec;
 
@@ -21,8 +21,8 @@ pub enum FirmwareError {
     #[error(transparent)]
     Smbios(#[from] SmbiosError),
     /// Those of the processor.
-    #[error("cannot write the tables of the first processor")]
-    Entry(#[from] GuestMemoryError),
+    #[error("cannot write the tables of the first processor, or the generation ID")]
+    Memory(#[from] GuestMemoryError),
 }
 
 /// Makes sure, without touching anything, that [`write`] will have room.
@@ -44,6 +44,7 @@ pub fn write(
 ) -> Result<(), FirmwareError> {
     acpi::write(memory, spec.cores.get(), devices)?;
     smbios::write(memory, spec)?;
+    generation::write(memory)?;
     entry::write_tables(memory)?;
     Ok(entry::write_reset_vector(memory)?)
 }

@@ -6,6 +6,7 @@
 //! 0x0000_9000  page tables of the entry    |
 //! 0x0002_0000  kernel command line         |
 //! 0x000e_0000  ACPI tables, RSDP first     | acpi
+//! 0x000e_fff0  generation ID               | generation
 //! 0x000f_0000  SMBIOS tables               | smbios
 //! 0x000f_fff0  reset vector                | entry
 //! 0x0010_0000  kernel                      | boot::kernel
@@ -19,7 +20,9 @@ pub const LOW_END: u64 = 0x9_fc00;
 /// The BIOS area, in which Linux looks for the RSDP (`acpi_find_root_pointer`), also after kexec.
 pub const ACPI_START: u64 = 0xe_0000;
 /// Where room for ACPI tables ends.
-pub const ACPI_END: u64 = SMBIOS_START;
+pub const ACPI_END: u64 = GENERATION_ID;
+/// The 16 bytes that tell the guest's present life from others with the same past.
+pub const GENERATION_ID: u64 = SMBIOS_START - 16;
 /// The segment in which Linux looks for the SMBIOS entry point (`dmi_scan_machine`).
 pub const SMBIOS_START: u64 = 0xf_0000;
 /// Where room for SMBIOS tables ends: the reset vector follows.

@@ -8,6 +8,7 @@ mod cpuid;
 pub mod entry;
 mod error;
 pub mod firmware;
+pub mod generation;
 pub mod kernel;
 pub mod layout;
 pub mod params;
