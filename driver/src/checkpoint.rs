@@ -50,7 +50,7 @@ struct Inner {
     world: Mutex<Option<Arc<World>>>,
 }
 
-struct World {
+pub(crate) struct World {
     machines: Vec<(Machine, Then)>,
     switches: Vec<(Switch, Addresses)>,
     dirs: Arc<Dirs>,
@@ -80,9 +80,26 @@ impl Checkpoint {
         self.0.world().is_some()
     }
 
+    /// What it keeps, if it is there.
+    pub(crate) fn world(&self) -> Option<Arc<World>> {
+        self.0.world().clone()
+    }
+
     /// Gives it up; what it took is free.
     pub fn forget(&self) {
         self.0.world().take();
+    }
+}
+
+impl World {
+    /// The machines, each with what it was.
+    pub(crate) fn machines(&self) -> &[(Machine, Then)] {
+        &self.machines
+    }
+
+    /// The copy of a directory that guests write to, if there was one.
+    pub(crate) fn copy_of(&self, dir: &Path) -> Option<PathBuf> {
+        self.dirs.pairs().find_map(|(source, copy)| (source == dir).then_some(copy))
     }
 }
 
@@ -202,7 +219,9 @@ impl Driver {
         let takes = |machine: &&Machine| machine.status() == Status::Running && machine.is_up();
         for machine in self.all_machines().iter().filter(takes) {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let set = format!("date -s @{}.{:03}", now.as_secs(), now.subsec_millis());
+            let (seconds, millis) = (now.as_secs(), now.subsec_millis());
+            // busybox takes whole seconds only.
+            let set = format!("date -s @{seconds}.{millis:03} 2>/dev/null || date -s @{seconds}");
             machine.succeed(&[&set], None).await?;
         }
         Ok(())

@@ -19,6 +19,7 @@ pub mod ssh;
 pub mod task;
 pub mod viewers;
 pub mod vlan;
+pub mod worlds;
 
 pub use driver::{Driver, DriverOptions};
 pub use error::{End, Error, MachineError, Result};

@@ -63,11 +63,16 @@ pub fn with_machines(nodes: &str, script: impl AsyncFnOnce(&Driver)) {
 
 /// The same for a test that exists as data.
 pub fn with_config(config: &TestConfig, script: impl AsyncFnOnce(&Driver)) {
+    with_log(config, Logger::new(Box::new(TestOutput), false), script);
+}
+
+/// The same with a log of its own.
+pub fn with_log(config: &TestConfig, log: Logger, script: impl AsyncFnOnce(&Driver)) {
     let out = tempfile::tempdir().expect("a directory for results");
     let options = DriverOptions {
         kits: Driver::kits_needed(config).into_iter().map(built).collect(),
         out_dir: out.path().to_owned(),
-        log: Logger::new(Box::new(TestOutput), false),
+        log,
         ..DriverOptions::default()
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

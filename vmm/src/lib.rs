@@ -11,6 +11,7 @@ mod cancel;
 pub mod device;
 pub mod error;
 mod event_loop;
+mod extents;
 pub mod interrupt;
 pub mod memory;
 pub mod probe;

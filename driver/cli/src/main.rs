@@ -21,6 +21,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::{Layer, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
 mod bench;
+mod cache;
 mod carrier;
 mod check;
 mod doctor;
@@ -70,7 +71,8 @@ Exit status: 0 success; 1 a test failed, or something is missing; 2 wrong usage,
 test file; 130 Ctrl-C; 143 SIGTERM, or the global timeout.
 
 Environment: FIRN_PYTHON is the Python that runs scripts; FIRN_LOG sets what firn itself logs (for
-example `debug` or `firn_vmm=trace`); NO_COLOR turns colours off; TMPDIR holds runs' state.";
+example `debug` or `firn_vmm=trace`); NO_COLOR turns colours off; TMPDIR holds runs' state;
+FIRN_WORLDS and FIRN_WORLDS_MIB say where booted worlds are kept, and how many: `firn cache --help`.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -84,6 +86,7 @@ enum Command {
     /// Show what this host can do and what is missing
     Doctor(doctor::Args),
     Kit(kit::Args),
+    Cache(cache::Args),
     Carrier(carrier::Args),
     Bench(bench::Args),
 }
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Kit(args) => kit::run(&args),
+        Command::Cache(args) => cache::run(&args),
         Command::Carrier(args) => carrier::run(&args),
         Command::Bench(args) => bench::run(&args),
     };

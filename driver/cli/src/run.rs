@@ -100,6 +100,7 @@ pub(super) fn test_of(file: MachineFile) -> TestConfig {
         files: vec![file],
         more_vlans: Vec::new(),
         vsock_offset: None,
+        from_boot: false,
     }
 }
 

@@ -9,6 +9,7 @@ use firn::config::TestConfig;
 use firn::driver::Driver;
 use firn::kit::{Kit, KitName};
 use firn::log::Level;
+use firn::worlds::Worlds;
 use firn_carrier::Options;
 use firn_carrier::accel::run_again;
 
@@ -45,6 +46,12 @@ struct Flags {
     /// Let programs outside plug into the test's networks: see `firn vlan`
     #[arg(long)]
     open_vlans: bool,
+    /// Begin after the boot of all machines: the first run keeps it on disk, later ones start there
+    ///
+    /// The script finds machines that are up. `firn cache` shows what is kept. `from_boot = true` in the file does the
+    /// same.
+    #[arg(long)]
+    from_boot: bool,
     /// The lowest level that the log shows
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = Level::NAMES)]
     log_level: String,
@@ -77,7 +84,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             "note: this test runs in the carrier, so only programs in there can plug into its networks"
         );
     }
-    let writable = test.writable().into_iter().chain([args.flags.output_dir.clone()]).collect();
+    let mut writable = test.writable();
+    writable.push(args.flags.output_dir.clone());
+    if args.flags.from_boot || test.from_boot {
+        let worlds = Worlds::of_user()?;
+        worlds.prepare()?;
+        writable.push(worlds.path().to_owned());
+    }
     let viewers = std::env::current_exe().ok();
     let options = Options { writable, viewers, ..Options::default() };
     Ok(run_again(&options, runner)?.into())
@@ -101,13 +114,14 @@ fn build_kit(name: KitName) -> Result<Kit> {
 fn runner(flags: &Flags, python: &Path, kits: &[Kit]) -> Vec<OsString> {
     let timeout = flags.global_timeout.map(|seconds| seconds.to_string());
     let junit = flags.junit_xml.clone().unwrap_or_default();
-    let flags: [OsString; 6] = [
+    let flags: [OsString; 7] = [
         flags.file.clone().into(),
         flags.output_dir.clone().into(),
         timeout.unwrap_or_default().into(),
         junit.into(),
         flags.log_level.clone().into(),
         if flags.open_vlans { "yes" } else { "" }.into(),
+        if flags.from_boot { "yes" } else { "" }.into(),
     ];
     let kits = kits.iter().map(|kit| kit.dir.clone().into());
     python::execute(python, "firn.runner", flags.into_iter().chain(kits))

@@ -47,6 +47,7 @@ class Settings:
         vsock_offset: int | None = None,
         interactive: bool = False,
         open_vlans: bool = False,
+        from_boot: bool = False,
     ) -> None:
         """Take all settings.
 
@@ -55,6 +56,8 @@ class Settings:
         vsock_offset: set up ssh over vsock for every machine; a CID is this plus its number.
         interactive: for interactive use: machines get a screen, a keyboard and a tablet.
         open_vlans: let programs outside plug into the networks; always so in interactive use.
+        from_boot: begin after the boot of all machines, which is kept on disk; also if the test
+            says so.
         """
         self.out_dir = out_dir
         self.kit_dirs = kit_dirs
@@ -64,6 +67,7 @@ class Settings:
         self.vsock_offset = vsock_offset
         self.interactive = interactive
         self.open_vlans = open_vlans
+        self.from_boot = from_boot
 
 
 class VhostVsock:
@@ -243,6 +247,15 @@ class Driver(World):
         names.update({machine.variable: machine for machine in self.machines})
         return names
 
+    def boot_once(self) -> None:
+        """Bring all machines, none of which was started, to the end of their boot.
+
+        The first run of a test keeps that on disk; later ones start there, without a boot, until
+        something has changed on which it depends: the log says what. What `firn test --from-boot`
+        does before the script.
+        """
+        self._run.boot_once(self.test.name, "allow_reboot" in self.tests)
+
     def serial_stdout_on(self) -> None:
         """Show the guests' console output."""
         self.logger.print_serial_logs(True)
@@ -301,6 +314,8 @@ class Driver(World):
             self.logger.info(f"Test will time out and terminate in {self.global_timeout:g} seconds")
             self.race_timer.start()
         began = time.monotonic()
+        if self.settings.from_boot or self.test.from_boot:
+            self.boot_once()
         self.test_script()
         self.logger.info(f"test script finished in {time.monotonic() - began:.2f}s")
         self._run.sync()

@@ -160,7 +160,7 @@ def guarded(options: Options) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run what `firn test` asks for, which declares the flags and defaults; "" is None."""
-    file, out_dir, timeout, junit, log_level, open_vlans, *kit_dirs = arguments
+    file, out_dir, timeout, junit, log_level, open_vlans, from_boot, *kit_dirs = arguments
     return guarded(
         Options(
             load=lambda other: Test.from_toml_file(other or file),
@@ -169,6 +169,7 @@ def main(arguments: list[str]) -> int:
                 kit_dirs=kit_dirs,
                 global_timeout=float(timeout) if timeout else None,
                 open_vlans=bool(open_vlans),
+                from_boot=bool(from_boot),
             ),
             junit=junit or None,
             log_level=log_level,

@@ -26,6 +26,7 @@ use firn::kit::Kit;
 use firn::scratch::StatePlace;
 use firn::task::to_its_end;
 use firn::vlan::Vlan;
+use firn::worlds::Worlds;
 
 /// How long an abandoned run may take to be made and removed.
 const REMOVAL: Duration = Duration::from_secs(1);
@@ -125,6 +126,12 @@ impl PyTest {
     #[getter]
     fn ssh_backdoor(&self) -> bool {
         self.0.vsock_offset.is_some()
+    }
+
+    /// Whether the script begins after the boot of all machines.
+    #[getter]
+    fn from_boot(&self) -> bool {
+        self.0.from_boot
     }
 
     /// The names of the machines' variables in the script.
@@ -327,6 +334,14 @@ impl PyRun {
     /// Wait until all machines are off, as Machine.wait_for_shutdown() does.
     fn join_all(&self, py: Python<'_>) -> PyResult<()> {
         wait(py, self.0.join_all())
+    }
+
+    /// Brings all machines to the end of their boot, from disk if that was kept.
+    fn boot_once(&self, py: Python<'_>, test: String, allow_reboot: bool) -> PyResult<()> {
+        let driver = Arc::clone(&self.0);
+        let worlds = Worlds::of_user()
+            .map_err(|error| exception(py, &MachineError::Usage(chain(&error)).into()))?;
+        wait(py, async move { driver.boot_once(&worlds, &test, allow_reboot).await })
     }
 
     /// Keeps what all machines and networks are.

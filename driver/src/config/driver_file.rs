@@ -156,6 +156,7 @@ impl TestConfig {
             files,
             more_vlans: vlans,
             vsock_offset: None,
+            from_boot: false,
         })
     }
 

@@ -51,6 +51,8 @@ pub struct TestConfig {
     pub more_vlans: Vec<Number>,
     /// Gives every machine a vsock for ssh; its CID is this plus the machine's number.
     pub vsock_offset: Option<u32>,
+    /// The script begins after the boot of all machines, which is kept on disk for later runs.
+    pub from_boot: bool,
 }
 
 /// A test's script.

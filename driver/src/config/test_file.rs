@@ -22,6 +22,8 @@ struct TestKeys {
     test_script_file: Option<PathBuf>,
     global_timeout: Option<f64>,
     #[serde(default)]
+    from_boot: bool,
+    #[serde(default)]
     nodes: BTreeMap<String, Value>,
 }
 
@@ -93,6 +95,7 @@ impl Reader<'_> {
             files: Vec::new(),
             more_vlans: Vec::new(),
             vsock_offset: None,
+            from_boot: keys.from_boot,
         })
     }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::MutexGuard;
 
 use super::backend::{Checkpoints, Kept, Started};
@@ -31,8 +32,15 @@ enum Was {
 }
 
 /// A machine that was up.
-struct Up {
-    kept: Kept,
+pub(super) struct Up {
+    pub(super) kept: Kept,
+    pub(super) how: How,
+}
+
+/// How a machine was up.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct How {
     paused: bool,
     allow_reboot: bool,
     boots: u32,
@@ -43,9 +51,18 @@ struct Up {
 }
 
 /// A machine that went back and stands still.
-pub(crate) struct Back<'a> {
-    started: Started,
-    up: &'a Up,
+pub(crate) struct Back {
+    pub(super) started: Started,
+    pub(super) how: How,
+}
+
+impl Then {
+    pub(super) fn up(&self) -> Option<&Up> {
+        match &self.was {
+            Was::Up(up) => Some(up),
+            Was::Off(_) => None,
+        }
+    }
 }
 
 impl Machine {
@@ -130,14 +147,10 @@ impl Machine {
                 format!("no checkpoint: a command is running on {} over the backdoor", self.name());
             return Err(MachineError::Usage(what).into());
         }
-        let up = Up {
-            kept: self.checkpoints()?.keep().await?,
-            paused,
-            allow_reboot: run.allow_reboot,
-            boots: run.boots,
-            shell: shell.is_some(),
-            environment: run.access.environment(),
-        };
+        let Run { access, allow_reboot, boots, .. } = &run;
+        let (allow_reboot, boots, environment) = (*allow_reboot, *boots, access.environment());
+        let how = How { paused, allow_reboot, boots, shell: shell.is_some(), environment };
+        let up = Up { kept: self.checkpoints()?.keep().await?, how };
         Ok(Then { console, was: Was::Up(up) })
     }
 
@@ -151,7 +164,7 @@ impl Machine {
     ///
     /// # Errors
     /// KVM or the host refuse. The machine stays off.
-    pub(crate) async fn go_back<'a>(&self, then: &'a Then) -> Result<Option<Back<'a>>> {
+    pub(crate) async fn go_back(&self, then: &Then) -> Result<Option<Back>> {
         self.inner.console.go_back(&then.console);
         match &then.was {
             Was::Off(end) => {
@@ -173,7 +186,7 @@ impl Machine {
                 let dirs = self.dirs().clone();
                 dirs.make()?;
                 let started = self.checkpoints()?.go_back(&dirs, &up.kept).await?;
-                Ok(Some(Back { started, up }))
+                Ok(Some(Back { started, how: up.how.clone() }))
             }
         }
     }
@@ -183,11 +196,11 @@ impl Machine {
     ///
     /// # Errors
     /// KVM or the host refuse.
-    pub(crate) async fn fork<'a>(&self, then: &'a Then) -> Result<Option<Back<'a>>> {
+    pub(crate) async fn fork(&self, then: &Then) -> Result<Option<Back>> {
         let Was::Up(up) = &then.was else { return Ok(None) };
         let (dirs, console) = (self.dirs().clone(), Arc::clone(&self.inner.console));
         let started = self.checkpoints()?.fork(dirs, console, &up.kept).await?;
-        Ok(Some(Back { started, up }))
+        Ok(Some(Back { started, how: up.how.clone() }))
     }
 
     /// Another machine of its description, which is off.
@@ -199,11 +212,9 @@ impl Machine {
     ///
     /// # Errors
     /// The host has no threads left; it ends then.
-    pub(crate) async fn go_on(&self, back: Back<'_>) -> Result<()> {
-        let Back { started, up: &Up { paused, allow_reboot, boots, shell, ref environment, .. } } =
-            back;
-        let guest = Guest::Back { shell, environment: environment.clone() };
-        let launched = Launched::new(started, guest);
+    pub(crate) async fn go_on(&self, back: Back) -> Result<()> {
+        let Back { started, how: How { paused, allow_reboot, boots, shell, environment } } = back;
+        let launched = Launched::new(started, Guest::Back { shell, environment });
         if paused {
             self.inner.clock.pause();
         }
@@ -248,7 +259,7 @@ impl Machine {
         (own, others)
     }
 
-    fn checkpoints(&self) -> Result<&dyn Checkpoints> {
+    pub(super) fn checkpoints(&self) -> Result<&dyn Checkpoints> {
         self.inner.backend.checkpoints().ok_or_else(|| self.not_running())
     }
 }

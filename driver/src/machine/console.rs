@@ -122,6 +122,12 @@ impl Console {
         buffer.consumed = buffer.start;
     }
 
+    /// Makes it begin with what was printed before this run.
+    pub(super) fn begin_with(&self, text: &str) {
+        self.restart();
+        self.push(text.as_bytes());
+    }
+
     /// How far it is.
     pub(super) fn mark(&self) -> Mark {
         let buffer = self.lock();

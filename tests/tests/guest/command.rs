@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
@@ -45,12 +45,18 @@ impl Places {
         command.args(["test", "--accel", "kvm", "-o"]).arg(self.out.path()).args(args);
         command.arg(self.test.path().join("test.toml"));
         command.env("TMPDIR", self.tmp.path()).env("NO_COLOR", "1").process_group(0);
+        command.env("FIRN_WORLDS", self.worlds());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut firn = command.spawn().unwrap();
         let (sender, lines) = mpsc::channel();
         forward(firn.stdout.take().unwrap(), sender.clone());
         forward(firn.stderr.take().unwrap(), sender);
         Run { firn, lines, said: String::new(), places: self }
+    }
+
+    /// Where booted worlds are kept.
+    fn worlds(&self) -> PathBuf {
+        self.test.path().join("worlds")
     }
 
     /// What is left in its `TMPDIR`.
@@ -239,6 +245,66 @@ fn a_killed_run_leaves_only_files_and_the_next_run_removes_them() {
     let (status, said, places) = places.start(&[]).finish();
     assert!(status.success(), "{said}");
     assert_eq!(places.left(), [""; 0]);
+}
+
+#[test]
+fn a_run_killed_while_it_keeps_its_boot_leaves_nothing_that_is_used_or_stays() {
+    let script = "print('boot', m.succeed('dmesg | sed -n 1,50p | md5sum'))";
+    let places = Places::new("[nodes.m]", script);
+    let worlds = places.worlds();
+    let names = || {
+        let names = fs::read_dir(&worlds).into_iter().flatten().flatten();
+        names.map(|entry| entry.path().display().to_string()).collect::<Vec<_>>()
+    };
+    let writes = || {
+        let is_new = |name: &&String| name.ends_with(".new");
+        names().iter().find(is_new).is_some_and(|dir| {
+            fs::metadata(Path::new(dir).join("m.memory")).is_ok_and(|file| file.len() > 0)
+        })
+    };
+    let run = places.start(&["--from-boot"]);
+    let deadline = Instant::now() + PATIENCE;
+    while !writes() {
+        assert!(Instant::now() < deadline, "nothing is kept");
+        std::thread::yield_now();
+    }
+    run.signal("-KILL");
+    let (status, said, places) = run.finish();
+    assert_eq!(status.signal(), Some(9), "{said}");
+    let half = |name: &String| name.ends_with(".new") || name.ends_with(".lock");
+    assert!(names().len() == 2 && names().iter().all(half), "{:?}", names());
+
+    let id = |said: &str| {
+        let line = said.lines().find_map(|line| line.strip_prefix("boot ")).map(str::to_owned);
+        line.unwrap_or_else(|| panic!("{said}"))
+    };
+    let (status, said, places) = places.start(&["--from-boot"]).finish();
+    assert!(status.success(), "{said}");
+    let fresh = "boots afresh: no world of this test has been kept";
+    assert!(said.contains(fresh) && said.contains("kept the booted world in "), "{said}");
+    let first = id(&said);
+    assert!(names().len() == 1 && !half(&names()[0]), "{:?}", names());
+
+    // The file may say it too, and the script may change.
+    let text = format!(
+        "from_boot = true\ntest_script = \"\"\"\nstart_all()\nm.connect()\n{script}\n\"\"\"\n[nodes.m]\n"
+    );
+    fs::write(places.test.path().join("test.toml"), text).unwrap();
+    let (status, said, _places) = places.start(&[]).finish();
+    assert!(status.success() && said.contains("started from the world kept in "), "{said}");
+    assert_eq!(id(&said), first);
+
+    let cache = |args: &[&str]| {
+        let ran = Command::new(firn()).arg("cache").args(args).env("FIRN_WORLDS", &worlds).output();
+        let ran = ran.unwrap();
+        assert!(ran.status.success(), "{ran:?}");
+        String::from_utf8(ran.stdout).unwrap()
+    };
+    let list = cache(&[]);
+    assert!(list.starts_with("TEST  SIZE") && list.contains("\ntest  "), "{list}");
+    assert!(list.contains(" m\n1 world, "), "{list}");
+    assert!(cache(&["clear", "test"]).starts_with("removed 1 world, "));
+    assert_eq!(names(), [""; 0]);
 }
 
 /// The host's `TMPDIR` fills up, and then a file in memory may not be larger than 2 MiB, which is as if memory were

@@ -4,6 +4,7 @@
 
 mod balloon;
 mod boot;
+mod boot_once;
 mod checkpoint;
 mod command;
 mod devices;

@@ -83,6 +83,7 @@ fn a_script_boots_a_disk_with_firmware_loader_and_tpm() {
         files: vec![],
         more_vlans: vec![1_u64.try_into().unwrap()],
         vsock_offset: None,
+        from_boot: false,
     };
     with_config(&config, async |driver| {
         let s = &driver.create_machine(MachineFile::read(&path).unwrap(), false).unwrap();

@@ -6,7 +6,7 @@
 //! back drops them or, if they are few in a place, writes over them. KVM follows by itself, so its memory slots stay as they are.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, BufWriter};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -18,6 +18,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::{MemoryMap, PAGE, Region, keep_from_children};
+use crate::extents::{Extents, Writer};
 
 /// Bits of an entry in `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst): the page is the file's, it is
 /// swapped out, it is in memory.
@@ -44,6 +45,48 @@ pub struct MemoryCheckpoint {
     changed: Vec<Range<u64>>,
     /// Their contents, one after the other.
     pages: File,
+}
+
+impl MemoryCheckpoint {
+    /// Writes what the memory held to an empty file.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(crate) fn write(&self, to: &File) -> io::Result<Extents> {
+        let size = self.base.0.metadata()?.len();
+        let mut writer = Writer::new(BufWriter::with_capacity(super::CHUNK, to), size);
+        let mut buffer = vec![0; super::CHUNK];
+        let mut at = 0;
+        while let Some(data) = super::next_data(&self.base.0, at)? {
+            let end = size.min(data + super::CHUNK as u64);
+            without(&(data..end), &self.changed, |range| {
+                let chunk = &mut buffer[..to_usize(range.end - range.start)?];
+                self.base.0.read_exact_at(chunk, range.start)?;
+                writer.put(range.start, chunk)
+            })?;
+            at = end;
+        }
+        let mut from = 0;
+        for range in &self.changed {
+            let chunk = &mut buffer[..to_usize(range.end - range.start)?];
+            self.pages.read_exact_at(chunk, from)?;
+            writer.put(range.start, chunk)?;
+            from += chunk.len() as u64;
+        }
+        writer.finish()
+    }
+
+    /// Reads what [`Self::write`] has written. The file may change or go then.
+    ///
+    /// # Errors
+    /// It is damaged; the host has no memory left.
+    pub(crate) fn read(extents: &Extents, from: &File) -> io::Result<Self> {
+        let base = anonymous_file(c"firn-memory")?;
+        base.set_len(extents.size())?;
+        extents.read(from, |at, chunk| base.write_all_at(chunk, at))?;
+        let pages = anonymous_file(c"firn-checkpoint")?;
+        Ok(Self { base: Arc::new(Base(base)), changed: Vec::new(), pages })
+    }
 }
 
 /// What lies under a guest's memory.

@@ -12,10 +12,10 @@ use crate::virtio::build::Handle;
 
 /// What a machine was at some time. Checkpoints are a stack: going back to one ends all later ones.
 pub struct Checkpoint {
-    state: VmState,
-    memory: MemoryCheckpoint,
+    pub(super) state: VmState,
+    pub(super) memory: MemoryCheckpoint,
     /// In the order of the disks.
-    disks: Vec<DiskCheckpoint>,
+    pub(super) disks: Vec<DiskCheckpoint>,
 }
 
 impl Vm {
@@ -122,7 +122,7 @@ impl Vm {
         }
     }
 
-    fn disks(&self) -> impl Iterator<Item = &DiskHandle> {
+    pub(super) fn disks(&self) -> impl Iterator<Item = &DiskHandle> {
         self.handles.iter().filter_map(|handle| match handle {
             Handle::Disk(disk) => Some(disk),
             _ => None,

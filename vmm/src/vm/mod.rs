@@ -10,6 +10,7 @@
 mod build;
 mod checkpoint;
 mod descriptors;
+mod kept;
 mod state;
 
 use std::io::{self, Write};
@@ -40,6 +41,7 @@ use crate::virtio::build::{BuildError, Connect, Handle};
 use crate::virtio::input::{self, InputHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
 pub use checkpoint::Checkpoint;
+pub use kept::{KeptVm, fingerprint};
 pub use state::VmState;
 
 /// What happens to a running machine. More kinds will come.

@@ -1,5 +1,7 @@
 //! What a [`Machine`](super::Machine) needs from below, whatever runs it: a kind of machine is a file here.
 
+use std::fs::File;
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -9,6 +11,7 @@ use firn_net_switch::SwitchPort;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::screen::Screen;
 use firn_vmm::virtio::input::InputHandle;
+use firn_vmm::vm::KeptVm;
 use futures_util::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -137,12 +140,27 @@ pub(super) trait Checkpoints: Send + Sync {
         from: &'a Kept,
     ) -> BoxFuture<'a, Result<Started>>;
 
+    /// Writes what was kept of this machine to files, which `create` makes by their names.
+    fn write<'a>(&'a self, kept: &'a Kept, create: Create) -> BoxFuture<'a, Result<()>>;
+
+    /// Makes a machine that is off what another run's was. It stands still until [`Backend::resume`].
+    fn go_on(
+        &self,
+        dirs: Dirs,
+        console: Arc<Console>,
+        from: KeptVm,
+        links: &[bool],
+    ) -> BoxFuture<'_, Result<Started>>;
+
     /// Whether there are checkpoints of it.
     fn held(&self) -> bool;
 
     /// Ends a machine for good that was only switched off: it cannot go back any more.
     fn discard(&self) -> BoxFuture<'_, ()>;
 }
+
+/// Makes files by their names.
+pub(crate) type Create = Arc<dyn Fn(&str) -> io::Result<File> + Send + Sync>;
 
 /// The host's hand on a keyboard or a pointer.
 pub(super) trait Input: Send + Sync {

@@ -6,7 +6,7 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 /// Leaves of KVM itself; `arch/x86/include/uapi/asm/kvm_para.h`.
 const HYPERVISOR_BASE: u32 = 0x4000_0000;
 /// TSC and APIC bus frequency in kHz, the hypervisors' common timing leaf.
-const HYPERVISOR_TIMING: u32 = 0x4000_0010;
+pub(super) const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 /// KVM's APIC bus runs at 1 GHz (`APIC_BUS_CYCLE_NS` in arch/x86/kvm/lapic.h).
 const APIC_BUS_KHZ: u32 = 1_000_000;
 

@@ -3,13 +3,14 @@
 use std::ops::Deref;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data,
-    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, Msrs,
+    kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use super::cpuid::HYPERVISOR_TIMING;
 use super::error::kvm;
 use super::{ArchError, vcpu};
 
@@ -19,6 +20,9 @@ const MSR_TSC_ADJUST: u32 = 0x3b;
 /// `IA32_TSC_DEADLINE`: KVM takes it only once the local APIC's timer has that mode and the TSC is
 /// right.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// How far the frequency of a host's TSC may be from the saved one, in millionths: Linux measures it at each start of a
+/// host, and KVM itself takes so much for the same (`tsc_tolerance_ppm` in arch/x86/kvm/x86.c).
+const TSC_TOLERANCE_PPM: u64 = 250;
 /// Most MSRs that KVM handles in one call (`MAX_IO_MSRS` in arch/x86/kvm/x86.c).
 const MAX_MSRS: usize = 256;
 
@@ -70,7 +74,8 @@ impl ProcessorState {
         passed_ns: u64,
     ) -> Result<(), ArchError> {
         let khz = tsc_khz(vcpus);
-        if self.tsc_khz != khz {
+        let off = u64::from(self.tsc_khz.abs_diff(khz)) * 1_000_000;
+        if off > u64::from(self.tsc_khz) * TSC_TOLERANCE_PPM {
             return Err(ArchError::TscFrequency { found: khz, saved: self.tsc_khz });
         }
         let clock =
@@ -90,6 +95,32 @@ impl ProcessorState {
         self.irqchip.restore(vm)?;
         vcpus.iter().zip(&self.vcpus).try_for_each(|(vcpu, state)| state.restore(vcpu, tsc))
     }
+}
+
+/// What a saved state needs of the host's processor and KVM, as bytes that mean nothing but whether two hosts are alike.
+///
+/// # Errors
+/// KVM does not say.
+pub fn fingerprint(kvm_fd: &Kvm) -> Result<Vec<u8>, ArchError> {
+    let vm = vcpu::create_vm(kvm_fd)?;
+    let vcpus = vcpu::create_vcpus(kvm_fd, &vm, 1)?;
+    let vcpus: Vec<_> = vcpus.iter().collect();
+    let mut bytes = Vec::new();
+    // What the guest sees, and not what KVM has, which says on which processor this thread runs.
+    for vcpu in &vcpus {
+        let leaves = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_CPUID2"))?;
+        // The TSC's frequency is measured anew at each start of the host; `restore` looks at it.
+        let leaves = leaves.as_slice().iter().filter(|leaf| leaf.function != HYPERVISOR_TIMING);
+        for leaf in leaves {
+            let words =
+                [leaf.function, leaf.index, leaf.flags, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx];
+            bytes.extend(words.into_iter().flat_map(u32::to_le_bytes));
+        }
+    }
+    let mut msrs = msr_indices(kvm_fd)?;
+    msrs.sort_unstable();
+    bytes.extend(msrs.into_iter().flat_map(u32::to_le_bytes));
+    Ok(bytes)
 }
 
 /// Puts vCPUs and interrupt controllers into their state after power-on, read from fresh ones because KVM has no

@@ -178,3 +178,37 @@ fn ranges_without_others() {
     assert_eq!(parts((2, 8), &[(0, 10)]), []);
     assert_eq!(parts((2, 8), &[(0, 1), (8, 9)]), [(2, 8)]);
 }
+
+#[test]
+fn what_was_written_to_a_file_can_be_gone_on_from() {
+    let [ram, screen] = &memories();
+    let both: [&MemoryMap; 2] = [ram, screen];
+    let mut backing = Backing::default();
+    write(ram, 0x1000, 1);
+    write(ram, 0x40_0000, 2);
+    write(screen, 4999, 3);
+    backing.checkpoint(&both).unwrap();
+    // What has changed since counts, and zeros over what is in the base.
+    write(ram, 0x1000, 0);
+    write(ram, 0x2000, 4);
+    let checkpoint = backing.checkpoint(&both).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let extents = checkpoint.write(&file).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 3 * PAGE as u64, "zeros take no room");
+
+    let [other_ram, other_screen] = &memories();
+    let others: [&MemoryMap; 2] = [other_ram, other_screen];
+    let read_back = MemoryCheckpoint::read(&extents, &file).unwrap();
+    // Nothing depends on the file any more.
+    file.set_len(0).unwrap();
+    let mut other = Backing::default();
+    for _ in 0..2 {
+        other.roll_back(&others, &read_back).unwrap();
+        let values = [0x1000, 0x2000, 0x40_0000].map(|at| read(other_ram, at));
+        assert_eq!((values, read(other_screen, 4999)), ([0, 4, 2], 3));
+        write(other_ram, 0x2000, 9);
+    }
+    assert!(MemoryCheckpoint::read(&extents, &file).is_err(), "it was cut short");
+    let error = Backing::default().roll_back(&[other_ram], &read_back).unwrap_err().to_string();
+    assert!(error.contains("another machine"), "{error}");
+}

@@ -23,6 +23,7 @@ use super::create::{CreateError, create};
 use super::layer::{Layer, Layered};
 use super::lock::{self, Outcome};
 use crate::Cancel;
+use crate::extents::Extents;
 use crate::spec::{DiskFormat, DiskSpec};
 use crate::virtio::queue::GuestSlice;
 
@@ -201,6 +202,22 @@ impl Image {
         layers.truncate(frozen.layers.len());
         layers.push(layer);
         Ok(())
+    }
+
+    /// Writes what the disk held when it was frozen to an empty file.
+    pub(super) fn write_frozen(&self, frozen: &Frozen, to: &HostFile) -> io::Result<Extents> {
+        let layered = Layered { image: &self.access(), layers: &frozen.layers };
+        guard(|| layered.write_whole(self.size(), to))
+    }
+
+    /// Writes what another disk held to the image, which is new and empty.
+    pub(super) fn fill(&self, extents: &Extents, from: &HostFile) -> io::Result<()> {
+        if extents.size() != self.size() {
+            let what = format!("it is of {} bytes, and held {}", self.size(), extents.size());
+            return Err(io::Error::other(what));
+        }
+        guard(|| extents.read(from, |at, content| self.access().write(content, at)))?;
+        self.write_back()
     }
 
     /// Writes all layers to the image, unless that is another disk's, and forgets them. Nothing uses the disk

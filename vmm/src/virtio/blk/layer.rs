@@ -4,7 +4,7 @@
 //! It takes the space of what was written, and is gone when it is dropped.
 
 use std::fs::File as HostFile;
-use std::io;
+use std::io::{self, BufWriter};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -12,12 +12,16 @@ use std::sync::{Mutex, PoisonError};
 use imago::file::File;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::raw::Raw;
-use imago::{FormatAccess, StorageOpenOptions};
+use imago::{FormatAccess, Mapping, StorageOpenOptions};
 use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::extents::{Extents, Writer};
 
 /// The unit in which a layer holds data, in bytes: small enough that copying the rest of one on its first write costs
 /// little, large enough for a short bitmap.
 const CLUSTER: u64 = 64 << 10;
+/// How much of a disk is copied at once.
+const CHUNK: usize = 1 << 20;
 
 /// The clusters that were written since a checkpoint.
 pub(super) struct Layer {
@@ -97,6 +101,32 @@ impl<L: AsRef<Layer>> Layered<'_, L> {
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             Ok(fallocate(&layer.file, flags, offset, len)?)
         })
+    }
+
+    /// Writes all that the disk of `size` bytes holds to an empty file.
+    pub(super) fn write_whole(&self, size: u64, to: &HostFile) -> io::Result<Extents> {
+        let mut writer = Writer::new(BufWriter::with_capacity(CHUNK, to), size);
+        let mut buffer = vec![0; CHUNK];
+        let mut at = 0;
+        while at < size {
+            let (holder, len) = self.run(at, (size - at).min(CHUNK as u64));
+            // Large disks are mostly empty.
+            let (is_zero, len) = match holder.get_mapping(at, len)? {
+                (Mapping::Zero { .. }, known) => (true, known.min(len)),
+                (_, known) => (false, known.min(len)),
+            };
+            let len = usize::try_from(len).unwrap_or(CHUNK).min(CHUNK);
+            if len == 0 {
+                return Err(io::Error::other("the image is shorter than the disk"));
+            }
+            let chunk = &mut buffer[..len];
+            if !is_zero {
+                holder.read(&mut *chunk, at)?;
+                writer.put(at, chunk)?;
+            }
+            at += len as u64;
+        }
+        writer.finish()
     }
 
     /// Writes everything that the layers hold to the image.

@@ -24,6 +24,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
@@ -43,6 +44,7 @@ use super::{
 };
 use crate::Cancel;
 use crate::event_loop::new_event;
+use crate::extents::Extents;
 use crate::spec::DiskSpec;
 pub use create::{CreateError, create_image};
 pub use image::ImageError;
@@ -153,6 +155,20 @@ pub struct DiskHandle(Arc<Image>);
 /// What a disk held at some time.
 pub struct DiskCheckpoint(Frozen);
 
+/// Makes the image of a disk, which is not there, and has it hold what [`DiskHandle::write`] has written.
+///
+/// # Errors
+/// It is there; there is no room; the file is damaged, or of a disk of another size.
+pub(crate) fn make_image(spec: &DiskSpec, extents: &Extents, from: &File) -> Result<(), BlkError> {
+    if spec.image.symlink_metadata().is_ok() {
+        return Err(BlkError::host(spec)(io::ErrorKind::AlreadyExists.into()));
+    }
+    // What a file system would bring is in the file.
+    let plain = DiskSpec { label: None, ..spec.clone() };
+    let image = Image::open(&plain, &Cancel::default())?;
+    image.fill(extents, from).map_err(BlkError::host(spec))
+}
+
 impl DiskHandle {
     /// Keeps what the disk of a paused machine holds. From now on its image stays as it is until [`Self::merge`].
     ///
@@ -179,6 +195,14 @@ impl DiskHandle {
     /// It has gone back further already, or there is no room.
     pub fn roll_back(&self, to: &DiskCheckpoint) -> io::Result<()> {
         self.0.thaw(&to.0)
+    }
+
+    /// Writes what the disk held at a checkpoint of its own to an empty file.
+    ///
+    /// # Errors
+    /// The image cannot be read, or the file not written.
+    pub(crate) fn write(&self, checkpoint: &DiskCheckpoint, to: &File) -> io::Result<Extents> {
+        self.0.write_frozen(&checkpoint.0, to)
     }
 
     /// Writes to the image of a machine that does not run what was written since its first checkpoint. No checkpoint

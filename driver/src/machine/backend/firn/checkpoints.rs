@@ -5,16 +5,17 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use firn_net_switch::NetPort;
+use firn_vmm::Cancel;
 use firn_vmm::device::boot_timer::Mark;
 use firn_vmm::spec::MachineSpec;
-use firn_vmm::vm::{Checkpoint, Vm, VmError};
+use firn_vmm::vm::{Checkpoint, KeptVm, Vm, VmError};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use super::{Firn, Running, lock};
 use crate::error::{MachineError, Result};
 use crate::machine::Dirs;
-use crate::machine::backend::{Checkpoints, Event, Started};
+use crate::machine::backend::{Checkpoints, Create, Event, Started};
 use crate::machine::console::Console;
 use crate::task::blocking;
 
@@ -24,6 +25,13 @@ pub(in crate::machine) struct Kept {
     /// Whether the cables of its cards were plugged in.
     links: Vec<bool>,
     _held: Arc<()>,
+}
+
+impl Kept {
+    /// Whether the cables of its cards were plugged in.
+    pub(in crate::machine) fn links(&self) -> &[bool] {
+        &self.links
+    }
 }
 
 impl Checkpoints for Firn {
@@ -69,6 +77,49 @@ impl Checkpoints for Firn {
                 self.launch(spec, &dirs, console, fork).await
             };
             let started = forked.await;
+            match &started {
+                Err(_) => self.close_user_network().await,
+                Ok(_) => {
+                    if let Some(running) = &*lock(&self.running) {
+                        announce(&lock(&running.events));
+                    }
+                }
+            }
+            started
+        })
+    }
+
+    fn write<'a>(&'a self, kept: &'a Kept, create: Create) -> BoxFuture<'a, Result<()>> {
+        let checkpoint = Arc::clone(&kept.checkpoint);
+        Box::pin(async move {
+            let write = move |running: &mut Running| {
+                running.vm.write_checkpoint(&checkpoint, &mut |name| create(name))
+            };
+            let written = self.with(write).await?;
+            written.map_err(|error| self.monitor_error("cannot write a checkpoint", error).into())
+        })
+    }
+
+    fn go_on(
+        &self,
+        dirs: Dirs,
+        console: Arc<Console>,
+        from: KeptVm,
+        links: &[bool],
+    ) -> BoxFuture<'_, Result<Started>> {
+        *lock(&self.cancel) = Cancel::default();
+        for (port, up) in self.parts.ports.iter().zip(links) {
+            port.set_link(*up);
+        }
+        Box::pin(async move {
+            self.open_user_network(&dirs, false).await?;
+            let started = async {
+                let (parts, make) =
+                    (&self.parts, move |spec: &_, host| Vm::go_on(spec, host, &from));
+                let spec = parts.source.spec(&parts.node, &dirs, &parts.log).await?;
+                self.launch(spec, &dirs, console, make).await
+            };
+            let started = started.await;
             match &started {
                 Err(_) => self.close_user_network().await,
                 Ok(_) => {

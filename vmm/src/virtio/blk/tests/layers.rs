@@ -97,6 +97,55 @@ fn a_layer_takes_what_was_written_and_zeroes_take_nothing() {
     assert!(fs::metadata(&spec.image).unwrap().blocks() * 512 < 1 << 20);
 }
 
+/// What a checkpoint has when it was written to a file, and another image filled from that.
+fn in_a_file(handle: &DiskHandle, checkpoint: &DiskCheckpoint) -> Vec<u8> {
+    let file = tempfile::tempfile().unwrap();
+    let extents = handle.write(checkpoint, &file).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("other");
+    File::create(&path).unwrap().set_len(handle.0.size()).unwrap();
+    let image = Image::open(&spec(&path, DiskFormat::Raw), &Cancel::default()).unwrap();
+    image.fill(&extents, &file).unwrap();
+    fs::read(&path).unwrap()
+}
+
+#[test]
+fn a_checkpoint_in_a_file_takes_what_is_not_zero() {
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        let (_dir, spec) = fresh(format, 1024);
+        let (handle, mut rig) = disk(&spec);
+        assert_eq!(rig.write(8, &[1; 4096]), OK);
+        handle.checkpoint().unwrap();
+        assert_eq!(rig.write(1_000_000, &[2; 512]), OK);
+        let checkpoint = handle.checkpoint().unwrap();
+        assert_eq!(rig.write(8, &[3; 4096]), OK);
+        let file = tempfile::tempfile().unwrap();
+        let extents = handle.write(&checkpoint, &file).unwrap();
+        assert_eq!((extents.size(), file.metadata().unwrap().len()), (1 << 30, 8192));
+        let mut found = Vec::new();
+        extents
+            .read(&file, |at, content| {
+                found.push((at, content[0]));
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(found, [(4096, 1), (512_000_000, 2)]);
+        let other = DiskSpec { image: spec.image.with_extension("other"), ..spec.clone() };
+        make_image(&other, &extents, &file).unwrap();
+        assert_eq!(Rig::new(&other).read(999_999, 1536), [[0; 512], [2; 512], [0; 512]].concat());
+        assert_eq!(Rig::new(&other).read(7, 1024), [[0; 512], [1; 512]].concat());
+        make_image(&other, &extents, &file).expect_err("it is there");
+        fs::remove_file(&other.image).unwrap();
+        let smaller = DiskSpec { size: Some(16_u64.try_into().unwrap()), ..other.clone() };
+        let error = make_image(&smaller, &extents, &file).expect_err("another size");
+        assert!(crate::error::chain(&error).contains("it is of 16777216 bytes"), "{error}");
+        fs::remove_file(&other.image).unwrap();
+        file.set_len(8191).unwrap();
+        let error = make_image(&other, &extents, &file).expect_err("it was cut short");
+        assert!(crate::error::chain(&error).contains("another length"), "{error}");
+    }
+}
+
 /// What is done to a disk.
 #[derive(Clone, Debug)]
 enum Act {
@@ -145,7 +194,11 @@ proptest! {
                     prop_assert_eq!(rig.zero(at, u32::try_from(len).unwrap()), OK);
                     model[start * 512..(start + len) * 512].fill(0);
                 }
-                Act::Checkpoint => stack.push((handle.checkpoint().unwrap(), model.clone())),
+                Act::Checkpoint => {
+                    let checkpoint = handle.checkpoint().unwrap();
+                    prop_assert!(in_a_file(&handle, &checkpoint) == model);
+                    stack.push((checkpoint, model.clone()));
+                }
                 Act::RollBack(to) if !stack.is_empty() => {
                     stack.truncate(to % stack.len() + 1);
                     let (checkpoint, then) = stack.last().unwrap();
