@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use firn::config::{MachineFile, Script, TestConfig};
 use firn::kit::{GuestConfig, HostsEntry, Interface, machine_overlay};
@@ -71,20 +72,76 @@ exec qemu-system-x86_64 -name s -machine accel=tcg,type=q35 -cpu max -m 512 \
     path
 }
 
-#[test]
-fn a_script_boots_a_disk_with_firmware_loader_and_tpm() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = start_script(dir.path());
-    let config = TestConfig {
-        name: "firmware".to_owned(),
+/// A test without machines, for those that it makes itself, with vlan 1.
+fn empty(name: &str) -> TestConfig {
+    TestConfig {
+        name: name.to_owned(),
         script: Script { text: String::new(), file: PathBuf::new(), line: 1 },
         global_timeout: None,
         nodes: vec![],
         files: vec![],
         more_vlans: vec![1_u64.try_into().unwrap()],
         vsock_offset: None,
-    };
-    with_config(&config, async |driver| {
+    }
+}
+
+fn run(command: &mut Command) {
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// An image of a disk that a BIOS boots, by Debian's loader.
+fn bootable_image(dir: &Path) -> PathBuf {
+    let (kit, image) = (micro(), dir.join("disk.img"));
+    let entry = dir.join("syslinux.cfg");
+    let options = format!("{} of-the-image", kit.manifest.cmdline);
+    let text = format!("DEFAULT firn\nLABEL firn\nLINUX linux\nINITRD initrd\nAPPEND {options}\n");
+    fs::write(&entry, text).unwrap();
+    fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
+    run(Command::new("mformat")
+        .arg("-i")
+        .arg(&image)
+        .args(["-h", "64", "-s", "32", "-t", "32", "::"]));
+    for (file, name) in
+        [(kit.kernel(), "::linux"), (kit.initrd(), "::initrd"), (entry, "::syslinux.cfg")]
+    {
+        run(Command::new("mcopy").arg("-i").arg(&image).arg(file).arg(name));
+    }
+    run(Command::new("syslinux").arg("--install").arg(&image));
+    image
+}
+
+/// As nixpkgs' tests of images do it: by a start command, each time from the image as it was made.
+#[test]
+fn a_start_command_boots_an_image_by_its_loader() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = format!(
+        "qemu-system-x86_64 -machine accel=tcg -cpu max -m 384 \
+         -netdev vde,id=vlan1,sock=$QEMU_VDE_SOCKET_1 -device virtio-net-pci,netdev=vlan1 \
+         -drive file={},format=raw,if=virtio,snapshot=on",
+        bootable_image(dir.path()).display()
+    );
+    with_config(&empty("image"), async |driver| {
+        let file = MachineFile::start_command(&command, Path::new("script")).unwrap();
+        let m = &driver.create_machine(file, false).unwrap();
+        m.start(false).await.unwrap();
+        output(m, "grep of-the-image /proc/cmdline && ! test -e /sys/firmware/efi").await;
+        assert_eq!(
+            output(m, "cat /sys/block/vda/size; ls /sys/class/net").await,
+            "65536\neth0\nlo"
+        );
+        output(m, "dd if=/dev/zero of=/dev/vda bs=1M count=1 2>/dev/null && sync").await;
+        m.shutdown().await.unwrap();
+    });
+    let image = fs::read(dir.path().join("disk.img")).unwrap();
+    assert_eq!(image[510..512], [0x55, 0xaa], "the image is as it was");
+}
+
+#[test]
+fn a_script_boots_a_disk_with_firmware_loader_and_tpm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = start_script(dir.path());
+    with_config(&empty("firmware"), async |driver| {
         let s = &driver.create_machine(MachineFile::read(&path).unwrap(), false).unwrap();
         assert_eq!(s.name(), "s");
         s.start(false).await.unwrap();
