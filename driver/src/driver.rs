@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
 use crate::checkpoint::{Origin, Stack};
-use crate::config::{BackendKind, MachineFile, NodeConfig, TestConfig};
+use crate::config::{MachineFile, NodeConfig, TestConfig};
 use crate::descriptors::{self, Part};
 use crate::error::{MachineError, Result};
 use crate::kit::{Kit, KitName};
@@ -251,7 +251,7 @@ impl Driver {
             let what = format!("{} is on vlan {vlan}, which this test does not have", node.name);
             return Err(MachineError::Usage(what).into());
         }
-        if node.vsock.is_none() && node.backend() == BackendKind::Firn {
+        if node.vsock.is_none() {
             node.vsock = self.backdoor(&node, &dirs)?;
         }
         Machine::new(node, source, dirs, &self.vlans, &self.log, descriptors)

@@ -16,7 +16,6 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use thiserror::Error;
 
-use crate::config::BackendKind;
 use crate::error::{MachineError, Result as MachineResult};
 use crate::machine::Machine;
 
@@ -76,13 +75,7 @@ impl Machine {
     /// # Errors
     /// [`MachineError::Usage`] if it has no vsock.
     pub fn ssh_backdoor_command(&self) -> MachineResult<String> {
-        let name = self.name();
-        let why = match self.config().backend() {
-            BackendKind::Firn => "",
-            BackendKind::Qemu => ": it runs under QEMU, whose vsocks lead to the host's kernel",
-        };
-        let what = format!("{name} has no vsock for ssh{why}");
-        let none = || MachineError::Usage(what);
+        let none = || MachineError::Usage(format!("{} has no vsock for ssh", self.name()));
         let vsock = self.config().vsock.as_ref().ok_or_else(none)?;
         Ok(command_line(&vsock.socket))
     }

@@ -5,9 +5,11 @@
 pub mod input;
 pub mod skip;
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
-use std::io::{self, Cursor, Write};
+use std::io::{self, BufRead, BufReader, Cursor, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -126,6 +128,47 @@ impl Drop for SmallFileSystem {
             assert!(unmounted.is_ok_and(|status| status.success()));
         }
     }
+}
+
+/// Copies `vsock-peer` into the guest. It is linked with the host's libraries, which come along: they are the ones that
+/// the test itself has loaded.
+pub async fn install_vsock_peer(machine: &Machine, program: &str) {
+    machine.succeed(&["mkdir /tmp/peer"], None).await.expect("it is made");
+    let maps = fs::read_to_string("/proc/self/maps").expect("it is there");
+    let mut libraries: Vec<&str> = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5))
+        .filter(|path| path.contains(".so"))
+        .collect();
+    libraries.dedup();
+    let mut run = String::new();
+    for library in libraries {
+        let name = Path::new(library).file_name().and_then(OsStr::to_str).expect("a name");
+        let target = Path::new("/tmp/peer").join(name);
+        machine.copy_from_host(Path::new(library), &target).await.expect("it is copied");
+        if name.starts_with("ld-") {
+            run = format!(
+                "#!/bin/sh\nexec /tmp/peer/{name} --library-path /tmp/peer /tmp/peer/program \"$@\""
+            );
+        }
+    }
+    machine
+        .copy_from_host(Path::new(program), Path::new("/tmp/peer/program"))
+        .await
+        .expect("it is copied");
+    let install =
+        format!("cat >/bin/vsock-peer <<'END'\n{run}\nEND\nchmod 755 /bin/vsock-peer /tmp/peer/*");
+    machine.succeed(&[&install], None).await.expect("it is installed");
+}
+
+/// Connects to `port` in the guest of a vsock; the answer, or nothing if it refuses.
+pub fn connect_to_vsock(socket: &Path, port: u32) -> (UnixStream, String) {
+    let mut stream = UnixStream::connect(socket).expect("somebody listens");
+    stream.set_read_timeout(Some(PATIENCE)).expect("it can be set");
+    writeln!(stream, "CONNECT {port}").expect("it is sent");
+    let mut answer = String::new();
+    BufReader::with_capacity(1, &stream).read_line(&mut answer).expect("an answer or none");
+    (stream, answer)
 }
 
 /// Bytes without a pattern, the same each time.

@@ -34,8 +34,8 @@ class QemuMachines(RunTest):
         super().setUp()
         self.script = self.dir / "test-script"
 
-    def spawn(self, script: str, *starts: Path) -> "subprocess.Popen[str]":
-        """Start the driver with a script, and machines that are started so."""
+    def spawn(self, script: str, *starts: Path | str) -> "subprocess.Popen[str]":
+        """Start the driver with a script, and machines that are started so, or other words."""
         self.script.write_text(script)
         machines = ["--start-scripts", *map(str, starts), "--test-script", str(self.script)]
         return subprocess.Popen(
@@ -47,7 +47,7 @@ class QemuMachines(RunTest):
             env=os.environ | {"TMPDIR": str(self.state)},
         )
 
-    def drive(self, script: str, *starts: Path) -> tuple[int, str, str]:
+    def drive(self, script: str, *starts: Path | str) -> tuple[int, str, str]:
         """Run the driver to its end; nothing may be left of it."""
         with self.spawn(script, *starts) as process:
             out, err = process.communicate(timeout=120)
@@ -83,6 +83,30 @@ class QemuMachines(RunTest):
             (status, out), (0, "q VM status: paused (prelaunch)\nprelaunch\nFalse\n"), err
         )
         self.assertIn("q: runs under QEMU: its start command is not firn's", err)
+
+    def test_vsock(self) -> None:
+        """The ssh backdoor leads into each, at an address of its own, and no module of the host."""
+        shared = (
+            "-object memory-backend-memfd,id=mem0,size=64M,share=on -machine memory-backend=mem0"
+        )
+        text = f'exec qemu-system-x86_64 -accel tcg -m 64 -S {shared} "$@"'
+        starts = [self.start_script(text, name) for name in ("one", "two")]
+        status, out, err = self.drive(
+            "for m in (one, two):\n"
+            "    m.start()\n"
+            "    t.assertTrue(m.vsock_host.is_socket())\n"
+            "    t.assertTrue(m.ssh_backdoor_command().endswith(f' vsock-mux/{m.vsock_host}')\n"
+            "        or m.ssh_backdoor_command() == f'firn ssh {m.vsock_host}')\n"
+            "    t.assertIn('dev: vhost-user-vsock-pci', m.send_monitor_command('info qtree'))\n"
+            "one.crash()\n"
+            "print(one.vsock_host.exists(), two.vsock_host.exists())\n",
+            *starts,
+            "--dump-vsocks",
+            "5",
+        )
+        self.assertEqual((status, out), (0, "False True\n"), err)
+        for m in ("one", "two"):
+            self.assertRegex(err, rf"    {m}:  .*/vm-state-{m}/vsock\n")
 
     def test_it_does_not_start(self) -> None:
         """What is wrong is said, in QEMU's words."""
@@ -137,7 +161,7 @@ class QemuMachines(RunTest):
             "q = create_machine('qemu-system-x86_64 -accel tcg -m 64 -S', name='q')\n"
             "q.start()\n"
             "print(q.send_monitor_command('info name').splitlines()[0])\n"
-            "with t.assertRaisesRegex(Exception, 'no vsock .* under QEMU'):\n"
+            "with t.assertRaisesRegex(Exception, 'q has no vsock for ssh'):\n"
             "    q.ssh_backdoor_command()\n"
             "q.release()\n"
             "create_machine('qemu-system-x86_64 -accel tcg -m 64 -S', name='other').start()\n"

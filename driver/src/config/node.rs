@@ -283,9 +283,6 @@ impl NodeConfig {
                 None => Ok(()),
             };
         }
-        if self.vsock.is_some() {
-            return bad("vsock", "vsock", "none under QEMU: firn provides the host's end");
-        }
         let network = self.user_network.iter().filter(|_| self.start_command.is_none());
         for network in network {
             let bad = |key: &str, value: &str, allowed: &str| {

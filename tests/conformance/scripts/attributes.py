@@ -1,4 +1,5 @@
 # What a machine has beside its methods, and what a script may change of it.
+#: ways: agent qemu
 #: [nodes.machine]
 #: memory = 256
 #: disks = [{ size = 8 }]

@@ -1,4 +1,5 @@
 # Polling conditions while a guest runs.
+#: ways: agent qemu
 #: [nodes.machine]
 import time
 

@@ -1,5 +1,5 @@
 # From systemd in the initrd to the system's own.
-#: ways: agent backdoor
+#: ways: agent backdoor qemu
 #: arguments: init=/tmp/shared/init
 #: [nodes.machine]
 #: kit = "systemd"

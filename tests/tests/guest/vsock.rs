@@ -1,14 +1,13 @@
 //! Sockets between programs of host and guest.
 
-use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 
-use firn::{Driver, Machine};
-use firn_tests::{PATIENCE, with_machines};
+use firn::Driver;
+use firn_tests::{PATIENCE, connect_to_vsock, install_vsock_peer, with_machines};
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| (n.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect()
@@ -20,49 +19,10 @@ fn with_vsock(script: impl AsyncFnOnce(&Driver, PathBuf)) {
     let socket = dir.path().join("vsock");
     let nodes = format!("[nodes.m]\nvsock = {{ cid = 42, socket = {socket:?} }}");
     with_machines(&nodes, async |driver| {
-        install_peer(&driver.machines()[0]).await;
+        install_vsock_peer(&driver.machines()[0], env!("CARGO_BIN_EXE_vsock-peer")).await;
         script(driver, socket.clone()).await;
     });
     assert!(!socket.exists(), "the socket goes with the machine");
-}
-
-/// Copies `vsock-peer` into the guest. It is linked with the host's libraries, which come along:
-/// they are the ones that this test itself has loaded.
-async fn install_peer(machine: &Machine) {
-    machine.succeed(&["mkdir /tmp/peer"], None).await.unwrap();
-    let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    let mut libraries: Vec<&str> = maps
-        .lines()
-        .filter_map(|line| line.split_whitespace().nth(5))
-        .filter(|path| path.contains(".so"))
-        .collect();
-    libraries.dedup();
-    let mut run = String::new();
-    for library in libraries {
-        let name = Path::new(library).file_name().unwrap().to_str().unwrap();
-        let target = Path::new("/tmp/peer").join(name);
-        machine.copy_from_host(Path::new(library), &target).await.unwrap();
-        if name.starts_with("ld-") {
-            run = format!(
-                "#!/bin/sh\nexec /tmp/peer/{name} --library-path /tmp/peer /tmp/peer/program \"$@\""
-            );
-        }
-    }
-    let program = Path::new(env!("CARGO_BIN_EXE_vsock-peer"));
-    machine.copy_from_host(program, Path::new("/tmp/peer/program")).await.unwrap();
-    let install =
-        format!("cat >/bin/vsock-peer <<'END'\n{run}\nEND\nchmod 755 /bin/vsock-peer /tmp/peer/*");
-    machine.succeed(&[&install], None).await.unwrap();
-}
-
-/// Connects to `port` in the guest; the answer, or nothing if it refuses.
-fn connect(socket: &Path, port: u32) -> (UnixStream, String) {
-    let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    writeln!(stream, "CONNECT {port}").unwrap();
-    let mut answer = String::new();
-    BufReader::with_capacity(1, &stream).read_line(&mut answer).unwrap();
-    (stream, answer)
 }
 
 /// Sends `data`, closes that direction, and gives what comes back.
@@ -84,13 +44,13 @@ fn exchange(mut stream: UnixStream, data: Vec<u8>) -> JoinHandle<Vec<u8>> {
 fn the_host_talks_to_a_program_in_the_guest() {
     with_vsock(async |driver, socket| {
         let machine = &driver.machines()[0];
-        let (_, answer) = connect(&socket, 5000);
+        let (_, answer) = connect_to_vsock(&socket, 5000);
         assert_eq!(answer, "", "nobody listens there yet");
         let start = "mkfifo /tmp/up; vsock-peer echo 5000 >/tmp/up 2>/dev/null </dev/null & \
                      read -r line </tmp/up; echo $line";
         assert_eq!(machine.succeed(&[start], None).await.unwrap().trim(), "ready");
 
-        let (stream, answer) = connect(&socket, 5000);
+        let (stream, answer) = connect_to_vsock(&socket, 5000);
         assert!(answer.starts_with("OK "), "{answer:?}");
         let data = pattern(8 << 20);
         assert!(exchange(stream, data.clone()).join().unwrap() == data);
@@ -99,7 +59,7 @@ fn the_host_talks_to_a_program_in_the_guest() {
         let many: Vec<_> = (0..20)
             .map(|n| {
                 let data = pattern(20_000 + n);
-                (exchange(connect(&socket, 5000).0, data.clone()), data)
+                (exchange(connect_to_vsock(&socket, 5000).0, data.clone()), data)
             })
             .collect();
         for (back, data) in many {

@@ -31,6 +31,7 @@ pub(crate) mod testing;
 mod transfer;
 pub mod transport;
 mod turn;
+mod vhost_user;
 pub mod vsock;
 
 use std::os::fd::RawFd;

@@ -133,6 +133,11 @@ impl VirtQueue {
         Ok(VirtQueue { index, queue, memory, interrupt, unannounced: 0 })
     }
 
+    /// Gives back the queue as it is now.
+    pub fn into_inner(self) -> Queue {
+        self.queue
+    }
+
     /// The guest memory that holds the queue's chains.
     pub fn memory(&self) -> &Memory {
         &self.memory

@@ -423,7 +423,6 @@ fn start_commands() {
     for (lines, said) in [
         (r#""backend": "xen""#, "`backend`: unknown variant `xen`"),
         (r#""backend": "firn", "start_command": "qemu""#, "`backend`: \"firn\" cannot be used"),
-        (r#""backend": "qemu", "vsock": {"cid": 3, "socket": "v"}"#, "`vsock`"),
         (
             r#""backend": "qemu", "user_network": {"host_loopback": false}"#,
             "`user_network.host_loopback`: false cannot be used",

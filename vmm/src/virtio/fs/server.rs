@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -25,10 +25,11 @@ use vm_memory::{Address, Bytes};
 
 use super::confined::{Confined, Rules};
 use super::store::{self, Place, Store};
-use super::vhost_user::Client;
+use super::vhost_user;
 use super::xattr::{self, Names};
 use crate::spec::{CachePolicy, ShareSpec};
 use crate::virtio::queue::Chain;
+use crate::virtio::vhost_user::{Client, Serving};
 
 /// What the guest sees as the owner of the files of a user firn runs as, when firn cannot act for
 /// other users: the first normal user of NixOS and Debian, and the group `users` of both.
@@ -125,21 +126,21 @@ pub(super) fn start(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Resu
     })
 }
 
-/// As [`start`], for a machine in another process: the thread that serves it.
+/// As [`start`], for a machine in another process.
 pub(super) fn start_elsewhere(
     spec: &ShareSpec,
     root: &File,
     descriptors: u64,
     client: Client,
-) -> io::Result<JoinHandle<()>> {
+) -> io::Result<Serving> {
     let (config, rules) = settings(spec, root, descriptors)?;
     on_own_thread(move || {
         detach_thread()?;
         let mounted = Arc::new(AtomicBool::new(false));
         if spec.read_only {
-            client.serve(Confined::new(PassthroughFsRo::new(config)?, rules, mounted))
+            vhost_user::serve(Confined::new(PassthroughFsRo::new(config)?, rules, mounted), client)
         } else {
-            client.serve(Confined::new(PassthroughFs::new(config)?, rules, mounted))
+            vhost_user::serve(Confined::new(PassthroughFs::new(config)?, rules, mounted), client)
         }
     })
 }

@@ -1,16 +1,11 @@
-//! A share for a virtual machine in another process: the same server, by the vhost-user protocol, which brings that
-//! machine's memory and queues here.
+//! A share for a virtual machine in another process: the same server, by the vhost-user protocol.
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
+use vhost_user_backend::VhostUserBackend;
 use virtiofsd::filesystem::{FileSystem, SerializableFileSystem};
 use virtiofsd::vhost_user::VhostUserFsBackend;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -20,15 +15,12 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use super::server::{self, detach_thread, is_detached};
 use super::{FsError, open};
 use crate::spec::ShareSpec;
-
-/// How long is waited before the other process is looked for again.
-const PAUSE: Duration = Duration::from_millis(10);
+use crate::virtio::vhost_user::{Client, Serving};
 
 /// Serves a share to another process, once, until that closes the connection. Dropping this waits for that, unless
 /// nobody has connected yet.
 pub struct ShareServer {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    _server: Serving,
     /// Outlives the server, which rests on it.
     _root: File,
 }
@@ -40,69 +32,24 @@ impl ShareServer {
     /// As [`super::Fs::new`].
     pub fn start(spec: &ShareSpec, descriptors: u64, socket: PathBuf) -> Result<Self, FsError> {
         let root = open(spec)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let client = Client { name: spec.tag.to_string(), socket, stop: Arc::clone(&stop) };
-        let thread = server::start_elsewhere(spec, &root, descriptors, client);
-        let thread = thread.map_err(|source| FsError::Server {
+        let client = Client { name: format!("share {}", spec.tag), socket };
+        let server = server::start_elsewhere(spec, &root, descriptors, client);
+        let server = server.map_err(|source| FsError::Server {
             tag: spec.tag.to_string(),
             path: spec.source.clone(),
             source,
         })?;
-        Ok(Self { stop, thread: Some(thread), _root: root })
+        Ok(Self { _server: server, _root: root })
     }
 }
 
-impl Drop for ShareServer {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            // One that has panicked has ended, too.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Whom a file system is served to.
-pub(super) struct Client {
-    name: String,
-    socket: PathBuf,
-    stop: Arc<AtomicBool>,
-}
-
-impl Client {
-    /// Serves on a thread of its own.
-    pub(super) fn serve<F>(self, fs: F) -> io::Result<JoinHandle<()>>
-    where
-        F: FileSystem + SerializableFileSystem + Send + Sync + 'static,
-    {
-        let backend = Backend(VhostUserFsBackend::new(fs).map_err(io::Error::from)?);
-        let thread = thread::Builder::new().name(format!("share {}", self.name));
-        thread.spawn(move || {
-            if let Err(error) = self.attend(Arc::new(backend)) {
-                tracing::warn!(share = self.name, %error, "a share has ended");
-            }
-        })
-    }
-
-    fn attend<F>(&self, backend: Arc<Backend<F>>) -> Result<(), vhost_user_backend::Error>
-    where
-        F: FileSystem + SerializableFileSystem + Send + Sync + 'static,
-    {
-        let socket: &Path = &self.socket;
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let mut daemon = VhostUserDaemon::new(self.name.clone(), backend, memory)?;
-        while !self.stop.load(Ordering::Acquire) {
-            // Who listens there will do so soon.
-            if daemon.start_client(&socket.to_string_lossy()).is_ok() {
-                // However it ends, the other process has gone.
-                let ended = daemon.wait();
-                tracing::debug!(share = self.name, ?ended, "a share is not used any more");
-                return Ok(());
-            }
-            thread::sleep(PAUSE);
-        }
-        Ok(())
-    }
+/// Serves a file system.
+pub(super) fn serve<F>(fs: F, client: Client) -> io::Result<Serving>
+where
+    F: FileSystem + SerializableFileSystem + Send + Sync + 'static,
+{
+    let backend = Backend(VhostUserFsBackend::new(fs).map_err(io::Error::from)?);
+    client.serve(backend, |_| Ok(()))
 }
 
 /// virtiofsd's own, on threads that may serve, and without what moves a machine to another host.

@@ -14,6 +14,7 @@
 mod connection;
 mod hub;
 mod packet;
+mod vhost_user;
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -34,6 +35,7 @@ use crate::spec::VsockSpec;
 use hub::Hub;
 
 pub use hub::MAX_CONNECTIONS;
+pub use vhost_user::VsockServer;
 
 /// VIRTIO_VSOCK_F_STREAM (5.10.3).
 const F_STREAM: u64 = 1 << 0;
@@ -186,27 +188,44 @@ impl Vsock<Queues> {
         })
     }
 
-    /// Moves packets both ways.
     fn exchange(&mut self) -> Result<(), DeviceError> {
-        let Vsock { hub, again, queues, .. } = self;
-        let mut stopped = false;
-        again.serve_turn(&mut queues.transmit, |chain, memory, turn| {
-            if !hub.can_hear_guest() {
-                stopped = true;
-                return Served::Stop;
-            }
-            hub.take(chain, memory, turn);
-            Served::Done(0)
-        })?;
-        if hub.has_something() {
-            let give = |chain, memory: &_, turn: &mut _| hub.give(chain, memory, turn);
-            again.serve_turn(&mut queues.receive, give)?;
-        }
-        if stopped && hub.can_hear_guest() {
-            again.ring();
-        }
-        Ok(())
+        let Queues { receive, transmit, .. } = &mut self.queues;
+        exchange(&mut self.hub, &self.again, receive, transmit)
     }
+}
+
+/// Takes in what has happened on the host's side.
+fn hear_host(hub: &mut Hub) -> Result<(), DeviceError> {
+    hub.on_ready().map_err(|source| DeviceError::Host {
+        operation: "cannot wait for vsock descriptors",
+        source,
+    })
+}
+
+/// Moves packets both ways.
+fn exchange(
+    hub: &mut Hub,
+    again: &Again,
+    receive: &mut VirtQueue,
+    transmit: &mut VirtQueue,
+) -> Result<(), DeviceError> {
+    let mut stopped = false;
+    again.serve_turn(transmit, |chain, memory, turn| {
+        if !hub.can_hear_guest() {
+            stopped = true;
+            return Served::Stop;
+        }
+        hub.take(chain, memory, turn);
+        Served::Done(0)
+    })?;
+    if hub.has_something() {
+        let give = |chain, memory: &_, turn: &mut _| hub.give(chain, memory, turn);
+        again.serve_turn(receive, give)?;
+    }
+    if stopped && hub.can_hear_guest() {
+        again.ring();
+    }
+    Ok(())
 }
 
 /// Writes the event into a chain; 0 if there is no room.
@@ -226,10 +245,7 @@ impl ActiveDevice for Vsock<Queues> {
 
     fn host_event(&mut self) -> Result<(), DeviceError> {
         self.announce_reset()?;
-        self.hub.on_ready().map_err(|source| DeviceError::Host {
-            operation: "cannot wait for vsock descriptors",
-            source,
-        })?;
+        hear_host(&mut self.hub)?;
         self.exchange()
     }
 

@@ -25,17 +25,20 @@ pub(super) struct Sockets {
     pub(super) qmp: PathBuf,
     pub(super) shell: PathBuf,
     pub(super) agent: PathBuf,
+    /// Who serves a vsock comes there.
+    pub(super) vsock: PathBuf,
 }
 
 impl Sockets {
     pub(super) fn of(state: &Path) -> Self {
-        let [qmp, shell, agent] = ["qmp", "shell", "agent"].map(|name| state.join(name));
-        Self { qmp, shell, agent }
+        let names = ["qmp", "shell", "agent", "vsock-guest"];
+        let [qmp, shell, agent, vsock] = names.map(|name| state.join(name));
+        Self { qmp, shell, agent, vsock }
     }
 
     /// The first whose path is too long for a socket.
     pub(super) fn too_long(&self) -> Option<&Path> {
-        let all = [&self.qmp, &self.shell, &self.agent];
+        let all = [&self.qmp, &self.shell, &self.agent, &self.vsock];
         all.into_iter().find(|path| path.as_os_str().len() > MAX_SOCKET).map(PathBuf::as_path)
     }
 }
@@ -72,7 +75,7 @@ pub(super) fn environment<'a>(
 }
 
 /// What the driver adds to each command line.
-pub(super) fn added(sockets: &Sockets, may_reboot: bool) -> Vec<OsString> {
+pub(super) fn added(sockets: &Sockets, vsock: bool, may_reboot: bool) -> Vec<OsString> {
     let mut arguments = Arguments::default();
     arguments.add("-qmp", path("unix:", &sockets.qmp, ",server=on,wait=off"));
     // What people would type there goes through the other monitor.
@@ -82,6 +85,10 @@ pub(super) fn added(sockets: &Sockets, may_reboot: bool) -> Vec<OsString> {
     arguments.add("-device", "virtio-serial").add("-device", "virtconsole,chardev=shell");
     arguments.add("-device", format!("virtserialport,chardev=firn-agent,name={PORT_NAME}"));
     arguments.add("-device", "virtio-rng-pci").add("-serial", "stdio").flag("-nographic");
+    if vsock {
+        arguments.add("-chardev", path("socket,id=vsock,path=", &sockets.vsock, ",server=on"));
+        arguments.add("-device", "vhost-user-vsock-pci,chardev=vsock");
+    }
     if !may_reboot {
         arguments.flag("-no-reboot");
     }

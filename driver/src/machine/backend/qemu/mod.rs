@@ -24,6 +24,7 @@ use firn_vmm::screen::Screen;
 use firn_vmm::socket::{Listener, connect_to};
 use firn_vmm::virtio::blk::create_image;
 use firn_vmm::virtio::fs::ShareServer;
+use firn_vmm::virtio::vsock::VsockServer;
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
@@ -49,6 +50,8 @@ const START_WITHIN: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_millis(20);
 /// No guest boots, and resets itself again, as fast.
 const ONE_RESET: Duration = Duration::from_secs(1);
+/// Connections of a vsock may be one in this many of the machine's descriptors.
+const VSOCK_PART: u64 = 8;
 /// How long QEMU's last words may take after its end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -71,7 +74,14 @@ struct Running {
     first_card: usize,
     viewers: Option<AbortHandle>,
     /// They end with QEMU, which is dropped before.
+    _served: ServedDevices,
+}
+
+/// The devices that this process serves.
+#[derive(Default)]
+struct ServedDevices {
     _shares: Vec<ShareServer>,
+    _vsock: Option<VsockServer>,
 }
 
 impl Drop for Running {
@@ -149,7 +159,7 @@ impl Qemu {
             )).into());
         }
         let vlans = self.vlan_directories()?;
-        let (mut command, shares) =
+        let (mut command, served) =
             self.command_line(&node, &dirs, &sockets, &vlans, may_reboot).await?;
         let vlans = vlans.iter().map(|(number, directory)| (*number, directory.as_path()));
         command::environment(&mut command, &dirs, vlans);
@@ -224,13 +234,13 @@ impl Qemu {
         };
         let viewers = self.open_to_viewers(&qmp, &dirs);
         let running =
-            Arc::new(Running { process, qmp, dirs, first_card, viewers, _shares: shares });
+            Arc::new(Running { process, qmp, dirs, first_card, viewers, _served: served });
         tokio::spawn(tell_end(Arc::clone(&running), sender, all_heard));
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(running);
         Ok(Started { events, shell, agent: Some(agent) })
     }
 
-    /// The command that starts it, without its environment, and who serves its shares.
+    /// The command that starts it, without its environment, and the devices that are served to it.
     async fn command_line(
         &self,
         node: &NodeConfig,
@@ -238,10 +248,12 @@ impl Qemu {
         sockets: &Sockets,
         vlans: &[(u8, PathBuf)],
         may_reboot: bool,
-    ) -> Result<(tokio::process::Command, Vec<ShareServer>)> {
-        let added = command::added(sockets, may_reboot);
+    ) -> Result<(tokio::process::Command, ServedDevices)> {
+        let added = command::added(sockets, node.vsock.is_some(), may_reboot);
+        let _vsock = self.serve_vsock(node, sockets)?;
         if let Some(command) = &node.start_command {
-            return Ok((command::of_shell(command, added), Vec::new()));
+            let served = ServedDevices { _vsock, ..ServedDevices::default() };
+            return Ok((command::of_shell(command, added), served));
         }
         let spec = self.parts.source.spec(&self.parts.node, dirs, &self.parts.log).await?;
         let initrd = dirs.state.join("initrd");
@@ -273,7 +285,19 @@ impl Qemu {
             each.collect::<Result<Vec<_>, _>>()
         };
         let shares = spawn_blocking(prepare).await.map_err(|error| self.start_error(error))?;
-        Ok((command, shares.map_err(|error| self.start_error(error))?))
+        let _shares = shares.map_err(|error| self.start_error(error))?;
+        Ok((command, ServedDevices { _shares, _vsock }))
+    }
+
+    /// Serves the vsock that it has.
+    fn serve_vsock(&self, node: &NodeConfig, sockets: &Sockets) -> Result<Option<VsockServer>> {
+        let Some(spec) = &node.vsock else { return Ok(None) };
+        // What an earlier run has left would be taken for this one's.
+        let _ = std::fs::remove_file(&sockets.vsock);
+        let connections = self.parts.descriptors.monitor() / VSOCK_PART;
+        let connections = usize::try_from(connections).unwrap_or(usize::MAX);
+        let server = VsockServer::start(spec, connections, sockets.vsock.clone());
+        Ok(Some(server.map_err(|error| self.start_error(error))?))
     }
 
     /// The vlans' numbers, and where QEMU plugs cards into them.
