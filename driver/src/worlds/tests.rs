@@ -128,7 +128,7 @@ fn one_at_a_time_fills_an_entry() {
     assert_eq!(why(&worlds, &one), "no world of this test has been kept");
     fill(&worlds, &two, b"");
     let path = filling.finish("ping", Vec::new(), Duration::ZERO).unwrap();
-    assert!(worlds.fill(one.clone()).unwrap().is_none(), "it is there");
+    assert!(worlds.fill(one).unwrap().is_none(), "it is there");
     assert_eq!(fs::read(path.join("a.memory")).unwrap(), b"half");
 
     std::thread::scope(|scope| {
@@ -243,8 +243,7 @@ proptest! {
         let key = key("one");
         let dir = fill(&worlds, &key, b"a guest's memory");
         let path = dir.join(["a.memory", MANIFEST][file]);
-        let good = fs::read(&path).unwrap();
-        let mut bad = good.clone();
+        let mut bad = fs::read(&path).unwrap();
         let at = at.index(bad.len());
         if cut { bad.truncate(at) } else { bad[at] = byte }
         fs::write(&path, &bad).unwrap();

@@ -60,14 +60,25 @@ impl Vm {
     /// # Errors
     /// As for [`Vm::restore`].
     pub fn fork(spec: &MachineSpec, host_side: HostSide, from: &Checkpoint) -> Result<Vm, VmError> {
+        Vm::begin_with(spec, host_side, &from.disks, &from.memory, &from.state)
+    }
+
+    /// Builds a machine in a state, with what disks, if any are given, and memory hold.
+    pub(super) fn begin_with(
+        spec: &MachineSpec,
+        host_side: HostSide,
+        disks: &[DiskCheckpoint],
+        held: &MemoryCheckpoint,
+        state: &VmState,
+    ) -> Result<Vm, VmError> {
         build::check(spec)?;
         let memory = memory::allocate(spec.memory.get())?;
         let frame_buffer = build::frame_buffer(spec)?;
-        let mut vm = Vm::assemble(spec, host_side, memory, frame_buffer, &from.disks)?;
+        let mut vm = Vm::assemble(spec, host_side, memory, frame_buffer, disks)?;
         vm.boots = false;
         let memories = build::memories(&vm.memory, vm.frame_buffer.as_ref());
-        vm.backing.roll_back(&memories, &from.memory).map_err(host("cannot map guest memory"))?;
-        vm.apply(&from.state, 0)?;
+        vm.backing.roll_back(&memories, held).map_err(host("cannot map guest memory"))?;
+        vm.apply(state, 0)?;
         generation::write(&vm.memory)
             .map_err(|error| host("cannot write guest memory")(io::Error::other(error)))?;
         generation::announce(&vm.vm).map_err(kvm("KVM_IRQ_LINE"))?;

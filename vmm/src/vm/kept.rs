@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{Checkpoint, HostSide, Vm, VmError, VmState, build, host, kvm};
 use crate::arch::state::fingerprint as fingerprint_of_host;
 use crate::extents::Extents;
-use crate::memory::{self, checkpoint::MemoryCheckpoint};
+use crate::memory::checkpoint::MemoryCheckpoint;
 use crate::spec::MachineSpec;
 use crate::virtio::blk;
 use crate::virtio::build::BuildError;
@@ -128,14 +128,7 @@ impl Vm {
                 blk::make_image(disk, extents, file).map_err(BuildError::from)?;
             }
         }
-        let memory = memory::allocate(spec.memory.get())?;
-        let frame_buffer = build::frame_buffer(spec)?;
-        let mut vm = Vm::assemble(spec, host_side, memory, frame_buffer, &[])?;
-        vm.boots = false;
-        let memories = build::memories(&vm.memory, vm.frame_buffer.as_ref());
-        vm.backing.roll_back(&memories, &from.memory).map_err(host("cannot map guest memory"))?;
-        vm.apply(&parts.state, 0)?;
-        Ok(vm)
+        Vm::begin_with(spec, host_side, &[], &from.memory, &parts.state)
     }
 }
 
