@@ -1,4 +1,5 @@
 # Machine files under `nixos-test-driver`.
+#: ways: agent qemu
 #: file: a
 #: file: b
 import resource

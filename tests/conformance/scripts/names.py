@@ -1,4 +1,5 @@
 # The names in a script.
+#: ways: agent qemu
 #: none: a-b
 #: none: c
 import socket

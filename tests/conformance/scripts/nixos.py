@@ -1,4 +1,5 @@
 # A machine file that nix/machine-spec.nix makes, under `nixos-test-driver`.
+#: ways: agent qemu
 #: nix: machine
 import base64
 import socket

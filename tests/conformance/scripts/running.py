@@ -1,4 +1,5 @@
 # What groups, repeats and checks the parts of a script.
+#: ways: agent qemu
 #: none: machine
 import datetime
 import tempfile

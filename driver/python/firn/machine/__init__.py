@@ -142,12 +142,12 @@ class QemuMachine(Windows, BaseMachine):
 
     @assignable
     def qmp_path(self) -> Path:
-        """The path of QEMU's QMP socket. There is no such socket: use `qmp_client`."""
+        """The path of QEMU's QMP socket. Without QEMU there is none: use `qmp_client`."""
         return self.state_dir / "qmp"
 
     @assignable
     def shell_path(self) -> Path:
-        """The path of the root shell's socket. There is no such socket: use `shell`."""
+        """The path of the root shell's socket. Nobody may connect there: use `shell`."""
         return self.state_dir / "shell"
 
     @assignable

@@ -213,8 +213,10 @@ async fn read_stderr(pipe: impl AsyncRead + Unpin, log: &Logger, kept: &Mutex<Ve
             _ => return,
         }
         // It says so of each share.
-        let waits = memmem::find(&line, b": info: QEMU waiting for connection on: ").is_some();
-        if count < MAX_LOGGED && !waits {
+        if memmem::find(&line, b": info: QEMU waiting for connection on: ").is_some() {
+            continue;
+        }
+        if count < MAX_LOGGED {
             log.info(format_args!(
                 "QEMU: {}",
                 printable(String::from_utf8_lossy(&line).trim_end())
