@@ -695,6 +695,8 @@ async fn an_agent_between_two_frames_gets_no_padding() {
     within(stream.read_exact(&mut first)).await.unwrap();
     let (guard, hello) = first.split_first_chunk::<RESYNC_GUARD>().unwrap();
     assert_eq!(guard, &[0; RESYNC_GUARD]);
+    let hello: &[u8; GREETING_LEN] = hello.try_into().unwrap();
+    assert_eq!(Greeting::from_bytes(hello).map(|hello| hello.kind), Some(GreetingKind::Hello));
     let mut puppet = Puppet { stream, decoder: Decoder::new() };
     puppet.decoder.push(hello);
     within(puppet.welcome(VERSION_HERE)).await;
