@@ -129,8 +129,8 @@ impl PyTest {
     }
 
     /// Whether the script begins after the boot of all machines.
-    #[getter]
-    fn from_boot(&self) -> bool {
+    #[getter(from_boot)]
+    fn boots_once(&self) -> bool {
         self.0.from_boot
     }
 

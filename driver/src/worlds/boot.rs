@@ -124,7 +124,7 @@ impl Driver {
             let host = vm::fingerprint().map_err(|error| MachineError::Usage(chain(&error)))?;
             key.add("the host's processor or KVM", hash(&host));
             for spec in specs {
-                add_machine(&mut key, spec, &run)
+                add_machine(&mut key, &spec, &run)
                     .map_err(|error| MachineError::Usage(format!("{error}")))?;
             }
             Ok(key)
@@ -230,8 +230,8 @@ fn file_name(machine: &str, part: &str) -> String {
 }
 
 /// What a machine depends on.
-fn add_machine(key: &mut Key, mut spec: MachineSpec, run: &Path) -> io::Result<()> {
-    let name = std::mem::take(&mut spec.name);
+fn add_machine(key: &mut Key, spec: &MachineSpec, run: &Path) -> io::Result<()> {
+    let name = &spec.name;
     let of = |what: &str| format!("{what} of machine {name}");
     key.add(of("the kernel"), file(&spec.kernel, run)?);
     let initrd = spec.initrd.iter().map(|path| file(path, run)).collect::<io::Result<Vec<_>>>()?;
@@ -259,10 +259,13 @@ fn add_machine(key: &mut Key, mut spec: MachineSpec, run: &Path) -> io::Result<(
     for (what, value) in [("memory", spec.memory.get()), ("cores", spec.cores.get().into())] {
         key.add(of(what), value.to_string());
     }
-    (spec.kernel, spec.initrd, spec.cmdline) = Default::default();
-    (spec.disks, spec.shares) = Default::default();
+    let mut rest = serde_json::to_value(spec)?;
+    if let Some(rest) = rest.as_object_mut() {
+        let told = ["name", "kernel", "initrd", "cmdline", "disks", "shares", "memory", "cores"];
+        rest.retain(|part, _| !told.contains(&part.as_str()));
+    }
     // It may have secrets.
-    key.add(of("the description"), hash(outside(&serde_json::to_string(&spec)?, run).as_bytes()));
+    key.add(of("the description"), hash(outside(&rest.to_string(), run).as_bytes()));
     Ok(())
 }
 
@@ -381,7 +384,7 @@ mod tests {
         };
         let key = |run: &Path, spec: serde_json::Value| {
             let mut key = Key::default();
-            add_machine(&mut key, serde_json::from_value(spec).unwrap(), run).unwrap();
+            add_machine(&mut key, &serde_json::from_value(spec).unwrap(), run).unwrap();
             key
         };
         let [one, two] = ["one", "two"].map(|name| dir.join(name));
@@ -423,7 +426,7 @@ mod tests {
         );
         fs::remove_file(&image).unwrap();
         let mut key = Key::default();
-        let gone = add_machine(&mut key, serde_json::from_value(spec(&one)).unwrap(), &one);
+        let gone = add_machine(&mut key, &serde_json::from_value(spec(&one)).unwrap(), &one);
         assert!(gone.unwrap_err().to_string().contains("image.qcow2: No such file"));
     }
 }
