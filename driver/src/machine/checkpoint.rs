@@ -99,11 +99,12 @@ impl Machine {
         }
     }
 
-    /// An image of a disk that it could write to, if there is one already.
+    /// An image of a disk that it could write to, if there is one already, or what is written is kept elsewhere.
     fn written_image(&self) -> Result<Option<PathBuf>> {
         let (_, disks) = self.devices()?;
         let mut images = disks.into_iter().filter(|disk| !disk.read_only).map(|disk| disk.image);
-        Ok(images.find(|image| image.exists()))
+        let held = self.checkpoints()?.held();
+        Ok(images.find(|image| held || image.exists()))
     }
 
     /// Stops its guest until [`Self::thaw`]; false if it stands still already.

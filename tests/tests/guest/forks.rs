@@ -77,6 +77,11 @@ fn worlds_go_on_side_by_side() {
         output(of(blue, "b"), "ping -c 1 a").await;
         assert_eq!(look(blue).await, seen("blue"));
         assert_eq!(c.status(), Status::Off);
+        // Its disk is the same when it starts again.
+        of(blue, "a").shutdown().await.unwrap();
+        let refused = blue.checkpoint("off").await.err().expect("its disk was written").to_string();
+        assert!(refused.contains("a is off, and what it writes to"), "{refused}");
+        assert_eq!(output(of(blue, "a"), "head -c 4 /dev/vda").await, "blue");
 
         let dirs = forks.iter().map(|fork| fork.state_dir().unwrap()).collect::<Vec<_>>();
         red.close().await;

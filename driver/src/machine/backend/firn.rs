@@ -50,6 +50,8 @@ pub(super) struct Firn {
     boot_marks: Mutex<Vec<Mark>>,
     /// Held by checkpoints too: while there are any, a machine that ends is only switched off.
     held: Arc<()>,
+    /// Holds it, too: a fork has its disks nowhere else.
+    forked: Mutex<Option<Arc<()>>>,
 }
 
 /// A virtual machine, from its start to its end or, if there are checkpoints of it, for longer.
@@ -78,6 +80,7 @@ impl Firn {
             cancel: Mutex::default(),
             boot_marks: Mutex::default(),
             held: Arc::default(),
+            forked: Mutex::default(),
         }
     }
 

@@ -83,6 +83,7 @@ impl Checkpoints for Firn {
                     if let Some(running) = &*lock(&self.running) {
                         announce(&lock(&running.events));
                     }
+                    *lock(&self.forked) = Some(Arc::clone(&self.held));
                 }
             }
             started
