@@ -26,7 +26,7 @@ class Log(RunTest):
         """Write a test, and give what runs it."""
         file = self.dir / "test.toml"
         file.write_text(f"test_script = {json.dumps(script)}\n{node.format(file=file)}")
-        asked = [str(file), str(self.dir), "", "junit.xml", "info", ""]
+        asked = [str(file), str(self.dir), "", "junit.xml", "info", "", ""]
         return [sys.executable, "-P", "-m", "firn.runner", *asked]
 
     def spawn(self, command: list[str]) -> "subprocess.Popen[str]":

@@ -28,7 +28,7 @@ class Runner(RunTest):
 
     def start(self, timeout: float | None = None) -> "subprocess.Popen[str]":
         """Start the runner on the file that is there."""
-        asked = [str(self.file), ".", "" if timeout is None else str(timeout), "", "info", ""]
+        asked = [str(self.file), ".", "" if timeout is None else str(timeout), "", "info", "", ""]
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "firn.runner", *asked],
             stdout=subprocess.PIPE,
