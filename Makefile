@@ -45,7 +45,7 @@ test: setup-tests kit
 	@touch $$FIRN_SKIPPED; echo "skipped tests: $$(wc -l <$$FIRN_SKIPPED)"; cat $$FIRN_SKIPPED
 
 # Guests run one after the other, in two carriers at a time: these modules in one, all others in the other.
-HALF := balloon:: boot:: command:: devices:: disks:: files:: network:: power:: run:: trouble:: typing::
+HALF := balloon:: boot:: command:: devices:: disks:: files:: network:: power:: typing::
 GUESTS = $(call RUN_IN,--if-needed --writable $(SKIPPED)) cargo test --release -p firn-tests
 
 guests-a:

@@ -11,7 +11,7 @@ use firn::{Driver, Error, Machine};
 use firn_tests::{Held, PATIENCE, micro, only, output, with_machines};
 
 /// How often a run goes back in a row, here; the benchmark takes any number.
-const OFTEN: usize = 200;
+const OFTEN: usize = 100;
 
 const NODES: &str = "[nodes.a]\ndisks = [{ size = 64 }]\n[nodes.b]\n[nodes.c]";
 
