@@ -16,6 +16,12 @@ DEAD = 'kernel = "{file}"\ninitrd = ["{file}"]\ncmdline = ""\n'
 NODE = f"\n[nodes.machine]\n{DEAD}"
 
 
+def runner(file: Path, out_dir: str = ".", *, timeout: str = "", junit: str = "") -> list[str]:
+    """Give the command that runs a test, as `firn test` makes it."""
+    flags = [str(file), out_dir, timeout, junit, "info", "", ""]
+    return [sys.executable, "-P", "-m", "firn.runner", *flags]
+
+
 class RunTest(unittest.TestCase):
     """Each test has a directory of its own, in which runs keep their state."""
 

@@ -6,12 +6,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import unicodedata
 import unittest
 import xml.etree.ElementTree as ET
 
-from .support import NODE, RunTest
+from .support import NODE, RunTest, runner
 
 
 class Log(RunTest):
@@ -26,8 +25,7 @@ class Log(RunTest):
         """Write a test, and give what runs it."""
         file = self.dir / "test.toml"
         file.write_text(f"test_script = {json.dumps(script)}\n{node.format(file=file)}")
-        asked = [str(file), str(self.dir), "", "junit.xml", "info", "", ""]
-        return [sys.executable, "-P", "-m", "firn.runner", *asked]
+        return runner(file, str(self.dir), junit="junit.xml")
 
     def spawn(self, command: list[str]) -> "subprocess.Popen[str]":
         """Start a run."""

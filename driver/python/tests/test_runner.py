@@ -3,11 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 import unittest
 
-from .support import NODE, RunTest
+from .support import NODE, RunTest, runner
 
 
 class Runner(RunTest):
@@ -28,9 +27,8 @@ class Runner(RunTest):
 
     def start(self, timeout: float | None = None) -> "subprocess.Popen[str]":
         """Start the runner on the file that is there."""
-        asked = [str(self.file), ".", "" if timeout is None else str(timeout), "", "info", "", ""]
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "firn.runner", *asked],
+            runner(self.file, timeout="" if timeout is None else str(timeout)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

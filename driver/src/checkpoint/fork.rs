@@ -37,7 +37,7 @@ impl Driver {
     /// # Errors
     /// [`MachineError::Usage`] if the checkpoint is gone; the host has no room, or no descriptors left.
     pub async fn fork(&self, from: &Checkpoint, name: &str) -> Result<Arc<Self>> {
-        let Some(world) = from.0.world().clone() else {
+        let Some(world) = from.world() else {
             let what = format!("checkpoint {} is gone: it cannot be forked", from.name());
             return Err(MachineError::Usage(what).into());
         };

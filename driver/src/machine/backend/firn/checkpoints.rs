@@ -49,9 +49,7 @@ impl Checkpoints for Firn {
 
     fn go_back<'a>(&'a self, dirs: &'a Dirs, to: &'a Kept) -> BoxFuture<'a, Result<Started>> {
         Box::pin(async move {
-            for (port, up) in self.parts.ports.iter().zip(&to.links) {
-                port.set_link(*up);
-            }
+            self.set_links(&to.links);
             let checkpoint = Arc::clone(&to.checkpoint);
             self.again(dirs, "cannot go back", move |running| running.vm.roll_back(&checkpoint))
                 .await?
@@ -66,9 +64,7 @@ impl Checkpoints for Firn {
         from: &'a Kept,
     ) -> BoxFuture<'a, Result<Started>> {
         Box::pin(async move {
-            for (port, up) in self.parts.ports.iter().zip(&from.links) {
-                port.set_link(*up);
-            }
+            self.set_links(&from.links);
             self.open_user_network(&dirs, true).await?;
             let checkpoint = Arc::clone(&from.checkpoint);
             let forked = async {
@@ -76,17 +72,9 @@ impl Checkpoints for Firn {
                 let fork = move |spec: &MachineSpec, host| Vm::fork(spec, host, &checkpoint);
                 self.launch(spec, &dirs, console, fork).await
             };
-            let started = forked.await;
-            match &started {
-                Err(_) => self.close_user_network().await,
-                Ok(_) => {
-                    if let Some(running) = &*lock(&self.running) {
-                        announce(&lock(&running.events));
-                    }
-                    *lock(&self.forked) = Some(Arc::clone(&self.held));
-                }
-            }
-            started
+            let started = self.taken_over(forked.await).await?;
+            *lock(&self.forked) = Some(Arc::clone(&self.held));
+            Ok(started)
         })
     }
 
@@ -109,9 +97,7 @@ impl Checkpoints for Firn {
         links: &[bool],
     ) -> BoxFuture<'_, Result<Started>> {
         *lock(&self.cancel) = Cancel::default();
-        for (port, up) in self.parts.ports.iter().zip(links) {
-            port.set_link(*up);
-        }
+        self.set_links(links);
         Box::pin(async move {
             self.open_user_network(&dirs, false).await?;
             let started = async {
@@ -120,16 +106,7 @@ impl Checkpoints for Firn {
                 let spec = parts.source.spec(&parts.node, &dirs, &parts.log).await?;
                 self.launch(spec, &dirs, console, make).await
             };
-            let started = started.await;
-            match &started {
-                Err(_) => self.close_user_network().await,
-                Ok(_) => {
-                    if let Some(running) = &*lock(&self.running) {
-                        announce(&lock(&running.events));
-                    }
-                }
-            }
-            started
+            self.taken_over(started.await).await
         })
     }
 
@@ -152,6 +129,22 @@ impl Checkpoints for Firn {
 }
 
 impl Firn {
+    fn set_links(&self, links: &[bool]) {
+        for (port, up) in self.parts.ports.iter().zip(links) {
+            port.set_link(*up);
+        }
+    }
+
+    /// Tells of the boot of a machine that goes on from another's life; without one, closes its user network.
+    async fn taken_over(&self, started: Result<Started>) -> Result<Started> {
+        if started.is_err() {
+            self.close_user_network().await;
+        } else if let Some(running) = &*lock(&self.running) {
+            announce(&lock(&running.events));
+        }
+        started
+    }
+
     /// Starts the machine that was only switched off, if there is one: on its disks lies what may be taken back.
     pub(super) async fn start_kept(&self, dirs: &Dirs) -> Result<Option<Started>> {
         let started = self.again(dirs, "cannot start it again", |running| running.vm.reset());
