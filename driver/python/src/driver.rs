@@ -344,6 +344,24 @@ impl PyRun {
         wait(py, async move { driver.boot_once(&worlds, &test, allow_reboot).await })
     }
 
+    /// Brings all machines to the end of their boot, from a directory if the world kept there fits.
+    fn boot_from(&self, py: Python<'_>, directory: PathBuf, allow_reboot: bool) -> PyResult<()> {
+        let driver = Arc::clone(&self.0);
+        wait(py, async move { driver.boot_from(&directory, allow_reboot).await })
+    }
+
+    /// Boots all machines and keeps that in a directory.
+    fn keep_boot(
+        &self,
+        py: Python<'_>,
+        directory: PathBuf,
+        test: String,
+        allow_reboot: bool,
+    ) -> PyResult<()> {
+        let driver = Arc::clone(&self.0);
+        wait(py, async move { driver.keep_boot(&directory, &test, allow_reboot).await })
+    }
+
     /// Keeps what all machines and networks are.
     fn checkpoint(&self, py: Python<'_>, name: String) -> PyResult<PyCheckpoint> {
         let driver = Arc::clone(&self.0);
