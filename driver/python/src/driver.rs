@@ -134,6 +134,16 @@ impl PyTest {
         self.0.from_boot
     }
 
+    /// The directory in which booted worlds are kept if the script begins after a boot, made; else None.
+    fn worlds(&self, py: Python<'_>) -> PyResult<Option<PathBuf>> {
+        let made = || {
+            let worlds = Worlds::of_user()?;
+            worlds.prepare().map(|()| worlds.path().to_owned())
+        };
+        let unusable = |error| exception(py, &MachineError::Usage(chain(&error)).into());
+        self.0.from_boot.then(made).transpose().map_err(unusable)
+    }
+
     /// The names of the machines' variables in the script.
     #[getter]
     fn variables(&self) -> Vec<String> {

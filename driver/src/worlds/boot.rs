@@ -131,7 +131,12 @@ impl Driver {
     }
 
     /// Starts all machines from a world; false if they have to boot, and the log says why.
-    async fn start_found(&self, machines: &[Machine], found: Found, allow_reboot: bool) -> Result<bool> {
+    async fn start_found(
+        &self,
+        machines: &[Machine],
+        found: Found,
+        allow_reboot: bool,
+    ) -> Result<bool> {
         let world = match found {
             Found::World(world) => world,
             Found::Nothing(why) => {

@@ -261,7 +261,9 @@ fn a_run_killed_while_it_keeps_its_boot_leaves_nothing_that_is_used_or_stays() {
         })
     };
     let start = |places: Places| {
-        let run = places.start(&["--from-boot"]);
+        let mut run = places.start(&["--from-boot"]);
+        // By then, what an earlier run has left is gone.
+        run.wait_for("checkpoint after the boot");
         let deadline = Instant::now() + PATIENCE;
         while !writes() {
             assert!(Instant::now() < deadline, "nothing is kept");
