@@ -31,7 +31,9 @@ let
     in
     hostPkgs.runCommand "firn-booted-world"
       {
-        requiredSystemFeatures = lib.attrNames (lib.filterAttrs (_: wanted: wanted) config.requiredFeatures);
+        requiredSystemFeatures = lib.attrNames (
+          lib.filterAttrs (_: wanted: wanted) config.requiredFeatures
+        );
       }
       ''
         export LOGFILE=/dev/null
