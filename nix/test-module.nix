@@ -8,7 +8,7 @@
   ...
 }:
 let
-  inherit (lib) throwIfNot;
+  inherit (lib) mkOption throwIfNot;
   checked =
     throwIfNot (options ? pythonTestDriverPackage)
       "firn needs nixpkgs of March 2026 or newer, whose test framework takes another driver"
@@ -21,19 +21,79 @@ let
             ) "test ${config.name}: firn does not support containers yet" { }
           )
       );
+
+  # Of nothing that only the script or the name decides: tests with the same nodes share it.
+  bootedWorld =
+    let
+      configuration = hostPkgs.writers.writeJSON "driverConfiguration.json" (
+        config.driverConfiguration // { test_script = hostPkgs.writeText "no-script" ""; }
+      );
+    in
+    hostPkgs.runCommand "firn-booted-world"
+      {
+        requiredSystemFeatures = lib.attrNames (
+          lib.filterAttrs (_: wanted: wanted) config.requiredFeatures
+        );
+      }
+      ''
+        export LOGFILE=/dev/null
+        ${config.pythonTestDriverPackage}/bin/nixos-test-driver \
+          --config ${configuration} --keep-world $out
+      '';
 in
 {
-  # Nodes and containers have it, so that whatever a test has of them makes it say what is wrong.
-  extraBaseModules = checked;
-  # Unlike `nodeDefaults` this reaches also specialisations that inherit nothing.
-  extraBaseNodeModules.imports = [
-    ./machine-module.nix
-  ]
-  # What shall be read is shown, and what is asked there is answered.
-  ++ lib.optional (config.enableOCR or false) {
-    virtualisation.firn = {
-      screen = lib.mkDefault "plain";
-      keyboard = lib.mkDefault true;
+  options.firn = {
+    fromBoot = mkOption {
+      type = lib.types.bool;
+      default = false;
+      description = ''
+        Whether the test's derivation starts from machines that have booted in a derivation of their
+        own, `bootedWorld`, which remote builders and caches share as any other. Its script finds
+        machines that are up. Where the world does not fit, as on another processor, the machines
+        boot, and the log says why. A node under QEMU cannot have this.
+      '';
+    };
+
+    bootedWorld = mkOption {
+      type = lib.types.package;
+      readOnly = true;
+      description = ''
+        The machines after their boot: memory, disks and devices. Whoever can read the store can read
+        what was in the guests' memory.
+      '';
+    };
+  };
+
+  config = {
+    firn = {
+      inherit bootedWorld;
+    };
+
+    passthru = {
+      inherit (config.firn) bootedWorld;
+    };
+
+    # What the framework makes of it, with one variable more, which the driver reads.
+    rawTestDerivation = lib.mkIf config.firn.fromBoot (
+      lib.mkForce (
+        hostPkgs.stdenv.mkDerivation (
+          final: config.rawTestDerivationArg final // { FIRN_WORLD = "${config.firn.bootedWorld}"; }
+        )
+      )
+    );
+
+    # Nodes and containers have it, so that whatever a test has of them makes it say what is wrong.
+    extraBaseModules = checked;
+    # Unlike `nodeDefaults` this reaches also specialisations that inherit nothing.
+    extraBaseNodeModules.imports = [
+      ./machine-module.nix
+    ]
+    # What shall be read is shown, and what is asked there is answered.
+    ++ lib.optional (config.enableOCR or false) {
+      virtualisation.firn = {
+        screen = lib.mkDefault "plain";
+        keyboard = lib.mkDefault true;
+      };
     };
   };
 }

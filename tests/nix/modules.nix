@@ -105,7 +105,7 @@ let
   contains = text: part: replaceStrings [ part ] [ "" ] text != text;
   testModule =
     args:
-    import ../../nix/test-module.nix (
+    (import ../../nix/test-module.nix (
       {
         inherit lib;
         config.name = "a";
@@ -113,7 +113,40 @@ let
         hostPkgs = extended;
       }
       // args
-    );
+    )).config;
+  # A test that starts from a booted world, and what the framework has of it.
+  bootedOnce =
+    more:
+    let
+      config = {
+        name = "a";
+        driverConfiguration = {
+          vms.m = {
+            name = "m";
+            start_script = "/run-m-vm";
+          };
+          vlans = [ 1 ];
+          test_script = throw "it is not looked at";
+        };
+        pythonTestDriverPackage = extended.nixos-test-driver;
+        rawTestDerivationArg = final: {
+          name = "vm-test-run-a";
+          own = final.name;
+        };
+        requiredFeatures = {
+          kvm = true;
+          nixos-test = true;
+          devnet = false;
+        };
+        firn = {
+          fromBoot = true;
+          inherit (module.firn) bootedWorld;
+        };
+      }
+      // more;
+      module = testModule { inherit config; };
+    in
+    module;
   refuses = args: throws (testModule args).extraBaseModules;
   # What the framework is called with.
   testOf = test: {
@@ -332,6 +365,33 @@ in
         keyboard = lib.mkDefault true;
       };
     } extraBaseNodeModules.imports;
+  test-starts-from-a-booted-world =
+    let
+      raw = (bootedOnce { }).rawTestDerivation;
+      made = raw.content.force;
+    in
+    raw.condition
+    # The framework's own, with a variable more.
+    && made.name == "vm-test-run-a"
+    && made.own == made.name
+    && made.FIRN_WORLD == "${(bootedOnce { }).firn.bootedWorld}"
+    && (bootedOnce { }).passthru.bootedWorld.name == "firn-booted-world"
+    && !(bootedOnce { firn.fromBoot = false; }).rawTestDerivation.condition;
+  booted-world-needs-what-the-test-needs =
+    (bootedOnce { }).firn.bootedWorld.attributes.requiredSystemFeatures == [
+      "kvm"
+      "nixos-test"
+    ];
+  booted-world-is-kept-by-the-driver = all (contains (bootedOnce { }).firn.bootedWorld.script) [
+    "/firn/bin/nixos-test-driver "
+    "\"vlans\":[1]"
+    "\"vms\":{\"m\":{\"name\":\"m\",\"start_script\":\"/run-m-vm\"}}"
+    " --keep-world $out"
+  ];
+  # Tests that differ in these only have the same world.
+  booted-world-is-of-the-nodes-only =
+    (bootedOnce { }).firn.bootedWorld == (bootedOnce { name = "b"; }).firn.bootedWorld
+    && contains (bootedOnce { }).firn.bootedWorld.script "\"test_script\":\"/no-script\"";
   test-needs-firns-driver = refuses { hostPkgs = pkgs; };
   test-needs-a-new-nixpkgs = refuses { options = { }; };
   # What containers have as well as nodes says it: a test may have nothing but containers.

@@ -6,13 +6,18 @@
 }:
 let
   lib = {
-    inherit (builtins) any concatMap;
+    inherit (builtins) any attrNames concatMap;
     hasPrefix = prefix: text: builtins.substring 0 (builtins.stringLength prefix) text == prefix;
     optionals = condition: list: if condition then list else [ ];
     throwIfNot =
       condition: message: value:
       if condition then value else throw message;
     assertMsg = condition: message: if condition then true else throw message;
+    filterAttrs =
+      wanted: set:
+      builtins.removeAttrs set (
+        builtins.filter (name: !wanted name set.${name}) (builtins.attrNames set)
+      );
     genAttrs =
       names: value:
       builtins.listToAttrs (
@@ -53,6 +58,7 @@ let
     types = {
       package = "package";
       anything = "anything";
+      bool = "bool";
       attrsOf = of: { attrsOf = of; };
       enum = values: { enum = values; };
       nullOr = of: { nullOr = of; };
@@ -64,13 +70,26 @@ let
 
   pkgs = {
     inherit lib;
-    stdenv.hostPlatform.system = "x86_64-linux";
+    stdenv = {
+      hostPlatform.system = "x86_64-linux";
+      mkDerivation =
+        attributes:
+        let
+          final = attributes final;
+        in
+        final;
+    };
     closureInfo = _: "/nix/store/00000000000000000000000000000000-closure-info";
     writeScript = name: text: {
       inherit name;
       outPath = text;
     };
-    runCommand = name: attributes: script: { inherit name attributes script; };
+    runCommand = name: attributes: script: {
+      inherit name attributes script;
+      outPath = script;
+    };
+    writeText = name: _: "/${name}";
+    writers.writeJSON = _: builtins.toJSON;
     e2fsprogs = "/e2fsprogs";
     erofs-utils = "/erofs-utils";
     glibc.static = "/glibc-static";

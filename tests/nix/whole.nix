@@ -3,8 +3,8 @@
 #
 #     NIX_REMOTE=dummy:// nix-instantiate --eval --strict --json whole.nix --argstr nixpkgs DIRECTORY
 #
-# The answer has the derivations of the test, its driver and its nodes, and whether it is refused
-# with `fallback = "error"`, which has to be so.
+# The answer has the derivations of the test, its driver and its nodes, whether it is refused with
+# `fallback = "error"`, which has to be so, and how a test that starts from a booted world differs.
 {
   nixpkgs,
   test ? "systemd-credentials-tpm2",
@@ -44,10 +44,33 @@ let
       defaults.virtualisation.firn = { inherit fallback; };
     };
   whole = run "qemu";
+  fromBoot =
+    more:
+    pkgs.firn.runNixOSTest {
+      imports = [
+        (/. + "${nixpkgs}/nixos/tests/${test}.nix")
+        more
+      ];
+      firn.fromBoot = true;
+    };
+  booted = fromBoot { };
+  sameNodes = fromBoot (
+    { lib, ... }:
+    {
+      name = lib.mkForce "other";
+      testScript = lib.mkForce "";
+    }
+  );
 in
 {
   test = whole.drvPath;
   driver = whole.driver.drvPath;
   nodes = builtins.mapAttrs (_: node: node.system.build.vm.drvPath) whole.nodes;
+  from-boot = {
+    test = booted.drvPath;
+    world = booted.bootedWorld.drvPath;
+    starts-there = booted.config.rawTestDerivation.FIRN_WORLD == "${booted.bootedWorld}";
+    is-of-the-nodes-only = booted.bootedWorld.drvPath == sameNodes.bootedWorld.drvPath;
+  };
   refused = !(builtins.tryEval (run "error").driver.drvPath).success;
 }

@@ -48,6 +48,8 @@ class Settings:
         interactive: bool = False,
         open_vlans: bool = False,
         from_boot: bool = False,
+        world: str | PathLike[str] | None = None,
+        keep_world: str | PathLike[str] | None = None,
     ) -> None:
         """Take all settings.
 
@@ -58,6 +60,10 @@ class Settings:
         open_vlans: let programs outside plug into the networks; always so in interactive use.
         from_boot: begin after the boot of all machines, which is kept on disk; also if the test
             says so.
+        world: begin after the boot of all machines, with the world that a run has kept in this
+            directory, if it fits; nothing is written there.
+        keep_world: run no script, but boot all machines and keep that in this directory. Machines
+            then have all parts that a script may need, as with `world`, whatever this script does.
         """
         self.out_dir = out_dir
         self.kit_dirs = kit_dirs
@@ -68,6 +74,13 @@ class Settings:
         self.interactive = interactive
         self.open_vlans = open_vlans
         self.from_boot = from_boot
+        self.world = world
+        self.keep_world = keep_world
+
+    @property
+    def everything(self) -> bool:
+        """Whether machines have all parts that some script may need."""
+        return self.interactive or self.world is not None or self.keep_world is not None
 
 
 class VhostVsock:
@@ -113,7 +126,7 @@ class Driver(World):
         """Make the machines and networks of a test without starting any."""
         logger = log or CompositeLogger([TerminalLogger()])
         self.settings = settings or Settings()
-        test = supplied(test, everything=self.settings.interactive)
+        test = supplied(test, everything=self.settings.everything)
         self.test = test
         self.debug = debug or DebugNop()
         limit = self.settings.global_timeout
@@ -281,7 +294,7 @@ class Driver(World):
             keep_machine_state |= bool(options.pop("keep_vm_state", False))
             if options:
                 raise TypeError(f"create_machine: unknown options {', '.join(map(repr, options))}")
-        parts = parts_of(self.test, everything=self.settings.interactive)
+        parts = parts_of(self.test, everything=self.settings.everything)
         if isinstance(made_of, dict):
             import json
 
@@ -310,19 +323,32 @@ class Driver(World):
             "Machines and names of the script: "
             + ", ".join(name for name in self.names if not name.startswith("_"))
         )
-        if self.global_timeout is not None:
-            self.logger.info(f"Test will time out and terminate in {self.global_timeout:g} seconds")
-            self.race_timer.start()
+        self._start_timer()
         began = time.monotonic()
-        if self.settings.from_boot or self.test.from_boot:
+        if self.settings.world is not None:
+            self._run.boot_from(self.settings.world, "allow_reboot" in self.tests)
+        elif self.settings.from_boot or self.test.from_boot:
             self.boot_once()
         self.test_script()
         self.logger.info(f"test script finished in {time.monotonic() - began:.2f}s")
         self._run.sync()
 
+    def keep_world(self, directory: str | PathLike[str]) -> None:
+        """Boot all machines within the global timeout, and keep that in a directory.
+
+        It is made, or empty. Runs with the setting `world` start there.
+        """
+        self._start_timer()
+        self._run.keep_boot(directory, self.test.name, allow_reboot=True)
+
+    def _start_timer(self) -> None:
+        if self.global_timeout is not None:
+            self.logger.info(f"Test will time out and terminate in {self.global_timeout:g} seconds")
+            self.race_timer.start()
+
     def replace(self, test: Test) -> None:
         """Continue with a changed test. Machines that are unchanged keep running."""
-        test = supplied(test, everything=self.settings.interactive)
+        test = supplied(test, everything=self.settings.everything)
         self._run = self._run.replace(test, self.settings.kit_dirs)
         self.race_timer.cancel()
         self.race_timer = RaceTimer(self._run, self.global_timeout)

@@ -58,6 +58,14 @@ def writable_directory(text: str) -> Path:
     return path
 
 
+def directory(text: str) -> Path:
+    """Check a directory that is read."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return path
+
+
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     env = os.environ.get
@@ -128,6 +136,22 @@ def parser() -> argparse.ArgumentParser:
         choices=LEVELS,
         default=env("logLevel") or "info",
         help="the lowest level that the log shows (default: the variable logLevel, then info)",
+    )
+    world = new.add_mutually_exclusive_group()
+    world.add_argument(
+        "--world",
+        type=directory,
+        default=env("FIRN_WORLD") or None,
+        metavar="DIR",
+        help="start from the booted world in DIR if it fits, else boot and say why; the script "
+        "finds machines that are up (default: the variable FIRN_WORLD)",
+    )
+    world.add_argument(
+        "--keep-world",
+        type=Path,
+        metavar="DIR",
+        help="run no script, but boot all machines and keep that world in DIR, which is made, or "
+        "empty",
     )
     add(
         "--open-vlans",
@@ -216,6 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = own.parse_args(arguments)
     if args.log_level not in LEVELS:
         own.error(f"the variable logLevel is {args.log_level!r}; allowed: {', '.join(LEVELS)}")
+    if args.interactive and args.keep_world is not None:
+        own.error("--keep-world is for runs without --interactive")
     options = Options(
         load=source(args, own),
         settings=Settings(
@@ -226,6 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
             vsock_offset=args.dump_vsocks,
             interactive=args.interactive,
             open_vlans=args.open_vlans,
+            # At the prompt, machines are started by hand.
+            world=None if args.interactive or args.keep_world is not None else args.world,
+            keep_world=args.keep_world,
         ),
         debug_attach=args.debug_hook_attach,
         junit=args.junit_xml,
@@ -249,6 +278,9 @@ def elsewhere(args: argparse.Namespace, options: Options, arguments: list[str]) 
     test = options.load(None)
     command = [sys.executable, "-P", "-m", "firn.nixos", *arguments]
     writable = [args.output_directory, *test.writable]
+    if args.keep_world is not None:
+        args.keep_world.mkdir(parents=True, exist_ok=True)
+        writable.append(args.keep_world)
     if args.keep_machine_state:
         # What is kept after the run must not stay in the carrier.
         state = tempfile.gettempdir()

@@ -115,6 +115,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     try:
         with ended_at_once():
             test.build_kits()
+            if worlds := test.worlds():
+                writable.append(worlds)
             accel = config.getoption("firn_accel")
             return None if accel == "none" else again(accel, command, writable, terminal)
     except (MachineError, ValueError, RuntimeError, OSError) as error:
@@ -253,9 +255,13 @@ def firn_machines(firn_driver: Driver) -> dict[str, Machine]:
 def firn_boot(firn_driver: Driver) -> None:
     """Boot the machines: start all, and wait until each takes commands.
 
+    With `from_boot = true` in the test's file they start where an earlier session had booted.
     A fixture of this name in your conftest.py may do more, and take this one as its argument.
     """
     with plainly():
+        if firn_driver.test.from_boot:
+            firn_driver.boot_once()
+            return
         firn_driver.start_all()
         for machine in firn_driver.machines:
             machine.connect()

@@ -103,6 +103,8 @@ def run(options: Options) -> None:
                 from firn.interactive import interact
 
                 interact(driver, options.load)
+            elif options.settings.keep_world is not None:
+                driver.keep_world(options.settings.keep_world)
             else:
                 driver.run_tests()
         finally:

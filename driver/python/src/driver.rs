@@ -134,6 +134,16 @@ impl PyTest {
         self.0.from_boot
     }
 
+    /// The directory in which booted worlds are kept if the script begins after a boot, made; else None.
+    fn worlds(&self, py: Python<'_>) -> PyResult<Option<PathBuf>> {
+        let made = || {
+            let worlds = Worlds::of_user()?;
+            worlds.prepare().map(|()| worlds.path().to_owned())
+        };
+        let unusable = |error| exception(py, &MachineError::Usage(chain(&error)).into());
+        self.0.from_boot.then(made).transpose().map_err(unusable)
+    }
+
     /// The names of the machines' variables in the script.
     #[getter]
     fn variables(&self) -> Vec<String> {
@@ -342,6 +352,24 @@ impl PyRun {
         let worlds = Worlds::of_user()
             .map_err(|error| exception(py, &MachineError::Usage(chain(&error)).into()))?;
         wait(py, async move { driver.boot_once(&worlds, &test, allow_reboot).await })
+    }
+
+    /// Brings all machines to the end of their boot, from a directory if the world kept there fits.
+    fn boot_from(&self, py: Python<'_>, directory: PathBuf, allow_reboot: bool) -> PyResult<()> {
+        let driver = Arc::clone(&self.0);
+        wait(py, async move { driver.boot_from(&directory, allow_reboot).await })
+    }
+
+    /// Boots all machines and keeps that in a directory.
+    fn keep_boot(
+        &self,
+        py: Python<'_>,
+        directory: PathBuf,
+        test: String,
+        allow_reboot: bool,
+    ) -> PyResult<()> {
+        let driver = Arc::clone(&self.0);
+        wait(py, async move { driver.keep_boot(&directory, &test, allow_reboot).await })
     }
 
     /// Keeps what all machines and networks are.

@@ -153,6 +153,9 @@ class NixosTestDriver(RunTest):
             (("--global-timeout", "x"), "invalid float"),
             (("--debug-hook-attach",), "expected one argument"),
             (("--no-such-flag",), "unrecognized arguments"),
+            (("--world", "/no/such"), "argument --world: /no/such is not a directory"),
+            (("--world", "/", "--keep-world", "x"), "not allowed with argument --world"),
+            (("--keep-world", "x", "-I"), "--keep-world is for runs without --interactive"),
         ]:
             status, _, err = self.drive("--config", config, *arguments)
             self.assertEqual(status, 2, err)

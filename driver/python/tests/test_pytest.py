@@ -46,7 +46,12 @@ class Plugin(RunTest):
     def spawn(self, *arguments: str, accel: str = "none") -> "subprocess.Popen[str]":
         """Start pytest."""
         own = [sys.executable, "-P", "-m", "pytest", "--firn-accel", accel]
-        variables = {"TMPDIR": str(self.state), "PYTHONPATH": str(self.dir), "COLUMNS": "120"}
+        variables = {
+            "COLUMNS": "120",
+            "FIRN_WORLDS": str(self.dir / "worlds"),
+            "PYTHONPATH": str(self.dir),
+            "TMPDIR": str(self.state),
+        }
         return subprocess.Popen(
             [*own, *arguments],
             stdin=subprocess.DEVNULL,
@@ -205,7 +210,8 @@ class Plugin(RunTest):
 
     def test_guests(self) -> None:
         """Machines boot once; whatever a test does to them, the next one does not see it."""
-        self.write("test.toml", "test_script = ''\n[nodes.client]\n[nodes.server]\n")
+        nodes = "[nodes.client]\n[nodes.server]\n"
+        self.write("test.toml", f"test_script = ''\nfrom_boot = true\n{nodes}")
         self.write(
             "test_it.py",
             "def test_files(server, client):\n"
@@ -235,6 +241,10 @@ class Plugin(RunTest):
         self.assertEqual(out.count("starting vm"), 0, "what a test passed with is not shown")
         self.assertNotIn("driver/python/firn", out)
         self.assertTrue((self.dir / "screen.png").exists())
+        # So it is for the next session, which does not boot.
+        said = ("started from the world kept in", "1 passed")
+        out = self.check(0, *said, accel="auto", arguments=("-s", "-k", "test_files"))
+        self.assertNotIn("starting vm", out)
 
 
 if __name__ == "__main__":

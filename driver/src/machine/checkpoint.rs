@@ -50,6 +50,13 @@ pub(super) struct How {
     environment: Option<Environment>,
 }
 
+impl How {
+    /// The same in a run that lets guests reset themselves, or not.
+    pub(super) fn with_reboots(&self, allow_reboot: bool) -> Self {
+        Self { allow_reboot, ..self.clone() }
+    }
+}
+
 /// A machine that went back and stands still.
 pub(crate) struct Back {
     pub(super) started: Started,

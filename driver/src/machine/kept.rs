@@ -84,17 +84,22 @@ impl Machine {
         })
     }
 
-    /// Makes a machine that is off what one of another run was.
+    /// Makes a machine that is off what one of another run was, as if it had been started with `allow_reboot`.
     ///
     /// # Errors
     /// KVM or the host refuse; it does not fit.
-    pub(crate) async fn go_on_from(&self, kept: &KeptMachine, from: KeptVm) -> Result<Back> {
+    pub(crate) async fn go_on_from(
+        &self,
+        kept: &KeptMachine,
+        from: KeptVm,
+        allow_reboot: bool,
+    ) -> Result<Back> {
         let dirs = self.dirs().clone();
         dirs.make()?;
         let console = Arc::clone(&self.inner.console);
         console.begin_with(&kept.console);
         let started = self.checkpoints()?.go_on(dirs, console, from, &kept.links).await?;
-        Ok(Back { started, how: kept.how.clone() })
+        Ok(Back { started, how: kept.how.with_reboots(allow_reboot) })
     }
 
     /// Removes what a start from a kept world has left, for a boot.

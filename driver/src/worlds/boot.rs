@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::tree::Tree;
-use super::{Filling, Found, Key, World, Worlds};
+use super::{Filling, Found, Key, World, Worlds, WorldsError};
 use crate::driver::Driver;
 use crate::error::{MachineError, Result, chain};
 use crate::kit;
@@ -50,56 +50,26 @@ impl Driver {
     /// [`MachineError::Usage`] if a machine cannot be kept: it was started, runs under QEMU, or writes to what is not
     /// the run's alone. A machine does not boot. Trouble with the cache only costs a boot, and the log says so.
     pub async fn boot_once(&self, worlds: &Worlds, test: &str, allow_reboot: bool) -> Result<()> {
-        let machines = self.all_machines();
-        let reasons = machines.iter().map(Machine::unkeepable).collect::<Result<Vec<_>>>()?;
-        let reasons: Vec<String> = reasons.into_iter().flatten().collect();
-        if !reasons.is_empty() {
-            let what = format!("its boot cannot be kept on disk: {}", reasons.join("; "));
-            return Err(MachineError::Usage(what).into());
-        }
-        let key = self.key(&machines, allow_reboot).await?;
+        let (machines, key) = self.keepable().await?;
         let (cache, name, wanted) = (worlds.clone(), test.to_owned(), key.clone());
         let found = blocking(move || {
             // Where it cannot be made, nothing is found either.
             let _ = cache.prepare();
             cache.find(&name, &wanted)
         });
-        match found.await {
-            Found::World(world) => {
-                let (path, boot) = (world.path().to_owned(), world.boot());
-                let began = Instant::now();
-                match self.start_from(&machines, world).await {
-                    Ok(()) => {
-                        let [boot, took] = [boot, began.elapsed()].map(|time| time.as_secs_f64());
-                        self.logger().info(format_args!(
-                            "started from the world kept in {} in {took:.1} seconds; its boot took {boot:.1}",
-                            path.display()
-                        ));
-                        return Ok(());
-                    }
-                    Err(error) => {
-                        let (path, error) = (path.display(), chain(&*error));
-                        self.logger().warning(format_args!(
-                            "boots afresh: cannot start from the world kept in {path}: {error}"
-                        ));
-                        let (cache, key) = (worlds.clone(), key.clone());
-                        blocking(move || cache.forget(&key)).await;
-                        for machine in &machines {
-                            machine.begin_afresh().await?;
-                        }
-                    }
-                }
-            }
-            Found::Nothing(why) => self.logger().info(format_args!("boots afresh: {why}")),
+        let found = found.await;
+        let there = matches!(found, Found::World(_));
+        if self.start_found(&machines, found, allow_reboot).await? {
+            return Ok(());
         }
-        let began = Instant::now();
-        try_join_all(machines.iter().map(|machine| machine.start(allow_reboot))).await?;
-        try_join_all(machines.iter().map(Machine::wait_until_booted)).await?;
-        let boot = began.elapsed();
-        match self.keep(&machines, worlds, test, key, boot).await {
-            Ok(Some(path)) => {
-                self.logger().info(format_args!("kept the booted world in {}", path.display()));
-            }
+        if there {
+            let (cache, key) = (worlds.clone(), key.clone());
+            blocking(move || cache.forget(&key)).await;
+        }
+        let boot = self.boot(&machines, allow_reboot).await?;
+        let cache = worlds.clone();
+        match self.keep(&machines, test, boot, move || cache.fill(key)).await {
+            Ok(Some(path)) => self.say_kept(&path),
             Ok(None) => self.logger().info("another run keeps this world"),
             Err(error) => {
                 let error = chain(&*error);
@@ -109,11 +79,103 @@ impl Driver {
         Ok(())
     }
 
+    /// As [`Self::boot_once`], but with the world that [`Self::keep_boot`] has kept in `dir`, where nothing is written,
+    /// or else by a boot that is not kept.
+    ///
+    /// # Errors
+    /// Those of [`Self::boot_once`]. A world that does not fit only costs a boot, and the log says why.
+    pub async fn boot_from(&self, dir: &Path, allow_reboot: bool) -> Result<()> {
+        let (machines, key) = self.keepable().await?;
+        let dir = dir.to_owned();
+        let found = blocking(move || World::in_dir(dir, &key)).await;
+        if !self.start_found(&machines, found, allow_reboot).await? {
+            self.boot(&machines, allow_reboot).await?;
+        }
+        Ok(())
+    }
+
+    /// Boots all machines and keeps that world in `dir`, which is made or empty.
+    ///
+    /// # Errors
+    /// Those of [`Self::boot_once`]; the world cannot be kept.
+    pub async fn keep_boot(&self, dir: &Path, test: &str, allow_reboot: bool) -> Result<()> {
+        let (machines, key) = self.keepable().await?;
+        let boot = self.boot(&machines, allow_reboot).await?;
+        let dir = dir.to_owned();
+        let kept = self.keep(&machines, test, boot, move || Filling::into_dir(dir, key).map(Some));
+        match kept.await {
+            Ok(path) => path.iter().for_each(|path| self.say_kept(path)),
+            Err(error) => {
+                let what = format!("the booted world is not kept: {}", chain(&*error));
+                return Err(MachineError::Usage(what).into());
+            }
+        }
+        Ok(())
+    }
+
+    fn say_kept(&self, path: &Path) {
+        self.logger().info(format_args!("kept the booted world in {}", path.display()));
+    }
+
+    /// All machines, if they can be kept, and everything that their booted world depends on.
+    async fn keepable(&self) -> Result<(Vec<Machine>, Key)> {
+        let machines = self.all_machines();
+        let reasons = machines.iter().map(Machine::unkeepable).collect::<Result<Vec<_>>>()?;
+        let reasons: Vec<String> = reasons.into_iter().flatten().collect();
+        if !reasons.is_empty() {
+            let what = format!("its boot cannot be kept on disk: {}", reasons.join("; "));
+            return Err(MachineError::Usage(what).into());
+        }
+        let key = self.key(&machines).await?;
+        Ok((machines, key))
+    }
+
+    /// Starts all machines from a world; false if they have to boot, and the log says why.
+    async fn start_found(
+        &self,
+        machines: &[Machine],
+        found: Found,
+        allow_reboot: bool,
+    ) -> Result<bool> {
+        let world = match found {
+            Found::World(world) => world,
+            Found::Nothing(why) => {
+                self.logger().info(format_args!("boots afresh: {why}"));
+                return Ok(false);
+            }
+        };
+        let (path, boot) = (world.path().to_owned(), world.boot());
+        let began = Instant::now();
+        if let Err(error) = self.start_from(machines, world, allow_reboot).await {
+            let (path, error) = (path.display(), chain(&*error));
+            self.logger().warning(format_args!(
+                "boots afresh: cannot start from the world kept in {path}: {error}"
+            ));
+            for machine in machines {
+                machine.begin_afresh().await?;
+            }
+            return Ok(false);
+        }
+        let [boot, took] = [boot, began.elapsed()].map(|time| time.as_secs_f64());
+        self.logger().info(format_args!(
+            "started from the world kept in {} in {took:.1} seconds; its boot took {boot:.1}",
+            path.display()
+        ));
+        Ok(true)
+    }
+
+    /// Boots all machines; how long that took.
+    async fn boot(&self, machines: &[Machine], allow_reboot: bool) -> Result<Duration> {
+        let began = Instant::now();
+        try_join_all(machines.iter().map(|machine| machine.start(allow_reboot))).await?;
+        try_join_all(machines.iter().map(Machine::wait_until_booted)).await?;
+        Ok(began.elapsed())
+    }
+
     /// Everything that the booted world depends on.
-    async fn key(&self, machines: &[Machine], allow_reboot: bool) -> Result<Key> {
+    async fn key(&self, machines: &[Machine]) -> Result<Key> {
         let mut key = Key::default();
         key.add("the point", POINT);
-        key.add("the use of allow_reboot", allow_reboot.to_string());
         key.add("firn", own_version());
         let run = self.state_dir().unwrap_or_default();
         let mut specs = Vec::new();
@@ -133,7 +195,12 @@ impl Driver {
     }
 
     /// Starts all machines from a kept world.
-    async fn start_from(&self, machines: &[Machine], world: World) -> Result<(), Trouble> {
+    async fn start_from(
+        &self,
+        machines: &[Machine],
+        world: World,
+        allow_reboot: bool,
+    ) -> Result<(), Trouble> {
         let names: Vec<String> = machines.iter().map(|machine| machine.name().to_owned()).collect();
         let read = move || {
             let run: KeptRun = serde_json::from_reader(io::BufReader::new(world.open(RUN)?))?;
@@ -161,7 +228,7 @@ impl Driver {
         blocking(write).await?;
         let changing = join_all(machines.iter().map(Machine::changing)).await;
         let kept = machines.iter().zip(&run.machines).zip(vms);
-        let backs = kept.map(|((machine, kept), vm)| machine.go_on_from(kept, vm));
+        let backs = kept.map(|((machine, kept), vm)| machine.go_on_from(kept, vm, allow_reboot));
         let backs = join_all(backs).await.into_iter().collect::<Result<Vec<_>>>()?;
         for (machine, back) in machines.iter().zip(backs) {
             machine.go_on(back).await?;
@@ -172,17 +239,15 @@ impl Driver {
         Ok(())
     }
 
-    /// Keeps the world as it is now; None if another process does.
+    /// Keeps the world as it is now, where `fill` says; None if another process does.
     async fn keep(
         &self,
         machines: &[Machine],
-        worlds: &Worlds,
         test: &str,
-        key: Key,
         boot: Duration,
+        fill: impl FnOnce() -> Result<Option<Filling>, WorldsError> + Send + 'static,
     ) -> Result<Option<PathBuf>, Trouble> {
-        let cache = worlds.clone();
-        let Some(filling) = blocking(move || cache.fill(key)).await? else { return Ok(None) };
+        let Some(filling) = blocking(fill).await? else { return Ok(None) };
         let filling = Arc::new(filling);
         let checkpoint = self.checkpoint(POINT).await?;
         let done = self.write(machines, &checkpoint, &filling).await;

@@ -12,6 +12,9 @@
 //! entry is used. What killed processes leave is removed when the cache is opened the next time. Readers hold a shared
 //! lock on the manifest, so that nobody removes what they read.
 //!
+//! A world can also be kept in a directory outside of the cache, such as a path of the Nix store: what an entry has, its
+//! manifest written last. Nothing is locked, removed or written there once it is whole.
+//!
 //! Everything here blocks; async callers use `spawn_blocking`.
 
 use std::env;
@@ -81,6 +84,9 @@ pub enum WorldsError {
     /// No world is called that.
     #[error("there is no world {0:?}; `firn cache` lists them")]
     NoSuchWorld(String),
+    /// A world was to be kept among other files.
+    #[error("{} is not empty; allowed: an empty directory, or one that is not there", .0.display())]
+    NotEmpty(PathBuf),
 }
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> WorldsError {
@@ -131,14 +137,28 @@ impl Display for Why {
 pub(crate) struct World {
     dir: PathBuf,
     manifest: Manifest,
-    /// Keeps others from removing it.
-    _in_use: File,
+    /// Keeps others from removing it from the cache.
+    _in_use: Option<File>,
 }
 
 impl World {
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         &self.dir
+    }
+
+    /// Opens one that was kept in a directory outside of the cache, if it depends on all that `key` says.
+    pub(crate) fn in_dir(dir: PathBuf, key: &Key) -> Found {
+        let manifest = match Manifest::read(&dir) {
+            Ok(manifest) if manifest.key != *key => {
+                return Found::Nothing(Why::Changed(key.changes_since(&manifest.key)));
+            }
+            manifest => manifest.and_then(|manifest| manifest.check(&dir).map(|()| manifest)),
+        };
+        match manifest {
+            Ok(manifest) => Found::World(Self { dir, manifest, _in_use: None }),
+            Err(what) => Found::Nothing(Why::Damaged(dir, what)),
+        }
     }
 
     /// How long the boot took that it saves.
@@ -254,7 +274,7 @@ impl Worlds {
         manifest.check(dir)?;
         // In a cache that is read-only, it is merely removed early.
         let _ = in_use.set_modified(SystemTime::now());
-        Ok(Some(World { dir: dir.to_owned(), manifest, _in_use: in_use }))
+        Ok(Some(World { dir: dir.to_owned(), manifest, _in_use: Some(in_use) }))
     }
 
     /// What has changed since the entry of this test that is most like `key`.
@@ -287,7 +307,8 @@ impl Worlds {
         }
         let dir = lock.new.clone();
         private::make(&dir).map_err(failed("make", &dir))?;
-        Ok(Some(Filling { worlds: self.clone(), key, dir, place, _lock: lock }))
+        let entry = Entry { worlds: self.clone(), place, _lock: lock };
+        Ok(Some(Filling { key, dir, entry: Some(entry) }))
     }
 
     /// Locks the place where an entry is written, and empties it; None if another process has it.
@@ -437,18 +458,36 @@ fn lock_file(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// An entry that is being written. Dropped before [`Self::finish`], it leaves nothing.
+/// A world that is being written. Dropped before [`Self::finish`], it leaves nothing in the cache, and nothing that is
+/// taken for a world elsewhere.
 #[derive(Debug)]
 pub(crate) struct Filling {
-    worlds: Worlds,
     key: Key,
-    /// Where it is written, and where it will be.
+    /// Where it is written.
     dir: PathBuf,
+    /// None outside of the cache.
+    entry: Option<Entry>,
+}
+
+/// Where in the cache a world that is being written will be.
+#[derive(Debug)]
+struct Entry {
+    worlds: Worlds,
     place: PathBuf,
     _lock: Lock,
 }
 
 impl Filling {
+    /// Begins to write a world outside of the cache, to a directory that is empty or made.
+    pub(crate) fn into_dir(dir: PathBuf, key: Key) -> Result<Self, WorldsError> {
+        fs::create_dir_all(&dir).map_err(failed("make", &dir))?;
+        let mut entries = fs::read_dir(&dir).map_err(failed("list", &dir))?;
+        match entries.next() {
+            Some(_) => Err(WorldsError::NotEmpty(dir)),
+            None => Ok(Self { key, dir, entry: None }),
+        }
+    }
+
     /// Makes a file of it.
     pub(crate) fn create(&self, name: &str) -> io::Result<File> {
         match manifest::is_name(name) {
@@ -486,17 +525,18 @@ impl Filling {
         let path = self.dir.join(MANIFEST);
         let text = serde_json::to_vec_pretty(&manifest).map_err(io::Error::from);
         text.and_then(|text| private::write(&path, &text)).map_err(failed("write", &path))?;
-        let (needed, limit) = (space(&self.dir), self.worlds.limit);
+        let Some(Entry { worlds, place, _lock }) = self.entry else { return Ok(self.dir) };
+        let (needed, limit) = (space(&self.dir), worlds.limit);
         if needed > limit {
             return Err(WorldsError::TooLarge {
                 needed: needed.div_ceil(1 << 20),
                 limit: limit >> 20,
             });
         }
-        fs::rename(&self.dir, &self.place).map_err(failed("make", &self.place))?;
-        let id = self.place.file_name().unwrap_or_default().to_string_lossy();
-        self.worlds.prune(&id)?;
-        Ok(self.place.clone())
+        fs::rename(&self.dir, &place).map_err(failed("make", &place))?;
+        let id = place.file_name().unwrap_or_default().to_string_lossy();
+        worlds.prune(&id)?;
+        Ok(place)
     }
 }
 

@@ -119,6 +119,33 @@ fn damage_is_found_and_replaced() {
 }
 
 #[test]
+fn outside_of_the_cache_nothing_is_changed_and_nothing_damaged_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let (place, one) = (dir.path().join("more/world"), key("one"));
+    let begin = || Filling::into_dir(place.clone(), one.clone());
+    let filling = begin().unwrap();
+    filling.create("a.memory").unwrap().write_all(b"memory").unwrap();
+    let find = |key: &Key| match World::in_dir(place.clone(), key) {
+        Found::Nothing(why) => why.to_string(),
+        Found::World(world) => io::read_to_string(world.open("a.memory").unwrap()).unwrap(),
+    };
+    assert!(find(&one).contains("manifest.json: No such file"), "it is half done");
+    let error = begin().unwrap_err().to_string();
+    assert!(error.ends_with("is not empty; allowed: an empty directory, or one that is not there"));
+    assert_eq!(filling.finish("ping", Vec::new(), Duration::ZERO).unwrap(), place);
+
+    age(&place, 100);
+    let used = || fs::metadata(place.join(MANIFEST)).unwrap().modified().unwrap();
+    let before = used();
+    assert_eq!(find(&one), "memory");
+    assert_eq!(find(&key("two")), "kernel of machine a has changed from one to two");
+    assert_eq!(used(), before);
+    assert_eq!(fs::read_dir(&place).unwrap().count(), 2);
+    fs::write(place.join("a.memory"), "mem").unwrap();
+    assert!(find(&one).ends_with("cannot be used: a.memory has 3 bytes, and 6 were written"));
+}
+
+#[test]
 fn one_at_a_time_fills_an_entry() {
     let Place { dir: _dir, worlds } = place();
     let [one, two] = [key("one"), key("two")];

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant, SystemTime};
 
-use firn_tests::{PATIENCE, SmallFileSystem, firn};
+use firn_tests::{PATIENCE, SmallFileSystem, firn, micro};
 use tempfile::TempDir;
 
 /// How long an ended firn may leave anything behind.
@@ -29,12 +29,15 @@ struct Places {
     test: TempDir,
     out: TempDir,
     tmp: TempDir,
+    /// Where booted worlds are kept.
+    worlds: PathBuf,
 }
 
 impl Places {
     fn new(nodes: &str, script: &str) -> Self {
         let dir = || tempfile::tempdir().unwrap();
-        let this = Self { test: dir(), out: dir(), tmp: dir() };
+        let test = dir();
+        let this = Self { worlds: test.path().join("worlds"), test, out: dir(), tmp: dir() };
         let toml = format!("test_script = '''\n{script}\n'''\n{nodes}\n");
         fs::write(this.test.path().join("test.toml"), toml).unwrap();
         this
@@ -45,18 +48,13 @@ impl Places {
         command.args(["test", "--accel", "kvm", "-o"]).arg(self.out.path()).args(args);
         command.arg(self.test.path().join("test.toml"));
         command.env("TMPDIR", self.tmp.path()).env("NO_COLOR", "1").process_group(0);
-        command.env("FIRN_WORLDS", self.worlds());
+        command.env("FIRN_WORLDS", &self.worlds);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut firn = command.spawn().unwrap();
         let (sender, lines) = mpsc::channel();
         forward(firn.stdout.take().unwrap(), sender.clone());
         forward(firn.stderr.take().unwrap(), sender);
         Run { firn, lines, said: String::new(), places: self }
-    }
-
-    /// Where booted worlds are kept.
-    fn worlds(&self) -> PathBuf {
-        self.test.path().join("worlds")
     }
 
     /// What is left in its `TMPDIR`.
@@ -251,7 +249,7 @@ fn a_killed_run_leaves_only_files_and_the_next_run_removes_them() {
 fn a_run_killed_while_it_keeps_its_boot_leaves_nothing_that_is_used_or_stays() {
     let script = "print('boot', m.succeed('dmesg | sed -n 1,50p | md5sum'))";
     let places = Places::new("[nodes.m]", script);
-    let worlds = places.worlds();
+    let worlds = places.worlds.clone();
     let names = || {
         let names = fs::read_dir(&worlds).into_iter().flatten().flatten();
         names.map(|entry| entry.path().display().to_string()).collect::<Vec<_>>()
@@ -262,12 +260,18 @@ fn a_run_killed_while_it_keeps_its_boot_leaves_nothing_that_is_used_or_stays() {
             fs::metadata(Path::new(dir).join("m.memory")).is_ok_and(|file| file.len() > 0)
         })
     };
-    let run = places.start(&["--from-boot"]);
-    let deadline = Instant::now() + PATIENCE;
-    while !writes() {
-        assert!(Instant::now() < deadline, "nothing is kept");
-        std::thread::yield_now();
-    }
+    let start = |places: Places| {
+        let mut run = places.start(&["--from-boot"]);
+        // By then, what an earlier run has left is gone.
+        run.wait_for("checkpoint after the boot");
+        let deadline = Instant::now() + PATIENCE;
+        while !writes() {
+            assert!(Instant::now() < deadline, "nothing is kept");
+            std::thread::yield_now();
+        }
+        run
+    };
+    let run = start(places);
     run.signal("-KILL");
     let (status, said, places) = run.finish();
     assert_eq!(status.signal(), Some(9), "{said}");
@@ -278,11 +282,21 @@ fn a_run_killed_while_it_keeps_its_boot_leaves_nothing_that_is_used_or_stays() {
         let line = said.lines().find_map(|line| line.strip_prefix("boot ")).map(str::to_owned);
         line.unwrap_or_else(|| panic!("{said}"))
     };
-    let (status, said, places) = places.start(&["--from-boot"]).finish();
-    assert!(status.success(), "{said}");
+    // Another process boots while this one is in the midst of it, and leaves it alone.
+    let run = start(places);
+    run.signal("-STOP");
+    let other = Places { worlds: worlds.clone(), ..Places::new("[nodes.m]", script) };
+    let (status, said, _other) = other.start(&["--from-boot"]).finish();
     let fresh = "boots afresh: no world of this test has been kept";
+    assert!(status.success() && said.contains(fresh), "{said}");
+    assert!(said.contains("another run keeps this world"), "{said}");
+    let other = id(&said);
+    run.signal("-CONT");
+    let (status, said, places) = run.finish();
+    assert!(status.success(), "{said}");
     assert!(said.contains(fresh) && said.contains("kept the booted world in "), "{said}");
     let first = id(&said);
+    assert_ne!(first, other);
     assert!(names().len() == 1 && !half(&names()[0]), "{:?}", names());
 
     // The file may say it too, and the script may change.
@@ -290,9 +304,18 @@ fn a_run_killed_while_it_keeps_its_boot_leaves_nothing_that_is_used_or_stays() {
         "from_boot = true\ntest_script = \"\"\"\nstart_all()\nm.connect()\n{script}\n\"\"\"\n[nodes.m]\n"
     );
     fs::write(places.test.path().join("test.toml"), text).unwrap();
-    let (status, said, _places) = places.start(&[]).finish();
+    let (status, said, places) = places.start(&[]).finish();
     assert!(status.success() && said.contains("started from the world kept in "), "{said}");
     assert_eq!(id(&said), first);
+
+    // As if another processor had written it.
+    let entry = PathBuf::from(&names()[0]);
+    of_another_processor(&entry);
+    fs::rename(&entry, worlds.join("0".repeat(64))).unwrap();
+    let (status, said, _places) = places.start(&[]).finish();
+    let why = "boots afresh: the host's processor or KVM has changed\n";
+    assert!(status.success() && said.contains(why), "{said}");
+    assert!(id(&said) != first && entry.exists() && names().len() == 2, "{:?}", names());
 
     let cache = |args: &[&str]| {
         let ran = Command::new(firn()).arg("cache").args(args).env("FIRN_WORLDS", &worlds).output();
@@ -302,9 +325,85 @@ fn a_run_killed_while_it_keeps_its_boot_leaves_nothing_that_is_used_or_stays() {
     };
     let list = cache(&[]);
     assert!(list.starts_with("TEST  SIZE") && list.contains("\ntest  "), "{list}");
-    assert!(list.contains(" m\n1 world, "), "{list}");
-    assert!(cache(&["clear", "test"]).starts_with("removed 1 world, "));
+    assert!(list.contains(" m\n2 worlds, "), "{list}");
+    assert!(cache(&["clear", "test"]).starts_with("removed 2 worlds, "));
     assert_eq!(names(), [""; 0]);
+}
+
+/// Changes what a world says of the host on which it was kept.
+fn of_another_processor(world: &Path) {
+    let path = world.join("manifest.json");
+    let mut manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let host = manifest.pointer_mut("/key/the host's processor or KVM").unwrap();
+    *host = "0".repeat(64).into();
+    fs::write(&path, manifest.to_string()).unwrap();
+}
+
+/// What the derivations of a NixOS test run that starts from a booted world.
+#[test]
+fn a_world_in_a_directory_is_only_read_and_used_where_it_fits() {
+    let script = "print('boot', m.succeed('dmesg | sed -n 1,50p | md5sum'))\nm.send_key('a')";
+    let places = Places::new("[nodes.m]", script);
+    let [dir, tmp] = [places.test.path(), places.tmp.path()];
+    let kit = micro();
+    let machine = serde_json::json!({
+        "firn": 1, "name": "m", "memory": 256, "kernel": kit.kernel(), "initrd": [kit.initrd()],
+        "cmdline": kit.manifest.cmdline, "vlans": [1],
+        "disks": [{ "image": "${NIX_DISK_IMAGE:-m.img}", "size": 8 }],
+        "shares": [{ "tag": "xchg", "source": "${TMPDIR}/xchg" }],
+    });
+    let write = |name: &str, text: String| {
+        let path = dir.join(name);
+        fs::write(&path, text).unwrap();
+        path
+    };
+    let start = write("run-m-vm", format!("#!{} run\n{machine}\n", firn().display()));
+    let config = |name: &str, script: &Path| {
+        let vms = serde_json::json!({ "m": { "name": "m", "start_script": start } });
+        let config = serde_json::json!({ "vms": vms, "vlans": [1], "test_script": script });
+        write(name, config.to_string())
+    };
+    let none = config("none.json", &write("no-script", String::new()));
+    let test = config("test.json", &write("test-script", script.to_owned()));
+    let driver = |config: &Path, args: &[&Path], world: Option<&Path>| {
+        let mut command = Command::new(firn().with_file_name("nixos-test-driver"));
+        command.args(["--accel", "kvm", "-o"]).arg(places.out.path());
+        command.arg("--config").arg(config).args(args).env("TMPDIR", tmp);
+        command.env("NO_COLOR", "1").stdin(Stdio::null());
+        let ran = command.envs(world.map(|world| ("FIRN_WORLD", world))).output().unwrap();
+        let said = [ran.stdout, ran.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        assert!(ran.status.success(), "{said:?}");
+        assert_eq!(places.left(), [""; 0]);
+        said.concat()
+    };
+    let boot = |said: &str| said.lines().find(|line| line.starts_with("boot ")).map(str::to_owned);
+
+    let world = dir.join("world");
+    let said = driver(&none, &["--keep-world".as_ref(), &world], None);
+    let place = format!("kept the booted world in {}", world.display());
+    assert!(said.contains(&place) && boot(&said).is_none(), "{said}");
+    let files = || {
+        let mut files = Vec::new();
+        walk(&world, &mut |path| {
+            let meta = fs::metadata(path).unwrap();
+            files.push((path.to_owned(), meta.len(), meta.modified().unwrap()));
+        });
+        files.sort();
+        files
+    };
+    let before = files();
+    let from = format!("started from the world kept in {}", world.display());
+    let said = driver(&test, &[], Some(&world));
+    assert!(said.contains(&from), "{said}");
+    let first = boot(&said).unwrap();
+    assert_eq!(boot(&driver(&test, &["--world".as_ref(), &world], None)).unwrap(), first);
+    assert_eq!(files(), before);
+
+    of_another_processor(&world);
+    let said = driver(&test, &[], Some(&world));
+    assert!(said.contains("boots afresh: the host's processor or KVM has changed\n"), "{said}");
+    assert!(boot(&said).unwrap() != first && !said.contains("kept the booted world"), "{said}");
 }
 
 /// The host's `TMPDIR` fills up, and then a file in memory may not be larger than 2 MiB, which is as if memory were
