@@ -82,6 +82,11 @@ in
       )
     );
 
+    # Nothing is emulated then: neither what runs under QEMU, nor a carrier around it all.
+    extraDriverArgs = lib.optionals (config.qemu.forceAccel or false) [
+      "--accel"
+      "kvm"
+    ];
     # Nodes and containers have it, so that whatever a test has of them makes it say what is wrong.
     extraBaseModules = checked;
     # Unlike `nodeDefaults` this reaches also specialisations that inherit nothing.

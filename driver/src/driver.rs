@@ -251,7 +251,7 @@ impl Driver {
             let what = format!("{} is on vlan {vlan}, which this test does not have", node.name);
             return Err(MachineError::Usage(what).into());
         }
-        if node.vsock.is_none() {
+        if node.vsock.is_none() && node.own_vsock().is_none() {
             node.vsock = self.backdoor(&node, &dirs)?;
         }
         Machine::new(node, source, dirs, &self.vlans, &self.log, descriptors)

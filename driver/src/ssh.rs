@@ -75,9 +75,17 @@ impl Machine {
     /// # Errors
     /// [`MachineError::Usage`] if it has no vsock.
     pub fn ssh_backdoor_command(&self) -> MachineResult<String> {
-        let none = || MachineError::Usage(format!("{} has no vsock for ssh", self.name()));
-        let vsock = self.config().vsock.as_ref().ok_or_else(none)?;
-        Ok(command_line(&vsock.socket))
+        let node = self.config();
+        if let Some(vsock) = &node.vsock {
+            return Ok(command_line(&vsock.socket));
+        }
+        match node.own_vsock() {
+            Some(cid) => Ok(format!("ssh -o User=root vsock/{cid}")),
+            None => {
+                let what = format!("{} has no vsock for ssh", self.name());
+                Err(MachineError::Usage(what).into())
+            }
+        }
     }
 }
 

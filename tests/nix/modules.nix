@@ -190,6 +190,24 @@ in
     && driver.module == extended.firn.module
     && builtins.elem "/e2fsprogs:/tesseract" driver.makeWrapperArgs
     && contains driver.postFixup " --set-default FIRN_AGENT /firn-agent/bin/firn-agent ";
+  # Start scripts name their QEMU, so that a test has it if one of its nodes needs it.
+  qemu-comes-with-nodes-that-need-it =
+    let
+      driver = extended.nixos-test-driver.override { qemu_pkg = throw "it is not looked at"; };
+      node =
+        firn:
+        (build (machine {
+          file = "/nixpkgs/nixos/modules/b.nix";
+          virtualisation = plain // {
+            inherit firn;
+          };
+        })).script;
+    in
+    driver.makeWrapperArgs == extended.firn.makeWrapperArgs
+    && driver.dependencies == extended.firn.dependencies
+    && driver.postFixup == extended.firn.postFixup
+    && !contains (node { }) "/nixos-vm"
+    && contains (node { backend = "qemu"; }) "/nixos-vm/bin/run-plain-vm";
   driver-has-no-containers =
     throws
       (extended.nixos-test-driver.override { enableNspawn = true; }).pname;
@@ -392,6 +410,17 @@ in
   booted-world-is-of-the-nodes-only =
     (bootedOnce { }).firn.bootedWorld == (bootedOnce { name = "b"; }).firn.bootedWorld
     && contains (bootedOnce { }).firn.bootedWorld.script "\"test_script\":\"/no-script\"";
+  test-that-forces-acceleration-has-no-carrier =
+    (testModule {
+      config = {
+        name = "a";
+        qemu.forceAccel = true;
+      };
+    }).extraDriverArgs == [
+      "--accel"
+      "kvm"
+    ]
+    && (testModule { }).extraDriverArgs == [ ];
   test-needs-firns-driver = refuses { hostPkgs = pkgs; };
   test-needs-a-new-nixpkgs = refuses { options = { }; };
   # What containers have as well as nodes says it: a test may have nothing but containers.

@@ -4,6 +4,7 @@
 
 pub mod input;
 pub mod skip;
+pub mod start_script;
 
 use std::ffi::OsStr;
 use std::fmt;

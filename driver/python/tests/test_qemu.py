@@ -33,13 +33,14 @@ class QemuMachines(RunTest):
         """Choose the script's file."""
         super().setUp()
         self.script = self.dir / "test-script"
+        self.prefix: list[str] = []
 
     def spawn(self, script: str, *starts: Path | str) -> "subprocess.Popen[str]":
         """Start the driver with a script, and machines that are started so, or other words."""
         self.script.write_text(script)
         machines = ["--start-scripts", *map(str, starts), "--test-script", str(self.script)]
         return subprocess.Popen(
-            [BIN / "nixos-test-driver", "--accel", "none", "-o", self.dir, *machines],
+            [*self.prefix, BIN / "nixos-test-driver", "--accel", "none", "-o", self.dir, *machines],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -107,6 +108,45 @@ class QemuMachines(RunTest):
         self.assertEqual((status, out), (0, "False True\n"), err)
         for m in ("one", "two"):
             self.assertRegex(err, rf"    {m}:  .*/vm-state-{m}/vsock\n")
+
+    def test_vsock_of_its_own(self) -> None:
+        """Beside that of an older start script there is no other, which no guest would heed."""
+        start = self.start_script(
+            "vsock='-device vhost-vsock-pci,guest-cid=4321'\n"
+            "test -w /dev/vhost-vsock || vsock=\n"
+            'exec qemu-system-x86_64 -accel tcg -m 64 -S $vsock "$@"'
+        )
+        status, out, err = self.drive(
+            "q.start()\n"
+            "t.assertNotIn('vhost-user-vsock', q.send_monitor_command('info qtree'))\n"
+            "print(q.ssh_backdoor_command(), q.vsock_host)\n",
+            start,
+            "--dump-vsocks",
+            "5",
+        )
+        self.assertEqual((status, out), (0, "ssh -o User=root vsock/4321 None\n"), err)
+        self.assertIn("    q:  ssh -o User=root vsock/4321\n", err)
+
+    def test_acceleration(self) -> None:
+        """What falls back to emulation does so; what has to have KVM says why it has none."""
+        # On a host whose KVM is none.
+        hide = 'test ! -e /dev/kvm || mount --bind /dev/null /dev/kvm; exec "$@"'
+        self.prefix = ["unshare", "-m" if os.getuid() == 0 else "-mr", "sh", "-c", hide, "sh"]
+        if subprocess.run([*self.prefix, "true"], capture_output=True, check=False).returncode:
+            self.skipTest("nothing can be mounted here")
+        told = "q.start()\nprint(q.send_monitor_command('info kvm').splitlines()[1])\n"
+        # As nixpkgs writes them without and with `qemu.forceAccel`.
+        text = 'exec qemu-system-x86_64 -machine accel={} -cpu max -m 64 -S "$@"'
+        start = self.start_script(text.format("kvm:tcg"))
+        status, out, err = self.drive(told, start)
+        self.assertEqual((status, out), (0, "kvm support: disabled\n"), err)
+        status, _, err = self.drive(told, self.start_script(text.format("kvm")))
+        self.assertEqual(status, 1)
+        self.assertRegex(err, "it ended at once, with exit status: 1: (?s:.*)(?i:kvm)")
+        # The driver itself has this argument then.
+        status, out, err = self.drive(told, start, "--accel", "kvm")
+        self.assertEqual((status, out), (1, ""), err)
+        self.assertRegex(err, "error: .*/dev/kvm.*; `--accel carrier` does not need it")
 
     def test_it_does_not_start(self) -> None:
         """What is wrong is said, in QEMU's words."""

@@ -15,6 +15,7 @@ mod node;
 pub(crate) mod qemu_options;
 mod report;
 mod screen;
+mod start_command;
 mod test_file;
 
 pub use expand::Variables;

@@ -17,6 +17,7 @@ use super::document::{Key, Problem};
 use super::network::{PortForward, UserNetwork, user_network};
 use super::qemu_options::{self, BadOption};
 use super::screen::{Needs, ScreenChoice};
+use super::start_command;
 use super::{EXCHANGE_TAG, SHARED_TAG, variable_name};
 
 /// A machine of a test. Fields that are `None` come from the guest kit.
@@ -272,6 +273,11 @@ impl NodeConfig {
 }
 
 impl NodeConfig {
+    /// The address of the vsock that its start command gives it, which is the host's kernel's.
+    pub(crate) fn own_vsock(&self) -> Option<u32> {
+        start_command::vsock_of(self.start_command.as_deref()?)
+    }
+
     /// Checks that its backend supports its description.
     fn check_backend(&self, at: &Key) -> Result<(), Problem> {
         let bad = |key: &str, value: &str, allowed: &str| {

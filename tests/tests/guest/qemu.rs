@@ -1,16 +1,21 @@
 //! Machines under QEMU beside firn's own.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use firn::Machine;
-use firn_tests::{PATIENCE, connect_to_vsock, firn, micro, noise, output, with_machines};
+use firn::config::TestConfig;
+use firn_tests::{
+    PATIENCE, config, connect_to_vsock, firn, micro, noise, only, output, start_script, systemd,
+    with_config, with_machines,
+};
 use serde_json::json;
 
 /// The size of what is transferred.
 const TRANSFER: usize = 100 << 20;
+/// The machines of a test, as they are numbered.
+const NAMES: [&str; 3] = ["a", "b", "q"];
 
 /// Pings by name, both ways and with both protocols.
 async fn reach_each_other(one: &Machine, other: &Machine) {
@@ -21,20 +26,21 @@ async fn reach_each_other(one: &Machine, other: &Machine) {
 
 /// A vlan inside of the vlan: frames of full length, and those that a card leaves to others to cut.
 async fn tagged_frames_pass(a: &Machine, q: &Machine) {
-    let ends = [(a, "10.7.0.1"), (q, "10.7.0.2")];
-    for (machine, address) in ends {
+    let drivers = "for name in llc stp garp mrp 8021q; do insmod /lib/modules/$name.ko; done";
+    let ends = [(a, "10.7.0.1", drivers), (q, "10.7.0.2", "modprobe 8021q")];
+    for (machine, address, load) in ends {
         let up = format!(
-            "for name in llc stp garp mrp 8021q; do insmod /lib/modules/$name.ko; done
+            "{load}
              ip link add link eth1 name tagged type vlan id 7
              ip addr add {address}/24 dev tagged && ip link set tagged up
-             httpd -p {address}:5002 -h /bin >/dev/null 2>&1"
+             busybox httpd -p {address}:5002 -h /bin >/dev/null 2>&1"
         );
         output(machine, &up).await;
     }
-    for ((from, _), (_, to)) in [(ends[0], ends[1]), (ends[1], ends[0])] {
+    for ((from, ..), (other, to, _)) in [(ends[0], ends[1]), (ends[1], ends[0])] {
         output(from, &format!("ping -c 1 -s 1472 {to}")).await;
-        let fetch = format!("wget -q -O - http://{to}:5002/busybox | cmp - /bin/busybox");
-        output(from, &fetch).await;
+        let fetch = format!("busybox wget -q -O - http://{to}:5002/busybox | sha256sum");
+        assert_eq!(output(from, &fetch).await, output(other, "sha256sum </bin/busybox").await);
     }
 }
 
@@ -50,39 +56,113 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
     text.windows(part.len()).any(|window| window == part)
 }
 
+/// The start script of a machine with the kit that is like NixOS. Its shares have a server each, as nixpkgs gives them.
+fn like_nixos(dir: &Path) -> PathBuf {
+    let kit = systemd();
+    let initrd = dir.join("initrd");
+    let shares = [("shared", "/tmp/shared"), ("xchg", "/tmp/xchg")];
+    fs::write(&initrd, start_script::initrd(&kit, "q", &NAMES, &shares)).unwrap();
+    // As in NixOS there is the backdoor's shell, and no agent. In a carrier each line on the console takes a while, and
+    // a kernel that has to unpack itself takes minutes where another one has run before.
+    let cmdline = format!(
+        "{} systemd.mask=firn-agent.service systemd.log_level=notice console=ttyS0,115200n8 console=tty0",
+        kit.manifest.cmdline
+    );
+    let prepare = format!(
+        r#"export PATH=$PATH:/usr/libexec:/usr/lib/qemu
+test "$(id -u)" = 0 && sandbox=chroot || sandbox=none
+share() {{ # TAG DIRECTORY CACHE
+  virtiofsd -f --socket-path="$1.sock" -o "source=$2,cache=$3,sandbox=$sandbox,log_level=err" &
+  until test -S "$1.sock"; do sleep 0.02; done
+}}
+mkdir -p xchg
+share nix-store {store} always
+share shared "$SHARED_DIR" none
+share xchg "$TMPDIR"/xchg none
+NIX_DISK_IMAGE=${{NIX_DISK_IMAGE:-q.img}}
+test -e "$NIX_DISK_IMAGE" || mkfs.ext4 -q -L nixos "$NIX_DISK_IMAGE" 20M"#,
+        store = kit.store().unwrap().display(),
+    );
+    let shares = ["nix-store", "shared", "xchg"].map(|tag| {
+        format!(
+            "-chardev socket,id={tag},path={tag}.sock \\\n  \
+             -device vhost-user-fs-pci,chardev={tag},tag={tag} \\\n  "
+        )
+    });
+    let options = format!(
+        r#"-machine accel=kvm:tcg -m 768 -smp 1 -device virtio-rng-pci \
+  -object memory-backend-memfd,id=mem0,size=768M,share=on -machine memory-backend=mem0 \
+  {cards} \
+  -global virtio-net-pci.romfile="" \
+  {shares}-drive cache=writeback,file="$NIX_DISK_IMAGE",format=raw,id=drive1,if=none,index=1,werror=report \
+  -device virtio-blk-pci,bootindex=1,drive=drive1,serial=root \
+  -device virtio-keyboard -usb -device usb-tablet,bus=usb-bus.0 \
+  -kernel {kernel} -initrd {initrd} -append "{cmdline} $QEMU_KERNEL_PARAMS""#,
+        cards = start_script::cards(start_script::number_of("q", &NAMES)),
+        shares = shares.concat(),
+        kernel = kit.vmlinux().display(),
+        initrd = initrd.display(),
+    );
+    start_script::write(dir, "q", &prepare, &options)
+}
+
 #[test]
 fn one_beside_two_of_firn() {
     let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("vsock");
     let nodes = format!(
-        "[nodes.a]\nmemory = 768\n[nodes.b]\n\
-         [nodes.q]\nbackend = 'qemu'\nmemory = 768\ndisks = [{{ size = 20, serial = 'data' }}]\n\
-         screen = 'plain'\nkeyboard = true\nvsock = {{ cid = 42, socket = {socket:?} }}"
+        "[nodes.a]\nmemory = 768\n[nodes.b]\n[nodes.q]\nstart_command = {:?}",
+        like_nixos(dir.path())
     );
-    with_machines(&nodes, async |driver| {
+    let config = TestConfig { vsock_offset: Some(2), ..config(&nodes) };
+    with_config(&config, async |driver| {
         let [a, b, q] = driver.machines() else { panic!("three machines") };
+        let state = q.state_dir();
+        q.start(true).await.unwrap();
         a.start(false).await.unwrap();
         b.start(false).await.unwrap();
-        q.start(true).await.unwrap();
         reach_each_other(q, a).await;
         reach_each_other(q, b).await;
         tagged_frames_pass(a, q).await;
         files_come_whole(a, q).await;
         cable_can_be_pulled(b, q).await;
         console_screen_and_keys(q).await;
-        monitors_answer(q).await;
-        it_stands_still_and_goes_on(q).await;
-        assert_eq!(connect_to_vsock(&socket, 5000).1, "", "nobody listens there");
+        assert_eq!(output(q, "lsblk -dno SERIAL,LABEL /dev/vda").await, "root nixos");
+        assert_eq!(connect_to_vsock(&state.join("vsock"), 5000).1, "", "nobody listens there");
 
+        // Their shutdown would wait for servers that heed no SIGTERM.
+        output(q, "pkill -9 busybox").await;
         q.reboot().await.unwrap();
-        assert_eq!(connect_to_vsock(&socket, 5000).1, "", "nor in the next guest");
         reach_each_other(q, b).await;
-        let state = q.state_dir();
+        assert_eq!(connect_to_vsock(&state.join("vsock"), 5000).1, "", "nor in the next guest");
         assert_ne!(processes_in(&state), 0);
         q.crash().await;
         assert!(!q.booted());
         assert_eq!(processes_in(&state), 0);
+        b.fail(&["ping -c 1 -W 1 q"], None).await.unwrap();
+    });
+}
+
+/// A disk, a screen, a keyboard, shares and a vsock, where no start script says so.
+#[test]
+fn one_by_firns_own_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vsock");
+    let nodes = format!(
+        "[nodes.q]\nbackend = 'qemu'\ndisks = [{{ size = 20, serial = 'data' }}]\n\
+         screen = 'plain'\nkeyboard = true\nvsock = {{ cid = 42, socket = {socket:?} }}"
+    );
+    with_machines(&nodes, async |driver| {
+        let q = only(driver);
         q.start(false).await.unwrap();
+        assert_eq!(output(q, "cat /sys/block/vda/serial /sys/block/vda/size").await, "data40960");
+        output(q, "echo told > /tmp/shared/file && test -d /tmp/xchg").await;
+        assert_eq!(fs::read(q.shared_dir().join("file")).unwrap(), b"told\n");
+        console_screen_and_keys(q).await;
+        monitors_answer(q).await;
+        it_stands_still_and_goes_on(q).await;
+        q.block();
+        assert_eq!(output(q, "cat /sys/class/net/eth?/carrier").await, "1\n0");
+        assert_eq!(connect_to_vsock(&socket, 5000).1, "", "nobody listens there");
         q.execute("echo c > /proc/sysrq-trigger", spawned()).await.unwrap();
         q.wait_for_shutdown().await.unwrap();
     });
@@ -92,18 +172,15 @@ fn one_beside_two_of_firn() {
 #[test]
 fn benchmarks_take_start_scripts() {
     let dir = tempfile::tempdir().unwrap();
-    let (kit, path) = (micro(), dir.path().join("run-q-vm"));
-    let script = format!(
-        r#"#!/bin/sh
-exec qemu-system-x86_64 -accel kvm -cpu max -m 256 -kernel {kernel} -initrd {initrd} \
-  -append 'console=ttyS0 quiet rdinit=/bin/poweroff -- -f' \
-  -netdev vde,id=vlan1,sock="$QEMU_VDE_SOCKET_1" -device virtio-net-pci,netdev=vlan1 "$@"
-"#,
+    let kit = micro();
+    let options = format!(
+        r#"-machine accel=kvm -m 256 -kernel {kernel} -initrd {initrd} \
+  -append 'console=ttyS0 quiet rdinit=/bin/poweroff -- -f' {cards}"#,
         kernel = kit.kernel().display(),
         initrd = kit.initrd().display(),
+        cards = start_script::cards(1),
     );
-    fs::write(&path, script).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = start_script::write(dir.path(), "q", "", &options);
     let mut bench = Command::new(firn());
     let done = bench.args(["bench", "boot", "--runs", "1"]).arg(&path).output().unwrap();
     let table = String::from_utf8_lossy(&done.stdout);
@@ -118,13 +195,12 @@ fn spawned() -> firn::ExecOptions {
 
 async fn files_come_whole(a: &Machine, q: &Machine) {
     let data = noise(TRANSFER);
-    fs::write(a.shared_dir().join("data"), &data).unwrap();
-    output(a, "cp /tmp/shared/data /tmp/data; httpd -p 5000 -h /tmp >/dev/null 2>&1").await;
-    output(q, "wget -q -O /tmp/received http://a:5000/data").await;
-    output(q, "cp /tmp/received /tmp/shared/received").await;
-    assert!(fs::read(q.shared_dir().join("received")).unwrap() == data);
-    output(q, "cmp /tmp/received /tmp/shared/data; rm /tmp/received /tmp/shared/data").await;
-    // The other way, and without a share.
+    fs::write(q.shared_dir().join("data"), &data).unwrap();
+    output(q, "busybox httpd -p 5000 -h /tmp/shared >/dev/null 2>&1").await;
+    output(a, "wget -q -O /tmp/shared/received http://q:5000/data").await;
+    assert!(fs::read(a.shared_dir().join("received")).unwrap() == data);
+    output(a, "rm /tmp/shared/received /tmp/shared/data").await;
+    // By what the driver itself copies.
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("file");
     fs::write(&file, noise(100_001)).unwrap();
@@ -132,7 +208,6 @@ async fn files_come_whole(a: &Machine, q: &Machine) {
     q.set_out_dir(out.path().join("out"));
     q.copy_from_machine(Path::new("/tmp/there"), Path::new("")).await.unwrap();
     assert!(fs::read(out.path().join("out/there/file")).unwrap() == noise(100_001));
-    assert_eq!(output(q, "cat /sys/block/vda/serial /sys/block/vda/size").await, "data40960");
 }
 
 async fn cable_can_be_pulled(b: &Machine, q: &Machine) {
@@ -160,7 +235,9 @@ async fn console_screen_and_keys(q: &Machine) {
     let event =
         r"sed -n '/QEMU Virtio Keyboard/,/^$/s/.*\(event[0-9]*\).*/\1/p' /proc/bus/input/devices";
     let event = output(q, event).await;
-    output(q, &format!("head -c 96 /dev/input/{event} > /tmp/keys & sleep 0.5")).await;
+    let listen = "head -c 96 /dev/input/$event > /tmp/keys & \
+                  until ls -l /proc/$!/fd | grep -q $event; do sleep 0.02; done";
+    output(q, &format!("event={event}; {listen}")).await;
     q.send_key("a", None, false).await.unwrap();
     let keys = "for i in $(seq 100); do [ $(wc -c < /tmp/keys) -lt 96 ] || break; sleep 0.1; done; od -An -tu2 -j16 -N8 -w8 /tmp/keys";
     assert_eq!(output(q, keys).await.split_whitespace().collect::<Vec<_>>(), ["1", "30", "1", "0"]);

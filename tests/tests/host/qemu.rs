@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,73 +9,47 @@ use std::thread;
 
 use firn::Machine;
 use firn::config::{MachineFile, Script, TestConfig};
-use firn::kit::{GuestConfig, HostsEntry, Interface, machine_overlay};
 use firn_tests::{
-    PATIENCE, connect_to_vsock, install_vsock_peer, micro, noise, output, with_config,
+    PATIENCE, connect_to_vsock, install_vsock_peer, micro, noise, output, start_script, with_config,
 };
 
 /// Debian's loader, where the firmware looks for it.
 const LOADER: &str = "/usr/lib/systemd/boot/efi/systemd-bootx64.efi";
 
-/// A start script as nixpkgs makes them, with a firmware, a TPM, and a disk with a boot loader.
-fn start_script(dir: &Path) -> PathBuf {
+/// The start script of a machine with a firmware, a TPM, and a disk with a boot loader.
+fn with_firmware(dir: &Path) -> PathBuf {
     let kit = micro();
-    let address = std::net::Ipv4Addr::new(192, 168, 1, 2).into();
-    let host = HostsEntry { address, names: vec!["s".to_owned()] };
-    let overlay = machine_overlay(&GuestConfig {
-        hostname: "s".to_owned(),
-        hosts: vec![host],
-        interfaces: vec![Interface {
-            name: "eth1".to_owned(),
-            mac: [0x52, 0x54, 0, 0x12, 1, 2],
-            addresses: vec![(address, 24)],
-            gateway: None,
-        }],
-        dns: vec![],
-        mounts: vec![],
-    });
-    let mut initrd = fs::read(kit.initrd()).unwrap();
-    initrd.resize(initrd.len().next_multiple_of(4), 0);
-    initrd.extend(overlay.unwrap());
     let disk = dir.join("disk");
     for part in ["EFI/BOOT", "loader/entries"] {
         fs::create_dir_all(disk.join(part)).unwrap();
     }
     fs::copy(LOADER, disk.join("EFI/BOOT/BOOTX64.EFI")).unwrap();
     fs::copy(kit.kernel(), disk.join("linux")).unwrap();
+    let initrd = start_script::initrd(&kit, "s", &["r", "s"], &[]);
     fs::write(disk.join("initrd"), initrd).unwrap();
     let options = format!("options {} of-the-disk", kit.manifest.cmdline);
     let entry = format!("title firn\nlinux /linux\ninitrd /initrd\n{options}\n");
     fs::write(disk.join("loader/entries/firn.conf"), entry).unwrap();
     fs::write(disk.join("loader/loader.conf"), "timeout 0\n").unwrap();
-    let script = format!(
-        r#"#!/bin/bash
-set -e
-cd "$TMPDIR"
-cp /usr/share/OVMF/OVMF_VARS_4M.fd s-efi-vars.fd
+    let prepare = r#"cp /usr/share/OVMF/OVMF_VARS_4M.fd s-efi-vars.fd
 NIX_SWTPM_DIR=$(readlink -f s-swtpm)
 mkdir -p "$NIX_SWTPM_DIR"
 swtpm socket --tpmstate dir="$NIX_SWTPM_DIR" --ctrl type=unixio,path="$NIX_SWTPM_DIR"/socket.ctrl \
-  --pid file="$NIX_SWTPM_DIR"/pid --daemon --tpm2
-exec qemu-system-x86_64 -name s -machine accel=tcg,type=q35 -cpu max -m 512 \
+  --pid file="$NIX_SWTPM_DIR"/pid --daemon --tpm2"#;
+    let options = format!(
+        r#"-machine accel=tcg,type=q35 -m 512 \
   -object memory-backend-memfd,id=mem0,size=512M,share=on -machine memory-backend=mem0 \
   -drive if=pflash,format=raw,unit=0,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd \
   -drive if=pflash,format=raw,unit=1,file=s-efi-vars.fd \
   -chardev socket,id=chrtpm,path="$NIX_SWTPM_DIR"/socket.ctrl \
   -tpmdev emulator,id=tpm_dev_0,chardev=chrtpm -device tpm-tis,tpmdev=tpm_dev_0 \
-  -net nic,netdev=user.0,model=virtio -netdev user,id=user.0,"$QEMU_NET_OPTS" \
-  -device virtio-net-pci,netdev=vlan1,mac=52:54:00:12:01:02 \
-  -netdev vde,id=vlan1,sock="$QEMU_VDE_SOCKET_1" \
+  {cards} \
   -drive if=none,id=disk,format=raw,readonly=on,file=fat:{disk} \
-  -device virtio-blk-pci,drive=disk,bootindex=1 \
-  $QEMU_OPTS "$@"
-"#,
+  -device virtio-blk-pci,drive=disk,bootindex=1"#,
+        cards = start_script::cards(2),
         disk = disk.display(),
     );
-    let path = dir.join("run-s-vm");
-    fs::write(&path, script).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    path
+    start_script::write(dir, "s", prepare, &options)
 }
 
 /// A test without machines, for those that it makes itself, with vlan 1.
@@ -148,7 +121,7 @@ fn a_start_command_boots_an_image_by_its_loader() {
 #[test]
 fn a_script_boots_a_disk_with_firmware_loader_and_tpm() {
     let dir = tempfile::tempdir().unwrap();
-    let path = start_script(dir.path());
+    let path = with_firmware(dir.path());
     let config = TestConfig { vsock_offset: Some(2), ..empty("firmware") };
     with_config(&config, async |driver| {
         let s = &driver.create_machine(MachineFile::read(&path).unwrap(), false).unwrap();

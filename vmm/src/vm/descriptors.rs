@@ -18,11 +18,19 @@ const VSOCK: u64 = 8;
 
 /// How many descriptors the guest can make devices keep open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Parts {
+pub struct Parts {
     /// Each share.
-    pub(super) share: u64,
+    pub share: u64,
     /// The vsock device.
-    pub(super) vsock: usize,
+    pub vsock: usize,
+}
+
+impl Parts {
+    /// Those of devices that are served to a machine in another process.
+    #[must_use]
+    pub fn of_served(shares: usize, vsock: bool, descriptors: u64) -> Self {
+        Counts { shares: count(shares), vsock, ..Counts::default() }.divide(descriptors)
+    }
 }
 
 /// The parts of a machine that take descriptors.
@@ -96,5 +104,7 @@ mod tests {
         assert_eq!(parts.vsock, 256);
         assert!((4000..5000).contains(&parts.share), "{parts:?}");
         assert_eq!(Counts { vsock: false, ..two }.divide(10_000).vsock, 0);
+        let served = Parts::of_served(3, true, 10_000);
+        assert!(served.vsock == 256 && (3000..3300).contains(&served.share), "{served:?}");
     }
 }

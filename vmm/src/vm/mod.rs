@@ -41,6 +41,7 @@ use crate::virtio::build::{BuildError, Connect, Handle};
 use crate::virtio::input::{self, InputHandle};
 use crate::virtio::transport::mmio::{MmioEvents, MmioTransport};
 pub use checkpoint::Checkpoint;
+pub use descriptors::Parts as DescriptorParts;
 pub use kept::{KeptVm, fingerprint};
 pub use state::VmState;
 

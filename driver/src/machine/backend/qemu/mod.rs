@@ -25,6 +25,7 @@ use firn_vmm::socket::{Listener, connect_to};
 use firn_vmm::virtio::blk::create_image;
 use firn_vmm::virtio::fs::ShareServer;
 use firn_vmm::virtio::vsock::VsockServer;
+use firn_vmm::vm::DescriptorParts;
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
@@ -50,8 +51,6 @@ const START_WITHIN: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_millis(20);
 /// No guest boots, and resets itself again, as fast.
 const ONE_RESET: Duration = Duration::from_secs(1);
-/// Connections of a vsock may be one in this many of the machine's descriptors.
-const VSOCK_PART: u64 = 8;
 /// How long QEMU's last words may take after its end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -250,12 +249,18 @@ impl Qemu {
         may_reboot: bool,
     ) -> Result<(tokio::process::Command, ServedDevices)> {
         let added = command::added(sockets, node.vsock.is_some(), may_reboot);
-        let _vsock = self.serve_vsock(node, sockets)?;
+        let divide = |shares| {
+            let all = self.parts.descriptors.monitor();
+            DescriptorParts::of_served(shares, node.vsock.is_some(), all)
+        };
         if let Some(command) = &node.start_command {
+            let _vsock = self.serve_vsock(node, sockets, divide(0).vsock)?;
             let served = ServedDevices { _vsock, ..ServedDevices::default() };
             return Ok((command::of_shell(command, added), served));
         }
         let spec = self.parts.source.spec(&self.parts.node, dirs, &self.parts.log).await?;
+        let descriptors = divide(spec.shares.len());
+        let _vsock = self.serve_vsock(node, sockets, descriptors.vsock)?;
         let initrd = dirs.state.join("initrd");
         let (initrds, target) = (spec.initrd.clone(), initrd.clone());
         let joined = spawn_blocking(move || command::join(&initrds, &target)).await;
@@ -272,7 +277,6 @@ impl Qemu {
         let kvm = spawn_blocking(|| probe::kvm().usable()).await.unwrap_or(false);
         let arguments = command::of_spec(&spec, node, kvm, &initrd, &shares, &vlans);
         let command = command::own(arguments, added);
-        let descriptors = self.parts.descriptors.monitor();
         let prepare = move || {
             for disk in &spec.disks {
                 create_image(disk).map_err(Cause::from)?;
@@ -280,7 +284,7 @@ impl Qemu {
             let each = spec.shares.iter().zip(shares).map(|(share, socket)| {
                 // What an earlier run has left would be taken for this one's.
                 let _ = std::fs::remove_file(&socket);
-                ShareServer::start(share, descriptors, socket).map_err(Cause::from)
+                ShareServer::start(share, descriptors.share, socket).map_err(Cause::from)
             });
             each.collect::<Result<Vec<_>, _>>()
         };
@@ -290,12 +294,15 @@ impl Qemu {
     }
 
     /// Serves the vsock that it has.
-    fn serve_vsock(&self, node: &NodeConfig, sockets: &Sockets) -> Result<Option<VsockServer>> {
+    fn serve_vsock(
+        &self,
+        node: &NodeConfig,
+        sockets: &Sockets,
+        connections: usize,
+    ) -> Result<Option<VsockServer>> {
         let Some(spec) = &node.vsock else { return Ok(None) };
         // What an earlier run has left would be taken for this one's.
         let _ = std::fs::remove_file(&sockets.vsock);
-        let connections = self.parts.descriptors.monitor() / VSOCK_PART;
-        let connections = usize::try_from(connections).unwrap_or(usize::MAX);
         let server = VsockServer::start(spec, connections, sockets.vsock.clone());
         Ok(Some(server.map_err(|error| self.start_error(error))?))
     }
