@@ -1,13 +1,15 @@
 //! What checkpoints of two machines on one network cost, against their boot: processor time of the whole process, guests
 //! and the host kernel's work for them included, which an exact carrier counts in billions of instructions; and the
-//! time that passes. Before each roll back memory, disks and a file of the share have changed. Arguments name another
-//! kit than `systemd`, and how often to go back; in the end the process has what it had after the twentieth time.
+//! time that passes. Before each roll back memory, disks and a file of the share have changed. Last, what a run costs
+//! that starts from the world that another one has kept on disk. Arguments name another kit than `systemd`, and how
+//! often to go back; in the end the process has what it had after the twentieth time.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use firn::Driver;
+use firn::worlds::Worlds;
 use firn_tests::{Held, PATIENCE, micro, output, systemd, with_machines};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
@@ -30,7 +32,9 @@ fn main() {
     let kit = kits.first().map_or("systemd", String::as_str);
     warm(&if kit == "micro" { micro() } else { systemd() }.dir);
     let node = |name| format!("[nodes.{name}]\nkit = '{kit}'\ndisks = [{{ size = 64 }}]\n");
-    with_machines(&(node("a") + &node("b")), async |driver| {
+    let nodes = node("a") + &node("b");
+    let from_disk = from_disk(&nodes);
+    with_machines(&nodes, async |driver| {
         let ((), boot) = measured(boot(driver, kit == "systemd")).await;
         let checkpoint = async |name| {
             touch(driver).await;
@@ -67,6 +71,7 @@ fn main() {
             ("first checkpoint", &first),
             ("second checkpoint", &again),
             (&roll_back, &back),
+            ("start from disk", &from_disk),
         ] {
             let [processor, elapsed, whole] =
                 [cost.processor, cost.elapsed, boot.processor].map(|time| time.as_secs_f64());
@@ -88,6 +93,20 @@ fn warm(kit: &Path) {
     read.arg("-L").arg(kit).args(["-type", "f", "-exec", "cat", "{}", "+"]);
     let status = read.stdout(Stdio::null()).status();
     assert!(status.expect("find can be run").success());
+}
+
+/// What the second run of a test costs until its machines are up: the first keeps their boot.
+fn from_disk(nodes: &str) -> Cost {
+    let dir = tempfile::tempdir().expect("there is room");
+    let worlds = Worlds::at(dir.path().join("worlds"), 8192);
+    let mut cost = Cost::default();
+    for _ in 0..2 {
+        with_machines(nodes, async |driver| {
+            let ready = driver.boot_once(&worlds, "bench", false);
+            ((), cost) = measured(async { ready.await.expect("they boot") }).await;
+        });
+    }
+    cost
 }
 
 /// Until both machines are up.

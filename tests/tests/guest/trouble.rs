@@ -264,9 +264,10 @@ fn a_greedy_guest() {
             let said = a.succeed(&[&hold], None).await.unwrap();
             assert!(said.contains("Too many open files in system"), "{said}");
         }
-        // Much is open, but far from all: the driver goes on, and so does everybody else.
+        // Much is open, but far from all: the driver goes on, and so does everybody else. Connections beyond the
+        // host's backlog have ended by now where this is slow.
         let open = fs::read_dir("/proc/self/fd").unwrap().count();
-        assert!((500..2500).contains(&open), "{open} files are open");
+        assert!((300..2500).contains(&open), "{open} files are open");
         let _held: Vec<_> = (0..200).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         let command = "cd /tmp/xchg && touch $(seq 50) && echo hello >/tmp/shared/word";
         b.succeed(&[command], None).await.unwrap();
