@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use firn::error::{End, MachineError, Tail, chain};
 use firn::{Driver, Error, ExecOptions, Machine};
 use firn_tests::{micro, with_machines};
+use nix::sys::socket::{Backlog, listen};
 use tempfile::TempDir;
 
 /// How soon a call fails whose guest has ended. The commands here would run for much longer.
@@ -247,8 +248,9 @@ fn a_greedy_guest() {
     with_machines("[nodes.a]\nmemory = 512\n[nodes.b]", async |driver| {
         driver.start_all().await.unwrap();
         let [a, b] = driver.machines() else { panic!("two machines") };
-        // The host's kernel takes them all.
+        // The host's kernel takes them all: of what waits in vain for that, the gateway tires.
         let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        listen(&silent, Backlog::new(512).unwrap()).unwrap();
         let port = silent.local_addr().unwrap().port();
         let connect = format!(
             "mkfifo /run/never; exec 3<>/run/never; for i in $(seq 300); do \
@@ -264,10 +266,9 @@ fn a_greedy_guest() {
             let said = a.succeed(&[&hold], None).await.unwrap();
             assert!(said.contains("Too many open files in system"), "{said}");
         }
-        // Much is open, but far from all: the driver goes on, and so does everybody else. Connections beyond the
-        // host's backlog have ended by now where this is slow.
+        // Much is open, but far from all: the driver goes on, and so does everybody else.
         let open = fs::read_dir("/proc/self/fd").unwrap().count();
-        assert!((300..2500).contains(&open), "{open} files are open");
+        assert!((500..2500).contains(&open), "{open} files are open");
         let _held: Vec<_> = (0..200).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         let command = "cd /tmp/xchg && touch $(seq 50) && echo hello >/tmp/shared/word";
         b.succeed(&[command], None).await.unwrap();
