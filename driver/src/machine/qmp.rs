@@ -101,7 +101,9 @@ impl Events {
             End::PoweredOff | End::Halted => self.tell("SHUTDOWN", &by(true, "guest-shutdown")),
             End::Reset => self.tell("RESET", &by(true, "guest-reset")),
             End::Panicked(_) => self.tell("GUEST_PANICKED", &json!({"action": "shutdown"})),
-            End::Stopped | End::WentBack(_) => self.tell("SHUTDOWN", &by(false, "host-signal")),
+            // No end that a guest or a script knows of: the machine is what it was, running or off.
+            End::WentBack(_) => {}
+            End::Stopped => self.tell("SHUTDOWN", &by(false, "host-signal")),
             End::VcpuDied { .. } | End::Failed(_) => {
                 self.tell("SHUTDOWN", &by(false, "host-error"))
             }

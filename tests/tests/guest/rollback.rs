@@ -10,8 +10,8 @@ use firn::machine::Status;
 use firn::{Driver, Error, Machine};
 use firn_tests::{Held, PATIENCE, micro, only, output, with_machines};
 
-/// How often a run goes back in a row, here; the benchmark takes any number.
-const OFTEN: usize = 100;
+/// How often a run goes back in a row.
+const OFTEN: usize = 1000;
 
 const NODES: &str = "[nodes.a]\ndisks = [{ size = 64 }]\n[nodes.b]\n[nodes.c]";
 
