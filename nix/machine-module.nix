@@ -254,6 +254,15 @@ in
       '';
     };
 
+    closureOnly = lib.mkOption {
+      type = lib.types.bool;
+      default = false;
+      description = ''
+        Whether the machine sees of the host's store only what is its own: the closure of its system
+        and of `virtualisation.additionalPaths`. What it lacks is missed outside of Nix's sandbox, too.
+      '';
+    };
+
     fallback = lib.mkOption {
       type = lib.types.enum [
         "qemu"

@@ -97,6 +97,9 @@ let
       read_only = true;
       cache = "always";
     }
+    // optionalAttrs (tag == "nix-store" && cfg.firn.closureOnly or false) {
+      only = "${registration}/store-paths";
+    }
     // optionalAttrs (tag == "certs" && cfg.useHostCerts or false) {
       copies."ca-certificates.crt" = "\${NIX_SSL_CERT_FILE:-}";
     }

@@ -74,6 +74,7 @@ let
       data = share ''"''${DATA:-/var/empty}"'' "/data";
       fixed = share "${storePath "source"}/tests" "/tests";
     };
+    own-closure.virtualisation.firn.closureOnly = true;
     disks.virtualisation = {
       diskSize = 4096;
       emptyDiskImages = [

@@ -187,7 +187,7 @@ impl NodeConfig {
         let files = self.kernel.iter_mut().chain(self.initrd.iter_mut().flatten());
         let sources = self.shares.iter_mut().flat_map(|share| {
             let copies = share.copies.values_mut().filter(|path| !path.as_os_str().is_empty());
-            std::iter::once(&mut share.source).chain(copies)
+            std::iter::once(&mut share.source).chain(&mut share.only).chain(copies)
         });
         let images = self.disks.iter_mut().flat_map(|disk| {
             let image = Some(&mut disk.image).filter(|image| !image.as_os_str().is_empty());
@@ -250,6 +250,18 @@ impl NodeConfig {
             }
             if !tags.insert(&share.tag) {
                 return bad("tag", &share.tag, "a unique tag for each share");
+            }
+            if let Some(list) = share.only.as_ref().filter(|_| !share.is_store()) {
+                let allowed = "a list for a share with `read_only = true` and `cache = \"always\"`";
+                return bad("only", &list.display(), allowed);
+            }
+            if let Some(list) = share.only.as_ref().filter(|_| self.backend() == BackendKind::Qemu)
+            {
+                return bad(
+                    "only",
+                    &list.display(),
+                    "a list for a machine of firn, not under QEMU",
+                );
             }
             if let Some(target) = share.target.as_ref().filter(|target| !is_target(target)) {
                 let allowed = "an absolute path in the guest, without `..` and blanks";

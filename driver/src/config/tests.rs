@@ -204,6 +204,21 @@ vlans = []
 }
 
 #[test]
+fn a_list_of_what_is_seen_is_for_stores() {
+    let share = |rest: &str| {
+        node(&format!("[[nodes.machine1.shares]]\ntag = 'a'\nsource = '/'\nonly = 'list'\n{rest}"))
+    };
+    let store = "read_only = true\ncache = 'always'\n";
+    let nodes = read(&share(store)).expect("valid").nodes;
+    assert_eq!(nodes[0].shares[0].only.as_deref(), Some(Path::new("/nowhere/list")));
+    let message = refused(&share("read_only = true\n"));
+    assert!(message.contains("shares[0].only"), "{message}");
+    assert!(message.contains("`read_only = true` and `cache = \"always\"`"), "{message}");
+    let message = refused(&share(store).replacen("[[", "backend = 'qemu'\n[[", 1));
+    assert!(message.contains("a list for a machine of firn, not under QEMU"), "{message}");
+}
+
+#[test]
 fn ipv6_repeats_the_decimal_digits() {
     let mut node = read(&node("")).expect("valid").nodes.remove(0);
     node.number = 254;

@@ -316,8 +316,9 @@ fn add_machine(key: &mut Key, spec: &MachineSpec, run: &Path) -> io::Result<()> 
         if !share.source.starts_with(run) {
             value += &file(&share.source, run)?;
         }
-        for copy in share.copies.values().filter(|copy| copy.is_file()) {
-            value += &hash(&fs::read(copy)?);
+        let copies = share.copies.values().filter(|copy| copy.is_file());
+        for file in copies.chain(&share.only) {
+            value += &hash(&fs::read(file)?);
         }
         key.add(of(&format!("share {}", share.tag)), hash(value.as_bytes()));
     }
@@ -425,7 +426,9 @@ mod tests {
     fn a_machine_depends_on_what_it_is_made_of_and_not_on_where_the_run_is() {
         let dir = tempfile::tempdir().unwrap();
         let dir = fs::canonicalize(dir.path()).unwrap();
-        let [kernel, image, data] = ["kernel", "image.qcow2", "data"].map(|name| dir.join(name));
+        let [kernel, image, data, list] =
+            ["kernel", "image.qcow2", "data", "list"].map(|name| dir.join(name));
+        fs::write(&list, "a").unwrap();
         fs::write(&kernel, "kernel").unwrap();
         fs::write(&image, "image").unwrap();
         fs::create_dir(&data).unwrap();
@@ -437,7 +440,7 @@ mod tests {
                 "initrd": [run.join("a/overlay.cpio")],
                 "shares": [
                     { "tag": "xchg", "source": run.join("a/xchg") },
-                    { "tag": "data", "source": data, "read_only": true },
+                    { "tag": "data", "source": data, "read_only": true, "cache": "always", "only": list },
                 ],
                 "disks": [
                     { "image": run.join("a/disk0.img"), "size": 16 },
@@ -478,6 +481,7 @@ mod tests {
         for (path, changed) in [
             (&kernel, "the kernel of machine a has changed"),
             (&image, "disk 1 of machine a has changed"),
+            (&list, "share data of machine a has changed"),
         ] {
             let before = key(&two, spec(&two));
             touched(path);

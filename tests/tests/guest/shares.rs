@@ -250,6 +250,35 @@ fn read_only_shares_show_the_whole_tree_and_refuse_writes_even_if_mounted_writab
     assert_eq!(fs::read_dir(source.path()).unwrap().count(), 4);
 }
 
+#[test]
+fn of_a_store_a_machine_sees_what_its_list_names() {
+    let store = tempfile::tempdir().unwrap();
+    let lists = tempfile::tempdir().unwrap();
+    let mut nodes = String::new();
+    for (name, paths) in [("a", ["one", "both"]), ("b", ["two", "both"])] {
+        for path in paths {
+            fs::create_dir_all(store.path().join(path)).unwrap();
+            fs::write(store.path().join(path).join("name"), path).unwrap();
+        }
+        let list = lists.path().join(name);
+        let paths = paths.map(|path| store.path().join(path).display().to_string());
+        fs::write(&list, paths.join("\n") + "\n").unwrap();
+        nodes += &format!(
+            "[[nodes.{name}.shares]]\ntag = 'store'\nsource = {:?}\ntarget = '/mnt'\n\
+             read_only = true\ncache = 'always'\nonly = {list:?}\n",
+            store.path()
+        );
+    }
+    with_machines(&nodes, async |driver| {
+        driver.start_all().await.unwrap();
+        let [a, b] = driver.machines() else { panic!("two machines") };
+        assert_eq!(output(a, "cd /mnt; ls; cat one/name both/name").await, "both\none\noneboth");
+        assert_eq!(output(b, "cd /mnt; ls; cat two/name both/name").await, "both\ntwo\ntwoboth");
+        a.fail(&["cat /mnt/two/name"], None).await.unwrap();
+        b.fail(&["ls /mnt/one"], None).await.unwrap();
+    });
+}
+
 async fn refuses_writes(m: &Machine, share: &str) {
     let changes = [
         "echo x >new",

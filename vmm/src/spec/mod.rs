@@ -159,6 +159,11 @@ pub struct ShareSpec {
     /// for anybody on the host who reaches the directory.
     #[serde(default)]
     pub allow_setuid: bool,
+    /// A file that lists what of the directory's top the guest sees: on each line a name, or a path of which `source` is
+    /// the directory, as in the `store-paths` of Nix's closureInfo. Only for a share that is read-only and trusted for
+    /// ever.
+    #[serde(default)]
+    pub only: Option<PathBuf>,
     /// Where the guest mounts it, for those who prepare the guest; the monitor does not need it.
     #[serde(default)]
     pub target: Option<PathBuf>,
@@ -178,9 +183,16 @@ impl ShareSpec {
             read_only: false,
             cache: CachePolicy::Never,
             allow_setuid: false,
+            only: None,
             target: None,
             copies: BTreeMap::new(),
         }
+    }
+
+    /// Whether it is a directory that nobody changes.
+    #[must_use]
+    pub fn is_store(&self) -> bool {
+        self.read_only && self.cache == CachePolicy::Always
     }
 }
 

@@ -49,7 +49,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -67,6 +67,7 @@ use super::{
 use crate::event_loop::new_event;
 use crate::spec::ShareSpec;
 use server::{Fuse, Session, detach_thread};
+use store::Filter;
 pub use vhost_user::ShareServer;
 
 /// Longest tag in bytes, and its room in the configuration space (virtio 1.2, 5.11.4).
@@ -87,6 +88,17 @@ pub enum FsError {
         /// The share.
         tag: String,
         /// Its directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The list of what guests see cannot be used.
+    #[error("share {tag:?}: cannot use the list {}", path.display())]
+    List {
+        /// The share.
+        tag: String,
+        /// The list.
         path: PathBuf,
         /// Why.
         #[source]
@@ -119,6 +131,7 @@ pub struct Fs {
     server: Arc<dyn Fuse>,
     root: File,
     spec: ShareSpec,
+    filter: Filter,
     /// Most that it keeps for the guest.
     descriptors: u64,
     alarm: Arc<EventFd>,
@@ -148,25 +161,27 @@ impl Fs {
     /// As [`Self::new`].
     pub fn limited(spec: &ShareSpec, descriptors: u64) -> Result<Fs, FsError> {
         let root = open(spec)?;
+        let filter = read_filter(spec)?;
         let refused = |source| FsError::Server {
             tag: spec.tag.to_string(),
             path: spec.source.clone(),
             source,
         };
-        let server = server::start(spec, &root, descriptors).map_err(refused)?;
+        let server = server::start(spec, &root, &filter, descriptors).map_err(refused)?;
         let alarm = new_event().map_err(refused)?;
         let mut config = Config { tag: [0; TAG_LEN], num_request_queues: 1.into() };
         for (byte, own) in config.tag.iter_mut().zip(spec.tag.bytes()) {
             *byte = own;
         }
-        Ok(Fs { server, root, spec: spec.clone(), descriptors, alarm: Arc::new(alarm), config })
+        let (spec, alarm) = (spec.clone(), Arc::new(alarm));
+        Ok(Fs { server, root, spec, filter, descriptors, alarm, config })
     }
 
     /// Ends the guest's session. The server is made anew, for a panic may have left the old one
     /// in any state.
     fn renew(&mut self) {
         let ended = catch_unwind(AssertUnwindSafe(|| self.server.end_session()));
-        match server::start(&self.spec, &self.root, self.descriptors) {
+        match server::start(&self.spec, &self.root, &self.filter, self.descriptors) {
             Ok(server) => self.server = server,
             Err(error) if ended.is_ok() => {
                 tracing::debug!(share = &*self.spec.tag, %error, "the old server stays");
@@ -185,6 +200,23 @@ fn open(spec: &ShareSpec) -> Result<File, FsError> {
         path: spec.source.clone(),
         source,
     })
+}
+
+/// Reads which names at the top of a share guests see.
+fn read_filter(spec: &ShareSpec) -> Result<Filter, FsError> {
+    let unusable = |path: &Path, source| FsError::List {
+        tag: spec.tag.to_string(),
+        path: path.to_owned(),
+        source,
+    };
+    match &spec.only {
+        Some(path) if !spec.is_store() => Err(unusable(
+            path,
+            io::Error::other("the share is not read-only with `cache = \"always\"`"),
+        )),
+        Some(path) => Filter::read(path, &spec.source).map_err(|error| unusable(path, error)),
+        None => Ok(Filter::default()),
+    }
 }
 
 impl DeviceConfig for Fs {

@@ -24,7 +24,7 @@ use virtiofsd::soft_idmap::cmdline::IdMap;
 use vm_memory::{Address, Bytes};
 
 use super::confined::{Confined, Rules};
-use super::store::{self, Place, Store};
+use super::store::{Filter, Place, Store};
 use super::vhost_user;
 use super::xattr::{self, Names};
 use crate::spec::{CachePolicy, ShareSpec};
@@ -108,10 +108,15 @@ pub(super) fn on_detached_thread() -> io::Result<()> {
 }
 
 /// Makes the server for `spec` on its opened directory `root`, which must outlive it. It keeps no more than
-/// `descriptors` for the guest, which holds one for each inode that it remembers.
-pub(super) fn start(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Arc<dyn Fuse>> {
-    if store::is_store(spec) {
-        return Ok(Arc::new(Store::new(spec, root, descriptors)?));
+/// `descriptors` for the guest, which holds one for each inode that it remembers. `filter` is for stores only.
+pub(super) fn start(
+    spec: &ShareSpec,
+    root: &File,
+    filter: &Filter,
+    descriptors: u64,
+) -> io::Result<Arc<dyn Fuse>> {
+    if spec.is_store() {
+        return Ok(Arc::new(Store::new(spec, root, filter, descriptors)?));
     }
     let (config, rules) = settings(spec, root, descriptors)?;
     // PassthroughFs::new sets the umask, which threads share until they say otherwise.

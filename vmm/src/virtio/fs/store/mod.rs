@@ -9,6 +9,7 @@
 //! A file that changes all the same costs the guest that file: what was cut short gives `EIO` beyond its end, what was
 //! removed or replaced `ESTALE`.
 
+mod filter;
 mod open;
 mod request;
 mod tree;
@@ -20,30 +21,33 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use super::server::{Fuse, Session};
-use crate::spec::{CachePolicy, ShareSpec};
+use crate::spec::ShareSpec;
 use crate::virtio::queue::Chain;
+pub(super) use filter::Filter;
 use request::{Patience, serve};
 pub(super) use tree::Place;
 use tree::{Tree, errno};
-
-/// Whether a share is one that nobody changes.
-pub(super) fn is_store(spec: &ShareSpec) -> bool {
-    spec.read_only && spec.cache == CachePolicy::Always
-}
 
 /// A share of such a directory.
 pub(super) struct Store {
     /// Replaced when a state of another process is restored whose nodes are others.
     tree: RwLock<Arc<Tree>>,
     root: File,
+    filter: Filter,
     descriptors: u64,
 }
 
 impl Store {
-    /// For the directory `root` of `spec`.
-    pub(super) fn new(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Store> {
-        let tree = common_tree(spec, root, descriptors)?;
-        Ok(Store { tree: RwLock::new(tree), root: root.try_clone()?, descriptors })
+    /// For the directory `root` of `spec`, of which guests see what `filter` shows.
+    pub(super) fn new(
+        spec: &ShareSpec,
+        root: &File,
+        filter: &Filter,
+        descriptors: u64,
+    ) -> io::Result<Store> {
+        let tree = common_tree(spec, root, filter, descriptors)?;
+        let (root, filter) = (root.try_clone()?, filter.clone());
+        Ok(Store { tree: RwLock::new(tree), root, filter, descriptors })
     }
 
     fn tree(&self) -> Arc<Tree> {
@@ -51,22 +55,28 @@ impl Store {
     }
 }
 
-/// What makes two shares the same directory. The path is for those who mount something below one of two.
-type Key = (u64, u64, PathBuf);
+/// What makes two shares the same directory. The path is for those who mount something below one of two. Guests that
+/// see different parts of a directory have no nodes in common, by which one could reach what only another sees.
+type Key = (u64, u64, PathBuf, Filter);
 
 /// The trees of the process.
 static TREES: Mutex<Vec<(Key, Weak<Tree>)>> = Mutex::new(Vec::new());
 
-fn common_tree(spec: &ShareSpec, root: &File, descriptors: u64) -> io::Result<Arc<Tree>> {
+fn common_tree(
+    spec: &ShareSpec,
+    root: &File,
+    filter: &Filter,
+    descriptors: u64,
+) -> io::Result<Arc<Tree>> {
     let metadata = root.metadata()?;
-    let key = (metadata.dev(), metadata.ino(), spec.source.clone());
+    let key = (metadata.dev(), metadata.ino(), spec.source.clone(), filter.clone());
     let mut trees = TREES.lock().unwrap_or_else(PoisonError::into_inner);
     trees.retain(|(_, tree)| tree.strong_count() > 0);
     let found = trees.iter().find(|(other, _)| *other == key);
     if let Some(tree) = found.and_then(|(_, tree)| tree.upgrade()) {
         return Ok(tree);
     }
-    let tree = Arc::new(Tree::new(root, descriptors)?);
+    let tree = Arc::new(Tree::new(root, filter.clone(), descriptors)?);
     trees.push((key, Arc::downgrade(&tree)));
     Ok(tree)
 }
@@ -95,7 +105,7 @@ impl Fuse for Store {
         };
         let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
         if !tree.adopt(places)? {
-            let own = Tree::new(&self.root, self.descriptors)?;
+            let own = Tree::new(&self.root, self.filter.clone(), self.descriptors)?;
             if !own.adopt(places)? {
                 return Err(errno(libc::EINVAL));
             }

@@ -20,6 +20,7 @@ use nix::libc::stat as Stat;
 use nix::sys::stat::{Mode, fstat, fstatat};
 use virtiofsd::fuse::Attr;
 
+use super::filter::Filter;
 use super::open::{Open, OpenFiles};
 use crate::virtio::fs::server::effective_ids;
 
@@ -37,6 +38,7 @@ pub(super) struct Tree {
     /// Files that have several names.
     linked: Mutex<HashMap<Identity, u32>>,
     open: OpenFiles,
+    filter: Filter,
     /// Its files belong to root in guests.
     user: (u32, u32),
 }
@@ -130,13 +132,14 @@ impl Node {
 }
 
 impl Tree {
-    /// The tree below `root`, keeping no more than `descriptors` open.
-    pub(super) fn new(root: &File, descriptors: u64) -> io::Result<Tree> {
+    /// The tree of what `filter` shows below `root`, keeping no more than `descriptors` open.
+    pub(super) fn new(root: &File, filter: Filter, descriptors: u64) -> io::Result<Tree> {
         let top = Node::new(ROOT, ROOT, CString::default().into());
         let tree = Tree {
             nodes: RwLock::default(),
             linked: Mutex::default(),
             open: OpenFiles::new(root.try_clone()?, descriptors),
+            filter,
             user: effective_ids(),
         };
         let known = tree.known_from(ROOT, &fstat(root)?);
@@ -179,11 +182,8 @@ impl Tree {
         if let Some(Contents::Entries(entries)) = directory.contents.get() {
             return Ok(Arc::clone(entries));
         }
-        let open = self.directory(directory)?;
         let mut entries = Vec::new();
-        // By the open directory: its path may be another one's by now.
-        for entry in fs::read_dir(format!("/proc/self/fd/{}", open.file.as_raw_fd()))? {
-            let name = CString::new(entry?.file_name().into_vec())?;
+        for name in self.names(directory)? {
             match self.enter(directory, &name) {
                 Ok(node) => entries.push((name.into(), node.index)),
                 // It has gone meanwhile.
@@ -195,6 +195,22 @@ impl Tree {
         let kept = directory.contents.get_or_init(|| Contents::Entries(Arc::clone(&entries)));
         // Another thread may have been first; positions count its entries, then.
         Ok(if let Contents::Entries(kept) = kept { Arc::clone(kept) } else { entries })
+    }
+
+    /// The names of what may be in a directory.
+    fn names(&self, directory: &Node) -> io::Result<Vec<CString>> {
+        if let Some(names) = self.filter.names().filter(|_| directory.index == ROOT) {
+            return Ok(names.iter().map(|name| name.clone().into_c_string()).collect());
+        }
+        let open = self.directory(directory)?;
+        // By the open directory: its path may be another one's by now.
+        let entries = fs::read_dir(format!("/proc/self/fd/{}", open.file.as_raw_fd()))?;
+        entries.map(|entry| Ok(CString::new(entry?.file_name().into_vec())?)).collect()
+    }
+
+    /// Whether there is a file of this name for guests in the directory at a place of the table, if the host has it.
+    fn shows(&self, directory: u32, name: &CStr) -> bool {
+        directory != ROOT || self.filter.shows(name)
     }
 
     /// What a symbolic link says.
@@ -253,6 +269,9 @@ impl Tree {
         for (parent, name) in places.iter().skip(nodes.len() - 1) {
             let name: Arc<CStr> = CString::new(name.as_slice())?.into();
             plain(&name)?;
+            if !self.shows(*parent, &name) {
+                return Err(errno(libc::EINVAL));
+            }
             let directory = usize::try_from(*parent).ok().and_then(|parent| nodes.get(parent));
             let directory = Arc::clone(directory.ok_or_else(stale)?);
             let node = Tree::push(&mut nodes, *parent, Arc::clone(&name))?;
@@ -278,6 +297,9 @@ impl Tree {
 
     /// Looks a name up on the host.
     fn enter(&self, directory: &Node, name: &CStr) -> io::Result<Arc<Node>> {
+        if !self.shows(directory.index, name) {
+            return Err(errno(libc::ENOENT));
+        }
         let open = self.directory(directory)?;
         let stat = fstatat(&open.file, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
         let mut children = lock(&directory.children);

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use virtiofsd::fuse::{InHeader, LinkIn, MkdirIn, MknodIn, Opcode, OutHeader, ReadIn, RenameIn};
 use vm_memory::ByteValued;
 
+use super::super::store::Filter;
 use super::super::{Fs, server};
 use super::client::{Mount, ROOT, answer, c_string};
 use super::{share, spec};
@@ -173,7 +174,7 @@ fn request() -> impl Strategy<Value = Request> {
 fn a_thread_of_the_process_serves_nothing_that_could_change_the_process() {
     let (directory, spec) = share();
     let root = fs::File::open(directory.path()).unwrap();
-    let server = server::start(&spec, &root, u64::MAX).unwrap();
+    let server = server::start(&spec, &root, &Filter::default(), u64::MAX).unwrap();
     let guest = Guest::new();
     let (mut driver, mut queue) = guest.queue(0, 256);
     let mut serve = |opcode: Opcode, body: &[u8]| {

@@ -354,3 +354,78 @@ fn a_restored_guest_knows_what_it_knew() {
         assert!(fs.restore(&state).is_err(), "{parent} {name:?}");
     }
 }
+
+/// Writes a list of what guests see of a share.
+fn listed(spec: &ShareSpec, list: &Path, lines: impl AsRef<[u8]>) -> ShareSpec {
+    fs::write(list, lines).unwrap();
+    ShareSpec { only: Some(list.to_owned()), ..spec.clone() }
+}
+
+#[test]
+fn of_a_list_no_more_is_there() {
+    let (directory, spec) = store();
+    let lists = tempfile::tempdir().unwrap();
+    for name in ["a", "b", "c"] {
+        fs::create_dir(directory.path().join(name)).unwrap();
+        fs::write(directory.path().join(name).join("file"), name).unwrap();
+    }
+    let whole_path = directory.path().join("b").display().to_string();
+    let one = listed(&spec, &lists.path().join("one"), format!("a\n{whole_path}\nlater\n"));
+    let two = listed(&spec, &lists.path().join("two"), "c");
+    let [mut one, mut two, mut all] = [one, two, spec].map(|spec| Mount::new(&spec));
+    let names = |mount: &mut Mount| {
+        let names = list(mount, ROOT, 4096).into_keys();
+        names.filter(|name| !name.starts_with(b".")).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&mut one), [b"a", b"b"]);
+    assert_eq!(names(&mut two), [b"c"]);
+    assert_eq!(names(&mut all), [b"a", b"b", b"c"]);
+    assert_eq!(cat(&mut one, "b/file").unwrap(), b"b");
+    assert_eq!(cat(&mut one, "c/file").err(), Some(libc::ENOENT));
+    assert_eq!(cat(&mut all, "c/file").unwrap(), b"c");
+    assert_eq!(cat(&mut two, "a").err(), Some(libc::ENOENT));
+    // Nobody reaches by its number what only others have looked up.
+    for node in 0..20 {
+        assert_ne!(read(&mut two, node, 0, 10).ok().as_deref(), Some(&b"b"[..]), "{node}");
+    }
+    assert_eq!(cat(&mut two, "c/file").unwrap(), b"c");
+    // What is listed may come later.
+    assert_eq!(one.lookup(ROOT, "later").err(), Some(libc::ENOENT));
+    fs::write(directory.path().join("later"), "here").unwrap();
+    assert_eq!(cat(&mut one, "later").unwrap(), b"here");
+    assert_eq!(two.lookup(ROOT, "later").err(), Some(libc::ENOENT));
+}
+
+#[test]
+fn a_state_shows_no_more_than_the_list() {
+    let (directory, spec) = store();
+    fs::write(directory.path().join("a"), "a").unwrap();
+    let mut mount = Mount::new(&spec);
+    mount.lookup(ROOT, "a").unwrap();
+    let saved = mount.device.save();
+    let lists = tempfile::tempdir().unwrap();
+    let list = |line: &str| listed(&spec, &lists.path().join("list"), line);
+    assert!(Fs::new(&list("b")).unwrap().restore(&saved).is_err());
+    Fs::new(&list("a")).unwrap().restore(&saved).unwrap();
+}
+
+#[test]
+fn a_list_that_cannot_be_meant_is_an_error() {
+    let (directory, spec) = store();
+    let lists = tempfile::tempdir().unwrap();
+    let list = lists.path().join("list");
+    let refused = |spec: &ShareSpec| {
+        let error = Fs::new(spec).err().expect("it is refused");
+        format!("{error}: {}", std::error::Error::source(&error).unwrap())
+    };
+    let below = format!("{}/a/b", directory.path().display());
+    for bad in ["/elsewhere/a", "a/b", "..", ".", &below, "a\0b"] {
+        let said = refused(&listed(&spec, &list, format!("fine\n\n{bad}\n")));
+        assert!(said.contains("list: line 3: ") && said.contains("a name in /"), "{said}");
+    }
+    fs::remove_file(&list).unwrap();
+    let spec = ShareSpec { only: Some(list), ..spec };
+    assert!(refused(&spec).contains("No such file"), "{}", refused(&spec));
+    let changing = ShareSpec { read_only: false, ..spec };
+    assert!(refused(&changing).contains("not read-only"), "{}", refused(&changing));
+}
