@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub mod chart;
+pub mod compare;
 pub mod guest;
 pub mod monitor;
 mod process;

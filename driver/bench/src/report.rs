@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Measured, Sample, Stage};
 
 /// Median and spread of repeated measurements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Figure {
     /// The median.
     pub median: u64,
@@ -26,7 +26,7 @@ impl Figure {
 }
 
 /// The unit of figures.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Unit {
     /// Executed instructions.
@@ -47,7 +47,7 @@ impl Unit {
 }
 
 /// All figures of a benchmark.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     /// Their unit.
     pub unit: Unit,
@@ -60,7 +60,7 @@ pub struct Report {
 }
 
 /// A subject without figures.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Missing {
     /// The guest and the monitor.
     pub name: String,
@@ -69,7 +69,7 @@ pub struct Missing {
 }
 
 /// A subject's figures.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Row {
     /// The guest and the monitor.
     pub name: String,

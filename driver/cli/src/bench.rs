@@ -14,6 +14,7 @@ use firn::driver::{Driver, DriverOptions};
 use firn::kit::{Kit, KitName};
 use firn::machine::Machine;
 use firn::private::{self, Place};
+use firn_bench::compare::Comparison;
 use firn_bench::monitor::Run;
 use firn_bench::report::{Report, Unit};
 use firn_bench::{Guest, OtherMonitor, Stage, Stages, Subject};
@@ -54,11 +55,14 @@ ran, the agent was ready, and the process exited; processor time of guest and mo
 (sys); the spread of the totals; and the monitor's resident memory without the guest's (for firn, with a console, an
 entropy source, a network card and a share).
 
-If a monitor fails or hangs, the table says why, the others are still measured, and the exit status is 1.
+If a monitor fails or hangs, the table says why, the others are still measured, and the exit status is 1. It is that,
+too, if a figure is worse than in the report of --against by more than the noise: the larger spread of the two, and at
+least half a per cent; for memory, which is measured once, a tenth.
 
 Examples:
   firn bench boot
   firn bench boot --compare qemu-q35,qemu-microvm --output results
+  firn bench boot --against results/boot.json
   firn bench boot --machines 8
   firn bench boot --runs 9 my-machine two-machines.toml")]
 struct Boot {
@@ -79,6 +83,9 @@ struct Boot {
     /// Also write boot.json and a chart, boot.svg, to this directory; created if it is missing
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// Say what has changed since this boot.json was written
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
     /// Count instructions in a carrier even where KVM works
     #[arg(long)]
     exact: bool,
@@ -119,9 +126,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 fn boot(args: &Boot) -> Result<ExitCode> {
+    let earlier = args.against.as_deref().map(read_report).transpose()?;
     let accel = if args.exact { Accel::Carrier } else { Accel::Auto };
     if args.counted || accel.runs_here()? {
-        return here(args);
+        return here(args, earlier.as_ref());
     }
     // What is wrong with a file is said before anything is built or booted.
     let read = args.files.iter().map(|file| Machines::read(file)?.into_test(1));
@@ -209,7 +217,14 @@ fn vlans_of(file: &MachineFile) -> Vec<Number> {
     numbers.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-fn here(args: &Boot) -> Result<ExitCode> {
+/// Reads what `--output` wrote.
+fn read_report(file: &Path) -> Result<Report> {
+    let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    serde_json::from_slice(&text)
+        .with_context(|| format!("{} is no report of firn bench boot --output", file.display()))
+}
+
+fn here(args: &Boot, earlier: Option<&Report>) -> Result<ExitCode> {
     let kit = firn_kits::build(KitName::Micro, &|line| eprintln!("{line}"))?;
     let dir = Place::open(&std::env::temp_dir())
         .and_then(|place| private::temporary(&place, "firn-bench-"))
@@ -240,15 +255,30 @@ fn here(args: &Boot) -> Result<ExitCode> {
     }
     let unit = if args.counted { Unit::Instructions } else { Unit::Nanoseconds };
     let report = Report::new(unit, args.runs.into(), &measured);
-    show(args, &report)?;
-    Ok(if report.missing.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let compared = earlier.map(|earlier| compare(earlier, &report)).transpose()?;
+    show(args, &report, compared.as_ref())?;
+    let good = report.missing.is_empty() && !compared.is_some_and(|compared| compared.is_worse());
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn show(args: &Boot, report: &Report) -> Result<()> {
+fn compare(earlier: &Report, report: &Report) -> Result<Comparison> {
+    Comparison::new(earlier, report).with_context(|| {
+        let [then, now] = [earlier, report].map(|report| report.unit.shown().0);
+        format!("the report of --against is in {then} and this one in {now}")
+    })
+}
+
+fn show(args: &Boot, report: &Report, compared: Option<&Comparison>) -> Result<()> {
     let json = serde_json::to_string_pretty(report).context("cannot write JSON")? + "\n";
-    let text = match args.format {
-        Format::Table => report.table(),
-        Format::Json => json.clone(),
+    let text = match (args.format, compared) {
+        (Format::Table, None) => report.table(),
+        (Format::Table, Some(compared)) => format!("{}\n{}", report.table(), compared.text()),
+        (Format::Json, None) => json.clone(),
+        (Format::Json, Some(compared)) => {
+            let mut all = serde_json::to_value(report).context("cannot write JSON")?;
+            all["comparison"] = serde_json::to_value(compared).context("cannot write JSON")?;
+            format!("{all:#}\n")
+        }
     };
     io::stdout().write_all(text.as_bytes()).context("cannot write the report")?;
     let Some(dir) = &args.output else { return Ok(()) };
