@@ -181,11 +181,26 @@ fn benchmarks_take_start_scripts() {
         cards = start_script::cards(1),
     );
     let path = start_script::write(dir.path(), "q", "", &options);
-    let mut bench = Command::new(firn());
-    let done = bench.args(["bench", "boot", "--runs", "1"]).arg(&path).output().unwrap();
+    let bench = |options: [&str; 2]| {
+        let mut bench = Command::new(firn());
+        bench.args(["bench", "boot", "--runs", "1"]).args(options).arg(&path).output().unwrap()
+    };
+    let results = dir.path().join("results");
+    let done = bench(["--output", results.to_str().unwrap()]);
     let table = String::from_utf8_lossy(&done.stdout);
     assert!(done.status.success(), "{table}{}", String::from_utf8_lossy(&done.stderr));
     assert!(table.contains(&format!("\nqemu: {}", path.display())), "{table}");
+
+    // Against a run that was faster than any can be.
+    let saved = results.join("boot.json");
+    let mut report: serde_json::Value = serde_json::from_slice(&fs::read(&saved).unwrap()).unwrap();
+    report["rows"][0]["total"] = serde_json::json!({ "median": 1000, "spread": 0 });
+    fs::write(&saved, report.to_string()).unwrap();
+    let worse = bench(["--against", saved.to_str().unwrap()]);
+    let table = String::from_utf8_lossy(&worse.stdout);
+    assert_eq!(worse.status.code(), Some(1), "{table}");
+    let said = format!("\nworse: qemu: {}: total 0.0 -> ", path.display());
+    assert!(table.contains(&said), "{table}");
 }
 
 /// Options of a command whose end nobody waits for.
