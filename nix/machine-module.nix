@@ -115,6 +115,14 @@ let
 
   underQemu = cfg.firn.backend == "qemu" || cfg.firn.fallback == "qemu" && machine.unsupported != [ ];
 
+  qemuReasons =
+    if !underQemu then
+      [ ]
+    else if machine.unsupported == [ ] then
+      [ "node ${machine.qemu.name}: virtualisation.firn.backend is qemu" ]
+    else
+      machine.unsupported;
+
   # What the system of a machine in firn's own monitor has to have.
   firnsOwn = {
     # Shares are virtio-fs, also where nixpkgs still mounts them by 9p. Stage 1 with systemd waits for
@@ -277,10 +285,22 @@ in
         What runs this machine: with "qemu" it runs under QEMU whatever it asks for.
       '';
     };
+
+    qemuReasons = lib.mkOption {
+      type = lib.types.listOf lib.types.str;
+      internal = true;
+      readOnly = true;
+      description = "Why this machine runs under QEMU; empty if it does not.";
+    };
   };
 
   config = lib.mkMerge [
-    { system.build.vm = lib.mkForce vm; }
+    {
+      system.build.vm = lib.mkForce vm;
+      virtualisation.firn = {
+        inherit qemuReasons;
+      };
+    }
     (lib.mkIf (!underQemu) firnsOwn)
   ];
 }
