@@ -11,16 +11,11 @@ const WRITABLE: u32 = 0o222;
 /// How much is read at once of what is not mapped.
 const CHUNK: usize = 256 << 10;
 
-/// Whether a file keeps its content: one that shrinks under a mapping would end this process by SIGBUS, so only files
-/// that nobody may write, as in the Nix store and in kits, are mapped. That they are removed does no harm.
-pub(crate) fn is_fixed(metadata: &Metadata) -> bool {
-    metadata.is_file() && metadata.mode() & WRITABLE == 0
-}
-
-/// Maps a file if it cannot change, for reading.
+/// Maps a file that cannot change, for reading: one that shrinks under a mapping would end this process by SIGBUS, so
+/// only files that nobody may write, as in the Nix store and in kits, are mapped. That they are removed does no harm.
 pub(crate) fn map(file: &File, metadata: &Metadata) -> Option<MmapRegion> {
     let size = usize::try_from(metadata.len()).ok()?;
-    if !is_fixed(metadata) || size == 0 {
+    if metadata.mode() & WRITABLE != 0 || size == 0 {
         return None;
     }
     let file = FileOffset::new(file.try_clone().ok()?, 0);

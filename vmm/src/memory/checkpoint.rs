@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::{MemoryMap, PAGE, Region, keep_from_children};
 use crate::extents::{Extents, Part, Writer};
-use crate::file::is_fixed;
+use crate::file;
 
 /// Bits of an entry in `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst): the page is the file's, it is
 /// swapped out, it is in memory.
@@ -167,7 +167,9 @@ impl MemoryCheckpoint {
     pub(crate) fn read(extents: &Extents, from: File) -> io::Result<Self> {
         let parts = extents.parts_of(&from)?;
         let pages = anonymous_file(c"firn-checkpoint")?;
-        let base = if is_fixed(&from.metadata()?) && can_be_mapped(&parts) {
+        // Some file systems cannot map at all.
+        let mapped = file::map(&from, &from.metadata()?).is_some();
+        let base = if mapped && can_be_mapped(&parts) {
             Base { file: from, size: extents.size(), parts }
         } else {
             Base::copied(extents.size(), |base| {
