@@ -115,14 +115,6 @@ let
 
   underQemu = cfg.firn.backend == "qemu" || cfg.firn.fallback == "qemu" && machine.unsupported != [ ];
 
-  qemuReasons =
-    if !underQemu then
-      [ ]
-    else if machine.unsupported == [ ] then
-      [ "node ${machine.qemu.name}: virtualisation.firn.backend is qemu" ]
-    else
-      machine.unsupported;
-
   # What the system of a machine in firn's own monitor has to have.
   firnsOwn = {
     # Shares are virtio-fs, also where nixpkgs still mounts them by 9p. Stage 1 with systemd waits for
@@ -297,9 +289,7 @@ in
   config = lib.mkMerge [
     {
       system.build.vm = lib.mkForce vm;
-      virtualisation.firn = {
-        inherit qemuReasons;
-      };
+      virtualisation.firn.qemuReasons = if underQemu then machine.qemuReasons else [ ];
     }
     (lib.mkIf (!underQemu) firnsOwn)
   ];

@@ -408,7 +408,7 @@ in
   booted-world-is-refused-where-a-node-runs-under-qemu =
     let
       node = reasons: { virtualisation.firn.qemuReasons = reasons; };
-      with' = nodes: (bootedOnce { inherit nodes; });
+      with' = nodes: bootedOnce { inherit nodes; };
       some = with' {
         m = node [ ];
         q = node [ "node q: virtualisation.firn.backend is qemu" ];
