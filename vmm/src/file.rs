@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn files_are_read_whether_they_can_change_or_not() {
-        let all: Vec<u8> = (0..CHUNK + 5000).map(|at| (at % 251) as u8).collect();
+        let all: Vec<u8> = (0..251).cycle().take(CHUNK + 5000).collect();
         for content in [&all[..], &all[..3], &[]] {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             file.write_all(content).unwrap();
