@@ -286,10 +286,20 @@ in
         What runs this machine: with "qemu" it runs under QEMU whatever it asks for.
       '';
     };
+
+    qemuReasons = lib.mkOption {
+      type = lib.types.listOf lib.types.str;
+      internal = true;
+      readOnly = true;
+      description = "Why this machine runs under QEMU; empty if it does not.";
+    };
   };
 
   config = lib.mkMerge [
-    { system.build.vm = lib.mkForce vm; }
+    {
+      system.build.vm = lib.mkForce vm;
+      virtualisation.firn.qemuReasons = if underQemu then machine.qemuReasons else [ ];
+    }
     (lib.mkIf (!underQemu) firnsOwn)
   ];
 }

@@ -356,6 +356,10 @@ in
 {
   inherit unsupported;
 
+  # Why it runs under QEMU, if it does.
+  qemuReasons =
+    if unsupported == [ ] then [ "node ${node}: virtualisation.firn.backend is qemu" ] else unsupported;
+
   # The machine under QEMU, as nixpkgs starts it.
   qemu = {
     firn = 1;

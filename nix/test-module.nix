@@ -8,7 +8,7 @@
   ...
 }:
 let
-  inherit (lib) mkOption throwIfNot;
+  inherit (lib) concatStringsSep mkOption throwIfNot;
   checked =
     throwIfNot (options ? pythonTestDriverPackage)
       "firn needs nixpkgs of March 2026 or newer, whose test framework takes another driver"
@@ -22,8 +22,17 @@ let
           )
       );
 
+  # What keeps the machines' boot from being kept: QEMU's cannot be.
+  underQemu = lib.concatMap (node: node.virtualisation.firn.qemuReasons) (
+    lib.attrValues (config.nodes or { })
+  );
+
   # Of nothing that only the script or the name decides: tests with the same nodes share it.
   bootedWorld =
+    throwIfNot (underQemu == [ ])
+      "test ${config.name}: it has no booted world, which `firn.fromBoot` starts from, as what runs under QEMU cannot be kept:\n${concatStringsSep "\n" underQemu}"
+      keptWorld;
+  keptWorld =
     let
       configuration = hostPkgs.writers.writeJSON "driverConfiguration.json" (
         config.driverConfiguration // { test_script = hostPkgs.writeText "no-script" ""; }

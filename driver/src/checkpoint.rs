@@ -27,10 +27,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use firn_net_switch::{Addresses, Switch};
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::join_all;
 
 use crate::driver::Driver;
-use crate::error::{End, Error, MachineError, Result};
+use crate::error::{End, MachineError, Result};
 use crate::machine::{Machine, Status, Then};
 use crate::scratch::Scratch;
 use crate::task::blocking;
@@ -132,6 +132,24 @@ impl Stack {
     }
 }
 
+/// Keeps what all machines, which are frozen, are.
+async fn keep_all(machines: &[Machine]) -> Result<Vec<(Machine, Then)>> {
+    // One that fails does not end the others: what they do meanwhile would be nobody's to take back.
+    let kept = join_all(machines.iter().map(Machine::keep)).await;
+    let (mut all, mut failed) = (Vec::new(), None);
+    for (machine, kept) in machines.iter().zip(kept) {
+        match kept {
+            Ok(then) => all.push((machine.clone(), then)),
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    let Some(error) = failed else { return Ok(all) };
+    for (machine, then) in &all {
+        machine.give_up(then).await;
+    }
+    Err(error)
+}
+
 impl Driver {
     /// Keeps what all machines, networks and shared directories are, to go back to as often as wanted. Machines stand
     /// still meanwhile. The first time their memory is copied, later only what has changed since.
@@ -161,16 +179,15 @@ impl Driver {
             for one in stands {
                 one?;
             }
-            let machine =
-                async |machine: &Machine| Ok::<_, Error>((machine.clone(), machine.keep().await?));
+            let dirs = blocking(move || Dirs::new(dirs.concat())).await?;
             Ok(World {
-                dirs: Arc::new(blocking(move || Dirs::new(dirs.concat())).await?),
+                dirs: Arc::new(dirs),
                 switches: self
                     .vlans()
                     .iter()
                     .map(|vlan| (vlan.switch().clone(), vlan.switch().addresses()))
                     .collect(),
-                machines: try_join_all(machines.iter().map(machine)).await?,
+                machines: keep_all(&machines).await?,
             })
         };
         let kept: Result<World> = kept.await;

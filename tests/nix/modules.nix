@@ -83,7 +83,11 @@ let
       merged = module.config;
     in
     # What it adds to the system if it runs in firn's own monitor, and the machine in both cases.
-    builtins.elemAt merged 1 // { vm = (builtins.head merged).system.build.vm.force; };
+    builtins.elemAt merged 1
+    // {
+      vm = (builtins.head merged).system.build.vm.force;
+      inherit ((builtins.head merged).virtualisation.firn) qemuReasons;
+    };
   inherit (import ./options.nix) defaults vmVariant;
   plain = defaults "plain";
   # `a` is asked for what firn cannot do, `b` is not.
@@ -337,7 +341,10 @@ in
       "\"because\":[\"virtualisation.qemu.options has `-vga qxl`, which is QEMU's and not firn's\"]"
       "\"start_command\":\"/nixos-vm/bin/run-plain-vm\""
     ]
-    && (build node).attributes.meta.mainProgram == "run-plain-vm";
+    && (build node).attributes.meta.mainProgram == "run-plain-vm"
+    && node.qemuReasons == [
+      "node plain: virtualisation.qemu.options has `-vga qxl`, which is QEMU's and not firn's"
+    ];
   fallback-is-qemu-unless-told-otherwise =
     (import ../../nix/machine-module.nix {
       inherit lib pkgs;
@@ -354,14 +361,17 @@ in
         };
       };
     in
-    !node.condition && contains (build node).script "\"because\":[\"virtualisation.firn.backend\"]";
+    !node.condition
+    && contains (build node).script "\"because\":[\"virtualisation.firn.backend\"]"
+    && node.qemuReasons == [ "node plain: virtualisation.firn.backend is qemu" ];
   what-firn-can-do-is-not-left-to-qemu =
     (machine {
       file = "/nixpkgs/nixos/modules/b.nix";
       virtualisation = plain // {
         firn.fallback = "qemu";
       };
-    }).condition;
+    }).condition
+    && b.qemuReasons == [ ];
 
   test-gets-the-machine-module =
     (testModule { }).extraBaseNodeModules.imports == [ ../../nix/machine-module.nix ] && !refuses { };
@@ -395,6 +405,18 @@ in
     && made.FIRN_WORLD == "${(bootedOnce { }).firn.bootedWorld}"
     && (bootedOnce { }).passthru.bootedWorld.name == "firn-booted-world"
     && !(bootedOnce { firn.fromBoot = false; }).rawTestDerivation.condition;
+  booted-world-is-refused-where-a-node-runs-under-qemu =
+    let
+      node = reasons: { virtualisation.firn.qemuReasons = reasons; };
+      with' = nodes: bootedOnce { inherit nodes; };
+      some = with' {
+        m = node [ ];
+        q = node [ "node q: virtualisation.firn.backend is qemu" ];
+      };
+    in
+    throws some.rawTestDerivation.content.force.FIRN_WORLD
+    && throws some.firn.bootedWorld
+    && !throws (with' { m = node [ ]; }).firn.bootedWorld;
   booted-world-needs-what-the-test-needs =
     (bootedOnce { }).firn.bootedWorld.attributes.requiredSystemFeatures == [
       "kvm"

@@ -6,7 +6,13 @@
 }:
 let
   lib = {
-    inherit (builtins) any attrNames concatMap;
+    inherit (builtins)
+      any
+      attrNames
+      attrValues
+      concatMap
+      concatStringsSep
+      ;
     hasPrefix = prefix: text: builtins.substring 0 (builtins.stringLength prefix) text == prefix;
     optionals = condition: list: if condition then list else [ ];
     throwIfNot =

@@ -2,7 +2,7 @@
 //! copies or packs them need not know of any.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
@@ -21,16 +21,40 @@ pub(crate) struct Extents {
     parts: Vec<(u64, u64)>,
 }
 
+/// A part of the whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// Where it belongs.
+    pub(crate) at: u64,
+    pub(crate) len: u64,
+    /// Where in the file it is.
+    pub(crate) from: u64,
+}
+
+impl Part {
+    /// Its end in the whole.
+    pub(crate) fn end(&self) -> u64 {
+        self.at + self.len
+    }
+}
+
 /// Writes such a file.
 pub(crate) struct Writer<W> {
     to: W,
     extents: Extents,
+    /// So many bytes of zeros between two parts are written, too.
+    gap: u64,
 }
 
 impl<W: Write> Writer<W> {
     /// For something of `size` bytes; `to` is empty.
     pub(crate) fn new(to: W, size: u64) -> Self {
-        Self { to, extents: Extents { size, parts: Vec::new() } }
+        Self { to, extents: Extents { size, parts: Vec::new() }, gap: 0 }
+    }
+
+    /// The same, but with parts that are further apart from each other than `gap` bytes, so that there are fewer.
+    pub(crate) fn with_gaps(to: W, size: u64, gap: u64) -> Self {
+        Self { gap, ..Self::new(to, size) }
     }
 
     /// Writes what is at `at` of the whole, without its blocks of zeros.
@@ -52,7 +76,11 @@ impl<W: Write> Writer<W> {
         }
         let len = content.len() as u64;
         match self.extents.parts.last_mut() {
-            Some((start, end)) if *start + *end == at => *end += len,
+            Some((start, held)) if (*start + *held..=*start + *held + self.gap).contains(&at) => {
+                let gap = at - (*start + *held);
+                *held += gap + len;
+                io::copy(&mut io::repeat(0).take(gap), &mut self.to)?;
+            }
             _ => self.extents.parts.push((at, len)),
         }
         self.to.write_all(content)
@@ -71,6 +99,27 @@ impl Extents {
         self.size
     }
 
+    /// The parts of the whole that `from` holds, one after the other in the file.
+    ///
+    /// # Errors
+    /// The file is not the one, or is damaged.
+    pub(crate) fn parts_of(&self, from: &File) -> io::Result<Vec<Part>> {
+        let bad = |what: &str| Err(io::Error::new(ErrorKind::InvalidData, what));
+        let mut parts = Vec::with_capacity(self.parts.len());
+        let mut held: u64 = 0;
+        for &(at, len) in &self.parts {
+            if len == 0 || at.checked_add(len).is_none_or(|end| end > self.size) {
+                return bad("a part of it belongs nowhere");
+            }
+            parts.push(Part { at, len, from: held });
+            held = held.saturating_add(len);
+        }
+        if from.metadata()?.len() != held {
+            return bad("it has another length than it should");
+        }
+        Ok(parts)
+    }
+
     /// Calls `each` with what `from` holds, and where in the whole it belongs.
     ///
     /// # Errors
@@ -80,28 +129,15 @@ impl Extents {
         from: &File,
         mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        let bad = |what: &str| Err(io::Error::new(ErrorKind::InvalidData, what));
-        let mut held: u64 = 0;
-        for &(at, len) in &self.parts {
-            if len == 0 || at.checked_add(len).is_none_or(|end| end > self.size) {
-                return bad("a part of it belongs nowhere");
-            }
-            held = held.saturating_add(len);
-        }
-        if from.metadata()?.len() != held {
-            return bad("it has another length than it should");
-        }
         let mut buffer = vec![0; CHUNK];
-        let mut from_at = 0;
-        for &(at, len) in &self.parts {
-            let end = at + len;
-            let mut at = at;
-            while at < end {
-                let len = usize::try_from(end - at).map_or(CHUNK, |rest| rest.min(CHUNK));
+        for part in self.parts_of(from)? {
+            let mut done = 0;
+            while done < part.len {
+                let len = usize::try_from(part.len - done).map_or(CHUNK, |rest| rest.min(CHUNK));
                 let chunk = &mut buffer[..len];
-                from.read_exact_at(chunk, from_at)?;
-                each(at, chunk)?;
-                (at, from_at) = (at + len as u64, from_at + len as u64);
+                from.read_exact_at(chunk, part.from + done)?;
+                each(part.at + done, chunk)?;
+                done += len as u64;
             }
         }
         Ok(())
@@ -145,6 +181,26 @@ mod tests {
         assert_eq!(extents.parts, [(block, 2 * block), (5 * block, block), (10 * block, 512)]);
         assert_eq!(file.metadata().unwrap().len(), 4 * block + 512 - block);
         assert!(whole(&extents, &file).unwrap() == content);
+    }
+
+    #[test]
+    fn short_gaps_are_filled() {
+        let block = BLOCK as u64;
+        let content: Vec<u8> =
+            [1, 0, 0, 2, 0, 0, 0, 3].iter().flat_map(|byte| [*byte; BLOCK]).collect();
+        let file = tempfile::tempfile().unwrap();
+        let mut writer = Writer::with_gaps(&file, 16 * block, 2 * block);
+        writer.put(0, &content).unwrap();
+        writer.put(10 * block, &content[..BLOCK]).unwrap();
+        // What comes late is not put before what is there.
+        writer.put(4 * block, &content[..BLOCK]).unwrap();
+        let extents = writer.finish().unwrap();
+        let parts = [(0, 4 * block), (7 * block, 4 * block), (4 * block, block)];
+        assert_eq!(extents.parts, parts);
+        let found = whole(&extents, &file).unwrap();
+        assert!(found[..4 * BLOCK] == content[..4 * BLOCK]);
+        let blocks: Vec<u8> = found.chunks(BLOCK).map(|block| block[0]).collect();
+        assert_eq!(blocks, [1, 0, 0, 2, 1, 0, 0, 3, 0, 0, 1, 0, 0, 0, 0, 0]);
     }
 
     #[test]

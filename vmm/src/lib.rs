@@ -12,6 +12,7 @@ pub mod device;
 pub mod error;
 mod event_loop;
 mod extents;
+pub mod file;
 pub mod interrupt;
 pub mod memory;
 pub mod probe;

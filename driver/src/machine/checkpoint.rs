@@ -162,6 +162,15 @@ impl Machine {
         Ok(Then { console, was: Was::Up(up) })
     }
 
+    /// Gives up what was kept of the machine, which has been frozen since then.
+    pub(crate) async fn give_up(&self, then: &Then) {
+        if let (Some(up), Some(checkpoints)) = (then.up(), self.inner.backend.checkpoints())
+            && let Err(error) = checkpoints.give_up(&up.kept).await
+        {
+            tracing::debug!(machine = self.name(), %error, "a checkpoint of no use stays");
+        }
+    }
+
     /// Ends the guest. What it has written to its disks stays where it can be taken back.
     pub(crate) async fn cut(&self, end: End) {
         self.request_end(end);

@@ -1,22 +1,27 @@
 //! What an entry of the cache says of itself.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::hash::Hasher;
 use std::io::{self, Read};
+use std::num::NonZero;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
+use firn_vmm::file;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
-use twox_hash::XxHash64;
+use twox_hash::XxHash3_64;
 
 use super::key::Key;
 
 /// Its file. An entry without one is none.
 pub(super) const MANIFEST: &str = "manifest.json";
 /// The layout of entries.
-pub(super) const FORMAT: u64 = 1;
+pub(super) const FORMAT: u64 = 2;
 /// The largest manifest that is read, in bytes.
 const MAX_MANIFEST: u64 = 16 << 20;
 
@@ -44,25 +49,18 @@ pub(super) struct Manifest {
 #[serde(deny_unknown_fields)]
 pub(super) struct Stamp {
     size: u64,
-    xxh64: String,
+    xxh3: String,
 }
 
 impl Stamp {
     pub(super) fn of(path: &Path) -> io::Result<Self> {
-        let mut file = open(path)?;
-        let mut hash = XxHash64::with_seed(0);
-        let mut buffer = vec![0; 1 << 20];
+        let mut hash = XxHash3_64::with_seed(0);
         let mut size = 0;
-        loop {
-            match file.read(&mut buffer)? {
-                0 => break,
-                len => {
-                    hash.write(&buffer[..len]);
-                    size += len as u64;
-                }
-            }
-        }
-        Ok(Self { size, xxh64: format!("{:016x}", hash.finish()) })
+        file::read(&open(path)?, |part| {
+            hash.write(part);
+            size += part.len() as u64;
+        })?;
+        Ok(Self { size, xxh3: format!("{:016x}", hash.finish()) })
     }
 }
 
@@ -100,12 +98,12 @@ impl Manifest {
         }
     }
 
-    /// Compares the files in `dir` with what was written.
+    /// Compares the files in `dir`, all at the same time, with what was written.
     ///
     /// # Errors
     /// What is wrong, in words.
     pub(super) fn check(&self, dir: &Path) -> Result<(), String> {
-        for (name, stamp) in &self.files {
+        let check = |name: &String, stamp: &Stamp| {
             let now = Stamp::of(&dir.join(name)).map_err(|error| format!("{name}: {error}"))?;
             if now.size != stamp.size {
                 return Err(format!(
@@ -113,11 +111,34 @@ impl Manifest {
                     now.size, stamp.size
                 ));
             }
-            if now != *stamp {
-                return Err(format!("{name} is not what was written"));
+            match now == *stamp {
+                true => Ok(()),
+                false => Err(format!("{name} is not what was written")),
             }
-        }
-        Ok(())
+        };
+        let mut files: Vec<_> = self.files.iter().collect();
+        // The large ones first.
+        files.sort_by_key(|(_, stamp)| Reverse(stamp.size));
+        let files = Mutex::new(files.into_iter());
+        let next = || files.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || {
+            while let Some((name, stamp)) = next() {
+                check(name, stamp)?;
+            }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let more =
+                thread::available_parallelism().map_or(1, NonZero::get).min(self.files.len());
+            // Where there can be no more threads, this one does it all.
+            let helpers =
+                (1..more).map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok());
+            let helpers: Vec<_> = helpers.collect();
+            let done = helpers.into_iter().map(|helper| {
+                helper.join().unwrap_or_else(|_| Err("its check has panicked".to_owned()))
+            });
+            done.fold(work(), Result::and)
+        })
     }
 }
 
@@ -146,7 +167,7 @@ mod tests {
     fn manifest() -> Manifest {
         let mut key = Key::default();
         key.add("firn", "0.1.0");
-        let stamp = Stamp { size: 5, xxh64: "0123456789abcdef".to_owned() };
+        let stamp = Stamp { size: 5, xxh3: "0123456789abcdef".to_owned() };
         Manifest {
             format: FORMAT,
             test: "ping".to_owned(),
@@ -165,7 +186,7 @@ mod tests {
             assert!(!is_name(other), "{other}");
         }
         let mut bad = manifest();
-        let stamp = Stamp { size: 0, xxh64: String::new() };
+        let stamp = Stamp { size: 0, xxh3: String::new() };
         bad.files.insert("../../etc/passwd".to_owned(), stamp);
         let text = serde_json::to_vec(&bad).unwrap();
         assert!(Manifest::parse(&text).unwrap_err().contains("is no name of a file"));

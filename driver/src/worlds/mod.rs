@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! $XDG_CACHE_HOME/firn/worlds/, or $FIRN_WORLDS/
-//!   KEY/              an entry: manifest.json, and the files that it lists with sizes and checksums
+//!   KEY/              an entry: manifest.json, and the files that it lists with sizes and checksums, read-only
 //!   KEY.new/          one that is being written
 //!   KEY.lock          locked by whoever writes it
 //! ```
@@ -19,9 +19,9 @@
 
 use std::env;
 use std::fmt::{self, Display};
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -508,6 +508,9 @@ impl Filling {
             let stamp = |entry: io::Result<fs::DirEntry>| {
                 let entry = entry?;
                 let name = entry.file_name().to_string_lossy().into_owned();
+                // Machines map what cannot change, and copy what can.
+                let mode = entry.metadata()?.mode() & 0o555;
+                fs::set_permissions(entry.path(), Permissions::from_mode(mode))?;
                 Ok((name, Stamp::of(&entry.path())?))
             };
             entries.map(stamp).collect::<io::Result<_>>()

@@ -50,6 +50,14 @@ fn names(worlds: &Worlds) -> Vec<String> {
     names
 }
 
+/// Replaces what is in a file, and leaves that as it was otherwise.
+fn overwrite(path: &Path, content: &[u8]) {
+    let mode = fs::metadata(path).unwrap().permissions();
+    fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
+    fs::write(path, content).unwrap();
+    fs::set_permissions(path, mode).unwrap();
+}
+
 /// Makes an entry look as if it had not been used for so many seconds.
 fn age(path: &Path, seconds: u64) {
     let past = SystemTime::now() - Duration::from_secs(seconds);
@@ -66,6 +74,8 @@ fn what_was_kept_is_found_and_a_miss_says_why() {
     age(&path, 100);
     let world = found(&worlds, &one);
     assert_eq!((world.path(), world.boot()), (&*path, Duration::from_secs(12)));
+    let mode = fs::metadata(path.join("a.memory")).unwrap().mode();
+    assert_eq!(mode & 0o222, 0, "machines may map it");
     assert_eq!(io::read_to_string(world.open("a.memory").unwrap()).unwrap(), "memory");
     for other in ["b.memory", MANIFEST, "../../x"] {
         assert!(world.open(other).is_err(), "{other}");
@@ -92,8 +102,8 @@ fn damage_is_found_and_replaced() {
     let memory = path.join("a.memory");
     let manifest = fs::read_to_string(path.join(MANIFEST)).unwrap();
     let damages: [(&str, &dyn Fn()); 8] = [
-        ("a.memory has 3 bytes, and 6 were written", &|| fs::write(&memory, "mem").unwrap()),
-        ("a.memory is not what was written", &|| fs::write(&memory, "MEMORY").unwrap()),
+        ("a.memory has 3 bytes, and 6 were written", &|| overwrite(&memory, b"mem")),
+        ("a.memory is not what was written", &|| overwrite(&memory, b"MEMORY")),
         ("a.memory: No such file", &|| fs::remove_file(&memory).unwrap()),
         ("a.memory: it is no file", &|| {
             fs::remove_file(&memory).unwrap();
@@ -104,8 +114,8 @@ fn damage_is_found_and_replaced() {
         ("it is that of another world", &|| {
             fs::write(path.join(MANIFEST), manifest.replace("one", "two")).unwrap();
         }),
-        ("it has format 2, this firn reads 1", &|| {
-            let other = manifest.replace("\"format\": 1", "\"format\": 2, \"more\": []");
+        ("it has format 3, this firn reads 2", &|| {
+            let other = manifest.replace("\"format\": 2", "\"format\": 3, \"more\": []");
             fs::write(path.join(MANIFEST), other).unwrap();
         }),
     ];
@@ -141,7 +151,7 @@ fn outside_of_the_cache_nothing_is_changed_and_nothing_damaged_is_used() {
     assert_eq!(find(&key("two")), "kernel of machine a has changed from one to two");
     assert_eq!(used(), before);
     assert_eq!(fs::read_dir(&place).unwrap().count(), 2);
-    fs::write(place.join("a.memory"), "mem").unwrap();
+    overwrite(&place.join("a.memory"), b"mem");
     assert!(find(&one).ends_with("cannot be used: a.memory has 3 bytes, and 6 were written"));
 }
 
@@ -253,10 +263,9 @@ fn they_are_cleared_by_name() {
 
 #[test]
 fn a_place_of_others_is_refused() {
-    use std::os::unix::fs::PermissionsExt;
     let Place { dir: _dir, worlds } = place();
     fs::create_dir(&worlds.dir).unwrap();
-    fs::set_permissions(&worlds.dir, fs::Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(&worlds.dir, Permissions::from_mode(0o777)).unwrap();
     let error = worlds.fill(key("one")).unwrap_err();
     assert!(crate::error::chain(&error).contains("can be written to by other users"), "{error}");
 }
@@ -273,7 +282,7 @@ proptest! {
         let mut bad = fs::read(&path).unwrap();
         let at = at.index(bad.len());
         if cut { bad.truncate(at) } else { bad[at] = byte }
-        fs::write(&path, &bad).unwrap();
+        overwrite(&path, &bad);
         if let Found::World(world) = worlds.find("ping", &key) {
             let memory = io::read_to_string(world.open("a.memory").unwrap()).unwrap();
             prop_assert_eq!(memory, "a guest's memory");

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -144,6 +145,7 @@ fn the_second_run_starts_where_the_first_had_booted() {
 
 fn what_does_not_fit_is_not_used(worlds: &Worlds, nodes: &str, boot: &str) {
     let memory = entry(worlds).join("a.memory");
+    fs::set_permissions(&memory, fs::Permissions::from_mode(0o600)).unwrap();
     let file = fs::File::options().write(true).open(&memory).unwrap();
     file.set_len(file.metadata().unwrap().len() - 4096).unwrap();
     let mut again = String::new();

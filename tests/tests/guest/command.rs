@@ -464,3 +464,31 @@ fn a_checkpoint_for_which_there_is_no_room_leaves_the_run_as_it_was() {
     assert_eq!(places.left(), [""; 0]);
     drop(small);
 }
+
+/// There is room for the memory of the first machine, and not for the second one's.
+const ROOM_FOR_ONE: &str = r#"
+import resource, signal
+
+start_all()
+m.connect()
+n.connect()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (384 << 20, limit[1]))
+with t.assertRaisesRegex(Exception, "machine n: .*cannot keep guest memory: File too large"):
+    driver.checkpoint("half")
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+m.succeed("printf mine >/dev/vda; sync")
+# Nothing lies over the disk of the first, which nobody would ever take away.
+t.assertEqual((m.state_dir / "disk0.img").read_bytes()[:4], b"mine")
+with driver.checkpoint("whole"):
+    m.succeed("printf lost >/dev/vda; sync")
+m.succeed("test $(head -c 4 /dev/vda) = mine")
+"#;
+
+#[test]
+fn a_checkpoint_of_half_the_machines_is_given_up() {
+    let nodes = "[nodes.m]\nmemory = 256\ndisks = [{ size = 1 }]\n[nodes.n]\nmemory = 512";
+    let (status, said, _places) = Places::new(nodes, ROOM_FOR_ONE).start(&[]).finish();
+    assert!(status.success(), "{said}");
+}

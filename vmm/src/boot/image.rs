@@ -7,18 +7,16 @@
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use linux_loader::loader;
 use thiserror::Error;
 use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{
-    FileOffset, MmapRegion, ReadVolatile, VolatileMemory, VolatileMemoryError, VolatileSlice,
-};
+use vm_memory::{MmapRegion, ReadVolatile, VolatileMemory, VolatileMemoryError, VolatileSlice};
 
-/// Write permission bits of a file.
-const WRITABLE: u32 = 0o222;
+use crate::file::map;
+
 const PAGE: usize = 4096;
 static ZEROS: [u8; PAGE] = [0; PAGE];
 
@@ -122,20 +120,6 @@ impl ImageFile {
         let mapping = self.mapping.as_ref()?;
         mapping.get_slice(position, mapping.size().checked_sub(position)?).ok()
     }
-}
-
-/// Maps a file that cannot change: one that shrinks under a mapping would end this process by SIGBUS, so only files
-/// that nobody may write, as in the Nix store and in kits, are mapped.
-fn map(file: &File, metadata: &Metadata) -> Option<MmapRegion> {
-    let size = usize::try_from(metadata.len()).ok()?;
-    if metadata.mode() & WRITABLE != 0 || size == 0 {
-        return None;
-    }
-    let file = FileOffset::new(file.try_clone().ok()?, 0);
-    // What is not loaded, such as debug information, is not mapped in: no MAP_POPULATE.
-    let flags = libc::MAP_PRIVATE;
-    // Where it cannot be mapped it can still be read.
-    MmapRegion::build(Some(file), size, libc::PROT_READ, flags).ok()
 }
 
 impl Seek for ImageFile {

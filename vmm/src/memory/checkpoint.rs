@@ -4,6 +4,9 @@
 //! and the base is mapped privately in the place of the guest's memory. From then on the kernel copies a page when it
 //! is first written to, and `/proc/self/pagemap` says which ones: a later checkpoint keeps copies of those, and a roll
 //! back drops them or, if they are few in a place, writes over them. KVM follows by itself, so its memory slots stay as they are.
+//!
+//! The base of a machine that goes on from a file is that file, if nobody may write to it: nothing is copied then. It
+//! lacks what is zero, where there is fresh memory instead.
 
 use std::fs::File;
 use std::io::{self, BufWriter};
@@ -12,13 +15,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::{MemoryMap, PAGE, Region, keep_from_children};
-use crate::extents::{Extents, Writer};
+use crate::extents::{Extents, Part, Writer};
+use crate::file;
 
 /// Bits of an entry in `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst): the page is the file's, it is
 /// swapped out, it is in memory.
@@ -34,9 +39,88 @@ const ENTRIES: usize = 8192;
 const SHORT: u64 = 16 * PAGE as u64;
 /// Most bytes that stay private for that.
 const KEPT: u64 = 1024 * PAGE as u64;
+static ZEROS: [u8; super::CHUNK] = [0; super::CHUNK];
 
-/// All memory of a guest at its first checkpoint: regions one after the other, zeros as holes.
-struct Base(File);
+/// How long a run of zeros is, in bytes, that is not written to files: each is a mapping of its own when they are mapped.
+const GAP: u64 = 16 * PAGE as u64;
+/// The most parts of a file that are mapped: by default a process may have 65,530 mappings.
+const MAX_PARTS: usize = 4096;
+
+/// All memory of a guest at its first checkpoint: regions one after the other.
+struct Base {
+    /// Nobody writes to it.
+    file: File,
+    size: u64,
+    /// What of the whole the file has, in order; all else is zero. A part may have holes.
+    parts: Vec<Part>,
+}
+
+impl Base {
+    /// What `fill` writes to a file in memory.
+    fn copied(size: u64, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<Self> {
+        let file = anonymous_file(c"firn-memory")?;
+        file.set_len(size)?;
+        fill(&file)?;
+        let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        Ok(Self { file, size, parts: vec![Part { at: 0, len: size, from: 0 }] })
+    }
+
+    /// Calls `each` with the parts of `range`, in order, and where in the file they are; None for zeros.
+    fn parts_in(
+        &self,
+        range: &Range<u64>,
+        mut each: impl FnMut(Range<u64>, Option<u64>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut at = range.start;
+        let first = self.parts.partition_point(|part| part.end() <= at);
+        for part in self.parts[first..].iter().take_while(|part| part.at < range.end) {
+            if at < part.at {
+                each(at..part.at, None)?;
+                at = part.at;
+            }
+            let end = part.end().min(range.end);
+            each(at..end, Some(part.from + (at - part.at)))?;
+            at = end;
+        }
+        if at < range.end { each(at..range.end, None) } else { Ok(()) }
+    }
+
+    /// Fills `range` of a region, which begins at `start` of the whole, with what it has there.
+    fn read_over(&self, region: &Region, start: u64, range: &Range<u64>) -> io::Result<()> {
+        self.parts_in(range, |part, from| {
+            let inside = part.start - start..part.end - start;
+            match from {
+                Some(from) => read_over(region, &inside, &self.file, from),
+                None => chunks(&inside, |at, len| {
+                    region.write_slice(&ZEROS[..len], at).map_err(io::Error::other)
+                }),
+            }
+        })
+    }
+
+    /// Maps it in the place of a region, which begins at `start` of the whole.
+    fn map_over(&self, region: &Region, start: u64) -> io::Result<()> {
+        let mut zeros = false;
+        let whole = start..start + region.len();
+        self.parts_in(&whole, |_, from| {
+            zeros |= from.is_none();
+            Ok(())
+        })?;
+        if zeros {
+            map_over(region, &(0..region.len()), None)?;
+            // One byte written there would fill a huge page, which later is 512 changed ones.
+            keep_small(region)?;
+        }
+        self.parts_in(&whole, |part, from| match from {
+            Some(from) => {
+                map_over(region, &(part.start - start..part.end - start), Some((&self.file, from)))
+            }
+            None => Ok(()),
+        })?;
+        keep_from_children(region)
+    }
+}
 
 /// What a guest's memory held at some time.
 pub struct MemoryCheckpoint {
@@ -53,40 +137,79 @@ impl MemoryCheckpoint {
     /// # Errors
     /// The file cannot be written.
     pub(crate) fn write(&self, to: &File) -> io::Result<Extents> {
-        let size = self.base.0.metadata()?.len();
-        let mut writer = Writer::new(BufWriter::with_capacity(super::CHUNK, to), size);
+        let size = self.base.size;
+        let mut writer =
+            Writer::with_gaps(BufWriter::with_capacity(super::CHUNK, to), size, GAP - PAGE as u64);
         let mut buffer = vec![0; super::CHUNK];
-        let mut at = 0;
-        while let Some(data) = super::next_data(&self.base.0, at)? {
-            let end = size.min(data + super::CHUNK as u64);
-            without(&(data..end), &self.changed, |range| {
-                let chunk = &mut buffer[..to_usize(range.end - range.start)?];
-                self.base.0.read_exact_at(chunk, range.start)?;
-                writer.put(range.start, chunk)
-            })?;
-            at = end;
+        let mut changed = Changed { checkpoint: self, next: 0, from: 0 };
+        for part in &self.base.parts {
+            let (mut at, end) = (part.from, part.from + part.len);
+            while let Some(data) = super::next_data(&self.base.file, at)?.filter(|at| *at < end) {
+                at = end.min(data + super::CHUNK as u64);
+                let [start, end] = [data, at].map(|at| part.at + (at - part.from));
+                without(&(start..end), &self.changed, |range| {
+                    changed.put_until(range.start, &mut writer)?;
+                    let chunk = &mut buffer[..to_usize(range.end - range.start)?];
+                    self.base.file.read_exact_at(chunk, data + (range.start - start))?;
+                    writer.put(range.start, chunk)
+                })?;
+            }
         }
-        let mut from = 0;
-        for range in &self.changed {
-            let chunk = &mut buffer[..to_usize(range.end - range.start)?];
-            self.pages.read_exact_at(chunk, from)?;
-            writer.put(range.start, chunk)?;
-            from += chunk.len() as u64;
-        }
+        changed.put_until(size, &mut writer)?;
         writer.finish()
     }
 
-    /// Reads what [`Self::write`] has written. The file may change or go then.
+    /// Reads what [`Self::write`] has written. A file that nobody may write is mapped, and may be removed then; others
+    /// are copied, and may change.
     ///
     /// # Errors
     /// It is damaged; the host has no memory left.
-    pub(crate) fn read(extents: &Extents, from: &File) -> io::Result<Self> {
-        let base = anonymous_file(c"firn-memory")?;
-        base.set_len(extents.size())?;
-        extents.read(from, |at, chunk| base.write_all_at(chunk, at))?;
+    pub(crate) fn read(extents: &Extents, from: File) -> io::Result<Self> {
+        let parts = extents.parts_of(&from)?;
         let pages = anonymous_file(c"firn-checkpoint")?;
-        Ok(Self { base: Arc::new(Base(base)), changed: Vec::new(), pages })
+        // Some file systems cannot map at all.
+        let mapped = file::map(&from, &from.metadata()?).is_some();
+        let base = if mapped && can_be_mapped(&parts) {
+            Base { file: from, size: extents.size(), parts }
+        } else {
+            Base::copied(extents.size(), |base| {
+                extents.read(&from, |at, chunk| base.write_all_at(chunk, at))
+            })?
+        };
+        Ok(Self { base: Arc::new(base), changed: Vec::new(), pages })
     }
+}
+
+/// What differs from the base, as it is written to a file in its order.
+struct Changed<'a> {
+    checkpoint: &'a MemoryCheckpoint,
+    /// Of the ranges.
+    next: usize,
+    /// In the pages.
+    from: u64,
+}
+
+impl Changed<'_> {
+    /// Writes what comes before `end` and is not written yet.
+    fn put_until(&mut self, end: u64, writer: &mut Writer<impl io::Write>) -> io::Result<()> {
+        let MemoryCheckpoint { changed, pages, .. } = self.checkpoint;
+        while let Some(range) = changed.get(self.next).filter(|range| range.start < end) {
+            let mut chunk = vec![0; to_usize(range.end - range.start)?];
+            pages.read_exact_at(&mut chunk, self.from)?;
+            writer.put(range.start, &chunk)?;
+            (self.next, self.from) = (self.next + 1, self.from + chunk.len() as u64);
+        }
+        Ok(())
+    }
+}
+
+/// Whether the parts are few, whole pages and in order.
+fn can_be_mapped(parts: &[Part]) -> bool {
+    let page = PAGE as u64;
+    let whole = |part: &Part| part.at.is_multiple_of(page) && part.len.is_multiple_of(page);
+    parts.len() <= MAX_PARTS
+        && parts.iter().all(whole)
+        && parts.is_sorted_by(|a, b| a.end() <= b.at)
 }
 
 /// What lies under a guest's memory.
@@ -107,11 +230,11 @@ impl Backing {
     pub fn checkpoint(&mut self, memories: &[&MemoryMap]) -> io::Result<MemoryCheckpoint> {
         let pages = anonymous_file(c"firn-checkpoint")?;
         let Some(base) = &self.base else {
-            let base = anonymous_file(c"firn-memory")?;
-            let size: u64 = regions(memories).map(|(region, _)| region.len()).sum();
-            base.set_len(size)?;
-            read_private(memories, |at, chunk| super::write_sparse(&base, chunk, at))?;
-            let base = Arc::new(Base(base));
+            let size = regions(memories).map(|(region, _)| region.len()).sum();
+            let base = Base::copied(size, |base| {
+                read_private(memories, |at, chunk| super::write_sparse(base, chunk, at))
+            })?;
+            let base = Arc::new(base);
             self.map(memories, &base)?;
             return Ok(MemoryCheckpoint { base, changed: Vec::new(), pages });
         };
@@ -138,13 +261,12 @@ impl Backing {
                 private_pages(region, |run| {
                     let short = run.end - run.start <= SHORT;
                     without(&(start + run.start..start + run.end), &to.changed, |rest| {
-                        let range = rest.start - start..rest.end - start;
-                        let len = range.end - range.start;
+                        let len = rest.end - rest.start;
                         if short && kept + len <= KEPT {
                             kept += len;
-                            read_over(region, &range, &to.base.0, rest.start)
+                            to.base.read_over(region, start, &rest)
                         } else {
-                            drop_pages(region, &range)
+                            drop_pages(region, &(rest.start - start..rest.end - start))
                         }
                     })
                 })?;
@@ -173,7 +295,8 @@ impl Backing {
     pub fn clear(&mut self, memories: &[&MemoryMap]) -> io::Result<()> {
         for (region, _) in regions(memories) {
             if self.mapped {
-                map_over(region, None)?;
+                map_over(region, &(0..region.len()), None)?;
+                keep_from_children(region)?;
             } else {
                 drop_pages(region, &(0..region.len()))?;
             }
@@ -184,16 +307,14 @@ impl Backing {
 
     fn map(&mut self, memories: &[&MemoryMap], base: &Arc<Base>) -> io::Result<()> {
         let size: u64 = regions(memories).map(|(region, _)| region.len()).sum();
-        if base.0.metadata()?.len() != size {
+        if base.size != size {
             return Err(io::Error::other("it is the memory of another machine"));
         }
         (self.base, self.mapped) = (None, true);
         for (region, start) in regions(memories) {
-            map_over(region, Some((&base.0, start)))?;
+            base.map_over(region, start)?;
         }
         self.base = Some(Arc::clone(base));
-        let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
-        fcntl(&base.0, FcntlArg::F_ADD_SEALS(seals))?;
         Ok(())
     }
 }
@@ -331,8 +452,21 @@ fn read_over(region: &Region, range: &Range<u64>, file: &File, mut from: u64) ->
     Ok(())
 }
 
-/// Replaces what is mapped in the place of a region: by a private view of a file from an offset on, or by zeros.
-fn map_over(region: &Region, file: Option<(&File, u64)>) -> io::Result<()> {
+/// Keeps the kernel from mapping huge pages in a region.
+fn keep_small(region: &Region) -> io::Result<()> {
+    // SAFETY: the range is mapped, and `region` owns it; MADV_NOHUGEPAGE changes nothing of what it holds.
+    let status =
+        unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_NOHUGEPAGE) };
+    match Errno::result(status) {
+        // A kernel without huge pages does not know the request.
+        Err(Errno::EINVAL) | Ok(_) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Replaces what is mapped in the place of a range of a region: by a private view of a file from an offset on, or by
+/// zeros. Children then have it, too.
+fn map_over(region: &Region, range: &Range<u64>, file: Option<(&File, u64)>) -> io::Result<()> {
     let (protection, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
@@ -342,14 +476,14 @@ fn map_over(region: &Region, file: Option<(&File, u64)>) -> io::Result<()> {
         None => (flags | libc::MAP_ANONYMOUS, -1, 0),
     };
     let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-    let start = region.as_ptr().cast();
-    // SAFETY: this replaces exactly the mapping that `region` owns by another of the same size and protection, so
+    let (start, len) = (to_usize(range.start)?, to_usize(range.end - range.start)?);
+    assert!(range.end <= region.len(), "inside the region");
+    // SAFETY: this replaces a range of the mapping that `region` owns by another of the same size and protection, so
     // what `region` promises of its addresses holds on. Nobody holds references into guest memory.
-    let mapped = unsafe { libc::mmap(start, region.size(), protection, flags, fd, offset) };
-    if mapped == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    keep_from_children(region)
+    let mapped = unsafe {
+        libc::mmap(region.as_ptr().add(start).cast(), len, protection, flags, fd, offset)
+    };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -31,11 +31,20 @@ impl Vm {
         match self.keep(&mut disks) {
             Ok(memory) => Ok(Checkpoint { state, memory, disks }),
             Err(error) => {
-                for (disk, kept) in self.disks().zip(&disks) {
-                    disk.give_up(kept);
-                }
+                self.give_up_disks(&disks);
                 Err(error)
             }
+        }
+    }
+
+    /// Gives up a checkpoint since which the machine has been paused: its disks are as they were before.
+    pub fn give_up(&self, checkpoint: &Checkpoint) {
+        self.give_up_disks(&checkpoint.disks);
+    }
+
+    fn give_up_disks(&self, kept: &[DiskCheckpoint]) {
+        for (disk, kept) in self.disks().zip(kept) {
+            disk.give_up(kept);
         }
     }
 

@@ -81,8 +81,9 @@ pub struct KeptVm {
 }
 
 impl KeptVm {
-    /// Reads what [`Vm::write_checkpoint`] has written, from files that `open` opens by their names. The memory is
-    /// copied: whatever becomes of the files then cannot hurt the machine.
+    /// Reads what [`Vm::write_checkpoint`] has written, from files that `open` opens by their names. Memory that lies
+    /// in a file that nobody may write is mapped, and that file may only be removed then. Otherwise it is copied:
+    /// whatever becomes of the file cannot hurt the machine.
     ///
     /// # Errors
     /// A file is missing, damaged or of another version; there is no room for the memory.
@@ -100,7 +101,7 @@ impl KeptVm {
             return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
         }
         let parts: Parts<VmState> = postcard::from_bytes(parts).map_err(io::Error::other)?;
-        let memory = MemoryCheckpoint::read(&parts.memory, &open("memory")?)?;
+        let memory = MemoryCheckpoint::read(&parts.memory, open("memory")?)?;
         let disk = |(index, extents): (usize, &Option<Extents>)| {
             extents.as_ref().map(|_| open(&disk_name(index))).transpose()
         };

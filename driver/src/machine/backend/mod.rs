@@ -128,6 +128,9 @@ pub(super) trait Checkpoints: Send + Sync {
     /// Keeps what a paused guest is. While that exists, the machine's end only switches it off.
     fn keep(&self) -> BoxFuture<'_, Result<Kept>>;
 
+    /// Gives up what was kept of a guest that has been paused since then.
+    fn give_up<'a>(&'a self, kept: &'a Kept) -> BoxFuture<'a, Result<()>>;
+
     /// Makes the guest, whatever became of it, what it was then. It stands still until [`Backend::resume`].
     fn go_back<'a>(&'a self, dirs: &'a Dirs, to: &'a Kept) -> BoxFuture<'a, Result<Started>>;
 

@@ -1,4 +1,5 @@
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 
 use vm_memory::GuestAddress;
 
@@ -192,23 +193,69 @@ fn what_was_written_to_a_file_can_be_gone_on_from() {
     write(ram, 0x1000, 0);
     write(ram, 0x2000, 4);
     let checkpoint = backing.checkpoint(&both).unwrap();
-    let file = tempfile::tempfile().unwrap();
-    let extents = checkpoint.write(&file).unwrap();
-    assert_eq!(file.metadata().unwrap().len(), 3 * PAGE as u64, "zeros take no room");
-
-    let [other_ram, other_screen] = &memories();
-    let others: [&MemoryMap; 2] = [other_ram, other_screen];
-    let read_back = MemoryCheckpoint::read(&extents, &file).unwrap();
-    // Nothing depends on the file any more.
-    file.set_len(0).unwrap();
-    let mut other = Backing::default();
-    for _ in 0..2 {
-        other.roll_back(&others, &read_back).unwrap();
-        let values = [0x1000, 0x2000, 0x40_0000].map(|at| read(other_ram, at));
-        assert_eq!((values, read(other_screen, 4999)), ([0, 4, 2], 3));
-        write(other_ram, 0x2000, 9);
+    for fixed in [false, true] {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let extents = checkpoint.write(named.as_file()).unwrap();
+        assert_eq!(named.as_file().metadata().unwrap().len(), 3 * PAGE as u64);
+        if fixed {
+            named.as_file().set_permissions(Permissions::from_mode(0o400)).unwrap();
+        }
+        let file = || File::open(named.path()).unwrap();
+        let read_back = MemoryCheckpoint::read(&extents, file()).unwrap();
+        // One that can change is not needed any more, and any may be removed.
+        if !fixed {
+            named.as_file().set_len(0).unwrap();
+            MemoryCheckpoint::read(&extents, file()).err().expect("it was cut short");
+        }
+        drop(named);
+        goes_on(&read_back);
     }
-    assert!(MemoryCheckpoint::read(&extents, &file).is_err(), "it was cut short");
-    let error = Backing::default().roll_back(&[other_ram], &read_back).unwrap_err().to_string();
+}
+
+/// Another machine begins with what [`what_was_written_to_a_file_can_be_gone_on_from`] has written.
+fn goes_on(read_back: &MemoryCheckpoint) {
+    let [ram, screen] = &memories();
+    let both: [&MemoryMap; 2] = [ram, screen];
+    write(ram, 0x3000, 8);
+    let mut backing = Backing::default();
+    for _ in 0..2 {
+        backing.roll_back(&both, read_back).unwrap();
+        let values = [0, 0x1000, 0x2000, 0x3000, 0x40_0000].map(|at| read(ram, at));
+        assert_eq!((values, read(screen, 4999)), ([0, 0, 4, 0, 2], 3));
+        // Over what it has, and over what was zero: a few pages, and many.
+        [0x1000, 0x2000, 0x3000].into_iter().for_each(|at| write(ram, at, 9));
+        (0..64).for_each(|page| write(ram, 0x3f_0000 + page * PAGE as u64, 9));
+    }
+    // Its own checkpoints have what it has changed.
+    let later = backing.checkpoint(&both).unwrap();
+    backing.roll_back(&both, read_back).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let extents = later.write(&file).unwrap();
+    let again = MemoryCheckpoint::read(&extents, file).unwrap();
+    for checkpoint in [&again, &later] {
+        backing.roll_back(&both, checkpoint).unwrap();
+        let values = [0, 0x1000, 0x3000, 0x3f_0000, 0x40_0000].map(|at| read(ram, at));
+        assert_eq!((values, read(screen, 4999)), ([0, 9, 9, 9, 9], 3));
+        assert_eq!(read(ram, 0x43_0000), 0);
+    }
+    backing.clear(&both).unwrap();
+    assert_eq!([0x1000, 0x40_0000].map(|at| read(ram, at)), [0, 0]);
+    let error = Backing::default().roll_back(&[ram], read_back).unwrap_err().to_string();
     assert!(error.contains("another machine"), "{error}");
+}
+
+#[test]
+fn parts_that_cannot_be_mapped_are_copied() {
+    let page = PAGE as u64;
+    let part = |at, len| Part { at, len, from: 0 };
+    assert!(can_be_mapped(&[]) && can_be_mapped(&[part(0, page), part(page, 2 * page)]));
+    for parts in [
+        vec![part(1, page)],
+        vec![part(0, page - 1)],
+        vec![part(page, page), part(0, page)],
+        vec![part(0, 2 * page), part(page, page)],
+        (0..=MAX_PARTS as u64).map(|at| part(at * page, page)).collect(),
+    ] {
+        assert!(!can_be_mapped(&parts), "{parts:?}");
+    }
 }

@@ -47,6 +47,11 @@ impl Checkpoints for Firn {
         })
     }
 
+    fn give_up<'a>(&'a self, kept: &'a Kept) -> BoxFuture<'a, Result<()>> {
+        let checkpoint = Arc::clone(&kept.checkpoint);
+        Box::pin(self.with(move |running| running.vm.give_up(&checkpoint)))
+    }
+
     fn go_back<'a>(&'a self, dirs: &'a Dirs, to: &'a Kept) -> BoxFuture<'a, Result<Started>> {
         Box::pin(async move {
             self.set_links(&to.links);
