@@ -20,6 +20,7 @@ const PRUNED: &[&str] = &[
     "etc/cron.d",
     "etc/cron.daily",
     "etc/init.d",
+    "etc/modules-load.d/modules.conf",
     "etc/rc0.d",
     "etc/rc1.d",
     "etc/rc2.d",
