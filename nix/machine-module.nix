@@ -110,7 +110,8 @@ let
         RemainAfterExit = true;
         ExecStart = "${pkgs.coreutils}/bin/true";
         RuntimeDirectory = name;
-      };
+      }
+      // unit.serviceConfig or { };
     };
 
   underQemu = cfg.firn.backend == "qemu" || cfg.firn.fallback == "qemu" && machine.unsupported != [ ];
@@ -179,6 +180,9 @@ let
     systemd.services.firn-system-up = state "firn-system-up" {
       description = "The system is up, for firn's agent";
       wantedBy = [ "multi-user.target" ];
+      # Of the units that may start now systemd starts the nicest last: commands do not wait for
+      # those that they do not need.
+      serviceConfig.Nice = -20;
     };
     systemd.services.firn-system-down = state "firn-system-down" {
       description = "The system waits to be mended, for firn's agent";

@@ -20,6 +20,7 @@ const PRUNED: &[&str] = &[
     "etc/cron.d",
     "etc/cron.daily",
     "etc/init.d",
+    "etc/modules-load.d/modules.conf",
     "etc/rc0.d",
     "etc/rc1.d",
     "etc/rc2.d",
@@ -201,6 +202,10 @@ const MODULE_DIRECTORIES: &[&str] = &[
     "kernel/net/xfrm",
 ];
 
+/// Modules in these directories that nothing but other hypervisors has a device for. Both would be loaded for any use of
+/// vsock: systemd asks for its number at each boot.
+const FOREIGN: &[&str] = &["hv_sock", "vmw_vsock_vmci_transport"];
+
 /// What depmod reads besides the modules.
 const MODULE_LISTS: &[&str] = &["modules.builtin", "modules.builtin.modinfo", "modules.order"];
 
@@ -212,7 +217,9 @@ pub(crate) struct Debian<'a> {
 impl<'a> Debian<'a> {
     /// Identifies how trees are made, so that one made differently is not mistaken for this one.
     pub(crate) fn recipe() -> String {
-        format!("{PRUNED:?} {UNWANTED:?} {ALTERNATIVES:?} {MODULES:?} {MODULE_DIRECTORIES:?}")
+        format!(
+            "{PRUNED:?} {UNWANTED:?} {ALTERNATIVES:?} {MODULES:?} {MODULE_DIRECTORIES:?} {FOREIGN:?}"
+        )
     }
 
     /// Turns unpacked packages in `root` into a system for Linux `release`.
@@ -267,6 +274,7 @@ impl<'a> Debian<'a> {
         let tree = ModuleTree::scan(&dir)?;
         let mut wanted: Vec<_> = MODULES.iter().map(|&name| name.to_owned()).collect();
         wanted.extend(tree.below(&dir, MODULE_DIRECTORIES));
+        wanted.retain(|name| !FOREIGN.contains(&name.as_str()));
         let selected = self.root.join("usr/lib/modules/selected");
         for (name, path) in tree.load_order(&wanted)? {
             let below = path.parent().and_then(|parent| parent.strip_prefix(&dir).ok());

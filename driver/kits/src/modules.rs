@@ -124,16 +124,35 @@ impl ModuleTree {
     }
 }
 
-/// Reads and decompresses the module in the file `path`.
+/// Reads and decompresses the module in the file `path`, without its signature.
+///
+/// The kernel checks a signature whenever it loads a module, and to do so hashes all of it: 0.7 giga-instructions of the
+/// 3.3 until a systemd guest takes commands. It loads a module that has none just as well, and is marked as tainted by
+/// it (`E`). NixOS's kernels sign no modules.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModuleError> {
     let io = |source| ModuleError::Io { path: path.to_owned(), source };
     let bytes = fs::read(path).map_err(io)?;
-    if path.extension().is_none_or(|extension| extension != "xz") {
-        return Ok(bytes);
-    }
-    let mut module = Vec::new();
-    XzReader::new(bytes.as_slice(), true).read_to_end(&mut module).map_err(io)?;
+    let mut module = if path.extension().is_some_and(|extension| extension == "xz") {
+        let mut module = Vec::new();
+        XzReader::new(bytes.as_slice(), true).read_to_end(&mut module).map_err(io)?;
+        module
+    } else {
+        bytes
+    };
+    let signed = module.len();
+    module.truncate(unsigned_len(&module).unwrap_or(signed));
     Ok(module)
+}
+
+/// Returns the length of a signed `module` without its signature; `None` if it has none.
+///
+/// Behind the module come the signature, 12 bytes that end in its length, big-endian, and a mark
+/// (linux/include/linux/module_signature.h).
+fn unsigned_len(module: &[u8]) -> Option<usize> {
+    let rest = module.strip_suffix(b"~Module signature appended~\n")?;
+    let (rest, length) = rest.split_last_chunk::<4>()?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+    rest.len().checked_sub(8)?.checked_sub(length)
 }
 
 /// Returns the names of the modules that `module`, a whole file, depends on.

@@ -69,6 +69,16 @@ const FILES: &[(&str, u32, &str)] = &[
         include_str!("systemd/sshd-vsock.conf"),
     ),
     (
+        "etc/systemd/system/systemd-remount-fs.service.d/firn.conf",
+        0o644,
+        include_str!("systemd/remount-fs.conf"),
+    ),
+    (
+        "etc/systemd/system/systemd-udev-load-credentials.service.d/firn.conf",
+        0o644,
+        include_str!("systemd/udev-load-credentials.conf"),
+    ),
+    (
         "etc/systemd/system/systemd-udev-trigger.service.d/firn.conf",
         0o644,
         include_str!("systemd/udev-trigger.conf"),

@@ -104,3 +104,23 @@ fn refuses_what_is_no_module() {
     }
     assert_eq!(dependencies(&module("a,b-c")).unwrap(), ["a", "b_c"]);
 }
+
+#[test]
+fn modules_lose_their_signatures() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.ko");
+    let stored = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        read(&path).unwrap()
+    };
+    let bare = module("b");
+    let mut signed = bare.clone();
+    signed.extend_from_slice(&[7; 300]);
+    signed.extend_from_slice(&[0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 1, 44]);
+    signed.extend_from_slice(b"~Module signature appended~\n");
+    assert_eq!(stored(&signed), bare);
+    assert_eq!(stored(&bare), bare);
+    // What says of itself that it is longer than the file is left to the kernel.
+    let cut = &signed[signed.len() - 100..];
+    assert_eq!(stored(cut), cut);
+}
