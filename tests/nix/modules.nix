@@ -342,9 +342,10 @@ in
       "\"start_command\":\"/nixos-vm/bin/run-plain-vm\""
     ]
     && (build node).attributes.meta.mainProgram == "run-plain-vm"
-    && node.qemuReasons == [
-      "node plain: virtualisation.qemu.options has `-vga qxl`, which is QEMU's and not firn's"
-    ];
+    &&
+      node.qemuReasons == [
+        "node plain: virtualisation.qemu.options has `-vga qxl`, which is QEMU's and not firn's"
+      ];
   fallback-is-qemu-unless-told-otherwise =
     (import ../../nix/machine-module.nix {
       inherit lib pkgs;
