@@ -326,7 +326,8 @@ fn what_nix_makes() {
     assert_eq!(plain.kernel, Some(format!("{}/kernel", store("nixos-system-plain")).into()));
     assert_eq!(plain.initrd, Some(vec![format!("{}/initrd", store("initrd")).into()]));
     let cmdline = plain.cmdline.as_deref().expect("there is one");
-    assert!(cmdline.starts_with("init=/nix/store/") && cmdline.ends_with(" last"), "{cmdline}");
+    assert!(cmdline.starts_with("initcall_blacklist=") && cmdline.ends_with(" last"), "{cmdline}");
+    assert!(cmdline.contains(" init=/nix/store/"), "{cmdline}");
     assert!(cmdline.contains(" console=ttyS0,115200n8 console=tty0 "), "{cmdline}");
     let shares: Vec<_> = plain
         .shares
