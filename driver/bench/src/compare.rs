@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::report::{Figure, Report, Row, Unit, scaled};
+use super::report::{Figure, Report, Row, Unit, mebibytes};
 
 /// Changes below this part of the earlier value are noise, even where its runs were alike.
 const NOISE: u64 = 200;
@@ -53,18 +53,15 @@ impl Comparison {
         if before.unit != now.unit {
             return None;
         }
-        let of = |report: &Report, name: &str| -> Option<Row> {
-            report.rows.iter().find(|row| row.name == name).cloned()
-        };
         let missing = |from: &Report, to: &Report| {
             let names = from.rows.iter().map(|row| row.name.clone());
-            names.filter(|name| of(to, name).is_none()).collect()
+            names.filter(|name| row_of(to, name).is_none()).collect()
         };
         let (new, gone) = (missing(now, before), missing(before, now));
         let mut found = Self { changes: Vec::new(), alike: 0, new, gone, unit: now.unit };
         for row in &now.rows {
-            if let Some(earlier) = of(before, &row.name) {
-                found.add(&earlier, row);
+            if let Some(earlier) = row_of(before, &row.name) {
+                found.add(earlier, row);
             }
         }
         Some(found)
@@ -93,14 +90,12 @@ impl Comparison {
     /// Formats it: a line for each change.
     #[must_use]
     pub fn text(&self) -> String {
-        let (_, scale) = self.unit.shown();
         let mut text = String::new();
         for change in &self.changes {
-            let (scale, decimals) = match &*change.figure {
-                MEMORY => (1024, 1),
-                _ => (scale, if scale > 1_000_000 { 3 } else { 1 }),
+            let shown = |value: u64| match &*change.figure {
+                MEMORY => mebibytes(value),
+                _ => self.unit.figure(value),
             };
-            let shown = |value: u64| scaled(value, scale, decimals);
             let word = if change.is_worse() { "worse" } else { "better" };
             let Change { name, figure, before, now, noise } = change;
             // Writing to a string does not fail.
@@ -127,6 +122,10 @@ impl Comparison {
 }
 
 const MEMORY: &str = "memory";
+
+fn row_of<'a>(report: &'a Report, name: &str) -> Option<&'a Row> {
+    report.rows.iter().find(|row| row.name == name)
+}
 
 /// A row's figures by their columns.
 fn figures(row: &Row) -> Vec<(String, Figure)> {

@@ -44,6 +44,12 @@ impl Unit {
             Self::Nanoseconds => ("ms", 1_000_000),
         }
     }
+
+    /// A figure as tables show it.
+    pub(super) fn figure(self, value: u64) -> String {
+        let (_, scale) = self.shown();
+        scaled(value, scale, if scale > 1_000_000 { 3 } else { 1 })
+    }
 }
 
 /// All figures of a benchmark.
@@ -109,8 +115,8 @@ impl Report {
     /// Formats the report as a table.
     #[must_use]
     pub fn table(&self) -> String {
-        let (unit, scale) = self.unit.shown();
-        let number = |value: u64| scaled(value, scale, if scale > 1_000_000 { 3 } else { 1 });
+        let (unit, _) = self.unit.shown();
+        let number = |value: u64| self.unit.figure(value);
         let cell = |figure: Option<&Figure>| figure.map_or("-".to_owned(), |f| number(f.median));
         let stages = Stage::ALL.map(|stage| {
             let of =
@@ -130,7 +136,7 @@ impl Report {
             format!("{}.{} %", part / 10, part % 10)
         }));
         columns.push(column("memory", &|row| {
-            row.memory_kib.map_or("-".to_owned(), |kib| format!("{} MiB", scaled(kib, 1024, 1)))
+            row.memory_kib.map_or("-".to_owned(), |kib| format!("{} MiB", mebibytes(kib)))
         }));
         let mut text = format!(
             "{unit}, median of {}: stages since exec, then the work of the whole process\n{}",
@@ -178,6 +184,11 @@ impl Row {
             memory_kib: measured.memory_kib,
         })
     }
+}
+
+/// Formats KiB as tables show them.
+pub(super) fn mebibytes(kib: u64) -> String {
+    scaled(kib, 1024, 1)
 }
 
 /// Formats a number in another unit, with decimals.

@@ -8,6 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::tree::plain;
+
 /// The names at the top of a directory that are there for guests. All are without a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in crate::virtio::fs) struct Filter(Option<Arc<BTreeSet<Box<CStr>>>>);
@@ -42,6 +44,7 @@ impl Filter {
 fn name(line: &[u8], source: &[u8]) -> Option<Box<CStr>> {
     let below = || line.strip_prefix(source)?.strip_prefix(b"/");
     let name = if line.contains(&b'/') { below()? } else { line };
-    let plain = !matches!(name, b"" | b"." | b"..") && !name.contains(&b'/');
-    Some(CString::new(name).ok().filter(|_| plain)?.into_boxed_c_str())
+    let name = CString::new(name).ok()?;
+    plain(&name).ok()?;
+    Some(name.into_boxed_c_str())
 }

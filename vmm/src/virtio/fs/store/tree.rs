@@ -85,7 +85,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Lets one path component through.
-fn plain(name: &CStr) -> io::Result<()> {
+pub(super) fn plain(name: &CStr) -> io::Result<()> {
     match name.to_bytes() {
         b"" | b"." | b".." => Err(errno(libc::EINVAL)),
         bytes if bytes.contains(&b'/') => Err(errno(libc::EINVAL)),
