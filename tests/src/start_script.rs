@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use firn::kit::{GuestConfig, HostsEntry, Interface, Kit, Mount, machine_overlay};
+use firn::kit::{GuestConfig, HostsEntry, Interface, Kit, Mount, MountKind, machine_overlay};
 use firn_gateway::CARD_MAC;
 
 /// The options of QEMU for the user network's card, and for that of machine `number` on vlan 1.
@@ -42,6 +42,7 @@ pub fn initrd(kit: &Kit, name: &str, names: &[&str], shares: &[(&str, &str)]) ->
     let mounts = shares.iter().map(|(tag, mount_point)| Mount {
         tag: (*tag).to_owned(),
         mount_point: (*mount_point).to_owned(),
+        kind: MountKind::Virtiofs,
         options: "rw".to_owned(),
     });
     let overlay = machine_overlay(&GuestConfig {

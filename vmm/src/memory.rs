@@ -1,6 +1,7 @@
 //! Guest physical memory; [`crate::arch::layout`] says at which addresses.
 
 pub mod checkpoint;
+pub mod window;
 
 use std::fs::File;
 use std::io;

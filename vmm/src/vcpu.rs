@@ -18,6 +18,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::arch;
 use crate::bus::Bus;
 use crate::device::boot_timer::{BootTimer, stage};
+use crate::memory::window::Window;
 
 /// What all vCPUs of a machine dispatch their exits to.
 #[derive(Default)]
@@ -26,6 +27,8 @@ pub struct Buses {
     pub ports: Bus,
     /// Physical memory addresses without memory.
     pub mmio: Bus,
+    /// Images that the guest reads.
+    pub windows: Vec<Arc<Window>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -365,11 +368,26 @@ impl Vcpu {
                 format!("the processor refused to enter the guest: reason {reason:#x}, CPU {cpu}")
             }
             Ok(exit) => format!("unexpected exit {exit:?}"),
-            Err(error) => format!("KVM_RUN: {}", io::Error::from(error)),
+            Err(error) => self
+                .changed_file()
+                .filter(|_| error.errno() == libc::EFAULT)
+                .unwrap_or_else(|| format!("KVM_RUN: {}", io::Error::from(error))),
         };
         let place = arch::vcpu::instruction(fd)
             .map_or(String::new(), |address| format!(" at {address:#x}"));
         Err(format!("{reason}{place}"))
+    }
+}
+
+impl Vcpu {
+    /// Says which file of an image is not any more what it was. What the host cannot read of a file that was cut short,
+    /// KVM cannot give to the guest.
+    fn changed_file(&self) -> Option<String> {
+        let path = self.buses.windows.iter().find_map(|window| window.image.changed_file())?;
+        Some(format!(
+            "{} has changed, which the guest has in its memory (`image = true`)",
+            path.display()
+        ))
     }
 }
 

@@ -25,7 +25,9 @@ use thiserror::Error;
 
 use crate::private::Place;
 
-pub use overlay::{GuestConfig, HostsEntry, Interface, Mount, OverlayError, machine_overlay};
+pub use overlay::{
+    GuestConfig, HostsEntry, Interface, Mount, MountKind, OverlayError, machine_overlay,
+};
 
 use integrity::{Check, Stamps};
 

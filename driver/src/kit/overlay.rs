@@ -46,12 +46,23 @@ pub struct Interface {
 /// A share mounted at boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    /// The virtio-fs tag.
+    /// The share's tag.
     pub tag: String,
     /// The mount point; created if missing.
     pub mount_point: String,
+    /// How it comes into the guest.
+    pub kind: MountKind,
     /// Mount options, such as `ro`; may be empty.
     pub options: String,
+}
+
+/// How a share comes into the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MountKind {
+    /// By virtio-fs.
+    Virtiofs,
+    /// As an image in memory, whose label is the tag.
+    Image,
 }
 
 /// A value that the guest cannot use.
@@ -65,7 +76,7 @@ pub struct OverlayError {
 
 /// Builds the archive that configures a machine of the micro kit: `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf`,
 /// `/etc/firn/network` (lines `NAME MAC ADDRESS/PREFIX... via=GATEWAY`) and `/etc/firn/mounts` (lines
-/// `TAG MOUNTPOINT OPTIONS`), which the kit's boot script reads.
+/// `TAG MOUNTPOINT TYPE OPTIONS`), which the kit's boot script reads.
 ///
 /// # Errors
 /// If a value is empty, too long, or has characters that those files cannot hold.
@@ -152,7 +163,11 @@ fn mounts(mounts: &[Mount]) -> Result<String, OverlayError> {
         } else {
             word("mount options", &mount.options, 4096)?
         };
-        text.push_str(&format!("{tag} {mount_point} {options}\n"));
+        let kind = match mount.kind {
+            MountKind::Virtiofs => "virtiofs",
+            MountKind::Image => "erofs",
+        };
+        text.push_str(&format!("{tag} {mount_point} {kind} {options}\n"));
     }
     Ok(text)
 }

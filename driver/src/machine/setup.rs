@@ -15,7 +15,9 @@ use super::{Dirs, Machine, inputs};
 use crate::config::{BackendKind, EXCHANGE_TAG, MachineFile, NodeConfig, SHARED_TAG, UserNetwork};
 use crate::error::{MachineError, Result, chain};
 use crate::kernels::Kernels;
-use crate::kit::{self, GuestConfig, HostsEntry, Interface, Kit, KitName, Mount, STORE_TAG};
+use crate::kit::{
+    self, GuestConfig, HostsEntry, Interface, Kit, KitName, Mount, MountKind, STORE_TAG,
+};
 use crate::log::Logger;
 use crate::private;
 
@@ -158,15 +160,22 @@ fn overlay(node: &NodeConfig, hosts: &[HostsEntry]) -> GuestConfig {
         gateway: configured.then_some(GATEWAY_V4.into()),
     });
     let vlans = node.vlans.iter().enumerate().map(interface);
-    let mount = |tag: &str, mount_point: &str, read_only: bool| Mount {
+    let mount = |tag: &str, mount_point: &str, kind: MountKind, options: &str| Mount {
         tag: tag.to_owned(),
         mount_point: mount_point.to_owned(),
-        options: if read_only { "ro" } else { "rw" }.to_owned(),
+        kind,
+        options: options.to_owned(),
     };
-    let own = [mount(SHARED_TAG, "/tmp/shared", false), mount(EXCHANGE_TAG, "/tmp/xchg", false)];
+    let own = [(SHARED_TAG, "/tmp/shared"), (EXCHANGE_TAG, "/tmp/xchg")];
+    let own = own.map(|(tag, at)| mount(tag, at, MountKind::Virtiofs, "rw"));
     let asked = node.shares.iter().filter_map(|share| {
-        let target = share.target.as_ref()?;
-        Some(mount(&share.tag, &target.to_string_lossy(), share.read_only))
+        let target = share.target.as_ref()?.to_string_lossy();
+        let (kind, options) = match (share.image, share.read_only) {
+            (true, _) => (MountKind::Image, "ro,dax=always"),
+            (false, true) => (MountKind::Virtiofs, "ro"),
+            (false, false) => (MountKind::Virtiofs, "rw"),
+        };
+        Some(mount(&share.tag, &target, kind, options))
     });
     GuestConfig {
         hostname: node.name.clone(),

@@ -185,7 +185,7 @@ fn copy_of_kit(place: &TempDir) -> PathBuf {
 }
 
 /// A directory in which there is everything that one can hold.
-fn tree() -> TempDir {
+pub(crate) fn tree() -> TempDir {
     let tree = tempfile::tempdir().unwrap();
     let path = |name: &str| tree.path().join(name);
     fs::write(path("file"), "of the host").unwrap();
@@ -279,22 +279,24 @@ fn of_a_store_a_machine_sees_what_its_list_names() {
     });
 }
 
+/// What nobody may do to [`tree`] who may only read it.
+pub(crate) const CHANGES: [&str; 12] = [
+    "echo x >new",
+    "echo x >>file",
+    "echo x >file",
+    "mkdir dir",
+    "mkfifo fifo",
+    "ln -s x link",
+    "ln file hard",
+    "rm file",
+    "mv file other",
+    "chmod 600 file",
+    "touch file",
+    "truncate -s 3 file",
+];
+
 async fn refuses_writes(m: &Machine, share: &str) {
-    let changes = [
-        "echo x >new",
-        "echo x >>file",
-        "echo x >file",
-        "mkdir dir",
-        "mkfifo fifo",
-        "ln -s x link",
-        "ln file hard",
-        "rm file",
-        "mv file other",
-        "chmod 600 file",
-        "touch file",
-        "truncate -s 3 file",
-    ]
-    .map(|change| format!("cd {share}; {change}"));
+    let changes = CHANGES.map(|change| format!("cd {share}; {change}"));
     let changes: Vec<_> = changes.iter().map(String::as_str).collect();
     let file = format!("cat {share}/file");
     assert_eq!(output(m, &file).await, "of the host");

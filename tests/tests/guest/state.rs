@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use firn::kit::{GuestConfig, Interface, Mount, machine_overlay};
+use firn::kit::{GuestConfig, Interface, Mount, MountKind, machine_overlay};
 use firn_agent_client::{AgentClient, ExecRequest};
 use firn_net_switch::{NetPort, Switch};
 use firn_tests::micro;
@@ -64,6 +64,7 @@ pub(super) fn spec(dir: &Path, index: usize) -> MachineSpec {
             .map(|(tag, options)| Mount {
                 tag: tag.to_owned(),
                 mount_point: format!("/mnt/{tag}"),
+                kind: MountKind::Virtiofs,
                 options: options.to_owned(),
             })
             .into(),

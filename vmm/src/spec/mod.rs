@@ -164,6 +164,10 @@ pub struct ShareSpec {
     /// ever.
     #[serde(default)]
     pub only: Option<PathBuf>,
+    /// Give it to the guest as an image of a file system in its memory, with the tag as its label, which all machines of
+    /// the process have in common. Only for a share that is read-only and trusted for ever.
+    #[serde(default)]
+    pub image: bool,
     /// Where the guest mounts it, for those who prepare the guest; the monitor does not need it.
     #[serde(default)]
     pub target: Option<PathBuf>,
@@ -184,10 +188,14 @@ impl ShareSpec {
             cache: CachePolicy::Never,
             allow_setuid: false,
             only: None,
+            image: false,
             target: None,
             copies: BTreeMap::new(),
         }
     }
+
+    /// Longest tag of a share that is an image, in bytes: it is the image's label.
+    pub const MAX_LABEL: usize = 16;
 
     /// Whether it is a directory that nobody changes.
     #[must_use]

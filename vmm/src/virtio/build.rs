@@ -3,18 +3,20 @@
 //! A new device implements [`DeviceSpec`] for its spec beside its own code, and joins the list that
 //! [`device_specs`] makes of a machine.
 
+use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use firn_net_switch::NetPort;
-use thiserror::Error;
 
 use super::balloon::{BalloonHandle, BalloonSpec};
 use super::input::{self, InputHandle};
 use super::rng::RngSpec;
 use super::{VirtioDevice, blk, console, fs, vsock};
 use crate::Cancel;
+use crate::memory::window::{Window, Windows};
 use crate::screen::Screen;
 use crate::spec::{ConsolePortSpec, MachineSpec, NetSpec, ValueError};
 
@@ -53,6 +55,8 @@ pub struct Host<'a> {
     pub share_descriptors: u64,
     /// How many connections the vsock device may have.
     pub vsock_connections: usize,
+    /// Where there is room for images.
+    pub windows: Windows,
     /// What disks begin with, in their order, if not with what their images hold.
     pub frozen: std::slice::Iter<'a, blk::DiskCheckpoint>,
 }
@@ -72,13 +76,26 @@ pub enum Handle {
     Disk(blk::DiskHandle),
     /// Look at the screen.
     Screen(Arc<dyn Screen>),
+    /// Let the guest read an image.
+    Window(Arc<Window>),
+}
+
+impl Handle {
+    /// The image that the guest may read, if it is one.
+    #[must_use]
+    pub fn window(&self) -> Option<Arc<Window>> {
+        match self {
+            Self::Window(window) => Some(Arc::clone(window)),
+            _ => None,
+        }
+    }
 }
 
 /// A device and the host's handle on it.
 pub type Built = (Box<dyn VirtioDevice>, Handle);
 
 /// A device could not be built.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
     /// The spec is wrong.
@@ -97,6 +114,17 @@ pub enum BuildError {
     /// A share cannot be served.
     #[error(transparent)]
     Share(#[from] fs::FsError),
+    /// A share cannot be given to the guest as an image.
+    #[error("share {tag:?}: cannot make an image of {}", path.display())]
+    Image {
+        /// The share.
+        tag: String,
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] blk::BlkError),

@@ -23,6 +23,7 @@ pub mod fs;
 pub mod gpu;
 pub mod input;
 pub mod net;
+pub mod pmem;
 mod pool;
 pub mod queue;
 pub mod rng;
@@ -97,6 +98,9 @@ pub enum RestoreError {
         /// Which device was to take it.
         expected: String,
     },
+    /// The device has not what it had.
+    #[error("its directory holds something else than when this was saved")]
+    OtherContents,
     /// It is damaged.
     #[error("state cannot be decoded")]
     Decode(#[from] postcard::Error),

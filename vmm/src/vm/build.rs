@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 
@@ -18,6 +18,7 @@ use crate::device::serial::SerialPort;
 use crate::error::chain;
 use crate::event_loop::new_event;
 use crate::interrupt::SharedLine;
+use crate::memory::window::{Window, Windows};
 use crate::memory::{Memory, MemoryMap};
 use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
@@ -76,7 +77,8 @@ pub(super) fn memories<'a>(
     std::iter::once(&**memory).chain(screen).collect()
 }
 
-pub(super) fn attach_memory(vm: &VmFd, memories: &[&MemoryMap]) -> Result<(), VmError> {
+/// How many slots it takes.
+pub(super) fn attach_memory(vm: &VmFd, memories: &[&MemoryMap]) -> Result<usize, VmError> {
     for (slot, region) in (0..).zip(memories.iter().flat_map(|memory| memory.iter())) {
         let region = kvm_userspace_memory_region {
             slot,
@@ -87,6 +89,27 @@ pub(super) fn attach_memory(vm: &VmFd, memories: &[&MemoryMap]) -> Result<(), Vm
         };
         // SAFETY: the region is one mapping of exactly this size, and `Vm` drops its memory after
         // the VM and its vCPUs.
+        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(memories.iter().map(|memory| memory.num_regions()).sum())
+}
+
+/// Lets the guest read images, in the slots from `first_slot` on.
+pub(super) fn attach_windows(
+    vm: &VmFd,
+    first_slot: usize,
+    windows: &[Arc<Window>],
+) -> Result<(), VmError> {
+    for (slot, window) in (first_slot..).zip(windows) {
+        let region = kvm_userspace_memory_region {
+            slot: u32::try_from(slot).unwrap_or(u32::MAX),
+            guest_phys_addr: window.start,
+            memory_size: window.image.len(),
+            userspace_addr: window.image.host_address() as u64,
+            flags: KVM_MEM_READONLY,
+        };
+        // SAFETY: the image is mapped at these addresses for as long as it lives, which each vCPU, by what it dispatches
+        // to, sees to for as long as it can run. The guest cannot write there.
         unsafe { vm.set_user_memory_region(region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }
     Ok(())
@@ -128,6 +151,7 @@ pub(super) fn build_devices(
     connect: &mut dyn Connect,
     descriptors: u64,
     cancel: &Cancel,
+    windows: Windows,
     frozen: &[DiskCheckpoint],
 ) -> Result<Vec<Built>, VmError> {
     let parts = Counts::of(spec).divide(descriptors);
@@ -137,6 +161,7 @@ pub(super) fn build_devices(
         cores: spec.cores.get(),
         share_descriptors: parts.share,
         vsock_connections: parts.vsock,
+        windows,
         frozen: frozen.iter(),
     };
     let built = device_specs(spec).into_iter().map(|device| device.build(&mut host));

@@ -29,6 +29,7 @@ use crate::device::panic::PanicDevice;
 use crate::device::serial::{InputFull, SerialPort};
 use crate::event_loop::{EventLoop, EventThread, Subscriber};
 use crate::memory::checkpoint::Backing;
+use crate::memory::window::Windows;
 use crate::memory::{self, Memory};
 use crate::screen::Screen;
 use crate::screen::plain::FrameBuffer;
@@ -246,7 +247,7 @@ impl Vm {
     ) -> Result<Vm, VmError> {
         let kvm_fd = Kvm::new().map_err(kvm("open /dev/kvm"))?;
         let vm = Arc::new(vcpu::create_vm(&kvm_fd)?);
-        build::attach_memory(&vm, &build::memories(&memory, frame_buffer.as_ref()))?;
+        let slots = build::attach_memory(&vm, &build::memories(&memory, frame_buffer.as_ref()))?;
         let group = Arc::new(Group::default());
         let timer = Arc::new(BootTimer::default());
         let HostSide { events, serial, mut connect, descriptors, cancel } = host_side;
@@ -261,8 +262,12 @@ impl Vm {
         build::attach_board(&mut buses, marks, panic.clone(), group.clone(), on_request)?;
         // Before the devices: KVM may not have as many, and disks are made for a machine that can be.
         let vcpus = vcpu::create_vcpus(&kvm_fd, &vm, spec.cores.get())?;
-        let devices = build::build_devices(spec, connect.as_mut(), descriptors, &cancel, frozen)?;
+        let windows = Windows::new(spec.memory.get() << 20, vcpu::address_bits(&kvm_fd)?);
+        let devices =
+            build::build_devices(spec, connect.as_mut(), descriptors, &cancel, windows, frozen)?;
         let attached = build::attach_devices(&vm, &mut buses, &memory, devices, &events)?;
+        buses.windows = attached.handles.iter().filter_map(Handle::window).collect();
+        build::attach_windows(&vm, slots, &buses.windows)?;
 
         let subscribers = attached
             .transports

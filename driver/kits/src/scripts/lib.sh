@@ -19,6 +19,7 @@ load_drivers() {
     0x0010) drivers=drm ;;
     0x0012) drivers='virtio_input evdev' ;;
     0x0013) drivers="vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport" ;;
+    0x001b) drivers="libcrc32c netfs erofs libnvdimm nd_btt nd_pmem nd_virtio virtio_pmem" ;;
     *) continue ;;
     esac
     for driver in $drivers; do
@@ -70,12 +71,31 @@ set_up_network() {
   done </etc/firn/network
 }
 
+# find_image TAG: sets $image to the name of the memory in which that share is.
+find_image() {
+  # The kernel looks for what is in such memory beside all else; to read this is to wait for it.
+  for bus in /sys/bus/virtio/devices/*/ndbus*; do
+    read -r waited <"$bus/wait_probe"
+  done
+  for image in /dev/pmem*; do
+    # The label: EROFS has its superblock at 1,024, and in that this at 64. The shell leaves out zeros.
+    [ "$(dd if="$image" bs=16 skip=68 count=1 2>/dev/null)" = "$1" ] && return
+  done
+  echo "firn: there is no image with the label $1" >&2
+  return 1
+}
+
 # mount_shares ROOT: mounts what the driver asks for below ROOT.
 mount_shares() {
   # Without -r: a backslash keeps the blank behind it.
-  while read tag dir options; do
+  while read tag dir type options; do
     dir=$1$dir
     [ -d "$dir" ] || mkdir -p "$dir"
-    mount -t virtiofs -o "$options" "$tag" "$dir"
+    source=$tag
+    if [ "$type" = erofs ]; then
+      find_image "$tag" || continue
+      source=$image
+    fi
+    mount -t "$type" -o "$options" "$source" "$dir"
   done </etc/firn/mounts
 }

@@ -33,10 +33,16 @@ fn config() -> GuestConfig {
         ],
         dns: vec!["10.0.2.3".parse().unwrap(), "fd00::3".parse().unwrap()],
         mounts: vec![
-            Mount { tag: "host".into(), mount_point: "/host".into(), options: "ro".into() },
+            Mount {
+                tag: "host".into(),
+                mount_point: "/host".into(),
+                kind: MountKind::Image,
+                options: "ro".into(),
+            },
             Mount {
                 tag: "my share".into(),
                 mount_point: "/tmp/a b\\c".into(),
+                kind: MountKind::Virtiofs,
                 options: String::new(),
             },
         ],
@@ -62,20 +68,24 @@ fn writes_what_the_boot_script_reads() {
         "eth2 52:54:00:12:02:ff\neth1 52:54:00:12:01:01 192.168.1.1/24 2001:db8:1::1/64 via=192.168.1.254\n"
     );
     assert_eq!(text("etc/resolv.conf"), "nameserver 10.0.2.3\nnameserver fd00::3\n");
-    assert_eq!(text("etc/firn/mounts"), "host /host ro\nmy\\ share /tmp/a\\ b\\\\c rw\n");
+    assert_eq!(
+        text("etc/firn/mounts"),
+        "host /host erofs ro\nmy\\ share /tmp/a\\ b\\\\c virtiofs rw\n"
+    );
 }
 
 #[test]
 fn the_shell_reads_mounts_as_they_were_meant() {
     let mounts = mounts(&config().mounts).unwrap();
-    let script =
-        "while read tag dir options; do printf '%s|' \"$tag\" \"$dir\" \"$options\"; done <<'E'\n";
+    let script = "while read tag dir type options; do \
+                  printf '%s|' \"$tag\" \"$dir\" \"$type\" \"$options\"; done <<'E'\n";
     let output = std::process::Command::new("sh")
         .arg("-c")
         .arg(format!("{script}{mounts}E\n"))
         .output()
         .unwrap();
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), "host|/host|ro|my share|/tmp/a b\\c|rw|");
+    let read = "host|/host|erofs|ro|my share|/tmp/a b\\c|virtiofs|rw|";
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), read);
 }
 
 #[test]

@@ -53,6 +53,12 @@ pub fn adapt(supported: &CpuId, place: Place) -> CpuId {
     cpuid
 }
 
+/// How many bits physical addresses have (CPUID.80000008H EAX, Intel SDM 2A); without that leaf, 36.
+pub fn address_bits(supported: &CpuId) -> u8 {
+    let sizes = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    sizes.map_or(36, |entry| entry.eax.to_le_bytes()[0])
+}
+
 fn adapt_entry(entry: &mut kvm_cpuid_entry2, place: Place) {
     let id = u32::from(place.vcpu);
     let cores = u32::from(place.cores);

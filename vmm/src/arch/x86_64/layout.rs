@@ -13,6 +13,7 @@
 //!      ...     initrd, below the end of low memory
 //! 0xc000_0000  hole: frame buffer, virtio-mmio, IOAPIC, LAPIC
 //! 0x1_0000_0000 memory past 3 GiB
+//!      ...     images that the host shares, each at a multiple of 1 GiB
 //! ```
 
 /// Where the conventional memory of the PC ends and its extended BIOS data area would begin.
@@ -65,4 +66,13 @@ pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
     } else {
         vec![(0, HOLE_START), (HOLE_END, bytes - HOLE_START)]
     }
+}
+
+/// What the places of images are multiples of. Linux has page tables for memory that is added by so much at most, and
+/// keeps books for each 128 MiB of it.
+pub const WINDOW_ALIGNMENT: u64 = 1 << 30;
+
+/// Where images may begin in a guest that has so many bytes of memory.
+pub const fn windows_start(bytes: u64) -> u64 {
+    if bytes <= HOLE_START { HOLE_END } else { HOLE_END + (bytes - HOLE_START) }
 }

@@ -34,6 +34,14 @@ pub(crate) fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, cores: u8) -> Result<Vec<Vcp
     Ok(vcpus)
 }
 
+/// How many bits physical addresses have in guests.
+pub(crate) fn address_bits(kvm_fd: &Kvm) -> Result<u8, ArchError> {
+    let supported = kvm_fd
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    Ok(cpuid::address_bits(&supported))
+}
+
 /// The interrupt flag of RFLAGS.
 const INTERRUPTS_ON: u64 = 1 << 9;
 

@@ -44,6 +44,7 @@ mod tests;
 mod vhost_user;
 mod xattr;
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -63,11 +64,12 @@ use super::pool::{Active, Pooled, Server};
 use super::queue::Chain;
 use super::{
     Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError, SavedState, VirtioDevice,
+    pmem,
 };
 use crate::event_loop::new_event;
-use crate::spec::ShareSpec;
+use crate::spec::{ShareSpec, ValueError};
 use server::{Fuse, Session, detach_thread};
-use store::Filter;
+pub(crate) use store::Filter;
 pub use vhost_user::ShareServer;
 
 /// Longest tag in bytes, and its room in the configuration space (virtio 1.2, 5.11.4).
@@ -139,7 +141,24 @@ pub struct Fs {
 }
 
 impl DeviceSpec for ShareSpec {
+    fn check(&self) -> Result<(), BuildError> {
+        let refused = |key, value: &dyn fmt::Display, allowed: &str| {
+            Err(BuildError::Spec { device: "share", key, problem: ValueError::new(value, allowed) })
+        };
+        if self.image && !self.is_store() {
+            return refused("image", &true, "true if it is read-only with `cache = \"always\"`");
+        }
+        if self.image && self.tag.len() > Self::MAX_LABEL {
+            let allowed = format!("at most {} bytes for an image", Self::MAX_LABEL);
+            return refused("tag", &self.tag, &allowed);
+        }
+        Ok(())
+    }
+
     fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {
+        if self.image {
+            return pmem::build(self, host);
+        }
         Ok((Box::new(Fs::limited(self, host.share_descriptors)?), Handle::None))
     }
 }
@@ -200,6 +219,11 @@ fn open(spec: &ShareSpec) -> Result<File, FsError> {
         path: spec.source.clone(),
         source,
     })
+}
+
+/// Opens the directory of a share that nobody changes; with what guests see of it.
+pub(super) fn open_store(spec: &ShareSpec) -> Result<(File, Filter), FsError> {
+    Ok((open(spec)?, read_filter(spec)?))
 }
 
 /// Reads which names at the top of a share guests see.

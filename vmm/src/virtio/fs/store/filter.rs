@@ -12,7 +12,7 @@ use super::tree::plain;
 
 /// The names at the top of a directory that are there for guests. All are without a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::virtio::fs) struct Filter(Option<Arc<BTreeSet<Box<CStr>>>>);
+pub(crate) struct Filter(Option<Arc<BTreeSet<Box<CStr>>>>);
 
 impl Filter {
     /// Reads a list of what is to be seen in `source`: on each line a name, or a path directly below it.

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use super::server::{Fuse, Session};
 use crate::spec::ShareSpec;
 use crate::virtio::queue::Chain;
-pub(super) use filter::Filter;
+pub(crate) use filter::Filter;
 use request::{Patience, serve};
 pub(super) use tree::Place;
 use tree::{Tree, errno};

@@ -1,0 +1,149 @@
+//! Shares that guests have as images in their memory.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use firn::error::{End, Error, MachineError, chain};
+use firn::{ExecOptions, Machine};
+use firn_tests::{micro, noise, output, with_machines};
+
+use crate::shares::{CHANGES, tree};
+
+/// A share of `machine`, mounted at `/mnt/TAG`.
+fn share(machine: &str, tag: &str, source: &Path, rest: &str) -> String {
+    format!(
+        "[[nodes.{machine}.shares]]\ntag = '{tag}'\nsource = {source:?}\ntarget = '/mnt/{tag}'\n\
+         read_only = true\ncache = 'always'\n{rest}\n"
+    )
+}
+
+fn image(machine: &str, source: &Path) -> String {
+    share(machine, "image", source, "image = true")
+}
+
+/// What a share and an image have in common of the files below the working directory: neither has the other's inode
+/// numbers, nor its blocks.
+const ALL: &str = "{ find . -type d -exec stat -c '%n %f %u %g %h %Y' {} + | sort; \
+    find . ! -type d -exec stat -c '%n %f %s %u %g %h %Y %t %T' {} + | sort; \
+    find . -type f -exec sha256sum {} + | sort; find . -type l -exec readlink {} ';' | sort; } ";
+
+async fn cached(machine: &Machine) -> u64 {
+    let line = output(machine, "grep ^Cached: /proc/meminfo").await;
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn an_image_has_what_a_share_has_and_is_cached_nowhere() {
+    let source = tree();
+    fs::write(source.path().join("much"), noise(40 << 20)).unwrap();
+    let program = source.path().join("busybox");
+    fs::write(&program, micro().initrd_file("bin/busybox").unwrap()).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let nodes = image("m", source.path()) + &share("m", "share", source.path(), "");
+    with_machines(&nodes, async |driver| {
+        let m = &driver.machines()[0];
+        let all = output(m, &format!("cd /mnt/share; {ALL} | tee /tmp/all | wc -l")).await;
+        assert!(all.parse::<usize>().unwrap() > 600, "{all}");
+        output(m, "cp /mnt/share/much /tmp/much; echo 3 >/proc/sys/vm/drop_caches").await;
+        let before = cached(m).await;
+        for cold in ["", "echo 3 >/proc/sys/vm/drop_caches; "] {
+            output(m, &format!("cd /mnt/image; {cold}{ALL} | diff /tmp/all -")).await;
+        }
+        output(m, "cmp /tmp/much /mnt/image/much").await;
+        let more = cached(m).await.saturating_sub(before);
+        assert!(more < 4 << 10, "{more} KiB more in the guest's cache");
+        output(m, "cd /mnt/image; test large -ef a/b/linked && cmp file a/b/../../file").await;
+        assert_eq!(output(m, "/mnt/image/busybox echo it runs").await, "it runs");
+
+        output(m, "mount -o remount,rw /mnt/image; grep -q '/mnt/image erofs ro' /proc/mounts")
+            .await;
+        for change in CHANGES {
+            let refused = format!("cd /mnt/image; ({change}) 2>&1 | grep 'Read-only file system'");
+            output(m, &refused).await;
+        }
+    });
+}
+
+/// How much memory this process has mapped, and how much of it is nobody else's and no file's, in KiB.
+fn memory() -> (u64, u64) {
+    let all = fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let of = |name: &str| -> u64 {
+        let line = all.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    (of("Rss:"), of("Anonymous:"))
+}
+
+fn sha256(path: &Path) -> String {
+    let sum = Command::new("sha256sum").arg(path).output().unwrap();
+    String::from_utf8(sum.stdout).unwrap().split(' ').next().unwrap().to_owned()
+}
+
+#[test]
+fn all_machines_have_one_copy() {
+    const KIB: u64 = 64 << 10;
+    let source = tempfile::tempdir().unwrap();
+    let file = source.path().join("file");
+    fs::write(&file, noise(64 << 20)).unwrap();
+    let sum = sha256(&file);
+    let nodes = image("a", source.path()) + &image("b", source.path());
+    with_machines(&nodes, async |driver| {
+        driver.start_all().await.unwrap();
+        for machine in driver.machines() {
+            output(machine, "sha256sum /bin/busybox").await;
+        }
+        let (all, own) = memory();
+        for machine in driver.machines() {
+            assert!(output(machine, "sha256sum /mnt/image/file").await.starts_with(&sum));
+        }
+        let (all, own) = (memory().0.saturating_sub(all), memory().1.saturating_sub(own));
+        assert!(own < KIB / 4, "{own} KiB more for what both guests have read");
+        assert!(all > KIB / 2 && all < KIB * 3 / 2, "{all} KiB more are mapped");
+    });
+}
+
+#[test]
+fn what_a_guest_writes_to_an_image_is_lost() {
+    let source = tree();
+    let nodes = image("a", source.path()) + &image("b", source.path());
+    with_machines(&nodes, async |driver| {
+        driver.start_all().await.unwrap();
+        let [a, b] = driver.machines() else { panic!("two machines") };
+        let sum = "echo 3 >/proc/sys/vm/drop_caches; sha256sum /dev/pmem0";
+        let before = output(a, sum).await;
+        assert_eq!(output(b, sum).await, before);
+        let write = "umount /mnt/image; yes | dd of=/dev/pmem0 bs=4k count=64 conv=fsync";
+        output(a, write).await;
+        assert_eq!(output(a, sum).await, before);
+        assert_eq!(output(b, sum).await, before);
+        assert_eq!(output(b, "cat /mnt/image/file").await, "of the host");
+        output(a, "mount -t erofs -o ro,dax=always /dev/pmem0 /mnt/image").await;
+        assert_eq!(output(a, "cat /mnt/image/file").await, "of the host");
+    });
+}
+
+#[test]
+fn a_file_that_is_cut_short_ends_the_machine_that_reads_it_and_no_other() {
+    let source = tempfile::tempdir().unwrap();
+    let file = source.path().join("file");
+    fs::write(&file, noise(1 << 20)).unwrap();
+    fs::write(source.path().join("other"), noise(1 << 20)).unwrap();
+    let nodes = image("a", source.path()) + &image("b", source.path());
+    with_machines(&nodes, async |driver| {
+        driver.start_all().await.unwrap();
+        let [a, b] = driver.machines() else { panic!("two machines") };
+        fs::File::options().write(true).open(&file).unwrap().set_len(4096).unwrap();
+        let read = a.execute("cat /mnt/image/file >/dev/null", ExecOptions::default()).await;
+        let Err(Error::Machine(MachineError::Ended { end, .. })) = &read else {
+            panic!("{read:?}")
+        };
+        let End::VcpuDied { vcpu: 0, reason } = &**end else { panic!("{end}") };
+        assert!(reason.contains(&format!("{} has changed", file.display())), "{reason}");
+        assert!(chain(&read.unwrap_err()).contains("image = true"));
+        output(b, "cat /mnt/image/other >/dev/null").await;
+        let rest = output(b, "dd if=/mnt/image/file bs=4096 count=1 2>/dev/null | wc -c").await;
+        assert_eq!(rest, "4096");
+    });
+}
