@@ -67,7 +67,7 @@ use super::{
 use crate::event_loop::new_event;
 use crate::spec::ShareSpec;
 use server::{Fuse, Session, detach_thread};
-use store::Filter;
+pub(crate) use store::Filter;
 pub use vhost_user::ShareServer;
 
 /// Longest tag in bytes, and its room in the configuration space (virtio 1.2, 5.11.4).
