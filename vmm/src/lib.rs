@@ -8,7 +8,10 @@ pub mod arch;
 pub mod boot;
 pub mod bus;
 mod cancel;
+mod common;
 pub mod device;
+#[cfg_attr(not(test), expect(dead_code, reason = "nothing serves it yet"))]
+mod erofs;
 pub mod error;
 mod event_loop;
 mod extents;

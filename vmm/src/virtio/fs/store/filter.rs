@@ -16,7 +16,7 @@ pub(crate) struct Filter(Option<Arc<BTreeSet<Box<CStr>>>>);
 
 impl Filter {
     /// Reads a list of what is to be seen in `source`: on each line a name, or a path directly below it.
-    pub(in crate::virtio::fs) fn read(list: &Path, source: &Path) -> io::Result<Filter> {
+    pub(crate) fn read(list: &Path, source: &Path) -> io::Result<Filter> {
         let bytes = fs::read(list)?;
         let lines = bytes.split(|byte| *byte == b'\n').enumerate();
         let names = lines.filter(|(_, line)| !line.is_empty()).map(|(at, line)| {
@@ -30,12 +30,12 @@ impl Filter {
     }
 
     /// Whether guests see the file of this name at the top.
-    pub(super) fn shows(&self, name: &CStr) -> bool {
+    pub(crate) fn shows(&self, name: &CStr) -> bool {
         self.0.as_ref().is_none_or(|names| names.contains(name))
     }
 
     /// The names that may be there; None for those that the host has.
-    pub(super) fn names(&self) -> Option<&BTreeSet<Box<CStr>>> {
+    pub(crate) fn names(&self) -> Option<&BTreeSet<Box<CStr>>> {
         self.0.as_deref()
     }
 }

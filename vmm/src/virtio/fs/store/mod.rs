@@ -18,9 +18,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use super::server::{Fuse, Session};
+use crate::common::Common;
 use crate::spec::ShareSpec;
 use crate::virtio::queue::Chain;
 pub(crate) use filter::Filter;
@@ -60,7 +61,7 @@ impl Store {
 type Key = (u64, u64, PathBuf, Filter);
 
 /// The trees of the process.
-static TREES: Mutex<Vec<(Key, Weak<Tree>)>> = Mutex::new(Vec::new());
+static TREES: Common<Key, Tree> = Common::new();
 
 fn common_tree(
     spec: &ShareSpec,
@@ -70,15 +71,7 @@ fn common_tree(
 ) -> io::Result<Arc<Tree>> {
     let metadata = root.metadata()?;
     let key = (metadata.dev(), metadata.ino(), spec.source.clone(), filter.clone());
-    let mut trees = TREES.lock().unwrap_or_else(PoisonError::into_inner);
-    trees.retain(|(_, tree)| tree.strong_count() > 0);
-    let found = trees.iter().find(|(other, _)| *other == key);
-    if let Some(tree) = found.and_then(|(_, tree)| tree.upgrade()) {
-        return Ok(tree);
-    }
-    let tree = Arc::new(Tree::new(root, filter.clone(), descriptors)?);
-    trees.push((key, Arc::downgrade(&tree)));
-    Ok(tree)
+    TREES.get(key, || Tree::new(root, filter.clone(), descriptors))
 }
 
 impl Fuse for Store {
