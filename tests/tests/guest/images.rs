@@ -25,8 +25,8 @@ fn image(machine: &str, source: &Path) -> String {
 
 /// What a share and an image have in common of the files below the working directory: neither has the other's inode
 /// numbers, nor its blocks.
-const ALL: &str = "{ find . -type d -exec stat -c '%n %f %u %g %h %Y' {} + | sort; \
-    find . ! -type d -exec stat -c '%n %f %s %u %g %h %Y %t %T' {} + | sort; \
+const ALL: &str = "{ find . -type d -exec stat -c '%n %f %u %g %h' {} + | sort; \
+    find . ! -type d -exec stat -c '%n %f %s %u %g %h %t %T' {} + | sort; \
     find . -type f -exec sha256sum {} + | sort; find . -type l -exec readlink {} ';' | sort; } ";
 
 async fn cached(machine: &Machine) -> u64 {

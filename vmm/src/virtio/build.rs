@@ -6,7 +6,6 @@
 use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use firn_net_switch::NetPort;
@@ -115,12 +114,10 @@ pub enum BuildError {
     #[error(transparent)]
     Share(#[from] fs::FsError),
     /// A share cannot be given to the guest as an image.
-    #[error("share {tag:?}: cannot make an image of {}", path.display())]
+    #[error("share {tag:?}")]
     Image {
         /// The share.
         tag: String,
-        /// Its directory.
-        path: PathBuf,
         /// Why.
         #[source]
         source: Box<dyn Error + Send + Sync>,

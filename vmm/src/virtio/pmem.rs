@@ -58,7 +58,6 @@ pub struct Pmem<Queues = ()> {
 pub(super) fn build(share: &ShareSpec, host: &mut Host<'_>) -> Result<Built, BuildError> {
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::Image {
         tag: share.tag.to_string(),
-        path: share.source.clone(),
         source,
     };
     let (root, filter) = fs::open_store(share)?;

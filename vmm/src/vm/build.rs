@@ -105,7 +105,7 @@ pub(super) fn attach_windows(
             slot: u32::try_from(slot).unwrap_or(u32::MAX),
             guest_phys_addr: window.start,
             memory_size: window.image.len(),
-            userspace_addr: window.image.host_address() as u64,
+            userspace_addr: window.image.host_address().as_ptr() as u64,
             flags: KVM_MEM_READONLY,
         };
         // SAFETY: the image is mapped at these addresses for as long as it lives, which each vCPU, by what it dispatches
