@@ -157,6 +157,12 @@ impl Sealed {
         status == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
     }
 
+    /// Its memory.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> &[u8] {
+        self.0.memory()
+    }
+
     /// Writes all of it to an empty file, by the kernel: where a file is mapped, this process makes no slices of it.
     #[cfg(test)]
     pub(super) fn write_to(&self, file: &File) -> io::Result<()> {
