@@ -12,7 +12,7 @@ const PAGE: usize = 4096;
 
 /// Most files that images of the process have mapped at the same time: each is a mapping, of which Linux allows 65,530
 /// (`vm.max_map_count`). Threads and memory need some, too.
-const MAX_FILES: usize = 40_000;
+const MAX_FILES: usize = 49_152;
 
 static FILES: AtomicUsize = AtomicUsize::new(0);
 
