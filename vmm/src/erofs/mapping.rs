@@ -12,7 +12,7 @@ const PAGE: usize = 4096;
 
 /// Most files that images of the process have mapped at the same time: each is a mapping, of which Linux allows 65,530
 /// (`vm.max_map_count`). Threads and memory need some, too.
-const MAX_FILES: usize = 40_000;
+const MAX_FILES: usize = 49_152;
 
 static FILES: AtomicUsize = AtomicUsize::new(0);
 
@@ -155,6 +155,12 @@ impl Sealed {
         // SAFETY: the page lies in this mapping; reading it ahead changes nothing.
         let status = unsafe { libc::madvise(page, PAGE, MADV_POPULATE_READ) };
         status == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
+    }
+
+    /// Its memory.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> &[u8] {
+        self.0.memory()
     }
 
     /// Writes all of it to an empty file, by the kernel: where a file is mapped, this process makes no slices of it.

@@ -16,10 +16,11 @@ use super::format::{self, BLOCK, Directory, Layout, SLOT, SUPER_AT, SUPER_LEN};
 use super::mapping::HUGE_PAGE;
 use super::walk::{Kind, Node, Tree};
 
-/// Files of this size are mapped, smaller ones copied.
-const LARGE: u64 = 64 << 10;
+/// Files of this size are mapped, smaller ones copied. Mapping one is cheaper than copying it from 8 KiB on, and takes
+/// no memory; but guests have what is copied by huge pages, and there may be only so many mappings.
+const LARGE: u64 = 16 << 10;
 /// Most files that are mapped: those that are largest.
-const MAX_LARGE: usize = 16_384;
+const MAX_LARGE: usize = 8192;
 /// The nvdimm drivers look for information of their own at 4 KiB and 8 KiB (`nd_pfn_validate` in
 /// drivers/nvdimm/pfn_devs.c, `nd_btt_probe` in drivers/nvdimm/btt_devs.c): no file's bytes are there.
 const FIRST_DATA: u64 = 16 << 10;

@@ -1,0 +1,208 @@
+//! Directories that change all the same, and what cannot be an image.
+
+use std::error::Error;
+use std::time::{Duration, SystemTime};
+
+use super::*;
+
+fn said<T>(result: Result<T, ComposeError>) -> String {
+    let error = result.err().expect("no image");
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+/// What is said if `change` happens after the first look at `source`.
+fn meanwhile(source: &Path, change: impl FnOnce()) -> String {
+    let root = File::open(source).unwrap();
+    let tree = Tree::walk(&root, source, &Filter::default()).unwrap();
+    change();
+    let plan = Plan::new(&tree).unwrap();
+    let mut image = Mapping::new(index(plan.end), index(plan.written)).unwrap();
+    said(fetch_files(&tree, &plan, &mut image)).replace(source.to_str().unwrap(), "SOURCE")
+}
+
+#[test]
+fn files_that_change_meanwhile() {
+    for len in [1000, 100_000] {
+        let source = tempdir().unwrap();
+        let (directory, path) = (source.path().join("a"), source.path().join("a/file"));
+        fs::create_dir(&directory).unwrap();
+        let write = |len| fs::write(&path, content(len, 0)).unwrap();
+        let file = "cannot make an image with SOURCE/a/file: ";
+        write(len);
+        let shorter = meanwhile(source.path(), || write(len - 1));
+        assert_eq!(shorter, format!("{file}it has changed meanwhile"));
+        write(len);
+        let gone = meanwhile(source.path(), || fs::remove_file(&path).unwrap());
+        assert_eq!(gone, format!("{file}No such file or directory (os error 2)"));
+        write(len);
+        let link = meanwhile(source.path(), || {
+            fs::rename(&path, source.path().join("other")).unwrap();
+            symlink("../other", &path).unwrap();
+        });
+        assert_eq!(link, format!("{file}Too many levels of symbolic links (os error 40)"));
+        fs::remove_file(&path).unwrap();
+        write(len);
+        let fifo = meanwhile(source.path(), || {
+            fs::remove_file(&path).unwrap();
+            mkfifo(&path, Mode::S_IRWXU).unwrap();
+        });
+        assert_eq!(fifo, format!("{file}it has changed meanwhile"));
+        fs::remove_file(&path).unwrap();
+        write(len);
+        let linked = meanwhile(source.path(), || {
+            fs::rename(&directory, source.path().join("b")).unwrap();
+            symlink("b", &directory).unwrap();
+        });
+        let linked_at = "cannot make an image with SOURCE/a: ";
+        assert_eq!(linked, format!("{linked_at}Too many levels of symbolic links (os error 40)"));
+    }
+}
+
+#[test]
+fn what_cannot_be_an_image() {
+    let source = tempdir().unwrap();
+    let file = source.path().join("file");
+    fs::write(&file, "no directory").unwrap();
+    let path = file.display();
+    assert_eq!(
+        said(compose_with(&file, "store", &Filter::default())),
+        format!("cannot make an image with {path}: Not a directory (os error 20)")
+    );
+    assert!(compose_with(source.path(), "fifteen bytes !", &Filter::default()).is_ok());
+    for label in ["sixteen bytes are", "\0"] {
+        assert_eq!(
+            said(compose_with(source.path(), label, &Filter::default())),
+            format!(
+                "{label:?} is no label for an image; allowed: at most 15 bytes, none of them 0"
+            )
+        );
+    }
+    for name in ["1", "2", "3"] {
+        let file = File::create(source.path().join(name)).unwrap();
+        file.set_len(7 << 40).unwrap();
+    }
+    let path = source.path().join("3");
+    assert_eq!(
+        said(compose_with(source.path(), "store", &Filter::default())),
+        format!("cannot make an image with {}: it would have more than 15 TiB", path.display())
+    );
+}
+
+#[test]
+fn the_host_has_no_memory() {
+    let error = Mapping::new(1 << 60, 0).err().unwrap();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+    for (len, written) in [(usize::MAX, 0), (usize::MAX - (3 << 20), 0), (5, 3 << 20)] {
+        assert!(Mapping::new(len, written).is_err());
+    }
+    let mut mapping = Mapping::new(4 << 20, 4096).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    for (at, len) in [(0, 1), (4097, 1), (4 << 20, 1), (4096, 4 << 20), (4096, usize::MAX)] {
+        assert!(mapping.map(at, len, &file).is_err(), "{at} {len}");
+    }
+    assert!(mapping.map(4096, (4 << 20) - 4096, &file).is_ok());
+}
+
+#[test]
+fn a_digest_is_of_all_that_guests_see() {
+    let source = tempdir().unwrap();
+    fs::write(source.path().join("small"), "small").unwrap();
+    fs::write(source.path().join("large"), content(100_000, 0)).unwrap();
+    let digest = || compose(source.path()).digest();
+    let mut seen = vec![digest()];
+    assert_eq!(seen, [digest()]);
+    let labelled = compose_with(source.path(), "other", &Filter::default()).unwrap().digest();
+    seen.push(labelled);
+    fs::write(source.path().join("small"), "SMALL").unwrap();
+    seen.push(digest());
+    let large = File::options().write(true).open(source.path().join("large")).unwrap();
+    large.set_modified(SystemTime::UNIX_EPOCH + Duration::from_nanos(1)).unwrap();
+    seen.push(digest());
+    fs::set_permissions(source.path().join("large"), Permissions::from_mode(0o700)).unwrap();
+    seen.push(digest());
+    fs::rename(source.path().join("large"), source.path().join("Large")).unwrap();
+    seen.push(digest());
+    let count = seen.len();
+    seen.sort_unstable();
+    seen.dedup();
+    assert_eq!(seen.len(), count, "each differs");
+
+    // Links from elsewhere are nothing that guests see.
+    let before = digest();
+    fs::hard_link(source.path().join("Large"), source.path().join("link")).unwrap();
+    fs::remove_file(source.path().join("link")).unwrap();
+    let elsewhere = tempfile::tempdir_in(source.path().parent().unwrap()).unwrap();
+    fs::hard_link(source.path().join("Large"), elsewhere.path().join("link")).unwrap();
+    assert_eq!(digest(), before);
+}
+
+#[test]
+fn files_that_are_cut_short_are_found() {
+    let source = tempdir().unwrap();
+    let paths = ["a", "b", "c"].map(|name| source.path().join(name));
+    for path in &paths {
+        fs::write(path, content(100_000, 0)).unwrap();
+    }
+    let image = compose(source.path());
+    assert_eq!(image.changed_file(), None);
+    // What has only lost its name is still there.
+    fs::remove_file(&paths[0]).unwrap();
+    assert_eq!(image.changed_file(), None);
+    let file = File::options().write(true).open(&paths[1]).unwrap();
+    file.set_len(90_000).unwrap();
+    assert_eq!(image.changed_file().as_ref(), Some(&paths[1]));
+    file.set_len(100_000).unwrap();
+    assert_eq!(image.changed_file(), None);
+}
+
+#[test]
+fn machines_have_images_in_common() {
+    let source = tempdir().unwrap();
+    let (path, root) = (source.path(), File::open(source.path()).unwrap());
+    fs::write(path.join("file"), "1").unwrap();
+    let list = NamedTempFile::new().unwrap();
+    fs::write(list.path(), "file\n").unwrap();
+    let filter = Filter::read(list.path(), path).unwrap();
+    let image = |label, filter| common_image(&root, path, label, filter).unwrap();
+    let everything = Filter::default();
+    let all = image("store", &everything);
+    assert!(Arc::ptr_eq(&all, &image("store", &everything)));
+    assert!(!Arc::ptr_eq(&all, &image("other", &everything)));
+    let some = image("store", &filter);
+    assert!(!Arc::ptr_eq(&all, &some));
+    root.set_modified(SystemTime::now() - Duration::from_secs(5)).unwrap();
+    assert!(!Arc::ptr_eq(&all, &image("store", &everything)), "there may be more by now");
+    assert!(Arc::ptr_eq(&some, &image("store", &filter)));
+}
+
+#[test]
+fn nobody_writes_to_an_image_nor_inherits_it() {
+    let source = tempdir().unwrap();
+    fs::write(source.path().join("small"), "small").unwrap();
+    for name in ["a", "b"] {
+        fs::write(source.path().join(name), content(100_000, 0)).unwrap();
+    }
+    fn shared(_: &(impl Send + Sync)) {}
+    let image = compose(source.path());
+    shared(&image);
+    let start = image.host_address().as_ptr().addr();
+    let end = start + index(image.len());
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut at = None;
+    let mut covered = 0;
+    for line in maps.lines() {
+        let first = line.split_once(' ').map_or("", |(first, _)| first);
+        if let Some((from, to)) = first.split_once('-') {
+            let [from, to] = [from, to].map(|number| usize::from_str_radix(number, 16).unwrap());
+            at = (start <= from && to <= end).then_some(to - from);
+        } else if let (Some(len), Some(flags)) = (at, line.strip_prefix("VmFlags:")) {
+            let flags: Vec<_> = flags.split_whitespace().collect();
+            assert!(flags.contains(&"rd") && flags.contains(&"dc") && !flags.contains(&"wr"));
+            covered += len;
+        }
+    }
+    assert_eq!(covered, end - start);
+}
