@@ -10,7 +10,6 @@ pub mod bus;
 mod cancel;
 mod common;
 pub mod device;
-#[cfg_attr(not(test), expect(dead_code, reason = "nothing serves it yet"))]
 mod erofs;
 pub mod error;
 mod event_loop;

@@ -36,6 +36,9 @@ pub(crate) struct Info {
     pub(crate) modules: Vec<String>,
     /// More modules, which are not loaded at every boot.
     pub(crate) on_demand: Vec<String>,
+    /// Those for shares that are images.
+    #[serde(default)]
+    pub(crate) images: Vec<String>,
     /// busybox's commands.
     pub(crate) applets: Vec<String>,
 }
@@ -114,6 +117,9 @@ fn key(recipe: &Recipe) -> String {
         "{FORMAT} {suite} {} {BUSYBOX} {packages:?} {modules:?} {on_demand:?}",
         recipe.kernel
     );
+    if !recipe.images.is_empty() {
+        wanted.push_str(&format!("{:?}", recipe.images));
+    }
     if !packages.is_empty() {
         wanted.push_str(&format!("{} {:?}", Debian::recipe(), recipe.absent));
     }
@@ -147,9 +153,11 @@ fn collect(
     let loaded = tree.load_order(recipe.modules)?;
     let mut on_demand = tree.load_order(recipe.on_demand)?;
     on_demand.retain(|module| !loaded.contains(module));
+    let mut images = tree.load_order(recipe.images)?;
+    images.retain(|module| !loaded.contains(module) && !on_demand.contains(module));
     let dir = base.join("modules");
     fs::create_dir(&dir).map_err(BuildError::io("create", &dir))?;
-    for (name, path) in loaded.iter().chain(&on_demand) {
+    for (name, path) in loaded.iter().chain(&on_demand).chain(&images) {
         write(&dir.join(format!("{name}.ko")), &modules::read(path)?)?;
     }
 
@@ -167,6 +175,7 @@ fn collect(
             .collect(),
         modules: loaded.into_iter().map(|(name, _)| name).collect(),
         on_demand: on_demand.into_iter().map(|(name, _)| name).collect(),
+        images: images.into_iter().map(|(name, _)| name).collect(),
         applets: applets(&busybox)?,
     };
     if !recipe.packages.is_empty() {

@@ -11,7 +11,7 @@
 //!   apt/                 apt's package lists
 //!   staging/             what is being built; leftovers of killed builds are removed by the next one
 //!   base/NAME-HASH/      kernel, vmlinux, modules/, busybox, base.json, files.json; of kits with a store: debian/
-//!   kits/NAME-HASH/      kernel, vmlinux, initrd, manifest.json; of kits with a store: store/, store.img
+//!   kits/NAME-HASH/      kernel, vmlinux, initrd, image-drivers, manifest.json; of kits with a store: store/, store.img
 //! ```
 //!
 //! No other user can read it. At each start the files a kit boots are compared with its manifest, by size and time; a
@@ -35,7 +35,7 @@ use std::path::{Path, PathBuf};
 
 use firn::kit::archive::Archive;
 use firn::kit::integrity::{self, Check, hex};
-use firn::kit::{Kit, KitError, KitName, Manifest, json};
+use firn::kit::{IMAGE_DRIVERS, Kit, KitError, KitName, Manifest, json};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 use twox_hash::XxHash64;
@@ -97,6 +97,8 @@ struct Recipe {
     modules: &'static [&'static str],
     /// Modules that the script loads if the machine has a device for them, or that tests load.
     on_demand: &'static [&'static str],
+    /// The modules for shares that are images, in this order; only machines that have such get them.
+    images: &'static [&'static str],
     /// The script that the agent runs as `/etc/firn/boot`; with a store, the initrd's `/init`.
     boot: &'static str,
     cmdline: &'static str,
@@ -119,16 +121,14 @@ const MICRO: Recipe = Recipe {
     ],
     on_demand: &[
         "8021q",
-        "erofs",
         "evdev",
-        "nd_pmem",
         "virtio_input",
         "virtio_balloon",
         "virtio_blk",
         "virtio_pci",
-        "virtio_pmem",
         "vmw_vsock_virtio_transport",
     ],
+    images: &["nd_pmem", "virtio_pmem", "erofs"],
     boot: include_str!("scripts/micro.sh"),
     cmdline: MICRO_CMDLINE,
 };
@@ -204,15 +204,9 @@ const SYSTEMD: Recipe = Recipe {
         "button",
         "pvpanic_mmio",
     ],
-    on_demand: &[
-        "drm",
-        "erofs",
-        "nd_pmem",
-        "virtio_balloon",
-        "virtio_blk",
-        "virtio_pmem",
-        "vmw_vsock_virtio_transport",
-    ],
+    on_demand: &["drm", "virtio_balloon", "virtio_blk", "vmw_vsock_virtio_transport"],
+    // erofs requests crc32c by name.
+    images: &["nd_pmem", "virtio_pmem", "crc32c_generic", "erofs"],
     boot: include_str!("systemd/stage-1.sh"),
     cmdline: SYSTEMD_PARAMS,
 };
@@ -243,6 +237,7 @@ const CARRIER: Recipe = Recipe {
     ],
     // ext4 requests crc32c by name, whether or not it uses it.
     on_demand: &["virtio_blk", "crc32c_generic", "ext4", "kvm_amd"],
+    images: &[],
     boot: include_str!("scripts/carrier.sh"),
     cmdline: CARRIER_CMDLINE,
 };
@@ -440,6 +435,10 @@ fn make(
     let initrd = staged.join("initrd");
     fs::write(&initrd, initrd_bytes(recipe, &base, &agent)?)
         .map_err(BuildError::io("write", initrd))?;
+    if !recipe.images.is_empty() {
+        let archive = staged.join(IMAGE_DRIVERS);
+        fs::write(&archive, image_drivers(&base)?).map_err(BuildError::io("write", archive))?;
+    }
     make_immutable(staged)?;
     let store = !recipe.packages.is_empty();
     if store {
@@ -551,21 +550,33 @@ fn initrd_bytes(recipe: &Recipe, base: &Base, agent: &[u8]) -> Result<Vec<u8>, B
     archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n");
     archive.file("etc/firn/network", 0o644, b"");
     archive.file("etc/firn/mounts", 0o644, b"");
-    let mut list = String::new();
-    for module in &base.info.modules {
-        let path = format!("lib/modules/{module}.ko");
-        archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
-        list.push_str(&format!("/{path}\n"));
-    }
-    archive.file("etc/firn/modules", 0o644, list.as_bytes());
-    list.clear();
-    for module in &base.info.on_demand {
-        let path = format!("lib/modules/{module}.ko");
-        archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
-        list.push_str(&format!("/{path}\n"));
-    }
-    archive.file("etc/firn/on-demand", 0o644, list.as_bytes());
+    add_modules(&mut archive, base, &base.info.modules, "etc/firn/modules")?;
+    add_modules(&mut archive, base, &base.info.on_demand, "etc/firn/on-demand")?;
     Ok(archive.finish())
+}
+
+/// What is added to the initrd of machines that have images.
+fn image_drivers(base: &Base) -> Result<Vec<u8>, BuildError> {
+    let mut archive = Archive::new();
+    add_modules(&mut archive, base, &base.info.images, "etc/firn/image-drivers")?;
+    Ok(archive.finish())
+}
+
+/// Adds modules, and the file `list` of their paths.
+fn add_modules(
+    archive: &mut Archive,
+    base: &Base,
+    modules: &[String],
+    list: &str,
+) -> Result<(), BuildError> {
+    let mut paths = String::new();
+    for module in modules {
+        let path = format!("lib/modules/{module}.ko");
+        archive.file(&path, 0o644, &base.read(&format!("modules/{module}.ko"))?);
+        paths.push_str(&format!("/{path}\n"));
+    }
+    archive.file(list, 0o644, paths.as_bytes());
+    Ok(())
 }
 
 #[cfg(test)]

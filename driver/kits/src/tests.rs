@@ -17,11 +17,13 @@ fn cache_with_base(root: &Path) -> Cache {
     fs::write(dir.join("busybox"), "busybox").unwrap();
     fs::write(dir.join("modules/virtio_mmio.ko"), module("")).unwrap();
     fs::write(dir.join("modules/virtio_balloon.ko"), module("")).unwrap();
+    fs::write(dir.join("modules/virtio_pmem.ko"), module("")).unwrap();
     let info = base::Info {
         kernel_release: "6.1.0-1-cloud-amd64".into(),
         packages: [("busybox-static".to_owned(), "1:1".to_owned())].into(),
         modules: vec!["virtio_mmio".into()],
         on_demand: vec!["virtio_balloon".into()],
+        images: vec!["virtio_pmem".into()],
         applets: vec!["busybox".into(), "sh".into()],
     };
     json::write(&dir.join("base.json"), &info).unwrap();
@@ -71,6 +73,10 @@ fn the_initrd_has_what_the_agent_expects() {
     assert_eq!(entry("init"), (0o100_755, &b"the agent"[..]));
     assert_eq!(entry("bin/sh"), (0o120_777, &b"busybox"[..]));
     assert_eq!(entry("etc/firn/modules").1, b"/lib/modules/virtio_mmio.ko\n");
+    // What few machines need is apart.
+    assert!(!entries.iter().any(|entry| entry.name.contains("virtio_pmem")));
+    let list = firn::kit::archive::read(&kit.image_drivers(), "etc/firn/image-drivers").unwrap();
+    assert_eq!(list, b"/lib/modules/virtio_pmem.ko\n");
     assert_eq!(entry("lib/modules/virtio_mmio.ko").1, module(""));
     assert_eq!(entry("lib/modules/virtio_balloon.ko").1, module(""));
     assert_eq!(entry("etc/firn/boot").0, 0o100_755);
@@ -111,6 +117,7 @@ fn systemd_base(cache: &Cache) -> PathBuf {
         packages: [("systemd".to_owned(), "257".to_owned())].into(),
         modules: Vec::new(),
         on_demand: Vec::new(),
+        images: Vec::new(),
         applets: vec!["busybox".into(), "sh".into()],
     };
     json::write(&dir.join("base.json"), &info).unwrap();

@@ -219,6 +219,29 @@ fn a_list_of_what_is_seen_is_for_stores() {
 }
 
 #[test]
+fn images_are_of_stores() {
+    let share = |tag: &str, rest: &str| {
+        node(&format!(
+            "[[nodes.machine1.shares]]\ntag = '{tag}'\nsource = '/'\nimage = true\n{rest}"
+        ))
+    };
+    let store = "read_only = true\ncache = 'always'\n";
+    let nodes = read(&share("a234567890123456", store)).expect("valid").nodes;
+    assert!(nodes[0].shares[0].image);
+    for rest in ["", "read_only = true\n", "cache = 'always'\n"] {
+        let message = refused(&share("a", rest));
+        assert!(message.contains("/nowhere/ping.toml"), "{message}");
+        assert!(message.contains("shares[0].image"), "{message}");
+        assert!(message.contains("`read_only = true` and `cache = \"always\"`"), "{message}");
+    }
+    let message = refused(&share("a", store).replacen("[[", "backend = 'qemu'\n[[", 1));
+    assert!(message.contains("one under QEMU has no memory in common with firn"), "{message}");
+    let message = refused(&share("a2345678901234567", store));
+    assert!(message.contains("shares[0].tag"), "{message}");
+    assert!(message.contains("at most 16 bytes"), "{message}");
+}
+
+#[test]
 fn ipv6_repeats_the_decimal_digits() {
     let mut node = read(&node("")).expect("valid").nodes.remove(0);
     node.number = 254;

@@ -36,6 +36,8 @@ pub const STORE_TAG: &str = "nix-store";
 
 /// The image of the store, in a kit's directory.
 pub const STORE_IMAGE: &str = "store.img";
+/// The file with what is added to the initrd of machines that have images.
+pub const IMAGE_DRIVERS: &str = "image-drivers";
 
 /// The available kits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -149,6 +151,12 @@ impl Kit {
     #[must_use]
     pub fn initrd(&self) -> PathBuf {
         self.dir.join("initrd")
+    }
+
+    /// The path of another such archive, for machines that have shares as images.
+    #[must_use]
+    pub fn image_drivers(&self) -> PathBuf {
+        self.dir.join(IMAGE_DRIVERS)
     }
 
     /// Reads a file of the initrd, by its path without the leading slash.

@@ -113,9 +113,13 @@ impl Boot {
         };
         let cmdline =
             node.cmdline.clone().or_else(|| kit.map(|kit| kit.manifest.cmdline.clone()))?;
+        let images = node.shares.iter().any(|share| share.image);
+        let of_kit = |kit: &Kit| {
+            std::iter::once(kit.initrd()).chain(images.then(|| kit.image_drivers())).collect()
+        };
         Some(Self {
             kernel: node.kernel.clone().or_else(|| kit.map(kernel))?,
-            initrd: node.initrd.clone().or_else(|| kit.map(|kit| vec![kit.initrd()]))?,
+            initrd: node.initrd.clone().or_else(|| kit.map(of_kit))?,
             cmdline,
             overlay: node.initrd.is_none().then(|| Arc::new(overlay(node, hosts))),
             store: kit.and_then(Kit::store),

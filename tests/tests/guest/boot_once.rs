@@ -35,7 +35,7 @@ impl Write for Said {
 }
 
 /// A run of a test; what it logged.
-fn run(worlds: &Worlds, nodes: &str, script: impl AsyncFnOnce(&Driver)) -> String {
+pub(crate) fn run(worlds: &Worlds, nodes: &str, script: impl AsyncFnOnce(&Driver)) -> String {
     let said = Said::default();
     with_log(&config(nodes), Logger::new(Box::new(said.clone()), false), async |driver| {
         driver.boot_once(worlds, "guest", false).await.unwrap();

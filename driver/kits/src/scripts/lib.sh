@@ -19,7 +19,12 @@ load_drivers() {
     0x0010) drivers=drm ;;
     0x0012) drivers='virtio_input evdev' ;;
     0x0013) drivers="vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport" ;;
-    0x001b) drivers="libcrc32c netfs erofs libnvdimm nd_btt nd_pmem nd_virtio virtio_pmem" ;;
+    0x001b)
+      [ -d /sys/module/virtio_pmem ] || [ ! -e /etc/firn/image-drivers ] || while read -r driver; do
+        insmod "$driver"
+      done </etc/firn/image-drivers
+      continue
+      ;;
     *) continue ;;
     esac
     for driver in $drivers; do

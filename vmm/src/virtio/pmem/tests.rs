@@ -138,7 +138,8 @@ fn images_lie_behind_memory_and_behind_each_other() {
         assert_eq!(placed.is_ok(), fits, "{bits}");
     }
     let error = Windows::new(512 << 20, 32).place(image).err().unwrap();
-    let expected = "an image of 2 MiB would end above the 32 bits of address that the host's processor has";
+    let expected =
+        "an image of 2 MiB would end above the 32 bits of address that the host's processor has";
     assert_eq!(error.to_string(), expected);
 }
 
