@@ -17,6 +17,9 @@ let
 
   registration = hostPkgs.closureInfo { rootPaths = cfg.additionalPaths; };
 
+  # The system needs the database itself, too.
+  closure = hostPkgs.closureInfo { rootPaths = cfg.additionalPaths ++ [ registration ]; };
+
   # What nixpkgs itself tells QEMU follows from other options, which machine-spec.nix reads; what
   # others tell it is what somebody wants of QEMU.
   ofNixpkgs =
@@ -35,7 +38,12 @@ let
     ) option.definitionsWithLocations;
 
   machine = import ./machine-spec.nix {
-    inherit name toplevel registration;
+    inherit
+      name
+      toplevel
+      registration
+      closure
+      ;
     node = cfg.test.nodeName or name;
     number = cfg.test.nodeNumber or 1;
     inherit (pkgs.stdenv.hostPlatform) system;
@@ -116,6 +124,9 @@ let
 
   underQemu = cfg.firn.backend == "qemu" || cfg.firn.fallback == "qemu" && machine.unsupported != [ ];
 
+  # Whether the machine has the store in its memory.
+  inMemory = cfg.firn.storeImage or false && cfg.sharedDirectories ? nix-store;
+
   # What the system of a machine in firn's own monitor has to have.
   firnsOwn = {
     # Shares are virtio-fs, also where nixpkgs still mounts them by 9p. Stage 1 with systemd waits for
@@ -123,6 +134,12 @@ let
     boot.initrd.availableKernelModules = [
       "virtio_mmio"
       "virtiofs"
+    ]
+    # The store in memory: udev loads these once it finds such a device.
+    ++ lib.optionals inMemory [
+      "virtio_pmem"
+      "nd_pmem"
+      "erofs"
     ]
     # By it systemd reads credentials from the firmware's tables, also in stage 1.
     ++ lib.optional (cfg.credentials or { } != { }) "dmi_sysfs"
@@ -133,15 +150,29 @@ let
     ];
     virtualisation.fileSystems = lib.mapAttrs' (
       tag: share:
-      lib.nameValuePair share.target {
-        device = lib.mkForce tag;
-        fsType = lib.mkForce "virtiofs";
-        options = lib.mkForce [
-          "defaults"
-          "x-systemd.requires=modprobe@virtio_mmio.service"
-          "x-systemd.requires=modprobe@virtiofs.service"
-        ];
-      }
+      lib.nameValuePair share.target (
+        if tag == "nix-store" && inMemory then
+          {
+            # The image's label, by which stage 1 waits for it.
+            device = lib.mkForce "/dev/disk/by-label/${tag}";
+            fsType = lib.mkForce "erofs";
+            options = lib.mkForce [
+              "ro"
+              # Otherwise the guest would keep copies of what it reads.
+              "dax=always"
+            ];
+          }
+        else
+          {
+            device = lib.mkForce tag;
+            fsType = lib.mkForce "virtiofs";
+            options = lib.mkForce [
+              "defaults"
+              "x-systemd.requires=modprobe@virtio_mmio.service"
+              "x-systemd.requires=modprobe@virtiofs.service"
+            ];
+          }
+      )
     ) cfg.sharedDirectories;
 
     # qemu-vm.nix turns them off: who turns them on again may expect some.
@@ -264,6 +295,17 @@ in
       description = ''
         Whether the machine sees of the host's store only what is its own: the closure of its system
         and of `virtualisation.additionalPaths`. What it lacks is missed outside of Nix's sandbox, too.
+      '';
+    };
+
+    storeImage = lib.mkOption {
+      type = lib.types.bool;
+      default = false;
+      description = ''
+        Whether the machine has its closure in its memory, as an image that firn makes at the start and
+        that all machines of a test with the same closure have in common: they read and execute it
+        without copies of their own. For each GiB of it the guest needs 16 MiB of memory for its books.
+        What it lacks is missed outside of Nix's sandbox, too, as with `closureOnly`.
       '';
     };
 

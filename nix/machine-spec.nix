@@ -14,6 +14,8 @@
   toplevel,
   # The Nix database of what the guest has in its store: the closureInfo of `additionalPaths`.
   registration,
+  # The closureInfo of all that, this database included.
+  closure ? registration,
   # An image of the store, with `useNixStoreImage`.
   storeImage ? null,
   # `config.virtualisation`.
@@ -86,6 +88,7 @@ let
   vlansFit = builtins.all (vlan: vlan >= 1 && vlan <= 254) vlans;
   vlansDiffer = length (attrNames (builtins.groupBy toString vlans)) == length vlans;
 
+  inMemory = cfg.firn.storeImage or false;
   shares = map (
     tag:
     {
@@ -97,8 +100,11 @@ let
       read_only = true;
       cache = "always";
     }
-    // optionalAttrs (tag == "nix-store" && cfg.firn.closureOnly or false) {
-      only = "${registration}/store-paths";
+    // optionalAttrs (tag == "nix-store" && (cfg.firn.closureOnly or false || inMemory)) {
+      only = "${closure}/store-paths";
+    }
+    // optionalAttrs (tag == "nix-store" && inMemory) {
+      image = true;
     }
     // optionalAttrs (tag == "certs" && cfg.useHostCerts or false) {
       copies."ca-certificates.crt" = "\${NIX_SSL_CERT_FILE:-}";

@@ -1,6 +1,6 @@
 //! How long a guest takes with a tree that nobody changes, in seconds: the systemd kit's store, 4,000 files of 200 MB,
-//! from a directory in memory. It is served by firn's own server, by virtiofsd in firn, and by virtiofsd to QEMU, by
-//! turns; what counts is the best of the rounds, and the ratios of one run. Arguments name the ones to measure; a number is
+//! from a directory in memory. It is served by firn's own server, as an image in the guest's memory, by virtiofsd in
+//! firn, and by virtiofsd to QEMU, by turns; what counts is the best of the rounds, and the ratios of one run. Arguments name the ones to measure; a number is
 //! that of the rounds, of which an exact carrier needs one.
 
 use std::collections::BTreeMap;
@@ -35,7 +35,15 @@ mount -t devtmpfs devtmpfs /dev
 mount -t proc proc /proc
 exec >/dev/console 2>&1
 while read -r module; do insmod "$module"; done </etc/firn/modules
-mount -t virtiofs -o ro store /s || reboot -f
+if [ -e /etc/firn/image-drivers ]; then
+  mkdir -p /sys
+  mount -t sysfs sysfs /sys
+  while read -r module; do insmod "$module"; done </etc/firn/image-drivers
+  cat /sys/bus/virtio/devices/*/ndbus*/wait_probe
+  mount -t erofs -o ro,dax=always /dev/pmem0 /s || reboot -f
+else
+  mount -t virtiofs -o ro store /s || reboot -f
+fi
 cold() { echo 3 >/proc/sys/vm/drop_caches; warm "$@"; }
 warm() { echo "begin $1"; "$2" >/dev/null; echo "end $1"; }
 names() { find /s; }
@@ -44,6 +52,11 @@ small() { find /s -type f -size -64k | xargs cat; }
 large() { find /s -type f -size +1000k | xargs cat; }
 begins() { find /s -type f | xargs head -q -c 1; }
 archive() { tar cf - /s 2>/dev/null; }
+program() {
+  /s/debian/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 --library-path /s/debian/usr/lib/x86_64-linux-gnu \
+    /s/debian/usr/bin/python3 -BSsc 'import asyncio, json, ssl'
+}
+export PYTHONHOME=/s/debian/usr
 cold "find" names
 cold "stat all" attributes
 warm "stat again" attributes
@@ -51,6 +64,8 @@ cold "read small" small
 cold "read large" large
 warm "read again" large
 cold "tar" archive
+cold "python3" program
+warm "python3 again" program
 begins >/dev/null
 warm "open, read, close" begins
 echo over
@@ -73,9 +88,10 @@ fn main() {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("there is a limit");
     setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("it can be reached");
     let place = Place { kit, initrd, store, socket: dir.path().join("socket") };
-    let all: [(&str, Measure); 3] = [
-        ("firn", |place| place.firn(true)),
-        ("virtiofsd in firn", |place| place.firn(false)),
+    let all: [(&str, Measure); 4] = [
+        ("firn", |place| place.firn(&place.share(true))),
+        ("firn, image", |place| place.firn(&ShareSpec { image: true, ..place.share(true) })),
+        ("virtiofsd in firn", |place| place.firn(&place.share(false))),
         ("virtiofsd, QEMU", Place::qemu),
     ];
     let mut rows: Vec<_> = all
@@ -120,10 +136,12 @@ impl Place {
         ShareSpec { read_only, cache: CachePolicy::Always, ..share }
     }
 
-    fn firn(&self, own: bool) -> Vec<(String, f64)> {
+    fn firn(&self, share: &ShareSpec) -> Vec<(String, f64)> {
+        let drivers = share.image.then(|| self.kit.image_drivers());
+        let initrd: Vec<_> = std::iter::once(self.initrd.clone()).chain(drivers).collect();
         let spec: MachineSpec = serde_json::from_value(serde_json::json!({
             "name": "m", "cores": 1, "memory": MEMORY_MIB, "kernel": self.kit.vmlinux(),
-            "initrd": [self.initrd], "cmdline": self.cmdline(), "shares": [self.share(own)],
+            "initrd": initrd, "cmdline": self.cmdline(), "shares": [share],
         }))
         .expect("a spec");
         let (sender, lines) = channel();

@@ -74,7 +74,11 @@ let
       data = share ''"''${DATA:-/var/empty}"'' "/data";
       fixed = share "${storePath "source"}/tests" "/tests";
     };
-    own-closure.virtualisation.firn.closureOnly = true;
+    own-closure = {
+      closure = storePath "whole-closure-info";
+      virtualisation.firn.closureOnly = true;
+    };
+    store-in-memory.virtualisation.firn.storeImage = true;
     disks.virtualisation = {
       diskSize = 4096;
       emptyDiskImages = [

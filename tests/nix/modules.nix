@@ -236,6 +236,31 @@ in
     ]
     && fileSystems."/nix/.ro-store".device.force == "nix-store"
     && all (mount: mount.fsType.force == "virtiofs") (builtins.attrValues fileSystems);
+  store-in-memory-is-an-image =
+    let
+      system =
+        (machine {
+          file = "/nixpkgs/nixos/modules/b.nix";
+          virtualisation = plain // {
+            firn.storeImage = true;
+          };
+        }).content;
+      inherit (system.virtualisation) fileSystems;
+      store = fileSystems."/nix/.ro-store";
+    in
+    store.device.force == "/dev/disk/by-label/nix-store"
+    && store.fsType.force == "erofs"
+    && store.options.force == [
+      "ro"
+      "dax=always"
+    ]
+    && fileSystems."/tmp/xchg".fsType.force == "virtiofs"
+    && all (module: builtins.elem module system.boot.initrd.availableKernelModules) [
+      "virtio_mmio"
+      "virtio_pmem"
+      "nd_pmem"
+      "erofs"
+    ];
   agent-is-a-service =
     b.content.systemd.services.firn-agent.serviceConfig.ExecStart
     == "/firn-agent/bin/firn-agent --port /dev/virtio-ports/org.firn.agent --console /dev/ttyS0 --early";

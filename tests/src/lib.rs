@@ -223,7 +223,8 @@ impl Held {
     #[must_use]
     pub fn now() -> Self {
         let files = fs::read_dir("/proc/self/fd").expect("there is /proc").count();
-        let maps = fs::read_to_string("/proc/self/smaps").expect("there is /proc");
+        let maps = fs::read("/proc/self/smaps").expect("there is /proc");
+        let maps = String::from_utf8_lossy(&maps);
         let (mut mappings, mut memory, mut guests) = (0, 0, false);
         for line in maps.lines() {
             if let Some(size) = line.strip_prefix("Private_Dirty:") {
@@ -254,7 +255,8 @@ impl fmt::Display for Held {
     }
 }
 
-/// An initrd with the busybox and the drivers of a kit that runs a script and nothing else.
+/// An initrd with the busybox and the drivers of a kit that runs a script and nothing else. What a guest with images
+/// needs is in another file of the kit.
 #[must_use]
 pub fn small_guest(kit: &Kit, script: &str) -> Vec<u8> {
     let content = |name: &str| kit.initrd_file(name).expect("the kit has it");

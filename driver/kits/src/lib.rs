@@ -474,8 +474,10 @@ fn link(from: &Path, to: &Path) -> Result<(), BuildError> {
 
 /// Makes files that machines boot read-only: the monitor maps only such files.
 fn make_immutable(dir: &Path) -> Result<(), BuildError> {
-    for name in ["kernel", "vmlinux", "initrd"] {
-        let path = dir.join(name);
+    for path in ["kernel", "vmlinux", "initrd", IMAGE_DRIVERS].map(|name| dir.join(name)) {
+        if !path.exists() {
+            continue;
+        }
         fs::set_permissions(&path, fs::Permissions::from_mode(0o444))
             .map_err(BuildError::io("write-protect", path))?;
     }

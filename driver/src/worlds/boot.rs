@@ -379,8 +379,9 @@ fn own_version() -> String {
 /// The file that holds this code, as the kernel says.
 fn own_file() -> Option<PathBuf> {
     let own = (own_version as fn() -> String as *const ()).addr();
-    let maps = fs::read_to_string("/proc/self/maps").ok()?;
-    maps.lines().find_map(|line| {
+    let maps = fs::read("/proc/self/maps").ok()?;
+    // Other mapped files may be called anything.
+    String::from_utf8_lossy(&maps).lines().find_map(|line| {
         let (range, rest) = line.split_once(' ')?;
         let (start, end) = range.split_once('-')?;
         let [start, end] = [start, end].map(|text| usize::from_str_radix(text, 16).ok());

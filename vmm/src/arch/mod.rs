@@ -5,8 +5,8 @@
 //!
 //! | module | what |
 //! | --- | --- |
-//! | `layout` | where memory and devices lie, and which interrupt lines virtio devices share |
-//! | `vcpu` | a VM with its interrupt controller, vCPUs as after power-on; whether a vCPU can still execute anything, where it is, and telling it of a pause |
+//! | `layout` | where memory, images and devices lie, and which interrupt lines virtio devices share |
+//! | `vcpu` | a VM with its interrupt controller, vCPUs as after power-on; how far it can address; whether a vCPU can still execute anything, where it is, and telling it of a pause |
 //! | `entry` | the registers with which the first vCPU enters the kernel |
 //! | `kernel` | the image formats: loading one, where it is entered and where its initrd may lie |
 //! | `unpack` | taking the kernel out of an image that would unpack itself in the guest |

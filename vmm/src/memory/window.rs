@@ -36,7 +36,8 @@ pub struct Windows {
 
 impl Windows {
     /// For a guest with so many bytes of memory, whose processors have so many bits of physical address.
-    pub(crate) fn new(memory: u64, bits: u8) -> Self {
+    #[must_use]
+    pub fn new(memory: u64, bits: u8) -> Self {
         Self { next: layout::windows_start(memory), bits }
     }
 

@@ -17,7 +17,7 @@ use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
 use super::{SavedState, VirtioDevice, fs};
 use crate::erofs;
 use crate::memory::MemoryMap;
-use crate::memory::window::Window;
+use crate::memory::window::{Window, Windows};
 use crate::spec::ShareSpec;
 
 /// Its one queue (5.19.2).
@@ -56,16 +56,27 @@ pub struct Pmem<Queues = ()> {
 
 /// Makes the device for a share that is an image.
 pub(super) fn build(share: &ShareSpec, host: &mut Host<'_>) -> Result<Built, BuildError> {
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::Image {
-        tag: share.tag.to_string(),
-        source,
-    };
-    let (root, filter) = fs::open_store(share)?;
-    let image = erofs::common_image(&root, &share.source, &share.tag, &filter)
-        .map_err(|error| failed(error.into()))?;
-    let window = host.windows.place(image).map_err(|error| failed(error.into()))?;
-    let device = Pmem { tag: share.tag.to_string(), window: Arc::clone(&window), queues: () };
+    let device = Pmem::new(share, &mut host.windows)?;
+    let window = Arc::clone(&device.window);
     Ok((Box::new(device), Handle::Window(window)))
+}
+
+impl Pmem {
+    /// Makes an image of a share's directory, or finds that of another machine, and a place for it in the guest.
+    ///
+    /// # Errors
+    /// The directory cannot be read, or there is no room for it.
+    pub fn new(share: &ShareSpec, windows: &mut Windows) -> Result<Self, BuildError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::Image {
+            tag: share.tag.to_string(),
+            source,
+        };
+        let (root, filter) = fs::open_store(share)?;
+        let image = erofs::common_image(&root, &share.source, &share.tag, &filter)
+            .map_err(|error| failed(error.into()))?;
+        let window = windows.place(image).map_err(|error| failed(error.into()))?;
+        Ok(Self { tag: share.tag.to_string(), window, queues: () })
+    }
 }
 
 impl<Queues> Pmem<Queues> {

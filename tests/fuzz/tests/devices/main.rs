@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use bolero::check;
 use firn_net_switch::{Header, NetPort, OwnedFrame, Switch};
+use firn_vmm::memory::window::Windows;
 use firn_vmm::spec::{
     CachePolicy, ConsolePortSpec, DiskFormat, DiskMib, DiskSpec, Mac, NetSpec, ScreenSpec,
     ShareSpec, VsockSpec,
@@ -28,6 +29,7 @@ use firn_vmm::virtio::fs::Fs;
 use firn_vmm::virtio::gpu::Gpu;
 use firn_vmm::virtio::input::{Input, Kind};
 use firn_vmm::virtio::net::Net;
+use firn_vmm::virtio::pmem::Pmem;
 use firn_vmm::virtio::rng::Rng;
 use firn_vmm::virtio::vsock::Vsock;
 use rig::{Chain, Rig, Step};
@@ -276,6 +278,22 @@ fn fs() {
     }
     let beside = fs::read_dir(dir.path()).expect("it is still there").count();
     assert_eq!(beside, 1, "something was made outside the share");
+}
+
+#[test]
+fn pmem() {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::write(dir.path().join("file"), "text").expect("there is room");
+    let spec = ShareSpec::new("fuzz".try_into().expect("a tag"), dir.path().to_owned());
+    let make = || {
+        let pmem = Pmem::new(&spec, &mut Windows::new(1 << 30, 40)).expect("an image");
+        (Box::new(pmem) as Box<dyn VirtioDevice>, ())
+    };
+    let request = |_: u16, bytes: &[u8]| {
+        let kind = u32::from(small(bytes, 0, 2)).to_le_bytes();
+        [&kind, rest(bytes, 1)].concat()
+    };
+    drive(FEWER, make, request, |(), _| {});
 }
 
 /// A request to a file system, with the names of files that are there more often than not (linux/fuse.h).

@@ -10,7 +10,7 @@ use super::{MAX_DISCARD_SECTORS, MAX_TRANSFER, MAX_ZERO_SECTORS, SECTOR, Serial}
 use crate::memory::{Memory, MemoryMap};
 use crate::virtio::DeviceError;
 use crate::virtio::pool::Server;
-use crate::virtio::queue::{Chain, GuestSlice, QueueError, readable, writable};
+use crate::virtio::queue::{Chain, GuestSlice, readable, writable};
 
 /// Length of the header: type, reserved, sector.
 const HEADER: usize = 16;
@@ -58,12 +58,15 @@ struct Request<'m> {
     output: Vec<GuestSlice<'m>>,
     input: Vec<GuestSlice<'m>>,
     status: GuestSlice<'m>,
+    /// A buffer for data is outside memory: what a program has mapped of an image (`image = true`) and writes to a disk
+    /// without the guest's cache.
+    outside: bool,
 }
 
 // A failed request's chain does not go back: Linux looks at the status alone, which may still be
 // that of the request before, and that is most often success.
 impl Server for Disk {
-    /// Fails if the chain has no place for a header or for the status, or lies outside memory.
+    /// Fails if the chain has no place in memory for a header or for the status.
     fn serve(&self, chain: &Chain) -> Result<u32, DeviceError> {
         let request = Request::parse(chain, &self.memory)?;
         let (status, written) = self.execute(&request);
@@ -81,23 +84,40 @@ impl Server for Disk {
 
 impl<'m> Request<'m> {
     fn parse(chain: &Chain, memory: &'m MemoryMap) -> Result<Request<'m>, DeviceError> {
-        let outside = |_: QueueError| DeviceError::Request("a buffer is outside memory");
-        let mut output =
-            readable(chain.clone(), memory).collect::<Result<Vec<_>, _>>().map_err(outside)?;
-        let mut input =
-            writable(chain.clone(), memory).collect::<Result<Vec<_>, _>>().map_err(outside)?;
+        let mut outside = false;
+        let lacks = |what, outside| {
+            DeviceError::Request(if outside { "a buffer is outside memory" } else { what })
+        };
+        // As far as they are in memory: from the header on, and down to the status.
+        let mut output = Vec::new();
+        for buffer in readable(chain.clone(), memory) {
+            let Ok(buffer) = buffer else {
+                outside = true;
+                break;
+            };
+            output.push(buffer);
+        }
         let mut header = [0; HEADER];
         if !take_front(&mut output, &mut header) {
-            return Err(DeviceError::Request("it has no header"));
+            return Err(lacks("it has no header", outside));
+        }
+        let mut input = Vec::new();
+        for buffer in writable(chain.clone(), memory) {
+            let Ok(buffer) = buffer else {
+                outside = true;
+                input.clear();
+                continue;
+            };
+            input.push(buffer);
         }
         let Some(status) = take_last_byte(&mut input) else {
-            return Err(DeviceError::Request("it has no place for a status"));
+            return Err(lacks("it has no place for a status", outside));
         };
         // imago wants none that are empty.
         output.retain(|buffer| !buffer.is_empty());
         input.retain(|buffer| !buffer.is_empty());
         let kind = le32(&header, 0);
-        Ok(Request { kind, sector: le64(&header, 8), output, input, status })
+        Ok(Request { kind, sector: le64(&header, 8), output, input, status, outside })
     }
 }
 
@@ -113,6 +133,7 @@ impl Disk {
             }
         };
         match request.kind {
+            _ if request.outside => (Status::IoErr, 0),
             kind::IN => match self.range(request.sector, total(&request.input)) {
                 Some((offset, len)) => done(guard(|| self.image.read(&request.input, offset)), len),
                 None => (Status::IoErr, 0),

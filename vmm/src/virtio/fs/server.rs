@@ -28,7 +28,7 @@ use super::store::{Filter, Place, Store};
 use super::vhost_user;
 use super::xattr::{self, Names};
 use crate::spec::{CachePolicy, ShareSpec};
-use crate::virtio::queue::Chain;
+use crate::virtio::queue::{Chain, readable, writable};
 use crate::virtio::vhost_user::{Client, Serving};
 
 /// What the guest sees as the owner of the files of a user firn runs as, when firn cannot act for
@@ -276,7 +276,7 @@ where
             .and_then(|reader| Ok((reader, Writer::new(memory, chain.clone())?)));
         let Ok((reader, writer)) = buffers else {
             tracing::debug!("request outside guest memory");
-            return 0;
+            return refuse_outside(chain).unwrap_or(0);
         };
         // virtiofsd takes room for the header of a reply for granted.
         if writer.available_bytes() < size_of::<OutHeader>() && wants_reply(&reader) {
@@ -391,6 +391,17 @@ fn wants_reply(reader: &Reader<'_>) -> bool {
         Opcode::try_from(header.opcode),
         Ok(Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt | Opcode::Destroy)
     )
+}
+
+/// Answers a request of which only the header lies in memory, and what is written is where a program has mapped an image
+/// (`image = true`).
+fn refuse_outside(chain: &Chain) -> Option<u32> {
+    let memory = chain.memory();
+    let request: InHeader = readable(chain.clone(), memory).next()?.ok()?.read_obj(0).ok()?;
+    let reply = writable(chain.clone(), memory).next()?.ok()?;
+    let len = u32::try_from(size_of::<OutHeader>()).ok()?;
+    reply.write_obj(OutHeader { len, error: -libc::EFAULT, unique: request.unique }, 0).ok()?;
+    Some(len)
 }
 
 /// Answers a request that virtiofsd could not parse and so left unanswered: a guest that made a

@@ -262,6 +262,26 @@ fn a_buffer_outside_memory_costs_the_device() {
 }
 
 #[test]
+fn data_outside_memory_costs_the_request() {
+    let (_dir, spec) = fresh(DiskFormat::Raw, 1);
+    let mut rig = Rig::new(&spec);
+    let (at, status) = (rig.guest.alloc(16), rig.guest.alloc(1));
+    // Reads and writes, with what a guest may have mapped there of an image.
+    for (kind, flags) in [(0, 3), (1, 1)] {
+        rig.guest.write(at, &header(kind, 0));
+        rig.guest.write(status, &[0xee]);
+        rig.drivers[0].set_descriptor(0, at, 16, 1, 1);
+        rig.drivers[0].set_descriptor(1, 4 << 30, 512, flags, 2);
+        rig.drivers[0].set_descriptor(2, status, 1, 2, 0);
+        rig.drivers[0].offer(0);
+        rig.device.notify(0).unwrap();
+        rig.device.pause();
+        assert_eq!(rig.guest.read(status, 1), [IOERR]);
+    }
+    assert_eq!(rig.drivers[0].used_index(), 2, "the disk goes on");
+}
+
+#[test]
 fn a_request_that_is_too_large_fails() {
     let (_dir, spec) = fresh(DiskFormat::Raw, 1024);
     let mut rig = Rig::new(&spec);

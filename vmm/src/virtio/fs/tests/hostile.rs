@@ -12,7 +12,7 @@ use super::super::{Fs, server};
 use super::client::{Mount, ROOT, answer, c_string};
 use super::{share, spec};
 use crate::virtio::VirtioDevice;
-use crate::virtio::testing::{Guest, HOSTILE_MEMORY, Part, hostile_ring};
+use crate::virtio::testing::{Guest, HOSTILE_MEMORY, NEXT, Part, hostile_ring};
 
 #[test]
 fn no_name_leads_out_of_the_share() {
@@ -124,6 +124,25 @@ fn chains_without_room_for_a_reply_come_back_empty() {
         assert_eq!((used.len(), used[0].len), (1, 0), "{parts:?}");
     }
     assert!(mount.getattr(ROOT).is_ok());
+}
+
+#[test]
+fn data_outside_memory_costs_the_request() {
+    let (_directory, spec) = share();
+    let guest = Guest::new();
+    let (mut drivers, activation) = guest.activation(&[16, 16], 0);
+    let mut device = Box::new(Fs::new(&spec).unwrap()).activate(activation).ok().unwrap();
+    let header =
+        InHeader { opcode: Opcode::Write as u32, unique: 7, len: 50, ..Default::default() };
+    let driver = &mut drivers[1];
+    let head = driver.add(&[Part::Read(header.as_slice()), Part::Read(b"data"), Part::Write(16)]);
+    // Chains take descriptors in falling order.
+    driver.set_descriptor(head - 1, 4 << 30, 4096, NEXT, head - 2);
+    device.notify(1).unwrap();
+    device.pause();
+    let used = drivers[1].used().unwrap();
+    let reply = *OutHeader::from_slice(&used.data).unwrap();
+    assert_eq!((reply.len, reply.error, reply.unique), (16, -libc::EFAULT, 7));
 }
 
 #[test]
