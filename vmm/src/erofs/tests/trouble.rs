@@ -87,7 +87,7 @@ fn what_cannot_be_an_image() {
     let path = source.path().join("3");
     assert_eq!(
         said(compose_with(source.path(), "store", &Filter::default())),
-        format!("cannot make an image with {}: it would have more than 15 TiB", path.display())
+        format!("cannot make an image with {}: it would have more than 16 TiB", path.display())
     );
 }
 
