@@ -54,7 +54,7 @@ pub(crate) enum ComposeError {
     #[error("cannot make an image with {}: it would have more than {} files", .0.display(), walk::MAX_NODES)]
     TooMany(PathBuf),
     /// It is larger than an image may be.
-    #[error("cannot make an image with {}: it would have more than {} TiB", .0.display(), plan::MAX_END >> 40)]
+    #[error("cannot make an image with {}: it would have more than {} TiB", .0.display(), plan::MAX_END.div_ceil(1 << 40))]
     TooLarge(PathBuf),
     /// No memory or addresses.
     #[error("cannot make an image of {}: no {mib} MiB of memory", path.display())]
@@ -138,6 +138,7 @@ impl Image {
     }
 
     /// A file that has become shorter since, or cannot be read any more: whoever reads its end fails.
+    /// Before Linux 5.14 none is found.
     pub(crate) fn changed_file(&self) -> Option<PathBuf> {
         let changed = self.files.iter().find(|(last, _)| !self.memory.readable(*last));
         changed.map(|(_, path)| path.clone())

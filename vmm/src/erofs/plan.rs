@@ -5,8 +5,8 @@
 //! large files, the largest at multiples of 2 MiB
 //! ```
 //!
-//! All but the large files is memory. Nobody looks for a signature at the beginning of a block of a file before
-//! [`FIRST_DATA`], and inodes begin with none.
+//! All but the large files is memory. Before [`FIRST_DATA`] each block begins with zeros or an inode, never with what a
+//! file says.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -21,8 +21,9 @@ use super::walk::{Kind, Node, Tree};
 const LARGE: u64 = 16 << 10;
 /// Most files that are mapped: those that are largest.
 const MAX_LARGE: usize = 8192;
-/// The nvdimm drivers look for information of their own at 4 KiB and 8 KiB (`nd_pfn_validate` in
-/// drivers/nvdimm/pfn_devs.c, `nd_btt_probe` in drivers/nvdimm/btt_devs.c): no file's bytes are there.
+/// The nvdimm drivers look for information of their own in the first blocks (`nd_pfn_validate` in
+/// drivers/nvdimm/pfn_devs.c at 4 KiB, `nd_btt_version` in drivers/nvdimm/btt_devs.c at 0 or 4 KiB): no file's bytes are
+/// there.
 const FIRST_DATA: u64 = 16 << 10;
 /// Blocks are counted by 32 bits.
 pub(super) const MAX_END: u64 = (u32::MAX as u64) * BLOCK;
