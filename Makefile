@@ -35,7 +35,7 @@ test: setup-tests kit
 	mkdir -p $(SKIPPED)
 	tests/nix/evaluate.py
 	cargo test --release --workspace --exclude firn-tests
-	$(VENV)/pip install -q mypy pexpect pytest selenium
+	$(VENV)/pip install -q mypy pexpect pytest-xdist selenium
 	$(VENV)/python -m unittest discover -s driver/python/tests -t driver/python
 	$(VENV)/python tests/conformance/conformance.py run --quick
 	$(FIRN) test tests/examples/database/test.toml

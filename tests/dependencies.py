@@ -59,6 +59,9 @@ WITHOUT = {
     "firn": {"anyhow", "pyo3"},
 }
 
+# By way of these they may have it all the same.
+BRINGS = {"linux-crng-ioctl": {"anyhow"}}
+
 
 def permits(expression: str) -> bool:
     """Whether an SPDX expression (or the older A/B) can be met by the licences allowed here."""
@@ -141,6 +144,8 @@ def main() -> int:
             dependency["pkg"]
             for dependency in node["deps"]
             if any(kind["kind"] is None for kind in dependency["dep_kinds"])
+            and packages[dependency["pkg"]]["name"]
+            not in BRINGS.get(packages[package]["name"], set())
         }
         for package, node in nodes.items()
     }

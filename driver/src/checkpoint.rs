@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use firn_net_switch::{Addresses, Switch};
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 
 use crate::driver::Driver;
 use crate::error::{End, MachineError, Result};
@@ -232,9 +232,7 @@ impl Driver {
     /// # Errors
     /// The first guest's error.
     pub async fn set_clocks(&self) -> Result<()> {
-        // One that is paused would not answer.
-        let takes = |machine: &&Machine| machine.status() == Status::Running && machine.is_up();
-        for machine in self.all_machines().iter().filter(takes) {
+        for machine in self.who_answer() {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let (seconds, millis) = (now.as_secs(), now.subsec_millis());
             // busybox takes whole seconds only.
@@ -242,6 +240,19 @@ impl Driver {
             machine.succeed(&[&set], None).await?;
         }
         Ok(())
+    }
+
+    /// Has all guests that take commands draw fresh random numbers, which the generation ID alone does not do for those
+    /// without a driver for it.
+    pub(crate) async fn reseed(&self) -> Result<()> {
+        let machines = self.who_answer();
+        try_join_all(machines.iter().map(Machine::reseed)).await.map(drop)
+    }
+
+    /// The machines that take commands. One that is paused would not answer.
+    fn who_answer(&self) -> Vec<Machine> {
+        let takes = |machine: &Machine| machine.status() == Status::Running && machine.is_up();
+        self.all_machines().into_iter().filter(takes).collect()
     }
 
     async fn go_back(&self, to: &Checkpoint, world: &World, all: &[Machine]) -> Result<()> {

@@ -245,6 +245,11 @@ class Plugin(RunTest):
         said = ("started from the world kept in", "1 passed")
         out = self.check(0, *said, accel="auto", arguments=("-s", "-k", "test_files"))
         self.assertNotIn("starting vm", out)
+        # With pytest-xdist all processes start there, side by side.
+        beside = ("-n", "2", "--dist", "each", "-rP", "-k", "test_files")
+        out = self.check(0, "2 passed", accel="auto", arguments=beside)
+        self.assertEqual(out.count("started from the world kept in"), 2, out)
+        self.assertNotIn("starting vm", out)
 
 
 if __name__ == "__main__":

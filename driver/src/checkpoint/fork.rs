@@ -54,7 +54,7 @@ impl Driver {
     /// Makes the machines, which are off, what those of the world were.
     async fn begin(&self, world: &World) -> Result<()> {
         let machines = self.all_machines();
-        let _changing = join_all(machines.iter().map(Machine::changing)).await;
+        let changing = join_all(machines.iter().map(Machine::changing)).await;
         let pairs = || world.machines.iter().zip(&machines);
         let dirs = pairs().flat_map(|((from, _), to)| {
             let [from, to] = [from, to].map(|machine| machine.writable_dirs().0);
@@ -69,6 +69,7 @@ impl Driver {
             }
         }
         join_all(machines.iter().map(Machine::wait_until_back)).await;
-        Ok(())
+        drop(changing);
+        self.reseed().await
     }
 }

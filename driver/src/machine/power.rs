@@ -180,6 +180,12 @@ impl Machine {
         self.answered(session.sync(), || "cannot sync".to_owned()).await
     }
 
+    /// Has the guest draw fresh random numbers: it is a copy of another's.
+    pub(crate) async fn reseed(&self) -> Result<()> {
+        let session = self.session().await?;
+        self.answered(session.reseed(), || "cannot reseed its random numbers".to_owned()).await
+    }
+
     /// Starts the machine if it is off, and waits until it takes commands.
     ///
     /// # Errors

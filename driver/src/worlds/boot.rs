@@ -235,6 +235,7 @@ impl Driver {
         }
         drop(changing);
         try_join_all(machines.iter().map(Machine::connect)).await?;
+        self.reseed().await?;
         self.set_clocks().await?;
         Ok(())
     }

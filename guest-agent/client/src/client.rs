@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use firn_guest_agent::protocol::{
     Condition, Decoder, Frame, Greeting, GreetingKind, Item, ProtocolError, RESYNC_GUARD,
-    RESYNC_PADDING, Ready, ReceiveWindow, RequestId, ToAgent, ToHost, VERSION, WINDOW,
+    RESYNC_PADDING, Ready, ReceiveWindow, RequestId, SEED_LEN, ToAgent, ToHost, VERSION, WINDOW,
     WINDOW_MESSAGES, encode,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -237,6 +237,16 @@ impl AgentClient {
     /// [`AgentError`].
     pub async fn sync(&self) -> Result<(), AgentError> {
         Request::begin(self, ToAgent::Sync)?.finish().await
+    }
+
+    /// Has the guest's kernel draw its random numbers afresh, because it is a copy of another guest's.
+    ///
+    /// # Errors
+    /// [`AgentError::Refused`] if the kernel does, or the host has no random numbers.
+    pub async fn reseed(&self) -> Result<(), AgentError> {
+        let mut seed = [0; SEED_LEN];
+        getrandom::fill(&mut seed).map_err(|error| AgentError::local(error.into()))?;
+        Request::begin(self, ToAgent::Reseed(seed))?.finish().await
     }
 
     /// Has the guest power off cleanly; returns when the agent has begun to.

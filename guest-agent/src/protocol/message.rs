@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::MESSAGE_COST;
+use super::{MESSAGE_COST, SEED_LEN};
 
 /// A guest path or file name: any bytes but NUL, as Linux has it.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -350,6 +350,9 @@ pub enum ToAgent {
     Credit(u32),
     /// Request: wait until something holds. Answer: `Done`, when it does.
     Wait(Condition),
+    /// Request: have the kernel draw its random numbers afresh, with these random bytes, because the guest is a copy
+    /// of another. Answer: `Done`, when whatever is drawn differs from what others draw.
+    Reseed([u8; SEED_LEN]),
 }
 
 /// From agent to host.

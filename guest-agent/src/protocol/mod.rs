@@ -53,7 +53,10 @@ pub use message::{
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. Both sides must have the same one: agent and driver are built together.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
+
+/// How many random bytes a [`ToAgent::Reseed`] has: the size of the key of the kernel's generator.
+pub const SEED_LEN: usize = 32;
 
 /// The name of the virtio-console port that the agent serves.
 pub const PORT_NAME: &str = "org.firn.agent";

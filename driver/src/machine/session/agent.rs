@@ -217,6 +217,10 @@ impl AgentSession {
         Ok(self.client.sync().await?)
     }
 
+    pub(super) async fn reseed(&self) -> Result<()> {
+        Ok(self.client.reseed().await?)
+    }
+
     pub(super) async fn write_file(
         &self,
         path: &Path,

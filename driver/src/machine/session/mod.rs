@@ -203,6 +203,11 @@ impl Session {
         each!(self, session => session.sync().await)
     }
 
+    /// Has the guest draw fresh random numbers.
+    pub(super) async fn reseed(&self) -> Result<()> {
+        each!(self, session => session.reseed().await)
+    }
+
     /// Writes a file with these permission bits, creating missing parents.
     pub(super) async fn write_file(
         &self,

@@ -208,6 +208,12 @@ impl ShellSession {
         succeeded("sync", sync.status)
     }
 
+    /// A shell has no means to; the guest has been told by its generation ID.
+    #[allow(clippy::unused_async, reason = "as the agent's")]
+    pub(super) async fn reseed(&self) -> Result<()> {
+        Ok(())
+    }
+
     pub(super) async fn write_file(
         &self,
         path: &Path,

@@ -11,8 +11,9 @@ use std::thread;
 
 use firn_guest_agent::protocol::{
     BytePath, Condition, Entry, Failure, FileInfo, FileKind, MAX_CHUNK, MESSAGE_COST, MIN_CHUNK,
-    ReceiveWindow, RequestId, SendWindow, ToAgent, ToHost, WINDOW,
+    ReceiveWindow, RequestId, SEED_LEN, SendWindow, ToAgent, ToHost, WINDOW,
 };
+use linux_crng_ioctl::ioctl::{add_randomness_to_kernel, force_kernel_crng_reseed};
 
 use crate::failure::{Context, failure};
 use crate::outbox::Outbox;
@@ -41,7 +42,7 @@ impl Transfer {
     }
 }
 
-/// Starts a worker for a request of the family `WriteFile` to `Sync`, or for `Wait`.
+/// Starts a worker for a request of the family `WriteFile` to `Sync`, for `Wait` or `Reseed`.
 pub fn start(id: RequestId, request: ToAgent, outbox: Arc<Outbox>) -> Result<Transfer, Failure> {
     let (sender, inbox) = channel();
     let queued = Arc::new(AtomicU32::new(0));
@@ -112,6 +113,7 @@ impl Worker {
                 Ok(())
             }
             ToAgent::Wait(condition) => self.wait(&condition),
+            ToAgent::Reseed(seed) => Ok(reseed(&seed)?),
             _ => Err(failure("not a file request").into()),
         }
     }
@@ -289,4 +291,13 @@ fn make_symlink(path: &Path, target: &Path) -> Result<(), Failure> {
         }
         result => result.context(what),
     }
+}
+
+/// Mixes the seed into the kernel's pool, as good as it says, and has the generator take a new key from there. What a
+/// copy of this guest draws differs from now on (`RNDADDENTROPY` and `RNDRESEEDCRNG`, drivers/char/random.c).
+fn reseed(seed: &[u8; SEED_LEN]) -> Result<(), Failure> {
+    let bits = u32::try_from(seed.len() * 8).unwrap_or(0);
+    add_randomness_to_kernel(seed, bits)
+        .and_then(|()| force_kernel_crng_reseed())
+        .map_err(|error| failure(format!("reseed the kernel's random numbers: {error:#}")))
 }

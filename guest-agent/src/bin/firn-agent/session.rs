@@ -152,7 +152,8 @@ impl Session {
             | ToAgent::MakeDirectory { .. }
             | ToAgent::Symlink { .. }
             | ToAgent::Sync
-            | ToAgent::Wait(_) => {
+            | ToAgent::Wait(_)
+            | ToAgent::Reseed(_) => {
                 files::start(id, message, Arc::clone(&self.outbox)).map(Work::Transfer)
             }
             _ => return Err("not the beginning of a request"),
