@@ -250,10 +250,11 @@ in
     in
     store.device.force == "/dev/disk/by-label/nix-store"
     && store.fsType.force == "erofs"
-    && store.options.force == [
-      "ro"
-      "dax=always"
-    ]
+    &&
+      store.options.force == [
+        "ro"
+        "dax=always"
+      ]
     && fileSystems."/tmp/xchg".fsType.force == "virtiofs"
     && all (module: builtins.elem module system.boot.initrd.availableKernelModules) [
       "virtio_mmio"
