@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use firn::kit::IMAGE_DRIVERS;
 use firn::{Driver, Machine};
 use firn_tests::skip::skipped;
 use firn_tests::{micro, noise, output, with_machines};
@@ -177,7 +178,7 @@ fn copy_of_kit(place: &TempDir) -> PathBuf {
             fs::copy(dir.join(file), target.join(file)).unwrap();
         }
     };
-    copy_dir(&kit, &["kernel", "vmlinux", "initrd", "manifest.json"]);
+    copy_dir(&kit, &["kernel", "vmlinux", "initrd", IMAGE_DRIVERS, "manifest.json"]);
     for base in fs::read_dir(cache.join("base")).unwrap() {
         copy_dir(&base.unwrap().path(), &["base.json"]);
     }
