@@ -145,7 +145,10 @@ fn arrange(large: &mut Vec<u32>, places: &mut [Place], end: &mut u64) -> Result<
         *end = start;
         put(node, end)?;
     }
-    for (_, Reverse(node)) in rest.into_iter().rev() {
+    // As they are found: what belongs together lies together.
+    let mut rest: Vec<_> = rest.into_iter().map(|(_, Reverse(node))| node).collect();
+    rest.sort_unstable();
+    for node in rest {
         put(node, end)?;
     }
     *large = order;
