@@ -406,10 +406,26 @@ fn a_world_in_a_directory_is_only_read_and_used_where_it_fits() {
     assert!(boot(&said).unwrap() != first && !said.contains("kept the booted world"), "{said}");
 }
 
-/// The host's `TMPDIR` fills up, and then a file in memory may not be larger than 2 MiB, which is as if memory were
-/// full: only containers can make it so, and those kill whoever asks for more.
+/// A limit to the size of files, also of those in memory: as if memory were full, which only containers can make it, and
+/// those kill whoever asks for more.
+const FILES_OF_AT_MOST: &str = r"
+import contextlib, resource, signal
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+@contextlib.contextmanager
+def files_of_at_most(mib):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (mib << 20, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+";
+
+/// The host's `TMPDIR` fills up, and then memory.
 const NO_ROOM: &str = r#"
-import os, pathlib, resource, signal, tempfile
+import os, pathlib, tempfile
 
 def files():
     tmp = pathlib.Path(tempfile.gettempdir())
@@ -433,22 +449,16 @@ t.assertEqual(files(), before)
 goes_on("one!")
 
 before = files()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, limit[1]))
-with t.assertRaisesRegex(Exception, "cannot keep guest memory: File too large"):
+with files_of_at_most(2), t.assertRaisesRegex(Exception, "cannot keep guest memory: File too large"):
     driver.checkpoint("no memory")
-resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 t.assertEqual(files(), before)
 goes_on("two!")
 
 first = driver.checkpoint("first")
 m.succeed("echo 2 >/tmp/count; head -c 8000000 /dev/urandom >/tmp/noise")
 before = files()
-resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, limit[1]))
-with t.assertRaisesRegex(Exception, "cannot keep guest memory: File too large"):
+with files_of_at_most(2), t.assertRaisesRegex(Exception, "cannot keep guest memory: File too large"):
     driver.checkpoint("no more memory")
-resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 t.assertEqual(files(), before)
 m.succeed("test $(cat /tmp/count) = 2")
 first.rollback()
@@ -457,7 +467,8 @@ m.succeed("test $(cat /tmp/count) = 1 -a ! -e /tmp/noise", "test $(head -c 4 /de
 
 #[test]
 fn a_checkpoint_for_which_there_is_no_room_leaves_the_run_as_it_was() {
-    let places = Places::new("[nodes.m]\ndisks = [{ size = 1 }]", NO_ROOM);
+    let places =
+        Places::new("[nodes.m]\ndisks = [{ size = 1 }]", &format!("{FILES_OF_AT_MOST}{NO_ROOM}"));
     let Some(small) = SmallFileSystem::mount(places.tmp.path(), 32) else { return };
     let (status, said, places) = places.start(&[]).finish();
     assert!(status.success(), "{said}");
@@ -467,17 +478,12 @@ fn a_checkpoint_for_which_there_is_no_room_leaves_the_run_as_it_was() {
 
 /// There is room for the memory of the first machine, and not for the second one's.
 const ROOM_FOR_ONE: &str = r#"
-import resource, signal
-
 start_all()
 m.connect()
 n.connect()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (384 << 20, limit[1]))
-with t.assertRaisesRegex(Exception, "n: cannot make a checkpoint: cannot keep guest memory: File too large"):
+refused = "n: cannot make a checkpoint: cannot keep guest memory: File too large"
+with files_of_at_most(384), t.assertRaisesRegex(Exception, refused):
     driver.checkpoint("half")
-resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 m.succeed("printf mine >/dev/vda; sync")
 # Nothing lies over the disk of the first, which nobody would ever take away.
 t.assertEqual((m.state_dir / "disk0.img").read_bytes()[:4], b"mine")
@@ -489,6 +495,7 @@ m.succeed("test $(head -c 4 /dev/vda) = mine")
 #[test]
 fn a_checkpoint_of_half_the_machines_is_given_up() {
     let nodes = "[nodes.m]\nmemory = 256\ndisks = [{ size = 1 }]\n[nodes.n]\nmemory = 512";
-    let (status, said, _places) = Places::new(nodes, ROOM_FOR_ONE).start(&[]).finish();
+    let (status, said, _places) =
+        Places::new(nodes, &format!("{FILES_OF_AT_MOST}{ROOM_FOR_ONE}")).start(&[]).finish();
     assert!(status.success(), "{said}");
 }
