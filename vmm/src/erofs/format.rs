@@ -10,9 +10,6 @@ pub(super) const SUPER_AT: u64 = 1024;
 pub(super) const SUPER_LEN: u64 = 128;
 /// `EROFS_SUPER_MAGIC_V1`.
 const MAGIC: u32 = 0xE0F5_E1E2;
-/// Room for a volume's label (`volume_name`), one of which is a zero: Linux refused a label without
-/// (`erofs_read_superblock` in fs/erofs/super.c).
-pub(super) const MAX_LABEL: usize = 15;
 
 /// Inodes are found by their place in units of this (`islotbits` in fs/erofs/super.c), which is
 /// `struct erofs_inode_compact`'s size.

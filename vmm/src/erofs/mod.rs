@@ -25,9 +25,10 @@ use thiserror::Error;
 use twox_hash::XxHash3_128;
 
 use crate::common::Common;
+use crate::spec::ShareSpec;
 use crate::virtio::fs::Filter;
 use fill::{fetch_files, index, write_metadata};
-use format::{BLOCK, MAX_LABEL, SLOT, SUPER_AT, Super};
+use format::{BLOCK, SLOT, SUPER_AT, Super};
 use mapping::{Mapping, Sealed};
 use plan::Plan;
 use walk::{Kind, ROOT, Tree};
@@ -36,7 +37,10 @@ use walk::{Kind, ROOT, Tree};
 #[derive(Debug, Error)]
 pub(crate) enum ComposeError {
     /// It cannot have this label.
-    #[error("{0:?} is no label for an image; allowed: at most {MAX_LABEL} bytes, none of them 0")]
+    #[error(
+        "{0:?} is no label for an image; allowed: at most {max} bytes, none of them 0",
+        max = ShareSpec::MAX_LABEL
+    )]
     Label(String),
     /// The host refuses something about a file.
     #[error("cannot make an image with {}", path.display())]
@@ -88,7 +92,7 @@ impl Image {
         label: &str,
         filter: &Filter,
     ) -> Result<Image, ComposeError> {
-        if label.len() > MAX_LABEL || label.contains('\0') {
+        if label.len() > ShareSpec::MAX_LABEL || label.contains('\0') {
             return Err(ComposeError::Label(label.to_owned()));
         }
         let tree = Tree::walk(root, source, filter)?;

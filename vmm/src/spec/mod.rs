@@ -194,8 +194,9 @@ impl ShareSpec {
         }
     }
 
-    /// Longest tag of a share that is an image, in bytes: it is the image's label.
-    pub const MAX_LABEL: usize = 16;
+    /// Longest tag of a share that is an image, in bytes: it is the image's label (`volume_name` of `struct
+    /// erofs_super_block`), of whose 16 bytes Linux wanted one to be zero (`erofs_read_superblock` in fs/erofs/super.c).
+    pub const MAX_LABEL: usize = 15;
 
     /// Whether it is a directory that nobody changes.
     #[must_use]
