@@ -1,7 +1,7 @@
 //! How long a guest takes with a tree that nobody changes, in seconds: the systemd kit's store, 4,000 files of 200 MB,
 //! from a directory in memory. It is served by firn's own server, as an image in the guest's memory, by virtiofsd in
-//! firn, and by virtiofsd to QEMU, by turns; what counts is the best of the rounds, and the ratios of one run. Arguments name the ones to measure; a number is
-//! that of the rounds, of which an exact carrier needs one.
+//! firn, and by virtiofsd to QEMU, by turns; what counts is the best of the rounds, and the ratios of one run. Arguments
+//! name the ones to measure; a number is that of the rounds, of which an exact carrier needs one.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};

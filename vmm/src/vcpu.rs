@@ -367,6 +367,9 @@ impl Vcpu {
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
                 format!("the processor refused to enter the guest: reason {reason:#x}, CPU {cpu}")
             }
+            Ok(VcpuExit::MemoryFault { .. }) => self
+                .changed_file()
+                .unwrap_or_else(|| "the host cannot provide a page of its memory".to_owned()),
             Ok(exit) => format!("unexpected exit {exit:?}"),
             Err(error) => self
                 .changed_file()

@@ -85,6 +85,7 @@ pub(super) fn fetch_files(
         if contents.size == 0 {
             continue;
         }
+        tree.wanted()?;
         // What is in one directory follows each other.
         let (_, open) = match directory.take().filter(|(parent, _)| *parent == node.parent) {
             Some(open) => directory.insert(open),

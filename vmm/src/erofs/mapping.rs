@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,11 +11,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub(super) const HUGE_PAGE: usize = 2 << 20;
 const PAGE: usize = 4096;
 
-/// Most files that images of the process have mapped at the same time: each is a mapping, of which Linux allows 65,530
-/// (`vm.max_map_count`). Threads and memory need some, too.
-const MAX_FILES: usize = 49_152;
+/// Most mappings that images of the process have for files, of the 65,530 that Linux allows (`vm.max_map_count`): guest
+/// memory that was kept, threads and libraries need some, too.
+const MAX_MAPPINGS: usize = 32_768;
 
-static FILES: AtomicUsize = AtomicUsize::new(0);
+static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
 
 /// A range of addresses: some memory at its beginning, behind it files and zeros.
 pub(super) struct Mapping {
@@ -22,10 +23,10 @@ pub(super) struct Mapping {
     len: usize,
     /// So many bytes are memory.
     written: usize,
-    /// So many files are mapped.
-    files: usize,
-    /// A hole may be in the range, by now of somebody else's.
-    broken: bool,
+    /// So many mappings are files, or gaps between them.
+    mappings: usize,
+    /// Where there may be a hole, by now of somebody else's.
+    hole: Range<usize>,
 }
 
 // SAFETY: it owns its addresses like a Box<[u8]>. Only a `&mut Mapping` changes what is there.
@@ -42,7 +43,8 @@ impl Mapping {
             return Err(no_memory());
         }
         let whole = len.checked_add(HUGE_PAGE).ok_or_else(no_memory)?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // The kernel may say that there is not as much memory, once it is more than addresses.
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping, wherever the kernel likes, touches nothing that exists.
         let start = unsafe { libc::mmap(ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
         if start == libc::MAP_FAILED {
@@ -57,7 +59,7 @@ impl Mapping {
             }
         }
         let base = NonNull::new(base.cast()).ok_or_else(no_memory)?;
-        let mapping = Self { base, len, written, files: 0, broken: false };
+        let mapping = Self { base, len, written, mappings: 0, hole: len..len };
         let memory = base.as_ptr().cast();
         // SAFETY: the range is this mapping's beginning, where nothing is yet.
         check(unsafe { libc::mprotect(memory, written, libc::PROT_READ | libc::PROT_WRITE) })?;
@@ -90,14 +92,18 @@ impl Mapping {
     /// Maps the first `len` bytes of `file` at `at`, behind the memory.
     pub(super) fn map(&mut self, at: usize, len: usize, file: &File) -> io::Result<()> {
         let end = len.checked_next_multiple_of(PAGE).and_then(|len| at.checked_add(len));
-        if at < self.written || !at.is_multiple_of(PAGE) || end.is_none_or(|end| end > self.len) {
+        let fits = at >= self.written && at.is_multiple_of(PAGE) && self.hole.is_empty();
+        let Some(end) = end.filter(|end| fits && *end <= self.len) else {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        };
+        // Before one that begins at a huge page there may be a gap, which is a mapping, too.
+        let mappings = if len < HUGE_PAGE { 1 } else { 2 };
+        if MAPPINGS.fetch_add(mappings, Ordering::Relaxed) + mappings > MAX_MAPPINGS {
+            MAPPINGS.fetch_sub(mappings, Ordering::Relaxed);
+            let most = format!("images have {MAX_MAPPINGS} mappings of files at most");
+            return Err(io::Error::other(most));
         }
-        if FILES.fetch_add(1, Ordering::Relaxed) >= MAX_FILES {
-            FILES.fetch_sub(1, Ordering::Relaxed);
-            return Err(io::Error::other(format!("{MAX_FILES} files are mapped already")));
-        }
-        self.files += 1;
+        self.mappings += mappings;
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;
         let to = self.base.as_ptr().wrapping_add(at).cast();
         // SAFETY: the range was found to lie in this mapping, behind the memory that slices are made of; nothing
@@ -105,7 +111,7 @@ impl Mapping {
         let mapped = unsafe { libc::mmap(to, len, libc::PROT_READ, flags, file.as_raw_fd(), 0) };
         if mapped == libc::MAP_FAILED {
             let error = io::Error::last_os_error();
-            self.broken = true;
+            self.hole = at..end;
             return Err(error);
         }
         Ok(())
@@ -124,10 +130,13 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        FILES.fetch_sub(self.files, Ordering::Relaxed);
-        if !self.broken {
-            // SAFETY: the range is this mapping's, without holes, and nothing refers to it any more.
-            unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+        MAPPINGS.fetch_sub(self.mappings, Ordering::Relaxed);
+        for part in [0..self.hole.start, self.hole.end..self.len] {
+            if !part.is_empty() {
+                let start = self.base.as_ptr().wrapping_add(part.start).cast();
+                // SAFETY: all but the hole is this mapping's, and nothing refers to it any more.
+                unsafe { libc::munmap(start, part.len()) };
+            }
         }
     }
 }

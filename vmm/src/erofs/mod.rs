@@ -24,6 +24,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use twox_hash::XxHash3_128;
 
+use crate::Cancel;
 use crate::common::Common;
 use crate::spec::ShareSpec;
 use crate::virtio::fs::Filter;
@@ -85,17 +86,18 @@ impl Image {
     /// Makes an image with this label of what `filter` shows in the directory `root`, which is called `source`.
     ///
     /// # Errors
-    /// A file cannot be read or changes, there is too much of it, or too little memory.
+    /// A file cannot be read or changes, there is too much of it, or too little memory; it is cancelled.
     pub(crate) fn compose(
         root: &File,
         source: &Path,
         label: &str,
         filter: &Filter,
+        cancel: &Cancel,
     ) -> Result<Image, ComposeError> {
         if label.len() > ShareSpec::MAX_LABEL || label.contains('\0') {
             return Err(ComposeError::Label(label.to_owned()));
         }
-        let tree = Tree::walk(root, source, filter)?;
+        let tree = Tree::walk(root, source, filter, cancel)?;
         let plan = Plan::new(&tree)?;
         let no_memory = |problem| ComposeError::Memory {
             path: source.to_owned(),
@@ -191,12 +193,13 @@ pub(crate) fn common_image(
     source: &Path,
     label: &str,
     filter: &Filter,
+    cancel: &Cancel,
 ) -> Result<Arc<Image>, ComposeError> {
     let metadata = root.metadata().map_err(|error| ComposeError::file(source, error))?;
     let changed = filter.names().is_none().then(|| (metadata.mtime(), metadata.mtime_nsec()));
     let place = (metadata.dev(), metadata.ino());
     let key = (place.0, place.1, source.to_owned(), label.to_owned(), filter.clone(), changed);
-    IMAGES.get(key, || Image::compose(root, source, label, filter))
+    IMAGES.get(key, || Image::compose(root, source, label, filter, cancel))
 }
 
 impl ComposeError {

@@ -25,8 +25,9 @@ const MAX_LARGE: usize = 8192;
 /// drivers/nvdimm/pfn_devs.c at 4 KiB, `nd_btt_version` in drivers/nvdimm/btt_devs.c at 0 or 4 KiB): no file's bytes are
 /// there.
 const FIRST_DATA: u64 = 16 << 10;
-/// Blocks are counted by 32 bits.
-pub(super) const MAX_END: u64 = (u32::MAX as u64) * BLOCK;
+/// KVM takes less than 2^31 pages at one place (`KVM_MEM_MAX_NR_PAGES` in include/linux/kvm_host.h), and an image has
+/// whole huge pages. EROFS counts blocks by 32 bits.
+pub(super) const MAX_END: u64 = (8 << 40) - HUGE_PAGE as u64;
 
 /// Places of an image.
 pub(super) struct Plan {

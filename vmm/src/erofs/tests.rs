@@ -19,7 +19,7 @@ use super::*;
 use reader::{BLOCK, Reader};
 
 fn compose_with(source: &Path, label: &str, filter: &Filter) -> Result<Image, ComposeError> {
-    Image::compose(&File::open(source).unwrap(), source, label, filter)
+    Image::compose(&File::open(source).unwrap(), source, label, filter, &Cancel::default())
 }
 
 fn compose(source: &Path) -> Image {

@@ -17,17 +17,25 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
 use nix::libc::stat as Stat;
 use nix::sys::stat::{Mode, fstat, fstatat};
+use nix::unistd::{getegid, geteuid};
 
 use super::ComposeError;
 use super::format::device_number;
+use crate::Cancel;
 use crate::virtio::fs::Filter;
 
 /// The directory itself.
 pub(super) const ROOT: u32 = 0;
 /// Most files: each takes some 100 bytes while an image is composed.
 pub(super) const MAX_NODES: usize = 1 << 24;
+/// `EROFS_NAME_LEN`: a directory with a longer name cannot be read. Linux's other file systems may have such.
+const MAX_NAME: usize = 255;
 /// How long a path may be for one look-up; Linux takes 4,095 bytes (`PATH_MAX`).
 const MAX_PATH: usize = 3840;
+
+/// `S_ISUID` and `S_ISGID`.
+const SET_UID: u16 = 0o4000;
+const SET_GID: u16 = 0o2000;
 
 /// A file, under the first of its names.
 pub(super) struct Node {
@@ -80,6 +88,7 @@ pub(super) struct Entry {
 
 /// All of it. A directory comes before what it holds, and what it holds is all together.
 pub(super) struct Tree {
+    cancel: Cancel,
     root: File,
     source: PathBuf,
     pub(super) nodes: Vec<Node>,
@@ -90,7 +99,12 @@ pub(super) struct Tree {
 
 impl Tree {
     /// Looks at what `filter` shows below `root`, which is called `source`.
-    pub(super) fn walk(root: &File, source: &Path, filter: &Filter) -> Result<Self, ComposeError> {
+    pub(super) fn walk(
+        root: &File,
+        source: &Path,
+        filter: &Filter,
+        cancel: &Cancel,
+    ) -> Result<Self, ComposeError> {
         let unreadable = |error| ComposeError::file(source, error);
         let top = Node {
             parent: ROOT,
@@ -100,6 +114,7 @@ impl Tree {
             kind: Kind::Directory(0..0),
         };
         let mut tree = Self {
+            cancel: cancel.clone(),
             root: root.try_clone().map_err(unreadable)?,
             source: source.to_owned(),
             nodes: vec![top],
@@ -133,6 +148,9 @@ impl Tree {
             None => {
                 for entry in dir.iter() {
                     let entry = entry.map_err(|error| self.failed(node, error))?;
+                    self.wanted()?;
+                    // A directory may have no end, and other names of a file are no nodes.
+                    self.number(self.entries.len() + found.len())?;
                     if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
                         found.push(self.add_name(entry.file_name()));
                     }
@@ -166,11 +184,15 @@ impl Tree {
         name: Range<usize>,
         linked: &mut HashMap<(u64, u64), u32>,
     ) -> Result<Option<u32>, ComposeError> {
+        self.wanted()?;
         let c_name = self.c_name(&name);
         let failed = |error: Errno| {
             let path = self.path(parent).join(OsStr::from_bytes(c_name.to_bytes()));
             ComposeError::file(path, error.into())
         };
+        if c_name.count_bytes() > MAX_NAME {
+            return Err(failed(Errno::ENAMETOOLONG));
+        }
         let stat = match fstatat(dir, c_name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Err(Errno::ENOENT) => return Ok(None),
             found => found.map_err(failed)?,
@@ -270,6 +292,11 @@ impl Tree {
         ComposeError::TooLarge(self.path(node))
     }
 
+    /// Whether the image is still wanted.
+    pub(super) fn wanted(&self) -> Result<(), ComposeError> {
+        self.cancel.check().map_err(|error| ComposeError::file(&self.source, error))
+    }
+
     fn number(&self, index: usize) -> Result<u32, ComposeError> {
         let number = u32::try_from(index).ok().filter(|_| index < MAX_NODES);
         number.ok_or_else(|| ComposeError::TooMany(self.source.clone()))
@@ -307,7 +334,15 @@ pub(super) fn open_file(directory: &OwnedFd, name: &CStr) -> nix::Result<File> {
     Ok(openat(directory, name, flags, Mode::empty())?.into())
 }
 
-/// Kind and permissions.
+/// Kind and permissions. All files are root's: a program of another user's does not become one that runs as root.
 fn mode(stat: &Stat) -> u16 {
-    u16::try_from(stat.st_mode & 0xffff).unwrap_or_default()
+    let mut mode = u16::try_from(stat.st_mode & 0xffff).unwrap_or_default();
+    if ![0, geteuid().as_raw()].contains(&stat.st_uid) {
+        mode &= !SET_UID;
+    }
+    let directory = stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
+    if !directory && ![0, getegid().as_raw()].contains(&stat.st_gid) {
+        mode &= !SET_GID;
+    }
+    mode
 }

@@ -15,6 +15,7 @@ use super::config_space::{config_space, read_config_space};
 use super::queue::{Chain, Position, Served, VirtQueue};
 use super::{Activation, ActiveDevice, DeviceConfig, DeviceError, RestoreError};
 use super::{SavedState, VirtioDevice, fs};
+use crate::Cancel;
 use crate::erofs;
 use crate::memory::MemoryMap;
 use crate::memory::window::{Window, Windows};
@@ -56,7 +57,7 @@ pub struct Pmem<Queues = ()> {
 
 /// Makes the device for a share that is an image.
 pub(super) fn build(share: &ShareSpec, host: &mut Host<'_>) -> Result<Built, BuildError> {
-    let device = Pmem::new(share, &mut host.windows)?;
+    let device = Pmem::new(share, &mut host.windows, host.cancel)?;
     let window = Arc::clone(&device.window);
     Ok((Box::new(device), Handle::Window(window)))
 }
@@ -65,14 +66,18 @@ impl Pmem {
     /// Makes an image of a share's directory, or finds that of another machine, and a place for it in the guest.
     ///
     /// # Errors
-    /// The directory cannot be read, or there is no room for it.
-    pub fn new(share: &ShareSpec, windows: &mut Windows) -> Result<Self, BuildError> {
+    /// The directory cannot be read, there is no room for it, or it is cancelled.
+    pub fn new(
+        share: &ShareSpec,
+        windows: &mut Windows,
+        cancel: &Cancel,
+    ) -> Result<Self, BuildError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::Image {
             tag: share.tag.to_string(),
             source,
         };
         let (root, filter) = fs::open_store(share)?;
-        let image = erofs::common_image(&root, &share.source, &share.tag, &filter)
+        let image = erofs::common_image(&root, &share.source, &share.tag, &filter, cancel)
             .map_err(|error| failed(error.into()))?;
         let window = windows.place(image).map_err(|error| failed(error.into()))?;
         Ok(Self { tag: share.tag.to_string(), window, queues: () })

@@ -48,11 +48,12 @@ pub(super) struct Counts {
 impl Counts {
     pub(super) fn of(spec: &MachineSpec) -> Counts {
         let backing = spec.disks.iter().filter(|disk| !disk.backing.is_empty()).count();
+        let images = count(spec.shares.iter().filter(|share| share.image).count());
         Counts {
             cores: spec.cores.into(),
-            shares: count(spec.shares.len()),
+            shares: count(spec.shares.len()) - images,
             // A console, an entropy source, a balloon, a vsock, a screen, a keyboard, a tablet.
-            devices: count(spec.nets.len()) + count(spec.disks.len()) + 7,
+            devices: images + count(spec.nets.len()) + count(spec.disks.len()) + 7,
             backing: count(backing),
             vsock: spec.vsock.is_some(),
         }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use bolero::check;
 use firn_net_switch::{Header, NetPort, OwnedFrame, Switch};
+use firn_vmm::Cancel;
 use firn_vmm::memory::window::Windows;
 use firn_vmm::spec::{
     CachePolicy, ConsolePortSpec, DiskFormat, DiskMib, DiskSpec, Mac, NetSpec, ScreenSpec,
@@ -286,7 +287,8 @@ fn pmem() {
     fs::write(dir.path().join("file"), "text").expect("there is room");
     let spec = ShareSpec::new("fuzz".try_into().expect("a tag"), dir.path().to_owned());
     let make = || {
-        let pmem = Pmem::new(&spec, &mut Windows::new(1 << 30, 40)).expect("an image");
+        let pmem =
+            Pmem::new(&spec, &mut Windows::new(1 << 30, 40), &Cancel::default()).expect("an image");
         (Box::new(pmem) as Box<dyn VirtioDevice>, ())
     };
     let request = |_: u16, bytes: &[u8]| {

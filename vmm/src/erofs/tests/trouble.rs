@@ -16,7 +16,7 @@ fn said<T>(result: Result<T, ComposeError>) -> String {
 /// What is said if `change` happens after the first look at `source`.
 fn meanwhile(source: &Path, change: impl FnOnce()) -> String {
     let root = File::open(source).unwrap();
-    let tree = Tree::walk(&root, source, &Filter::default()).unwrap();
+    let tree = Tree::walk(&root, source, &Filter::default(), &Cancel::default()).unwrap();
     change();
     let plan = Plan::new(&tree).unwrap();
     let mut image = Mapping::new(index(plan.end), index(plan.written)).unwrap();
@@ -84,10 +84,10 @@ fn what_cannot_be_an_image() {
         let file = File::create(source.path().join(name)).unwrap();
         file.set_len(7 << 40).unwrap();
     }
-    let path = source.path().join("3");
+    let path = source.path().join("2");
     assert_eq!(
         said(compose_with(source.path(), "store", &Filter::default())),
-        format!("cannot make an image with {}: it would have more than 16 TiB", path.display())
+        format!("cannot make an image with {}: it would have more than 8 TiB", path.display())
     );
 }
 
@@ -166,7 +166,8 @@ fn machines_have_images_in_common() {
     let list = NamedTempFile::new().unwrap();
     fs::write(list.path(), "file\n").unwrap();
     let filter = Filter::read(list.path(), path).unwrap();
-    let image = |label, filter| common_image(&root, path, label, filter).unwrap();
+    let image =
+        |label, filter| common_image(&root, path, label, filter, &Cancel::default()).unwrap();
     let everything = Filter::default();
     let all = image("store", &everything);
     assert!(Arc::ptr_eq(&all, &image("store", &everything)));
@@ -206,4 +207,44 @@ fn nobody_writes_to_an_image_nor_inherits_it() {
         }
     }
     assert_eq!(covered, end - start);
+}
+
+#[test]
+fn a_start_that_is_cancelled_composes_no_further() {
+    let source = tempdir().unwrap();
+    fs::write(source.path().join("file"), "text").unwrap();
+    let (root, cancel) = (File::open(source.path()).unwrap(), Cancel::default());
+    let compose = || Image::compose(&root, source.path(), "store", &Filter::default(), &cancel);
+    assert!(compose().is_ok());
+    cancel.cancel();
+    assert!(said(compose()).ends_with("the start was cancelled"));
+}
+
+#[test]
+fn what_cannot_be_mapped_leaves_a_hole_that_nothing_is_mapped_behind() {
+    let (dir, file) = (File::open("/proc/self").unwrap(), tempfile::tempfile().unwrap());
+    let mut mapping = Mapping::new(4 << 20, 0).unwrap();
+    assert_eq!(mapping.map(0, 1, &dir).unwrap_err().raw_os_error(), Some(libc::ENODEV));
+    assert_eq!(mapping.map(8192, 1, &file).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+}
+
+#[test]
+fn only_roots_and_ones_own_programs_change_who_runs_them() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let source = tempdir().unwrap();
+    for (name, owner) in [("own", 0), ("other", 1001)] {
+        let file = source.path().join(name);
+        fs::write(&file, "").unwrap();
+        std::os::unix::fs::chown(&file, Some(owner), Some(owner)).unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o6755)).unwrap();
+    }
+    let content = bytes(&compose(source.path()));
+    let reader = Reader(&content);
+    let mode = |name: &[u8]| {
+        let node = reader.lookup(reader.root(), name).unwrap();
+        reader.inode(node).mode & 0o7777
+    };
+    assert_eq!([mode(b"own"), mode(b"other")], [0o6755, 0o755]);
 }

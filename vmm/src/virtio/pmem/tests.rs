@@ -11,7 +11,7 @@ use crate::virtio::testing::{DriverQueue, Guest, HOSTILE_MEMORY, NEXT, Part, WRI
 
 fn image(dir: &Path) -> Arc<Image> {
     let root = File::open(dir).unwrap();
-    let image = Image::compose(&root, dir, "store", &fs::Filter::default());
+    let image = Image::compose(&root, dir, "store", &fs::Filter::default(), &Cancel::default());
     Arc::new(image.unwrap_or_else(|error| panic!("{error}")))
 }
 
