@@ -337,11 +337,12 @@ pub(super) fn open_file(directory: &OwnedFd, name: &CStr) -> nix::Result<File> {
 /// Kind and permissions. All files are root's: a program of another user's does not become one that runs as root.
 fn mode(stat: &Stat) -> u16 {
     let mut mode = u16::try_from(stat.st_mode & 0xffff).unwrap_or_default();
-    if ![0, geteuid().as_raw()].contains(&stat.st_uid) {
+    // Few files have these, and only for them this process is asked who it is.
+    if mode & SET_UID != 0 && ![0, geteuid().as_raw()].contains(&stat.st_uid) {
         mode &= !SET_UID;
     }
     let directory = stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
-    if !directory && ![0, getegid().as_raw()].contains(&stat.st_gid) {
+    if mode & SET_GID != 0 && !directory && ![0, getegid().as_raw()].contains(&stat.st_gid) {
         mode &= !SET_GID;
     }
     mode

@@ -19,7 +19,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::queue::{Position, VirtQueue};
-use super::{Activation, Interrupt};
+use super::{Activation, DeviceError, Interrupt, VirtioDevice};
 use crate::memory::{Memory, MemoryMap};
 
 #[path = "../../../tests/src/ring.rs"]
@@ -363,4 +363,14 @@ pub fn hostile_ring() -> impl Strategy<Value = HostileRing> {
             heads,
             available,
         })
+}
+
+/// Gives back a device of one queue, which has to refuse to be without that.
+pub fn refused_without_queue(device: Box<dyn VirtioDevice>) -> Box<dyn VirtioDevice> {
+    let guest = Guest::new();
+    let (_, mut activation) = guest.activation(&[1], 0);
+    activation.queues[0] = None;
+    let (device, error) = device.activate(activation).err().unwrap();
+    assert!(matches!(error, DeviceError::Queue { index: 0, .. }));
+    device
 }

@@ -7,7 +7,9 @@ use tempfile::TempDir;
 use super::*;
 use crate::erofs::Image;
 use crate::memory::window::Windows;
-use crate::virtio::testing::{DriverQueue, Guest, HOSTILE_MEMORY, NEXT, Part, WRITE, hostile_ring};
+use crate::virtio::testing::{
+    DriverQueue, Guest, HOSTILE_MEMORY, NEXT, Part, WRITE, hostile_ring, refused_without_queue,
+};
 
 fn image(dir: &Path) -> Arc<Image> {
     let root = File::open(dir).unwrap();
@@ -85,11 +87,7 @@ fn buffers_in_the_image_are_outside_of_memory() {
 
 #[test]
 fn it_needs_its_queue() {
-    let guest = Guest::new();
-    let (_, mut activation) = guest.activation(&[QUEUE_SIZE], 0);
-    activation.queues[0] = None;
-    let (device, error) = pmem("x").1.activate(activation).err().unwrap();
-    assert!(matches!(error, DeviceError::Queue { index: 0, .. }));
+    let device = refused_without_queue(pmem("x").1);
     assert_eq!(device.identity(), "store");
 }
 

@@ -1,7 +1,9 @@
 use proptest::proptest;
 
 use super::*;
-use crate::virtio::testing::{DriverQueue, Guest, HOSTILE_MEMORY, Part, hostile_ring};
+use crate::virtio::testing::{
+    DriverQueue, Guest, HOSTILE_MEMORY, Part, hostile_ring, refused_without_queue,
+};
 
 fn active(guest: &Guest) -> (DriverQueue, Box<dyn ActiveDevice>) {
     let (mut drivers, activation) = guest.activation(&[QUEUE_SIZE], 0);
@@ -43,11 +45,7 @@ fn a_chain_without_room_comes_back_empty() {
 
 #[test]
 fn it_needs_its_queue() {
-    let guest = Guest::new();
-    let (_, mut activation) = guest.activation(&[QUEUE_SIZE], 0);
-    activation.queues[0] = None;
-    let (device, error) = Box::new(Rng::new()).activate(activation).err().unwrap();
-    assert!(matches!(error, DeviceError::Queue { index: 0, .. }));
+    let device = refused_without_queue(Box::new(Rng::new()));
     assert_eq!(device.device_type(), 4);
 }
 
