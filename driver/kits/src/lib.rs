@@ -60,10 +60,13 @@ const MANIFEST_FORMAT: u32 = 1;
 /// controller's ports; with `init_on_alloc=0`, memory that the kernel hands to itself is not cleared: a guest has no
 /// secrets. `initcall_blacklist` leaves out two searches of all symbols, 0.118 giga-instructions, that make names in
 /// `/sys/kernel/tracing` prettier: of functions that others replaced, and of constants.
-/// It leaves out the self-test of a source of entropy, too, 0.124 with Debian's newer kernel: a guest has virtio-rng.
+/// It leaves out the self-test of a source of entropy, too, 0.124 with Debian's newer kernel: a guest has virtio-rng;
+/// and Debian's certificates for signed modules, 0.05: those of kits have no signatures. With `rodata=off`, the kernel
+/// neither protects its code and constants from itself nor searches all page tables for what is unprotected, 0.11.
 const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
-                             i8042.noaux i8042.nomux i8042.dumbkbd init_on_alloc=0 \
-                             initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,jent_mod_init";
+                             i8042.noaux i8042.nomux i8042.dumbkbd init_on_alloc=0 rodata=off \
+                             initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,jent_mod_init,\
+                             load_system_certificate_list";
 
 /// Like [`MICRO_CMDLINE`], for kits with a store; the console is appended.
 ///
@@ -72,13 +75,14 @@ const MICRO_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests noka
 /// modules do not wait for the next tick.
 const SYSTEMD_PARAMS: &str = "panic=1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check i8042.noaux \
                               i8042.nomux i8042.dumbkbd net.ifnames=0 lsm=landlock,yama audit=0 mitigations=off \
-                              rcupdate.rcu_expedited=1 8250.nr_uarts=1 init_on_alloc=0 \
-                              initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,jent_mod_init";
+                              rcupdate.rcu_expedited=1 8250.nr_uarts=1 init_on_alloc=0 rodata=off \
+                              initcall_blacklist=ftrace_check_for_weak_functions,trace_eval_init,jent_mod_init,\
+                              load_system_certificate_list";
 
 /// Like [`MICRO_CMDLINE`], for QEMU's software emulation. The carrier needs no isolation, and mitigations are slow to
 /// emulate.
 const CARRIER_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests nokaslr tsc=reliable no_timer_check \
-                               i8042.noaux i8042.nomux i8042.nopnp mitigations=off";
+                               i8042.noaux i8042.nomux i8042.nopnp mitigations=off rodata=off";
 
 /// Functions shared by the boot scripts.
 const LIBRARY: &str = include_str!("scripts/lib.sh");
