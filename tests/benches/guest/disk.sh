@@ -1,0 +1,2 @@
+load virtio_blk
+work bench-guest disk /dev/vda "$mib" && over

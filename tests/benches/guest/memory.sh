@@ -1,0 +1,1 @@
+work bench-guest memory "$mib" && over
