@@ -9,6 +9,10 @@ use clap::ValueEnum;
 use super::guest::OFF;
 use super::{BenchError, Guest};
 
+/// That KVM gives and takes a vCPU's extended control registers (linux/kvm.h): not where the processor has none, as the
+/// carrier's.
+const KVM_CAP_XCRS: u32 = 56;
+
 /// How to boot a subject and to watch it.
 #[derive(Clone, Debug)]
 pub struct Boot {
@@ -155,7 +159,7 @@ impl OtherMonitor {
                         "is_root_device": false, "is_read_only": false,
                     })
                 };
-                let text = serde_json::json!({
+                let mut text = serde_json::json!({
                     "boot-source": {
                         "kernel_image_path": guest.vmlinux,
                         "initrd_path": guest.initrd,
@@ -164,8 +168,15 @@ impl OtherMonitor {
                     "drives": devices.disk.iter().map(drive).collect::<Vec<_>>(),
                     "machine-config": { "vcpu_count": guest.cores, "mem_size_mib": guest.memory_mib },
                 });
+                // It would not start where KVM cannot save what it does not save either.
+                let cpu = config.with_extension("cpu.json");
+                let template =
+                    serde_json::json!({ "kvm_capabilities": [format!("!{KVM_CAP_XCRS}")] });
+                text["cpu-config"] = serde_json::json!(cpu);
                 let file = config.with_extension("json");
-                fs::write(&file, text.to_string()).map_err(BenchError::file("write", &file))?;
+                for (file, text) in [(&cpu, template), (&file, text)] {
+                    fs::write(file, text.to_string()).map_err(BenchError::file("write", file))?;
+                }
                 words.extend(["--no-api", "--config-file"].map(Into::into));
                 words.push(file.into());
             }

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # What the script of each small guest begins with. The kernel passes `name=value` from its command line on as variables.
 export PATH=/bin
-busybox --install -s /bin
+/bin/busybox --install -s /bin
 mkdir -p /dev /proc /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t proc proc /proc
@@ -21,10 +21,11 @@ load() { insmod "/lib/modules/$1.ko"; }
 # work PROGRAM ARGUMENT...: runs a program of the host.
 work() { /lib64/ld-linux-x86-64.so.2 --library-path /lib64 /bin/"$@"; }
 over() {
-  echo over
+  echo "${1:-over}"
   [ -z "$off" ] || poweroff -f
   reboot -f
 }
+fail() { over failed; }
 # Does one thing, between two lines on the console. What is cold has been dropped from the guest's caches, but not from
 # the host's.
 cold() {

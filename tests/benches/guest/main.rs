@@ -121,8 +121,15 @@ trait Subject {
     }
 }
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
     let args = Args::parse();
+    run(&args).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(args: &Args) -> Result<ExitCode> {
     if let (Some(way), Some(dir), [name]) = (&args.once, &args.dir, &*args.subjects) {
         let sample = name.subject().round(way, dir)?;
         if sample.is_empty() {
@@ -138,7 +145,7 @@ fn main() -> Result<ExitCode> {
     let mut good = true;
     for name in names {
         // What one cannot be measured for says so itself, and is no reason to give up the others.
-        match measure(*name, &args) {
+        match measure(*name, args) {
             Ok(all_well) => good &= all_well,
             Err(error) => {
                 eprintln!("{}: {error:#}", file_name(*name));

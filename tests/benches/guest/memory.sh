@@ -1,1 +1,2 @@
-work bench-guest memory "$mib" && over
+work bench-guest memory "$mib" || fail
+over

@@ -176,9 +176,10 @@ impl Running {
         };
         let line = line.trim();
         eprintln!("{line}");
-        match line.strip_prefix(ENDED) {
-            Some(how) => bail!("the machine has ended: {how}"),
-            None => Ok((at, line.to_owned())),
+        match line {
+            "failed" => bail!("the guest has failed"),
+            _ if line.starts_with(ENDED) => bail!("{line}"),
+            _ => Ok((at, line.to_owned())),
         }
     }
 

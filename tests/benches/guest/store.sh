@@ -2,9 +2,9 @@ mkdir /s
 if [ -e /etc/firn/image-drivers ]; then
   while read -r module; do insmod "$module"; done </etc/firn/image-drivers
   cat /sys/bus/virtio/devices/*/ndbus*/wait_probe
-  mount -t erofs -o ro,dax=always /dev/pmem0 /s || over
+  mount -t erofs -o ro,dax=always /dev/pmem0 /s || fail
 else
-  mount -t virtiofs -o ro store /s || over
+  mount -t virtiofs -o ro store /s || fail
 fi
 names() { find /s; }
 attributes() { ls -lR /s; }

@@ -18,7 +18,7 @@ use nix::fcntl::OFlag;
 const PAGE: usize = 4096;
 const PAGES_IN_MIB: usize = (1 << 20) / PAGE;
 /// How many pages are read, and how many written.
-const AT_RANDOM: usize = 2000;
+const AT_RANDOM: usize = 1000;
 
 /// What is read and written past a cache has to begin where a page does.
 #[derive(Clone)]
