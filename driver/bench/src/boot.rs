@@ -50,6 +50,15 @@ pub(super) const TOTAL: &str = "total";
 /// The process's resident memory without the guest's.
 pub(super) const MEMORY: &str = "memory";
 
+/// What is measured, of machines one by one or also of several at once: it names files.
+#[must_use]
+pub fn subject(several: bool) -> &'static str {
+    match several {
+        true => "machines",
+        false => "boot",
+    }
+}
+
 /// The report of boots; if several machines were booted at once, it is one of that.
 #[must_use]
 pub fn report(unit: Unit, runs: usize, measured: &[Measured]) -> Report {
@@ -58,10 +67,7 @@ pub fn report(unit: Unit, runs: usize, measured: &[Measured]) -> Report {
     let work = [USER, SYSTEM].map(|name| Column::new(name, unit));
     let total = Column { parts, ..Column::new(TOTAL, unit) };
     let columns = stages.into_iter().chain(work).chain([total, Column::new(MEMORY, Unit::Kib)]);
-    let subject = match measured.iter().any(|of| of.machines > 1) {
-        true => "machines",
-        false => "boot",
-    };
+    let subject = subject(measured.iter().any(|of| of.machines > 1));
     let heading = (subject, "A boot from exec to exit");
     Report::new(heading, Summary::Median, columns.collect(), runs, measured)
 }

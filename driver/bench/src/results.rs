@@ -7,6 +7,20 @@ use super::BenchError;
 use super::report::Report;
 
 impl Report {
+    /// Reads the report of a subject that is to be compared with: a file, or the one of its name in a directory, if it has
+    /// one.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is none.
+    pub fn earlier(at: &Path, subject: &str) -> Result<Option<Self>, BenchError> {
+        let within = at.join(format!("{subject}.json"));
+        match at.is_dir() {
+            true if !within.exists() => Ok(None),
+            true => Self::read(&within).map(Some),
+            false => Self::read(at).map(Some),
+        }
+    }
+
     /// Reads what [`Self::write`] wrote: SUBJECT.json.
     ///
     /// # Errors

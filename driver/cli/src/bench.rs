@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Subcommand, ValueEnum};
@@ -86,7 +87,7 @@ struct Boot {
     /// created if it is missing
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Say what has changed since this boot.json or machines.json was written
+    /// Say what has changed since this boot.json or machines.json was written, or the one in this directory
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
     /// Count instructions in a carrier even where KVM works
@@ -95,6 +96,22 @@ struct Boot {
     /// Set when already in a carrier that counts instructions
     #[arg(long, hide = true)]
     counted: bool,
+}
+
+impl Boot {
+    /// What it measures, which names files.
+    fn subject(&self) -> &'static str {
+        boot::subject(!self.machines.is_empty())
+    }
+
+    /// When a boot hangs: machines at once have one processor in a carrier.
+    fn limit(&self) -> Duration {
+        let most = self.machines.iter().copied().max().unwrap_or(1);
+        match self.counted {
+            true => firn_bench::LIMIT_COUNTED,
+            false => firn_bench::LIMIT * u32::from(most.div_ceil(4)),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -129,7 +146,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 fn boot(args: &Boot) -> Result<ExitCode> {
-    let earlier = args.against.as_deref().map(Report::read).transpose()?;
+    let earlier = args.against.as_deref().map(|at| Report::earlier(at, args.subject()));
+    let earlier = earlier.transpose()?.flatten();
     let accel = if args.exact { Accel::Carrier } else { Accel::Auto };
     if args.counted || accel.runs_here()? {
         return here(args, earlier.as_ref());
@@ -238,8 +256,7 @@ fn here(args: &Boot, earlier: Option<&Report>) -> Result<ExitCode> {
         false => args.files.iter().try_for_each(|file| plan.add_file(file))?,
     }
     plan.add_monitors(&args.compare)?;
-    let limit = if args.counted { firn_bench::LIMIT_COUNTED } else { firn_bench::LIMIT };
-    let measured = firn_bench::measure(&plan.subjects, args.runs.into(), limit, |what| {
+    let measured = firn_bench::measure(&plan.subjects, args.runs.into(), args.limit(), |what| {
         if io::stderr().is_terminal() {
             eprint!("\r\x1b[K{what}");
         } else {

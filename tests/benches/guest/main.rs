@@ -160,7 +160,8 @@ fn run(args: &Args) -> Result<ExitCode> {
 fn measure(name: Name, args: &Args) -> Result<bool> {
     let subject = name.subject();
     let label = file_name(name);
-    let earlier = args.against.as_deref().map(|file| read(file, &label)).transpose()?.flatten();
+    let earlier = args.against.as_deref().map(|at| Report::earlier(at, &label));
+    let earlier = earlier.transpose()?.flatten();
     let dir = tempfile::tempdir_in("/dev/shm").context("cannot make a temporary directory")?;
     let mut ways = subject.ways();
     ways.retain(|way| args.only.is_empty() || args.only.iter().any(|text| way.name.contains(text)));
@@ -204,16 +205,6 @@ fn measure(name: Name, args: &Args) -> Result<bool> {
         good &= !compared.is_worse();
     }
     Ok(good)
-}
-
-/// The earlier report; none if a directory has none of the subject.
-fn read(file: &Path, label: &str) -> Result<Option<Report>> {
-    let within = file.join(format!("{label}.json"));
-    match file.is_dir() {
-        true if !within.exists() => Ok(None),
-        true => Ok(Some(Report::read(&within)?)),
-        false => Ok(Some(Report::read(file)?)),
-    }
 }
 
 fn file_name(name: Name) -> String {

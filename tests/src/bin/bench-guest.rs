@@ -21,7 +21,6 @@ const PAGES_IN_MIB: usize = (1 << 20) / PAGE;
 const AT_RANDOM: usize = 1000;
 
 /// What is read and written past a cache has to begin where a page does.
-#[derive(Clone)]
 #[repr(align(4096))]
 struct Mib([u8; 1 << 20]);
 
@@ -52,8 +51,8 @@ fn step<T>(name: &str, work: impl FnOnce() -> T) -> T {
 fn disk(device: &str, mib: usize) -> io::Result<()> {
     let direct = OFlag::O_DIRECT.bits();
     let disk = OpenOptions::new().read(true).write(true).custom_flags(direct).open(device)?;
-    let mut buffer = vec![Mib([0; 1 << 20])];
-    let whole = &mut buffer[0].0;
+    let mut buffer = Mib([0; 1 << 20]);
+    let whole = &mut buffer.0;
     let all = |one: &mut dyn FnMut(u64) -> io::Result<()>| {
         (0..mib as u64).map(|at| at << 20).try_for_each(one)
     };

@@ -1,13 +1,13 @@
 //! Machines under QEMU beside firn's own.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use firn::Machine;
 use firn::config::TestConfig;
 use firn_tests::{
-    PATIENCE, config, connect_to_vsock, firn, micro, noise, only, output, start_script, systemd,
+    PATIENCE, config, connect_to_vsock, firn, micro, noise, only, output, start_script,
     with_config, with_machines,
 };
 use serde_json::json;
