@@ -166,7 +166,8 @@ impl Report {
         for measured in measured.iter().filter(|of| of.failure.is_none()) {
             let mut row = Row::new(of, &columns, measured);
             let total = |row: &Row| Some(row.figures.get(&whole(&columns)?.name)?.value);
-            let one = rows.iter().rfind(|row| row.machines == 1).filter(|_| row.machines > 1);
+            let is_one = |one: &&Row| one.machines == 1 && row.name.starts_with(&one.name);
+            let one = rows.iter().rfind(is_one).filter(|_| row.machines > 1);
             row.times_one =
                 one.and_then(|one| Some(total(&row)?.saturating_mul(1000) / total(one)?.max(1)));
             rows.push(row);
