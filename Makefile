@@ -70,8 +70,8 @@ bench: kit
 	@failed=0; \
 	set -x; \
 	$(FIRN) bench boot --runs 3 $(OTHERS) $(RESULTS) || failed=1; \
-	$(FIRN) bench boot --runs 2 --machines 2,4,8,16 $(OTHERS) $(RESULTS) || failed=1; \
-	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench guest -- $(RESULTS) || failed=1; \
+	$(FIRN) bench boot --runs 2 --machines 2,4,8,16 --compare qemu-microvm $(RESULTS) || failed=1; \
+	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench guest -- --rounds 2 $(RESULTS) || failed=1; \
 	$(call RUN_IN,--exact) cargo bench -p firn-tests --bench checkpoint || failed=1; \
 	exit $$failed
 

@@ -33,6 +33,9 @@ struct Args {
     /// How many rounds
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u16).range(1..=1000))]
     rounds: u16,
+    /// A round that takes more seconds hangs; by default what suits the subject
+    #[arg(long, value_name = "SECONDS")]
+    limit: Option<u32>,
     /// Only ways whose names contain this; may be repeated
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -189,8 +192,9 @@ fn measure(name: Name, args: &Args) -> Result<bool> {
         })
         .collect();
     let rounds = args.rounds.into();
+    let limit = args.limit.map_or(subject.limit(), |seconds| Duration::from_secs(seconds.into()));
     let progress = |what: &str| eprintln!("{label}: {what}");
-    let measured = firn_bench::measure(&subjects, rounds, subject.limit(), progress);
+    let measured = firn_bench::measure(&subjects, rounds, limit, progress);
     let title = subject.title();
     let report = Report::new((&label, &title), Summary::Best, Vec::new(), rounds, &measured);
     println!("{}", report.table());

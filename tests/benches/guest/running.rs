@@ -20,8 +20,8 @@ use firn_vmm::vm::{Event, HostSide, Vm};
 
 use super::write;
 
-/// A guest that says nothing for so long hangs.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// A guest that says nothing for so long hangs. Each of 16 that boot at once on one processor takes minutes.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// What a machine of firn's says in the place of a guest that has ended.
 const ENDED: &str = "the machine has ended: ";
 /// The driver of a disk, and those of the bus that some monitors have.
