@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -144,10 +144,7 @@ impl Running {
         let (sender, lines) = channel();
         std::thread::spawn(move || {
             let mut lines = BufReader::new(output).split(b'\n').map_while(Result::ok);
-            let sent = |line: Vec<u8>| {
-                sender.send((Instant::now(), String::from_utf8_lossy(&line).into_owned())).is_ok()
-            };
-            lines.all(sent)
+            lines.all(|line| pass_on(&line, &sender).is_ok())
         });
         Ok(Self { lines, machine: Machine::Other(child, input) })
     }
@@ -165,7 +162,7 @@ impl Running {
         Ok(())
     }
 
-    /// The guest's next line, which the report shows if all goes wrong.
+    /// The guest's next line.
     fn next(&self) -> Result<(Instant, String)> {
         let (at, line) = match self.lines.recv_timeout(PATIENCE) {
             Ok(line) => line,
@@ -174,12 +171,10 @@ impl Running {
                 bail!("the guest hangs: it has said nothing for {} seconds", PATIENCE.as_secs())
             }
         };
-        let line = line.trim();
-        eprintln!("{line}");
-        match line {
+        match &*line {
             "failed" => bail!("the guest has failed"),
             _ if line.starts_with(ENDED) => bail!("{line}"),
-            _ => Ok((at, line.to_owned())),
+            _ => Ok((at, line)),
         }
     }
 
@@ -231,6 +226,17 @@ impl Connect for Plug {
     }
 }
 
+/// Passes a line on. If all goes wrong, the report shows the last ones.
+fn pass_on(
+    line: &[u8],
+    sender: &Sender<(Instant, String)>,
+) -> Result<(), SendError<(Instant, String)>> {
+    let at = Instant::now();
+    let line = String::from_utf8_lossy(line).trim().to_owned();
+    eprintln!("{line}");
+    sender.send((at, line))
+}
+
 /// Passes a console on by lines.
 struct Lines {
     sender: Sender<(Instant, String)>,
@@ -241,8 +247,7 @@ impl Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for &byte in bytes {
             if byte == b'\n' {
-                let line = String::from_utf8_lossy(&std::mem::take(&mut self.begun)).into_owned();
-                let _ = self.sender.send((Instant::now(), line));
+                let _ = pass_on(&std::mem::take(&mut self.begun), &self.sender);
             } else {
                 self.begun.push(byte);
             }

@@ -97,8 +97,8 @@ fn all(dir: &Path, start: &mut dyn FnMut(u8, &Guest) -> Result<Running>) -> Resu
     };
     let firsts = (1..).step_by(2).take(MOST);
     let pairs: Vec<Pair> = firsts.map(pair).collect::<Result<_>>()?;
-    for guest in pairs.iter().flatten() {
-        guest.until("ready")?;
+    for (number, guest) in (1..).zip(pairs.iter().flatten()) {
+        guest.until(&format!("{number} is ready"))?;
     }
     Ok(pairs)
 }

@@ -3,13 +3,13 @@ ip link set lo up
 ip link set eth0 up
 ip addr add "10.9.0.$number/24" dev eth0
 if [ -z "$peer" ]; then
-  echo ready
+  echo "$number is ready"
   # `nc` has become `dd`, which ends with the stream.
   while nc -l -p 5000 -e dd of=/dev/null bs=262144 2>/dev/null; do echo received; done
   exit
 fi
 until ping -c 1 -W 1 "$peer" >/dev/null; do :; done
-echo ready
+echo "$number is ready"
 while read -r what; do
   case $what in
   stream) until nc "$peer" 5000 -e dd if=/dev/zero bs=262144 count="$blocks" 2>/dev/null; do usleep 10000; done ;;
