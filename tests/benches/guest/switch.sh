@@ -10,9 +10,9 @@ if [ -z "$peer" ]; then
 fi
 until ping -c 1 -W 1 "$peer" >/dev/null; do :; done
 echo "$number is ready"
-while read -r what; do
+while read -r what count; do
   case $what in
-  stream) until nc "$peer" 5000 -e dd if=/dev/zero bs=262144 count="$blocks" 2>/dev/null; do usleep 10000; done ;;
-  ping) ping -A -q -c "$pings" "$peer" >/dev/null && echo answered ;;
+  stream) until nc "$peer" 5000 -e dd if=/dev/zero bs=262144 count="$count" 2>/dev/null; do usleep 10000; done ;;
+  ping) ping -A -q -c "$count" "$peer" >/dev/null && echo answered ;;
   esac
 done
