@@ -2,7 +2,9 @@
 # make test    every test; guests run in the carrier where KVM cannot be used
 # make conformance  the NixOS test driver's API, case by case, and the table in tests/conformance/README.md
 # make lint    formatting, clippy, mypy, ruff, nixfmt
-# make bench   what a boot costs, in instructions, counted in the carrier; eight at once; how fast the user network and a store are; what checkpoints cost
+# make bench   firn beside what is installed of QEMU, Firecracker, cloud-hypervisor, virtiofsd and vde2: boots, 1 to 16
+#              machines, store, networks, disk, memory, commands; what checkpoints cost. About an hour. Results go to
+#              tests/bench/results; AGAINST=DIR says what has changed since those there
 # make fuzz    a million hostile inputs for each fuzz target; RUNS=N for another number
 # make clean   removes what was built here; kits stay in ~/.cache/firn
 
@@ -60,11 +62,18 @@ conformance: setup-tests kit
 fuzz: setup
 	BOLERO_RANDOM_ITERATIONS=$(RUNS) cargo test --release -p firn-fuzz
 
+# cargo runs it in tests/, where a carrier may write; what fails does not keep the rest from being measured.
+bench: RESULTS := --output $(abspath tests/bench/results) $(if $(AGAINST),--against $(abspath $(AGAINST)))
+bench: OTHERS := --compare qemu-q35,qemu-microvm,firecracker,cloud-hypervisor
 bench: kit
-	$(FIRN) bench boot --runs 3 --compare qemu-q35,qemu-microvm --output tests/bench/results
-	$(FIRN) bench boot --runs 5 --machines 8
-	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench network --bench store
-	$(call RUN_IN,--exact) cargo bench -p firn-tests --bench checkpoint
+	@.ci/setup bench
+	@failed=0; \
+	set -x; \
+	$(FIRN) bench boot --runs 3 $(OTHERS) $(RESULTS) || failed=1; \
+	$(FIRN) bench boot --runs 2 --machines 2,4,8,16 --compare qemu-microvm $(RESULTS) || failed=1; \
+	$(call RUN_IN,--if-needed) cargo bench -p firn-tests --bench guest -- --rounds 2 $(RESULTS) || failed=1; \
+	$(call RUN_IN,--exact) cargo bench -p firn-tests --bench checkpoint || failed=1; \
+	exit $$failed
 
 lint: setup-tests build
 	cargo fmt --all --check

@@ -6,6 +6,7 @@ pub mod input;
 pub mod skip;
 pub mod start_script;
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
@@ -136,18 +137,10 @@ impl Drop for SmallFileSystem {
 /// the test itself has loaded.
 pub async fn install_vsock_peer(machine: &Machine, program: &str) {
     machine.succeed(&["mkdir /tmp/peer"], None).await.expect("it is made");
-    let maps = fs::read_to_string("/proc/self/maps").expect("it is there");
-    let mut libraries: Vec<&str> = maps
-        .lines()
-        .filter_map(|line| line.split_whitespace().nth(5))
-        .filter(|path| path.contains(".so"))
-        .collect();
-    libraries.dedup();
     let mut run = String::new();
-    for library in libraries {
-        let name = Path::new(library).file_name().and_then(OsStr::to_str).expect("a name");
-        let target = Path::new("/tmp/peer").join(name);
-        machine.copy_from_host(Path::new(library), &target).await.expect("it is copied");
+    for (name, library) in host_libraries() {
+        let target = Path::new("/tmp/peer").join(&name);
+        machine.copy_from_host(&library, &target).await.expect("it is copied");
         if name.starts_with("ld-") {
             run = format!(
                 "#!/bin/sh\nexec /tmp/peer/{name} --library-path /tmp/peer /tmp/peer/program \"$@\""
@@ -255,29 +248,67 @@ impl fmt::Display for Held {
     }
 }
 
-/// An initrd with the busybox and the drivers of a kit that runs a script and nothing else. What a guest with images
-/// needs is in another file of the kit.
+/// An initrd with the busybox and the drivers of a kit that runs a script and nothing else. Drivers that the kit does
+/// not load, without their dependencies, and files come along; the latter are programs. What a guest with images needs is
+/// in another file of the kit.
+///
+/// # Panics
+/// If the kit does not have them.
 #[must_use]
-pub fn small_guest(kit: &Kit, script: &str) -> Vec<u8> {
+pub fn small_guest(
+    kit: &Kit,
+    script: &str,
+    drivers: &[&str],
+    files: Vec<(PathBuf, Vec<u8>)>,
+) -> Vec<u8> {
     let content = |name: &str| kit.initrd_file(name).expect("the kit has it");
     let list = content("etc/firn/modules");
     let modules = String::from_utf8(list.clone()).expect("paths");
-    let mut entries = vec![
-        ("bin".to_owned(), 0o040_755, Vec::new()),
-        ("etc".to_owned(), 0o040_755, Vec::new()),
-        ("etc/firn".to_owned(), 0o040_755, Vec::new()),
-        ("lib".to_owned(), 0o040_755, Vec::new()),
-        ("lib/modules".to_owned(), 0o040_755, Vec::new()),
+    let mut contents = vec![
         ("bin/busybox".to_owned(), 0o100_755, content("bin/busybox")),
         ("etc/firn/modules".to_owned(), 0o100_644, list),
         ("init".to_owned(), 0o100_755, script.into()),
     ];
-    for module in modules.lines() {
-        let name = module.trim_start_matches('/');
-        entries.push((name.to_owned(), 0o100_644, content(name)));
+    let drivers = drivers.iter().map(|name| format!("lib/modules/{name}.ko"));
+    for name in modules.lines().map(|name| name.trim_start_matches('/').to_owned()).chain(drivers) {
+        let module = content(&name);
+        contents.push((name, 0o100_644, module));
     }
-    let entries = entries.into_iter().map(|(name, mode, content)| {
+    contents.extend(files.into_iter().map(|(path, content)| {
+        (path.to_str().expect("a plain name").to_owned(), 0o100_755, content)
+    }));
+    let dirs: BTreeSet<&Path> = contents
+        .iter()
+        .flat_map(|(name, ..)| Path::new(name).ancestors().skip(1))
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .collect();
+    // A directory sorts before what is in it.
+    let dirs: Vec<_> =
+        dirs.iter().map(|dir| dir.to_str().expect("a plain name").to_owned()).collect();
+    let dirs = dirs.into_iter().map(|name| (name, 0o040_755, Vec::new()));
+    let entries = dirs.chain(contents).map(|(name, mode, content)| {
         (cpio::NewcBuilder::new(&name).mode(mode), Cursor::new(content))
     });
     cpio::write_cpio(entries, Vec::new()).expect("memory can be written")
+}
+
+/// What a program of the host needs to run in a guest: the libraries that this process has, and the one that loads
+/// them, by their names.
+///
+/// # Panics
+/// If they cannot be read.
+#[must_use]
+pub fn host_libraries() -> Vec<(String, PathBuf)> {
+    let maps = fs::read_to_string("/proc/self/maps").expect("it is there");
+    let mut libraries: Vec<&str> = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5))
+        .filter(|path| path.contains(".so"))
+        .collect();
+    libraries.dedup();
+    let named = |path: &str| {
+        let path = PathBuf::from(path);
+        (path.file_name().and_then(OsStr::to_str).expect("a name").to_owned(), path)
+    };
+    libraries.into_iter().map(named).collect()
 }

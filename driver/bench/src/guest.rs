@@ -12,15 +12,19 @@ use super::BenchError;
 /// The line that the guest prints first.
 pub const HERE: &str = "firn-bench: init";
 
-/// The guest's init. The kernel passes `linger=` from its command line on as a variable.
+/// The guest's init. The kernel passes `linger=` and `off=` from its command line on as variables.
 const INIT: &str = "#!/bin/busybox sh
 echo 'firn-bench: init'
 [ -z \"$linger\" ] || /bin/busybox sleep \"$linger\"
+[ -z \"$off\" ] || /bin/busybox poweroff -f
 /bin/busybox reboot -f
 ";
 
 /// The argument that keeps [`INIT`] running long enough to inspect its monitor.
 const LINGER: &str = "linger=1";
+
+/// The argument that has a guest power off where it would restart.
+pub(super) const OFF: &str = "off=1";
 
 /// A guest that shuts itself down.
 #[derive(Clone, Debug)]

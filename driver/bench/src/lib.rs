@@ -1,28 +1,32 @@
-//! Measures the cost of a boot: whole processes, from exec to exit.
+//! Measures what machines cost, of firn and of other monitors, by turns: boots as whole processes, from exec to exit, and
+//! what programs do that print their own [`Sample`].
 //!
-//! In a carrier whose clock counts instructions, all figures are instructions and repeatable to half a per cent;
+//! In a carrier whose clock counts instructions, figures are instructions and repeatable to half a per cent;
 //! elsewhere they are nanoseconds.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use firn::error::chain;
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub mod boot;
 pub mod chart;
 pub mod compare;
 pub mod guest;
 pub mod monitor;
 mod process;
 pub mod report;
+pub mod results;
 
+pub use boot::{Stage, Stages};
 pub use guest::Guest;
 pub use monitor::OtherMonitor;
+pub use process::print_sample;
 
 /// A boot that takes longer counts as hung.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -30,62 +34,29 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 /// and as many more while a busy host makes it wait for its files.
 pub const LIMIT_COUNTED: Duration = Duration::from_secs(90);
 
-/// The stages of a boot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Stage {
-    /// The first vCPU is about to enter the guest.
-    Run,
-    /// The kernel has used a device.
-    Kernel,
-    /// The guest's first program is running.
-    Init,
-    /// The guest accepts commands.
-    Ready,
-    /// The monitor's process has exited.
-    End,
-}
+/// The figures of one run, by the names of their columns.
+pub type Sample = Vec<(String, u64)>;
 
-impl Stage {
-    /// All stages in order.
-    pub const ALL: [Self; 5] = [Self::Run, Self::Kernel, Self::Init, Self::Ready, Self::End];
-
-    /// Its heading in tables.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Run => "first entry",
-            Self::Kernel => "kernel",
-            Self::Init => "init",
-            Self::Ready => "agent",
-            Self::End => "end",
-        }
-    }
-}
-
-/// When the stages of a boot were reached, in nanoseconds: of the host's monotonic clock, or since the exec.
-pub type Stages = BTreeMap<Stage, u64>;
-
-/// The measurements of one process, in nanoseconds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sample {
-    /// When stages were reached, since the exec.
-    pub stages: Stages,
-    /// Processor time in the guest and in the monitor.
-    pub user: u64,
-    /// Processor time in the host's kernel.
-    pub system: u64,
-}
-
-/// A subject to measure.
+/// A way to do what is measured.
 #[derive(Clone, Debug)]
 pub struct Subject {
     /// Its name in the report.
     pub name: String,
     /// How many machines the command boots at once; if more than one, copies of the previous subject's.
     pub machines: u8,
-    /// The command, and how to watch it.
-    pub run: monitor::Run,
+    /// Whether it is none of firn's.
+    pub reference: bool,
+    /// How to run it once.
+    pub run: Run,
+}
+
+/// How to run a subject once.
+#[derive(Clone, Debug)]
+pub enum Run {
+    /// It boots, and is measured from outside.
+    Boot(monitor::Boot),
+    /// It calls [`print_sample`] in the end.
+    Sample(Vec<OsString>),
 }
 
 /// All measurements of a subject.
@@ -95,10 +66,10 @@ pub struct Measured {
     pub name: String,
     /// The number of machines; see [`Subject`].
     pub machines: u8,
+    /// Whether it is none of firn's.
+    pub reference: bool,
     /// Its runs.
     pub samples: Vec<Sample>,
-    /// The process's resident memory without the guest's, in KiB, if it could be measured.
-    pub memory_kib: Option<u64>,
     /// Why it was abandoned, if it was.
     pub failure: Option<String>,
 }
@@ -128,7 +99,15 @@ pub enum BenchError {
         #[source]
         source: io::Error,
     },
-    /// A boot failed.
+    /// A monitor has no such device, or firn does not know how to ask for it.
+    #[error("{monitor} cannot be given {what}")]
+    Unsupported {
+        /// The monitor.
+        monitor: &'static str,
+        /// The device.
+        what: &'static str,
+    },
+    /// A run failed.
     #[error("{name}: {how}{}", if .output.is_empty() { String::new() } else { format!(":\n{output}") })]
     Failed {
         /// The name of the subject.
@@ -147,37 +126,51 @@ impl BenchError {
     }
 }
 
-/// Boots each subject `runs` times, in turns, so that changes on the host affect all alike. Calls `progress` before
-/// each boot. A subject that fails or exceeds `limit` is abandoned; the others go on.
+/// Runs each subject `runs` times, in turns, so that changes on the host affect all alike. Calls `progress` before
+/// each run. A subject that fails or exceeds `limit` is abandoned; the others go on.
 pub fn measure(
     subjects: &[Subject],
     runs: usize,
     limit: Duration,
     mut progress: impl FnMut(&str),
 ) -> Vec<Measured> {
-    let mut all = Vec::new();
-    for subject in subjects {
-        progress(&format!("{}: memory", subject.name));
-        let (name, machines) = (subject.name.clone(), subject.machines);
-        let (memory_kib, failure) = match process::memory(subject, limit) {
-            Ok(memory_kib) => (memory_kib, None),
-            Err(error) => (None, Some(chain(&error))),
-        };
-        all.push(Measured { name, machines, samples: Vec::new(), memory_kib, failure });
-    }
+    let of = |subject: &Subject| Measured {
+        name: subject.name.clone(),
+        machines: subject.machines,
+        reference: subject.reference,
+        samples: Vec::new(),
+        failure: None,
+    };
+    let mut all: Vec<_> = subjects.iter().map(of).collect();
     for run in 1..=runs {
         for (subject, measured) in subjects.iter().zip(&mut all) {
             if measured.failure.is_some() {
                 continue;
             }
-            progress(&format!("{}: boot {run} of {runs}", subject.name));
-            match process::time(subject, limit) {
+            progress(&format!("{}: run {run} of {runs}", subject.name));
+            match once(subject, run == 1, limit) {
                 Ok(sample) => measured.samples.push(sample),
                 Err(error) => measured.failure = Some(chain(&error)),
             }
         }
     }
     all
+}
+
+fn once(subject: &Subject, first: bool, limit: Duration) -> Result<Sample, BenchError> {
+    match &subject.run {
+        Run::Boot(boot) => {
+            // It does not change, and a boot of its own is needed.
+            let memory = match first {
+                true => process::memory(&subject.name, boot, limit)?,
+                false => None,
+            };
+            let mut sample = process::time(&subject.name, boot, limit)?;
+            sample.extend(memory.map(|kib| (boot::MEMORY.to_owned(), kib)));
+            Ok(sample)
+        }
+        Run::Sample(command) => process::sample(&subject.name, command, limit),
+    }
 }
 
 /// Copies files to a directory, so that no boot pays for a slow disk.

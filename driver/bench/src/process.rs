@@ -1,8 +1,8 @@
-//! Runs one boot as a process and measures it.
+//! Runs a process and measures it, or takes what it has measured.
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -17,49 +17,96 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
+use super::boot::{SYSTEM, TOTAL, USER};
 use super::guest::HERE;
-use super::{BenchError, Sample, Stage, Stages, Subject};
+use super::monitor::Boot;
+use super::{BenchError, Sample, Stage, Stages};
 
-/// How much of a failed boot's output is shown.
+/// How much of a failed run's output is shown.
 const TAIL: usize = 4 << 10;
 
-/// Boots a subject once, within a time limit.
-pub(super) fn time(subject: &Subject, limit: Duration) -> Result<Sample, BenchError> {
+/// Before what [`print_sample`] prints.
+const SAMPLE: &str = "firn-bench: sample ";
+
+/// Prints the figures that this process has measured, for [`super::measure`] in the one that has started it.
+///
+/// # Errors
+/// If they cannot be printed.
+pub fn print_sample(sample: &Sample) -> io::Result<()> {
+    writeln!(io::stdout(), "{SAMPLE}{}", serde_json::to_string(sample)?)
+}
+
+/// Boots once, within a time limit.
+pub(super) fn time(name: &str, boot: &Boot, limit: Duration) -> Result<Sample, BenchError> {
     let before = used();
     let began = now_ns();
-    let mut stages = watch(subject, &subject.run.command, limit, |_| ())?.1;
+    let mut stages = Stages::new();
+    watch(name, &boot.command, limit, |_, line| {
+        if is_here(line) {
+            stages.entry(Stage::Init).or_insert_with(now_ns);
+        }
+    })?;
     let after = used();
     stages.insert(Stage::End, now_ns());
-    if let Some(file) = &subject.run.marks {
+    if let Some(file) = &boot.marks {
         let text = fs::read(file).map_err(BenchError::file("read", file))?;
         let marks: Stages = serde_json::from_slice(&text)
             .map_err(|error| BenchError::file("read", file)(error.into()))?;
         stages.extend(marks);
     }
-    stages.values_mut().for_each(|at| *at = at.saturating_sub(began));
-    Ok(Sample { stages, user: after.0 - before.0, system: after.1 - before.1 })
+    let (user, system) = (after.0 - before.0, after.1 - before.1);
+    let work = [(USER, user), (SYSTEM, system), (TOTAL, user + system)];
+    let stages = stages.into_iter().map(|(stage, at)| (stage.as_str(), at.saturating_sub(began)));
+    Ok(stages.chain(work).map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
-/// The resident memory of a subject's process while its guest runs, without the guest's, in KiB.
-pub(super) fn memory(subject: &Subject, limit: Duration) -> Result<Option<u64>, BenchError> {
-    let Some(command) = &subject.run.lingering else { return Ok(None) };
-    let guest_kib = subject.run.memory_mib << 10;
-    let resident = |child: u32| {
-        let maps = fs::read_to_string(format!("/proc/{child}/smaps")).ok()?;
-        Some(resident_kib(&maps, guest_kib))
-    };
-    Ok(watch(subject, command, limit, resident)?.0.flatten())
+/// The resident memory of a process while its guest runs, without the guest's, in KiB.
+pub(super) fn memory(name: &str, boot: &Boot, limit: Duration) -> Result<Option<u64>, BenchError> {
+    let Some(command) = &boot.lingering else { return Ok(None) };
+    let guest_kib = boot.memory_mib << 10;
+    let mut found = None;
+    watch(name, command, limit, |child, line| {
+        if found.is_none() && is_here(line) {
+            let maps = fs::read_to_string(format!("/proc/{child}/smaps")).ok();
+            found = Some(maps.map(|maps| resident_kib(&maps, guest_kib)));
+        }
+    })?;
+    Ok(found.flatten())
 }
 
-/// Runs a command to its end. When the guest reports that it is up, `look` may inspect the process.
-fn watch<T>(
-    subject: &Subject,
+/// What a process has measured.
+pub(super) fn sample(
+    name: &str,
     command: &[OsString],
     limit: Duration,
-    mut look: impl FnMut(u32) -> T,
-) -> Result<(Option<T>, Stages), BenchError> {
+) -> Result<Sample, BenchError> {
+    let mut sample = None;
+    watch(name, command, limit, |_, line| {
+        if let Some(json) = line.strip_prefix(SAMPLE.as_bytes()) {
+            sample = serde_json::from_slice(json).ok();
+        }
+    })?;
+    let none = || BenchError::Failed {
+        name: name.to_owned(),
+        how: "it has measured nothing".to_owned(),
+        output: String::new(),
+    };
+    sample.ok_or_else(none)
+}
+
+fn is_here(line: &[u8]) -> bool {
+    memmem::find(line, HERE.as_bytes()).is_some()
+}
+
+/// Runs a command to its end, with a look at each line that it prints.
+fn watch(
+    name: &str,
+    command: &[OsString],
+    limit: Duration,
+    mut look: impl FnMut(u32, &[u8]),
+) -> Result<(), BenchError> {
     let failed = |source| BenchError::Process {
-        name: subject.name.clone(),
+        name: name.to_owned(),
         program: command.first().map_or(String::new(), |word| word.display().to_string()),
         source,
     };
@@ -78,8 +125,6 @@ fn watch<T>(
     let mut stdout = child.stdout.take().map(BufReader::new);
     let id = child.id();
     let watchdog = Watchdog::new(&child, limit);
-    let mut stages = Stages::new();
-    let mut seen = None;
     let mut said = Vec::new();
     let mut line = Vec::new();
     while let Some(stdout) = &mut stdout {
@@ -87,10 +132,7 @@ fn watch<T>(
         if stdout.read_until(b'\n', &mut line).map_err(failed)? == 0 {
             break;
         }
-        if seen.is_none() && memmem::find(&line, HERE.as_bytes()).is_some() {
-            stages.insert(Stage::Init, now_ns());
-            seen = Some(look(id));
-        }
+        look(id, &line);
         said.extend_from_slice(&line);
         said.drain(..said.len().saturating_sub(TAIL));
     }
@@ -101,7 +143,7 @@ fn watch<T>(
     let status = child.wait().map_err(failed)?;
     said.extend(errors.join().unwrap_or_default());
     if status.success() && !barked {
-        return Ok((seen, stages));
+        return Ok(());
     }
     let how = if barked {
         format!("it hangs: killed after {} seconds", limit.as_secs())
@@ -109,7 +151,7 @@ fn watch<T>(
         status.to_string()
     };
     let output = String::from_utf8_lossy(&said).trim().to_owned();
-    Err(BenchError::Failed { name: subject.name.clone(), how, output })
+    Err(BenchError::Failed { name: name.to_owned(), how, output })
 }
 
 fn pid(child: &Child) -> Pid {
@@ -186,43 +228,53 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::monitor::Run;
-    use crate::{LIMIT, measure};
+    use crate::{LIMIT, Run, Subject, measure};
 
-    fn subject(script: &str) -> Subject {
+    fn boot(script: &str) -> Boot {
         let command: Vec<OsString> = ["sh", "-c", script].map(Into::into).into();
-        let lingering = Some(command.clone());
-        let run = Run { command, lingering, marks: None, memory_mib: 64 };
-        Subject { name: "a shell".to_owned(), machines: 1, run }
+        Boot { lingering: Some(command.clone()), command, marks: None, memory_mib: 64 }
+    }
+
+    fn subject(run: Run) -> Subject {
+        Subject { name: "a shell".to_owned(), machines: 1, reference: false, run }
     }
 
     #[test]
     fn a_process_is_watched_from_its_start_to_its_end() {
         let work = "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done";
-        let sample = time(&subject(&format!("{work}; echo 'x {HERE}'; {work}")), LIMIT)
+        let sample = time("a shell", &boot(&format!("{work}; echo 'x {HERE}'; {work}")), LIMIT);
+        let sample = sample.expect("it ends well");
+        let of = |name: &str| sample.iter().find(|(of, _)| of == name).expect("it is there").1;
+        assert!(0 < of("init") && of("init") < of("end"), "{sample:?}");
+        assert!((1..10_000_000_000).contains(&of("user")), "{sample:?}");
+        assert_eq!(of("total"), of("user") + of("sys"));
+        let memory = memory("a shell", &boot(&format!("echo '{HERE}'; sleep 0.2")), LIMIT)
             .expect("it ends well");
-        let (init, end) = (sample.stages[&Stage::Init], sample.stages[&Stage::End]);
-        assert!(0 < init && init < end, "{sample:?}");
-        assert!((1..10_000_000_000).contains(&sample.user), "{sample:?}");
-        let memory =
-            memory(&subject(&format!("echo '{HERE}'; sleep 0.2")), LIMIT).expect("it ends well");
         assert!(memory.is_some_and(|kib| (100..50_000).contains(&kib)), "{memory:?}");
     }
 
     #[test]
     fn what_a_failed_boot_said_is_shown() {
-        let error = time(&subject("echo no kernel; echo no memory >&2; exit 3"), LIMIT)
+        let error = time("a shell", &boot("echo no kernel; echo no memory >&2; exit 3"), LIMIT)
             .expect_err("it fails");
         assert_eq!(error.to_string(), "a shell: exit status: 3:\nno kernel\nno memory");
     }
 
     #[test]
     fn one_that_hangs_loses_itself_only() {
-        let mut hangs = subject("echo slowly; exec >&- 2>&-; sleep 1000 & wait");
-        hangs.run.lingering = None;
+        let hangs = boot("echo slowly; exec >&- 2>&-; sleep 1000 & wait");
+        let printing = |text: &str| {
+            Run::Sample(["sh", "-c", &format!("echo '{text}'")].map(Into::into).into())
+        };
         let began = Instant::now();
         let measured = measure(
-            &[hangs, subject("exit 3"), subject("true")],
+            &[
+                subject(Run::Boot(Boot { lingering: None, ..hangs })),
+                subject(Run::Boot(boot("exit 3"))),
+                subject(Run::Boot(boot("true"))),
+                subject(printing("nothing")),
+                subject(printing("firn-bench: sample [[\"find\",7]]")),
+            ],
             2,
             Duration::from_secs(2),
             |_| (),
@@ -235,9 +287,12 @@ mod tests {
             [
                 (0, Some("a shell: it hangs: killed after 2 seconds:\nslowly")),
                 (0, Some("a shell: exit status: 3")),
-                (2, None)
+                (2, None),
+                (0, Some("a shell: it has measured nothing")),
+                (2, None),
             ]
         );
+        assert_eq!(measured[4].samples[1], [("find".to_owned(), 7)]);
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! Machines under QEMU beside firn's own.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use firn::Machine;
 use firn::config::TestConfig;
 use firn_tests::{
-    PATIENCE, config, connect_to_vsock, firn, micro, noise, only, output, start_script, systemd,
+    PATIENCE, config, connect_to_vsock, firn, micro, noise, only, output, start_script,
     with_config, with_machines,
 };
 use serde_json::json;
@@ -56,62 +56,12 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
     text.windows(part.len()).any(|window| window == part)
 }
 
-/// The start script of a machine with the kit that is like NixOS. Its shares have a server each, as nixpkgs gives them.
-fn like_nixos(dir: &Path) -> PathBuf {
-    let kit = systemd();
-    let initrd = dir.join("initrd");
-    let shares = [("shared", "/tmp/shared"), ("xchg", "/tmp/xchg")];
-    fs::write(&initrd, start_script::initrd(&kit, "q", &NAMES, &shares)).unwrap();
-    // As in NixOS there is the backdoor's shell, and no agent. In a carrier each line on the console takes a while, and
-    // a kernel that has to unpack itself takes minutes where another one has run before.
-    let cmdline = format!(
-        "{} systemd.mask=firn-agent.service systemd.log_level=notice console=ttyS0,115200n8 console=tty0",
-        kit.manifest.cmdline
-    );
-    let prepare = format!(
-        r#"export PATH=$PATH:/usr/libexec:/usr/lib/qemu
-test "$(id -u)" = 0 && sandbox=chroot || sandbox=none
-share() {{ # TAG DIRECTORY CACHE
-  virtiofsd -f --socket-path="$1.sock" -o "source=$2,cache=$3,sandbox=$sandbox,log_level=err" &
-  until test -S "$1.sock"; do sleep 0.02; done
-}}
-mkdir -p xchg
-share nix-store {store} always
-share shared "$SHARED_DIR" none
-share xchg "$TMPDIR"/xchg none
-NIX_DISK_IMAGE=${{NIX_DISK_IMAGE:-q.img}}
-test -e "$NIX_DISK_IMAGE" || mkfs.ext4 -q -L nixos "$NIX_DISK_IMAGE" 20M"#,
-        store = kit.store().unwrap().display(),
-    );
-    let shares = ["nix-store", "shared", "xchg"].map(|tag| {
-        format!(
-            "-chardev socket,id={tag},path={tag}.sock \\\n  \
-             -device vhost-user-fs-pci,chardev={tag},tag={tag} \\\n  "
-        )
-    });
-    let options = format!(
-        r#"-machine accel=kvm:tcg -m 768 -smp 1 -device virtio-rng-pci \
-  -object memory-backend-memfd,id=mem0,size=768M,share=on -machine memory-backend=mem0 \
-  {cards} \
-  -global virtio-net-pci.romfile="" \
-  {shares}-drive cache=writeback,file="$NIX_DISK_IMAGE",format=raw,id=drive1,if=none,index=1,werror=report \
-  -device virtio-blk-pci,bootindex=1,drive=drive1,serial=root \
-  -device virtio-keyboard -usb -device usb-tablet,bus=usb-bus.0 \
-  -kernel {kernel} -initrd {initrd} -append "{cmdline} $QEMU_KERNEL_PARAMS""#,
-        cards = start_script::cards(start_script::number_of("q", &NAMES)),
-        shares = shares.concat(),
-        kernel = kit.vmlinux().display(),
-        initrd = initrd.display(),
-    );
-    start_script::write(dir, "q", &prepare, &options)
-}
-
 #[test]
 fn one_beside_two_of_firn() {
     let dir = tempfile::tempdir().unwrap();
     let nodes = format!(
         "[nodes.a]\nmemory = 768\n[nodes.b]\n[nodes.q]\nstart_command = {:?}",
-        like_nixos(dir.path())
+        start_script::like_nixos(dir.path(), "q", &NAMES)
     );
     let config = TestConfig { vsock_offset: Some(2), ..config(&nodes) };
     with_config(&config, async |driver| {
@@ -194,7 +144,7 @@ fn benchmarks_take_start_scripts() {
     // Against a run that was faster than any can be.
     let saved = results.join("boot.json");
     let mut report: serde_json::Value = serde_json::from_slice(&fs::read(&saved).unwrap()).unwrap();
-    report["rows"][0]["total"] = serde_json::json!({ "median": 1000, "spread": 0 });
+    report["rows"][0]["figures"]["total"] = json!({ "value": 1000, "spread": 0, "runs": 1 });
     fs::write(&saved, report.to_string()).unwrap();
     let worse = bench(["--against", saved.to_str().unwrap()]);
     let table = String::from_utf8_lossy(&worse.stdout);

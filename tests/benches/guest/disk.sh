@@ -1,0 +1,3 @@
+load virtio_blk
+work bench-guest disk /dev/vda "$mib" || fail
+over

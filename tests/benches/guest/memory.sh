@@ -1,0 +1,2 @@
+work bench-guest memory "$mib" || fail
+over
