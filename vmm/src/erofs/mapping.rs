@@ -1,7 +1,7 @@
 //! The memory of an image: the only place of this module that knows mmap.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
@@ -101,7 +101,7 @@ impl Mapping {
         if MAPPINGS.fetch_add(mappings, Ordering::Relaxed) + mappings > MAX_MAPPINGS {
             MAPPINGS.fetch_sub(mappings, Ordering::Relaxed);
             let most = format!("images have {MAX_MAPPINGS} mappings of files at most");
-            return Err(io::Error::other(most));
+            return Err(io::Error::new(ErrorKind::OutOfMemory, most));
         }
         self.mappings += mappings;
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;

@@ -13,6 +13,8 @@ use crate::erofs::Image;
 
 /// An image in a guest.
 pub struct Window {
+    /// The share that it is.
+    pub(crate) tag: String,
     /// Where the guest finds it.
     pub(crate) start: u64,
     pub(crate) image: Arc<Image>,
@@ -42,13 +44,13 @@ impl Windows {
     }
 
     /// Puts an image behind all others.
-    pub(crate) fn place(&mut self, image: Arc<Image>) -> Result<Arc<Window>, NoRoom> {
+    pub(crate) fn place(&mut self, tag: &str, image: Arc<Image>) -> Result<Arc<Window>, NoRoom> {
         let start = self.next.next_multiple_of(layout::WINDOW_ALIGNMENT);
         let end = start.saturating_add(image.len());
         if end > 1_u64.checked_shl(self.bits.into()).unwrap_or(u64::MAX) {
             return Err(NoRoom { mib: image.len() >> 20, bits: self.bits });
         }
         self.next = end;
-        Ok(Arc::new(Window { start, image }))
+        Ok(Arc::new(Window { tag: tag.to_owned(), start, image }))
     }
 }

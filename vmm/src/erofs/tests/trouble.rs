@@ -80,13 +80,20 @@ fn what_cannot_be_an_image() {
             )
         );
     }
+    // None of these is for want of room.
+    for (source, label) in [(&*file, "store"), (source.path(), "sixteen bytes are")] {
+        let error = compose_with(source, label, &Filter::default()).err().unwrap();
+        assert!(!error.is_no_room(), "{error}");
+    }
     for name in ["1", "2", "3"] {
         let file = File::create(source.path().join(name)).unwrap();
         file.set_len(7 << 40).unwrap();
     }
     let path = source.path().join("2");
+    let much = compose_with(source.path(), "store", &Filter::default());
+    assert!(much.as_ref().is_err_and(ComposeError::is_no_room));
     assert_eq!(
-        said(compose_with(source.path(), "store", &Filter::default())),
+        said(much),
         format!("cannot make an image with {}: it would have more than 8 TiB", path.display())
     );
 }
