@@ -7,10 +7,11 @@ use std::process::Command;
 
 use firn::error::chain;
 use firn::log::Logger;
+use firn::worlds::Worlds;
 use firn::{Driver, Machine};
 use firn_tests::{config, micro, only, output, with_log, with_machines};
 
-use crate::boot_once::Said;
+use crate::boot_once::{Said, run};
 use crate::shares::tree;
 
 /// Set for the process in which a test really runs.
@@ -70,6 +71,7 @@ fn an_image_that_has_no_room_comes_by_virtiofs() {
         return;
     }
     let (small, large) = (tree(), tree());
+    let cache = tempfile::tempdir().unwrap();
     let sparse = large.path().join("sparse");
     File::create(&sparse).unwrap().set_len(TOO_LARGE).unwrap();
     let read = format!(
@@ -103,6 +105,15 @@ fn an_image_that_has_no_room_comes_by_virtiofs() {
         m.shutdown().await.unwrap();
         assert_eq!(kind(m, "large").await, "erofs ro");
     });
+    let worlds = Worlds::at(cache.path().join("worlds"), 4096);
+    File::options().write(true).open(&sparse).unwrap().set_len(TOO_LARGE).unwrap();
+    let boot = run(&worlds, &nodes, async |driver| {
+        assert_eq!(kind(only(driver), "large").await, "virtiofs ro");
+    });
+    assert!(
+        boot.contains("not kept: m has share large by virtio-fs, and not as an image"),
+        "{boot}"
+    );
     let why = format!(
         "m: warning: share large comes by virtio-fs, not as an image: cannot make an image of {}: no 1048581 MiB of memory: \
          Cannot allocate memory (os error 12)",

@@ -35,6 +35,11 @@ impl Kept {
     pub(in crate::machine) fn links(&self) -> &[bool] {
         &self.links
     }
+
+    /// The shares that its guest has by virtio-fs because there was no room for them as images.
+    pub(in crate::machine) fn by_virtiofs(&self) -> &Tags {
+        &self.by_virtiofs
+    }
 }
 
 impl Checkpoints for Firn {
