@@ -135,6 +135,12 @@ fn images_lie_behind_memory_and_behind_each_other() {
         let placed = Windows::new(512 << 20, bits).place("store", image.clone());
         assert_eq!(placed.is_ok(), fits, "{bits}");
     }
+    // Half of it is the books of these.
+    let mut windows = Windows::new(128 << 10, 40);
+    let placed = [(); 3].map(|()| windows.place("store", image.clone()).map_err(|e| e.to_string()));
+    let books = "with an image of 2 MiB more than half of the guest's memory would be its books";
+    assert!(placed[..2].iter().all(Result::is_ok));
+    assert_eq!(placed[2].as_ref().err().unwrap(), books);
     let error = Windows::new(512 << 20, 32).place("store", image).err().unwrap();
     let expected =
         "an image of 2 MiB would end above the 32 bits of address that the host's processor has";
