@@ -105,6 +105,14 @@ fn the_host_has_no_memory() {
     for (len, written) in [(usize::MAX, 0), (usize::MAX - (3 << 20), 0), (5, 3 << 20)] {
         assert!(Mapping::new(len, written).is_err());
     }
+    // Of what is before an image nobody else's memory can be.
+    for _ in 0..10 {
+        let mapping = Mapping::new(1, 1).unwrap();
+        let base = mapping.address().as_ptr().addr();
+        let maps = String::from_utf8_lossy(&fs::read("/proc/self/maps").unwrap()).into_owned();
+        let before = maps.lines().find(|line| line.contains(&format!("-{base:x} ")));
+        assert!(before.is_some_and(|line| line.contains(" ---p ")), "{base:x}: {maps}");
+    }
     let mut mapping = Mapping::new(4 << 20, 4096).unwrap();
     let file = tempfile::tempfile().unwrap();
     for (at, len) in [(0, 1), (4097, 1), (4 << 20, 1), (4096, 4 << 20), (4096, usize::MAX)] {
