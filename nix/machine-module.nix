@@ -304,7 +304,8 @@ in
       description = ''
         Whether the machine has its closure in its memory, as an image that firn makes at the start and
         that all machines of a test with the same closure have in common: they read and execute it
-        without copies of their own. For each GiB of it the guest needs 16 MiB of memory for its books.
+        without copies of their own. For each GiB of it the guest needs 16 MiB of memory for its books. Where
+        the host or the guest has no room for the image, the machine does not start, and the log says why.
         What it lacks is missed outside of Nix's sandbox, too, as with `closureOnly`.
       '';
     };

@@ -263,21 +263,13 @@ impl NodeConfig {
                     "a list for a machine of firn, not under QEMU",
                 );
             }
-            if share.image && !share.is_store() {
-                let allowed = "true for a share with `read_only = true` and `cache = \"always\"`";
-                return bad("image", &true, allowed);
+            if let Err((key, error)) = share.check_image() {
+                return Err(Problem::new(at.name("shares").index(index).name(key), error));
             }
             if share.image && self.backend() == BackendKind::Qemu {
                 let allowed = "true for a machine of firn: one under QEMU has no memory in common \
                                with firn";
                 return bad("image", &true, allowed);
-            }
-            if share.image && share.tag.len() > ShareSpec::MAX_LABEL {
-                let allowed = format!(
-                    "at most {} bytes for a share with `image = true`, of which it is the label",
-                    ShareSpec::MAX_LABEL
-                );
-                return bad("tag", &share.tag, &allowed);
             }
             if let Some(target) = share.target.as_ref().filter(|target| !is_target(target)) {
                 let allowed = "an absolute path in the guest, without `..` and blanks";

@@ -72,9 +72,15 @@ impl Machine {
     /// Writes what a machine that was up was at a checkpoint to files.
     ///
     /// # Errors
-    /// It was off; the files cannot be written.
+    /// It was off, or had no room for an image; the files cannot be written.
     pub(crate) async fn write(&self, then: &Then, create: Create) -> Result<KeptMachine> {
         let Some(up) = then.up() else { return Err(self.not_running()) };
+        if let Some(tag) = up.kept.by_virtiofs().first() {
+            // The next run has an image there, or has no room either and boots.
+            let name = self.name();
+            let what = format!("{name} has share {tag} by virtio-fs, and not as an image");
+            return Err(MachineError::Usage(what).into());
+        }
         self.checkpoints()?.write(&up.kept, create).await?;
         Ok(KeptMachine {
             name: self.name().to_owned(),

@@ -1,5 +1,6 @@
 //! From a node of a test to the monitor's spec.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +21,9 @@ use crate::kit::{
 };
 use crate::log::Logger;
 use crate::private;
+
+/// Shares, by their tags.
+pub(super) type Tags = BTreeSet<String>;
 
 /// Where a machine's description comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -221,14 +225,27 @@ impl Source {
         build_spec(node, boot, dirs).await
     }
 
-    /// The spec of a machine that goes on from a checkpoint of another one of this description.
-    pub(super) async fn spec_of_fork(
+    /// The spec without anything being copied into shares: for a start that is tried again, or a fork. The shares in
+    /// `by_virtiofs` are no images.
+    pub(super) async fn spec_again(
         &self,
         known: &NodeConfig,
         dirs: &Dirs,
+        by_virtiofs: &Tags,
     ) -> Result<MachineSpec> {
+        let (mut node, mut boot) = *self.resolve(known, dirs)?;
+        for share in &mut node.shares {
+            share.image &= !by_virtiofs.contains(&*share.tag);
+        }
+        boot.overlay = boot.overlay.map(|told| Arc::new(overlay(&node, &told.hosts)));
+        build_spec(&node, &boot, dirs).await
+    }
+
+    /// Whether the guest is told how to mount a share.
+    pub(super) fn mounts(&self, known: &NodeConfig, dirs: &Dirs, tag: &str) -> Result<bool> {
         let (node, boot) = &*self.resolve(known, dirs)?;
-        build_spec(node, boot, dirs).await
+        let share = node.shares.iter().find(|share| *share.tag == *tag);
+        Ok(boot.overlay.is_some() && share.is_some_and(|share| share.target.is_some()))
     }
 }
 

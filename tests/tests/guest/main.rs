@@ -11,6 +11,7 @@ mod devices;
 mod disks;
 mod files;
 mod forks;
+mod image_trouble;
 mod images;
 mod network;
 mod power;

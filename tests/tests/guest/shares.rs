@@ -13,8 +13,8 @@ use firn::kit::IMAGE_DRIVERS;
 use firn::{Driver, Machine};
 use firn_tests::skip::skipped;
 use firn_tests::{micro, noise, output, with_machines};
-use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::unistd::{geteuid, mkfifo};
 use tempfile::TempDir;
 
 /// Two guests with the share `exchange` in `/mnt`.
@@ -204,6 +204,9 @@ pub(crate) fn tree() -> TempDir {
     symlink("../a/b", path("a/inside")).unwrap();
     mkfifo(&path("a/fifo"), Mode::S_IRUSR).unwrap();
     UnixListener::bind(path("a/socket")).unwrap();
+    if geteuid().is_root() {
+        mknod(&path("a/null"), SFlag::S_IFCHR, Mode::S_IRUSR, makedev(1, 3)).unwrap();
+    }
     fs::set_permissions(tree.path(), fs::Permissions::from_mode(0o777)).unwrap();
     tree
 }

@@ -163,20 +163,17 @@ impl Directory {
 }
 
 /// Writes entries, sorted by their names and not too many, as one of a directory's blocks, which holds zeros.
-pub(super) fn write_block<'a>(
-    to: &mut [u8],
-    entries: impl ExactSizeIterator<Item = Entry<'a>>,
-) -> Option<()> {
+pub(super) fn write_block<'a>(to: &mut [u8], entries: impl ExactSizeIterator<Item = Entry<'a>>) {
     let mut name_at = entries.len() * DIRENT;
     for (index, entry) in entries.enumerate() {
-        let dirent = to.get_mut(index * DIRENT..(index + 1) * DIRENT)?;
-        put(dirent, 0, entry.nid.to_le_bytes());
-        put(dirent, 8, u16::try_from(name_at).ok()?.to_le_bytes());
-        put(dirent, 10, [entry.file_type]);
-        to.get_mut(name_at..name_at + entry.name.len())?.copy_from_slice(entry.name);
+        let at = index * DIRENT;
+        let [low, high, ..] = name_at.to_le_bytes();
+        put(to, at, entry.nid.to_le_bytes());
+        put(to, at + 8, [low, high]);
+        put(to, at + 10, [entry.file_type]);
+        to[name_at..name_at + entry.name.len()].copy_from_slice(entry.name);
         name_at += entry.name.len();
     }
-    Some(())
 }
 
 fn put<const N: usize>(to: &mut [u8], at: usize, bytes: [u8; N]) {

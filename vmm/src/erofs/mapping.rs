@@ -1,7 +1,7 @@
 //! The memory of an image: the only place of this module that knows mmap.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
@@ -21,6 +21,8 @@ static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
 pub(super) struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    /// So many bytes before it are its own, too, and nothing.
+    before: usize,
     /// So many bytes are memory.
     written: usize,
     /// So many mappings are files, or gaps between them.
@@ -50,16 +52,15 @@ impl Mapping {
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let before = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
+        // The addresses before it stay: a thread's stack that ended there would be one huge page.
+        let before = (start.addr() + PAGE).next_multiple_of(HUGE_PAGE) - start.addr();
         let base = start.wrapping_byte_add(before);
-        for (spare, len) in [(start, before), (base.wrapping_byte_add(len), HUGE_PAGE - before)] {
-            if len > 0 {
-                // SAFETY: the range lies in the mapping made above, which nobody else knows.
-                unsafe { libc::munmap(spare, len) };
-            }
+        if before < HUGE_PAGE {
+            // SAFETY: the range lies in the mapping made above, which nobody else knows.
+            unsafe { libc::munmap(base.wrapping_byte_add(len), HUGE_PAGE - before) };
         }
         let base = NonNull::new(base.cast()).ok_or_else(no_memory)?;
-        let mapping = Self { base, len, written, mappings: 0, hole: len..len };
+        let mapping = Self { base, len, before, written, mappings: 0, hole: len..len };
         let memory = base.as_ptr().cast();
         // SAFETY: the range is this mapping's beginning, where nothing is yet.
         check(unsafe { libc::mprotect(memory, written, libc::PROT_READ | libc::PROT_WRITE) })?;
@@ -101,7 +102,7 @@ impl Mapping {
         if MAPPINGS.fetch_add(mappings, Ordering::Relaxed) + mappings > MAX_MAPPINGS {
             MAPPINGS.fetch_sub(mappings, Ordering::Relaxed);
             let most = format!("images have {MAX_MAPPINGS} mappings of files at most");
-            return Err(io::Error::other(most));
+            return Err(io::Error::new(ErrorKind::OutOfMemory, most));
         }
         self.mappings += mappings;
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;
@@ -131,9 +132,12 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         MAPPINGS.fetch_sub(self.mappings, Ordering::Relaxed);
-        for part in [0..self.hole.start, self.hole.end..self.len] {
+        let start = self.base.as_ptr().wrapping_sub(self.before);
+        for part in
+            [0..self.before + self.hole.start, self.before + self.hole.end..self.before + self.len]
+        {
             if !part.is_empty() {
-                let start = self.base.as_ptr().wrapping_add(part.start).cast();
+                let start = start.wrapping_add(part.start).cast();
                 // SAFETY: all but the hole is this mapping's, and nothing refers to it any more.
                 unsafe { libc::munmap(start, part.len()) };
             }

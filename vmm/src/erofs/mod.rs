@@ -15,7 +15,7 @@ mod tests;
 mod walk;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
@@ -203,6 +203,15 @@ pub(crate) fn common_image(
 }
 
 impl ComposeError {
+    /// Whether there is no room for it: not what the directory holds is in the way, but how much, or what the host has.
+    pub(crate) fn is_no_room(&self) -> bool {
+        match self {
+            Self::TooMany(_) | Self::TooLarge(_) | Self::Memory { .. } => true,
+            Self::File { source, .. } => source.kind() == ErrorKind::OutOfMemory,
+            Self::Label(_) | Self::Changed(_) => false,
+        }
+    }
+
     fn file(path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::File { path: path.into(), source }
     }

@@ -278,6 +278,29 @@ fn many_names() {
     check(source.path(), &compose(source.path()));
 }
 
+/// More than the 8,192 that are mapped are large.
+#[test]
+fn a_hundred_thousand_files() {
+    let source = tempfile::tempdir_in("/dev/shm").unwrap();
+    for directory in 0..100 {
+        let directory = source.path().join(format!("directory {directory}"));
+        fs::create_dir(&directory).unwrap();
+        for number in 0..1000 {
+            let file = File::create(directory.join(number.to_string())).unwrap();
+            file.write_all_at(number.to_string().as_bytes(), 0).unwrap();
+            if number < 100 {
+                file.set_len(16_384).unwrap();
+            }
+        }
+    }
+    let image = compose(source.path());
+    let content = bytes(&image);
+    let reader = Reader(&content);
+    same(&reader, reader.root(), source.path(), &mut HashMap::new());
+    erofs_utils("fsck.erofs", &[], &image);
+    assert_eq!(image.files.len(), 8192);
+}
+
 /// Directories in each other, and a file in the last one.
 fn deep(root: &File, name: &str, levels: usize) {
     let mut at = root.try_clone().unwrap();

@@ -101,13 +101,10 @@ impl Base {
 
     /// Maps it in the place of a region, which begins at `start` of the whole.
     fn map_over(&self, region: &Region, start: u64) -> io::Result<()> {
-        let mut zeros = false;
         let whole = start..start + region.len();
-        self.parts_in(&whole, |_, from| {
-            zeros |= from.is_none();
-            Ok(())
-        })?;
-        if zeros {
+        let filled = |part: &Part| part.at <= whole.start && whole.end <= part.end();
+        if !self.parts.iter().any(filled) {
+            // All at once: there may be many parts.
             map_over(region, &(0..region.len()), None)?;
             // One byte written there would fill a huge page, which later is 512 changed ones.
             keep_small(region)?;

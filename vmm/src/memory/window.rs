@@ -13,24 +13,42 @@ use crate::erofs::Image;
 
 /// An image in a guest.
 pub struct Window {
+    /// The share that it is.
+    pub(crate) tag: String,
     /// Where the guest finds it.
     pub(crate) start: u64,
     pub(crate) image: Arc<Image>,
 }
 
-/// The guest's processors have not enough address lines.
+/// The guest has no room for an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error(
-    "an image of {mib} MiB would end above the {bits} bits of address that the host's processor has"
-)]
-pub struct NoRoom {
-    mib: u64,
-    bits: u8,
+pub enum NoRoom {
+    /// Its processors have not enough address lines.
+    #[error(
+        "an image of {mib} MiB would end above the {bits} bits of address that the host's processor has"
+    )]
+    Addresses {
+        /// The image's size.
+        mib: u64,
+        /// What there is.
+        bits: u8,
+    },
+    /// Its kernel has too little memory to keep books of it.
+    #[error("with an image of {mib} MiB more than half of the guest's memory would be its books")]
+    Books {
+        /// The image's size.
+        mib: u64,
+    },
 }
+
+/// Linux has a `struct page` of 64 bytes for each page of 4 KiB.
+const BYTES_PER_BOOKED: u64 = 64;
 
 /// Where in a guest there is still room for windows.
 pub struct Windows {
     next: u64,
+    /// How much more images may have in all.
+    left: u64,
     bits: u8,
 }
 
@@ -38,17 +56,20 @@ impl Windows {
     /// For a guest with so many bytes of memory, whose processors have so many bits of physical address.
     #[must_use]
     pub fn new(memory: u64, bits: u8) -> Self {
-        Self { next: layout::windows_start(memory), bits }
+        let left = (memory / 2).saturating_mul(BYTES_PER_BOOKED);
+        Self { next: layout::windows_start(memory), left, bits }
     }
 
     /// Puts an image behind all others.
-    pub(crate) fn place(&mut self, image: Arc<Image>) -> Result<Arc<Window>, NoRoom> {
+    pub(crate) fn place(&mut self, tag: &str, image: Arc<Image>) -> Result<Arc<Window>, NoRoom> {
+        let mib = image.len() >> 20;
+        let left = self.left.checked_sub(image.len()).ok_or(NoRoom::Books { mib })?;
         let start = self.next.next_multiple_of(layout::WINDOW_ALIGNMENT);
         let end = start.saturating_add(image.len());
         if end > 1_u64.checked_shl(self.bits.into()).unwrap_or(u64::MAX) {
-            return Err(NoRoom { mib: image.len() >> 20, bits: self.bits });
+            return Err(NoRoom::Addresses { mib, bits: self.bits });
         }
-        self.next = end;
-        Ok(Arc::new(Window { start, image }))
+        (self.next, self.left) = (end, left);
+        Ok(Arc::new(Window { tag: tag.to_owned(), start, image }))
     }
 }

@@ -203,6 +203,25 @@ impl ShareSpec {
     pub fn is_store(&self) -> bool {
         self.read_only && self.cache == CachePolicy::Always
     }
+
+    /// Checks that it can be an image, if it is to be one.
+    ///
+    /// # Errors
+    /// The key that is in the way, and what is allowed.
+    pub fn check_image(&self) -> Result<(), (&'static str, ValueError)> {
+        if self.image && !self.is_store() {
+            let allowed = "true for a share with `read_only = true` and `cache = \"always\"`";
+            return Err(("image", ValueError::new(true, allowed)));
+        }
+        if self.image && self.tag.len() > Self::MAX_LABEL {
+            let allowed = format!(
+                "at most {} bytes for a share with `image = true`, of which it is the label",
+                Self::MAX_LABEL
+            );
+            return Err(("tag", ValueError::new(&self.tag, allowed)));
+        }
+        Ok(())
+    }
 }
 
 /// How long the guest may trust what it has read of a share.

@@ -122,6 +122,15 @@ pub enum BuildError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
+    /// There is no room for a share as an image, on the host or in the guest: by virtio-fs it can be given.
+    #[error("share {tag:?}")]
+    NoRoom {
+        /// The share.
+        tag: String,
+        /// Why.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] blk::BlkError),
@@ -140,6 +149,11 @@ pub enum BuildError {
 }
 
 impl BuildError {
+    /// For the share `tag`.
+    pub(crate) fn no_room(tag: &str, source: impl Error + Send + Sync + 'static) -> Self {
+        Self::NoRoom { tag: tag.to_owned(), source: source.into() }
+    }
+
     /// For `device`, which the host refused something.
     pub(super) fn host(device: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Host { device, source }

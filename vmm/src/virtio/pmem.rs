@@ -50,7 +50,6 @@ struct Contents {
 
 /// An image: without queues as `Pmem`, with them as `Pmem<VirtQueue>`.
 pub struct Pmem<Queues = ()> {
-    tag: String,
     window: Arc<Window>,
     queues: Queues,
 }
@@ -66,27 +65,27 @@ impl Pmem {
     /// Makes an image of a share's directory, or finds that of another machine, and a place for it in the guest.
     ///
     /// # Errors
-    /// The directory cannot be read, there is no room for it, or it is cancelled.
+    /// The directory cannot be read, there is [no room](BuildError::NoRoom) for it, or it is cancelled.
     pub fn new(
         share: &ShareSpec,
         windows: &mut Windows,
         cancel: &Cancel,
     ) -> Result<Self, BuildError> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::Image {
-            tag: share.tag.to_string(),
-            source,
-        };
         let (root, filter) = fs::open_store(share)?;
-        let image = erofs::common_image(&root, &share.source, &share.tag, &filter, cancel)
-            .map_err(|error| failed(error.into()))?;
-        let window = windows.place(image).map_err(|error| failed(error.into()))?;
-        Ok(Self { tag: share.tag.to_string(), window, queues: () })
+        let image = erofs::common_image(&root, &share.source, &share.tag, &filter, cancel);
+        let image = image.map_err(|error| match error.is_no_room() {
+            true => BuildError::no_room(&share.tag, error),
+            false => BuildError::Image { tag: share.tag.to_string(), source: error.into() },
+        })?;
+        let placed = windows.place(&share.tag, image);
+        let window = placed.map_err(|error| BuildError::no_room(&share.tag, error))?;
+        Ok(Self { window, queues: () })
     }
 }
 
 impl<Queues> Pmem<Queues> {
     fn contents(&self) -> Contents {
-        let Window { start, image } = &*self.window;
+        let Window { start, image, .. } = &*self.window;
         Contents { start: *start, len: image.len(), digest: image.digest() }
     }
 }
@@ -96,10 +95,10 @@ impl<Queues: Send> DeviceConfig for Pmem<Queues> {
         VIRTIO_ID_PMEM
     }
     fn name(&self) -> String {
-        format!("image {}", self.tag)
+        format!("image {}", self.window.tag)
     }
     fn identity(&self) -> String {
-        self.tag.clone()
+        self.window.tag.clone()
     }
     fn features(&self) -> u64 {
         0
@@ -131,7 +130,7 @@ impl VirtioDevice for Pmem {
         mut activation: Activation,
     ) -> Result<Box<dyn ActiveDevice>, (Box<dyn VirtioDevice>, DeviceError)> {
         match activation.take_queue(REQUESTS) {
-            Ok(queues) => Ok(Box::new(Pmem { tag: self.tag, window: self.window, queues })),
+            Ok(queues) => Ok(Box::new(Pmem { window: self.window, queues })),
             Err(error) => Err((self, error)),
         }
     }
@@ -147,7 +146,7 @@ impl ActiveDevice for Pmem<VirtQueue> {
         vec![Some(self.queues.position())]
     }
     fn reset(self: Box<Self>) -> Box<dyn VirtioDevice> {
-        Box::new(Pmem { tag: self.tag, window: self.window, queues: () })
+        Box::new(Pmem { window: self.window, queues: () })
     }
 }
 

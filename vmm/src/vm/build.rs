@@ -24,7 +24,7 @@ use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::vcpu::{Buses, Group};
 use crate::virtio::blk::DiskCheckpoint;
-use crate::virtio::build::{Built, Connect, Handle, Host, device_specs};
+use crate::virtio::build::{BuildError, Built, Connect, Handle, Host, device_specs};
 use crate::virtio::transport::mmio::MmioTransport;
 
 /// Most virtio devices. KVM takes 1,000 doorbells, of which a device has at most seven; no known test needs half as
@@ -110,7 +110,9 @@ pub(super) fn attach_windows(
         };
         // SAFETY: the image is mapped at these addresses for as long as it lives, which each vCPU, by what it dispatches
         // to, sees to for as long as it can run. The guest cannot write there.
-        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(kvm("KVM_SET_USER_MEMORY_REGION"))
+            .map_err(|error| BuildError::no_room(&window.tag, error))?;
     }
     Ok(())
 }

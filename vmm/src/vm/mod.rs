@@ -13,6 +13,7 @@ mod descriptors;
 mod kept;
 mod state;
 
+use std::error::Error;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
@@ -169,6 +170,17 @@ pub enum VmError {
         #[source]
         source: io::Error,
     },
+}
+
+impl VmError {
+    /// The share that could be given to the guest by virtio-fs, where there is no room for it as an image; and why.
+    #[must_use]
+    pub fn no_room(&self) -> Option<(&str, &(dyn Error + Send + Sync + 'static))> {
+        match self {
+            Self::Device(BuildError::NoRoom { tag, source }) => Some((tag, &**source)),
+            _ => None,
+        }
+    }
 }
 
 pub(crate) fn kvm(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> VmError {

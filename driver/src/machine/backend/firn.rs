@@ -21,10 +21,11 @@ use tokio::task::AbortHandle;
 
 use super::{Backend, Checkpoints, Event, Input, Parts, Started};
 use crate::config::PortForward;
-use crate::error::{End, MachineError, Result};
+use crate::error::{End, Error, MachineError, Result, chain};
 use crate::machine::Dirs;
 use crate::machine::console::{Console, ConsoleWriter};
 use crate::machine::rfb::{self, Display};
+use crate::machine::setup::Tags;
 use crate::task::blocking;
 
 mod checkpoints;
@@ -52,6 +53,8 @@ pub(super) struct Firn {
     held: Arc<()>,
     /// Holds it, too: a fork has its disks nowhere else.
     forked: Mutex<Option<Arc<()>>>,
+    /// The shares that its guest has by virtio-fs because there was no room for them as images.
+    by_virtiofs: Mutex<Tags>,
 }
 
 /// A virtual machine, from its start to its end or, if there are checkpoints of it, for longer.
@@ -81,6 +84,7 @@ impl Firn {
             boot_marks: Mutex::default(),
             held: Arc::default(),
             forked: Mutex::default(),
+            by_virtiofs: Mutex::default(),
         }
     }
 
@@ -166,8 +170,25 @@ impl Firn {
     }
 
     async fn first_start(&self, dirs: &Dirs, console: Arc<Console>) -> Result<Started> {
-        let spec = self.parts.source.spec(&self.parts.node, dirs, &self.parts.log).await?;
-        self.launch(spec, dirs, console, start_vm).await
+        let Parts { source, node, log, .. } = &self.parts;
+        let mut spec = source.spec(node, dirs, log).await?;
+        let mut by_virtiofs = Tags::new();
+        loop {
+            let error = match self.launch(spec, dirs, Arc::clone(&console), start_vm).await {
+                Ok(started) => {
+                    *lock(&self.by_virtiofs) = by_virtiofs;
+                    return Ok(started);
+                }
+                Err(error) => error,
+            };
+            let Some((tag, why)) = no_room(&error) else { return Err(error) };
+            if !source.mounts(node, dirs, &tag)? {
+                return Err(self.start_error(NoRoom { tag, why }).into());
+            }
+            log.warning(format_args!("share {tag} comes by virtio-fs, not as an image: {why}"));
+            by_virtiofs.insert(tag);
+            spec = source.spec_again(node, dirs, &by_virtiofs).await?;
+        }
     }
 
     /// Makes the user network, if the machine has one and it is not there. With `elsewhere` ports of the host that the
@@ -387,6 +408,24 @@ impl Backend for Firn {
     fn checkpoints(&self) -> Option<&dyn Checkpoints> {
         Some(self)
     }
+}
+
+/// There is no room for a share as an image, and how its guest mounts it is not for firn to say.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "share {tag} cannot be an image: {why}; its guest mounts it by itself, so it has it by virtio-fs only with \
+     `image = false` (NixOS: `virtualisation.firn.storeImage = false`)"
+)]
+struct NoRoom {
+    tag: String,
+    why: String,
+}
+
+/// The share for which there is no room as an image, if that is what an error of a start is about; and why.
+fn no_room(error: &Error) -> Option<(String, String)> {
+    let Error::Machine(MachineError::Start { source, .. }) = error else { return None };
+    let (tag, why) = source.downcast_ref::<VmError>()?.no_room()?;
+    Some((tag.to_owned(), chain(why)))
 }
 
 /// The other ends of a machine's devices.

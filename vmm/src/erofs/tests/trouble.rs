@@ -80,13 +80,20 @@ fn what_cannot_be_an_image() {
             )
         );
     }
+    // None of these is for want of room.
+    for (source, label) in [(&*file, "store"), (source.path(), "sixteen bytes are")] {
+        let error = compose_with(source, label, &Filter::default()).err().unwrap();
+        assert!(!error.is_no_room(), "{error}");
+    }
     for name in ["1", "2", "3"] {
         let file = File::create(source.path().join(name)).unwrap();
         file.set_len(7 << 40).unwrap();
     }
     let path = source.path().join("2");
+    let much = compose_with(source.path(), "store", &Filter::default());
+    assert!(much.as_ref().is_err_and(ComposeError::is_no_room));
     assert_eq!(
-        said(compose_with(source.path(), "store", &Filter::default())),
+        said(much),
         format!("cannot make an image with {}: it would have more than 8 TiB", path.display())
     );
 }
@@ -97,6 +104,14 @@ fn the_host_has_no_memory() {
     assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
     for (len, written) in [(usize::MAX, 0), (usize::MAX - (3 << 20), 0), (5, 3 << 20)] {
         assert!(Mapping::new(len, written).is_err());
+    }
+    // Of what is before an image nobody else's memory can be.
+    for _ in 0..10 {
+        let mapping = Mapping::new(1, 1).unwrap();
+        let base = mapping.address().as_ptr().addr();
+        let maps = String::from_utf8_lossy(&fs::read("/proc/self/maps").unwrap()).into_owned();
+        let before = maps.lines().find(|line| line.contains(&format!("-{base:x} ")));
+        assert!(before.is_some_and(|line| line.contains(" ---p ")), "{base:x}: {maps}");
     }
     let mut mapping = Mapping::new(4 << 20, 4096).unwrap();
     let file = tempfile::tempfile().unwrap();

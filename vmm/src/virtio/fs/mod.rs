@@ -44,7 +44,6 @@ mod tests;
 mod vhost_user;
 mod xattr;
 
-use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -67,7 +66,7 @@ use super::{
     pmem,
 };
 use crate::event_loop::new_event;
-use crate::spec::{ShareSpec, ValueError};
+use crate::spec::ShareSpec;
 use server::{Fuse, Session, detach_thread};
 pub(crate) use store::Filter;
 pub use vhost_user::ShareServer;
@@ -142,17 +141,11 @@ pub struct Fs {
 
 impl DeviceSpec for ShareSpec {
     fn check(&self) -> Result<(), BuildError> {
-        let refused = |key, value: &dyn fmt::Display, allowed: &str| {
-            Err(BuildError::Spec { device: "share", key, problem: ValueError::new(value, allowed) })
-        };
-        if self.image && !self.is_store() {
-            return refused("image", &true, "true if it is read-only with `cache = \"always\"`");
-        }
-        if self.image && self.tag.len() > Self::MAX_LABEL {
-            let allowed = format!("at most {} bytes for an image", Self::MAX_LABEL);
-            return refused("tag", &self.tag, &allowed);
-        }
-        Ok(())
+        self.check_image().map_err(|(key, problem)| BuildError::Spec {
+            device: "share",
+            key,
+            problem,
+        })
     }
 
     fn build(&self, host: &mut Host<'_>) -> Result<Built, BuildError> {

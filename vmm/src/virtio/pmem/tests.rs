@@ -21,8 +21,8 @@ fn image(dir: &Path) -> Arc<Image> {
 fn pmem(content: &str) -> (TempDir, Box<Pmem>) {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path().join("file"), content).unwrap();
-    let window = Windows::new(512 << 20, 40).place(image(dir.path())).unwrap();
-    (dir, Box::new(Pmem { tag: "store".to_owned(), window, queues: () }))
+    let window = Windows::new(512 << 20, 40).place("store", image(dir.path())).unwrap();
+    (dir, Box::new(Pmem { window, queues: () }))
 }
 
 fn active(guest: &Guest) -> (DriverQueue, Box<dyn ActiveDevice>) {
@@ -127,18 +127,46 @@ fn images_lie_behind_memory_and_behind_each_other() {
     let image = image(dir.path());
     for (memory, expected) in [(512_u64, [4, 5]), (3 << 10, [4, 5]), ((7 << 10) + 1, [9, 10])] {
         let mut windows = Windows::new(memory << 20, 40);
-        let found = [(); 2].map(|()| windows.place(image.clone()).unwrap().start);
+        let found = [(); 2].map(|()| windows.place("store", image.clone()).unwrap().start);
         assert_eq!(found, expected.map(|gib: u64| gib << 30));
     }
     // 32 bits end where images begin.
     for (bits, fits) in [(32, false), (33, true), (64, true), (255, true)] {
-        let placed = Windows::new(512 << 20, bits).place(image.clone());
+        let placed = Windows::new(512 << 20, bits).place("store", image.clone());
         assert_eq!(placed.is_ok(), fits, "{bits}");
     }
-    let error = Windows::new(512 << 20, 32).place(image).err().unwrap();
+    // Half of it is the books of these.
+    let mut windows = Windows::new(128 << 10, 40);
+    let placed = [(); 3].map(|()| windows.place("store", image.clone()).map_err(|e| e.to_string()));
+    let books = "with an image of 2 MiB more than half of the guest's memory would be its books";
+    assert!(placed[..2].iter().all(Result::is_ok));
+    assert_eq!(placed[2].as_ref().err().unwrap(), books);
+    let error = Windows::new(512 << 20, 32).place("store", image).err().unwrap();
     let expected =
         "an image of 2 MiB would end above the 32 bits of address that the host's processor has";
     assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn without_room_for_the_image_it_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let share = ShareSpec::new("store".try_into().unwrap(), dir.path().to_owned());
+    let refused = |share: &ShareSpec, bits| {
+        let device = Pmem::new(share, &mut Windows::new(512 << 20, bits), &Cancel::default());
+        device.err().expect("no device")
+    };
+    // As addresses of the guest, and as what an image can be.
+    let mut found = vec![refused(&share, 32)];
+    for name in ["1", "2"] {
+        File::create(dir.path().join(name)).unwrap().set_len(5 << 40).unwrap();
+    }
+    found.push(refused(&share, 64));
+    for error in found {
+        let BuildError::NoRoom { tag, source } = error else { panic!("{error:?}") };
+        assert!(tag == "store" && source.to_string().contains("would "), "{source}");
+    }
+    let missing = ShareSpec { source: dir.path().join("missing"), ..share };
+    assert!(matches!(refused(&missing, 64), BuildError::Share(_)));
 }
 
 proptest! {

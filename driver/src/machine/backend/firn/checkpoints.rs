@@ -15,8 +15,9 @@ use tokio::sync::mpsc;
 use super::{Firn, Running, lock};
 use crate::error::{MachineError, Result};
 use crate::machine::Dirs;
-use crate::machine::backend::{Checkpoints, Create, Event, Started};
+use crate::machine::backend::{Checkpoints, Create, Event, Parts, Started};
 use crate::machine::console::Console;
+use crate::machine::setup::Tags;
 use crate::task::blocking;
 
 /// What a machine was. While this exists, its end only switches it off.
@@ -24,6 +25,8 @@ pub(in crate::machine) struct Kept {
     checkpoint: Arc<Checkpoint>,
     /// Whether the cables of its cards were plugged in.
     links: Vec<bool>,
+    /// The shares that its guest has by virtio-fs because there was no room for them as images.
+    by_virtiofs: Tags,
     _held: Arc<()>,
 }
 
@@ -31,6 +34,11 @@ impl Kept {
     /// Whether the cables of its cards were plugged in.
     pub(in crate::machine) fn links(&self) -> &[bool] {
         &self.links
+    }
+
+    /// The shares that its guest has by virtio-fs because there was no room for them as images.
+    pub(in crate::machine) fn by_virtiofs(&self) -> &Tags {
+        &self.by_virtiofs
     }
 }
 
@@ -42,6 +50,7 @@ impl Checkpoints for Firn {
             Ok(Kept {
                 checkpoint: Arc::new(checkpoint.map_err(failed)?),
                 links: self.parts.ports.iter().map(|port| port.link_up()).collect(),
+                by_virtiofs: lock(&self.by_virtiofs).clone(),
                 _held: Arc::clone(&self.held),
             })
         })
@@ -73,12 +82,14 @@ impl Checkpoints for Firn {
             self.open_user_network(&dirs, true).await?;
             let checkpoint = Arc::clone(&from.checkpoint);
             let forked = async {
-                let spec = self.parts.source.spec_of_fork(&self.parts.node, &dirs).await?;
+                let Parts { source, node, .. } = &self.parts;
+                let spec = source.spec_again(node, &dirs, &from.by_virtiofs).await?;
                 let fork = move |spec: &MachineSpec, host| Vm::fork(spec, host, &checkpoint);
                 self.launch(spec, &dirs, console, fork).await
             };
             let started = self.taken_over(forked.await).await?;
             *lock(&self.forked) = Some(Arc::clone(&self.held));
+            lock(&self.by_virtiofs).clone_from(&from.by_virtiofs);
             Ok(started)
         })
     }

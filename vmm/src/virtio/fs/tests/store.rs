@@ -8,8 +8,8 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::unistd::{geteuid, mkfifo};
 use tempfile::TempDir;
 use virtiofsd::fuse::{EntryOut, FsOptions, Opcode, WriteIn};
 use vm_memory::ByteValued;
@@ -117,11 +117,16 @@ fn everything_that_a_directory_can_hold() {
     symlink(outside.path(), dir.join("out-dir")).unwrap();
     mkfifo(&dir.join("fifo"), Mode::S_IRUSR).unwrap();
     let _listener = UnixListener::bind(dir.join("socket")).unwrap();
+    let mut special = vec![&b"out"[..], b"out-dir", b"fifo", b"socket"];
+    if geteuid().is_root() {
+        mknod(&dir.join("null"), SFlag::S_IFCHR, Mode::S_IRUSR, makedev(1, 3)).unwrap();
+        special.push(b"null");
+    }
 
     let mut mount = Mount::new(&spec);
     let node = mount.lookup(ROOT, "dir").unwrap().nodeid;
     let listed = list(&mut mount, node, 4096);
-    assert_eq!(listed.len(), 5 + 4 + 2);
+    assert_eq!(listed.len(), 5 + special.len() + 2);
     for (name, entry) in &listed {
         let host = fs::symlink_metadata(dir.join(OsStr::from_bytes(name))).unwrap();
         if name != b"." && name != b".." {
@@ -130,6 +135,7 @@ fn everything_that_a_directory_can_hold() {
             assert_eq!(times, (host.mtime(), host.mtime_nsec()));
             assert_eq!(entry.attr.uid, 0.into());
             assert_eq!(u64::from(entry.attr.nlink), host.nlink());
+            assert_eq!(u64::from(entry.attr.rdev), host.rdev());
             let name = CString::new(name.as_slice()).unwrap();
             let again = mount.call(Opcode::Lookup, node, &[name.as_bytes_with_nul()]);
             assert_eq!(object::<EntryOut>(&again.unwrap()).nodeid, entry.nodeid);
@@ -145,7 +151,7 @@ fn everything_that_a_directory_can_hold() {
     let link = listed[&b"out"[..]].nodeid;
     let secret = outside.path().join("secret");
     assert_eq!(mount.call(Opcode::Readlink, link, &[]).unwrap(), secret.as_os_str().as_bytes());
-    for name in [&b"out"[..], b"out-dir", b"fifo", b"socket"] {
+    for name in special {
         let node = listed[name].nodeid;
         assert_eq!(read(&mut mount, node, 0, 10).err(), Some(libc::EINVAL), "{name:?}");
         assert_eq!(mount.lookup(node, "secret").err(), Some(libc::ENOTDIR));
