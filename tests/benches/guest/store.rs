@@ -51,6 +51,10 @@ impl Subject for Store {
         ways
     }
 
+    fn limit(&self) -> Duration {
+        Duration::from_secs(600)
+    }
+
     fn prepare(&self, dir: &Path) -> Result<()> {
         running::prepare(include_str!("store.sh"), None, dir)?;
         let source = systemd().store().context("the kit has a store")?.join("debian/usr");
