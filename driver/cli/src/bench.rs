@@ -160,8 +160,8 @@ fn boot(args: &Boot) -> Result<ExitCode> {
     for kit in kits.collect::<BTreeSet<_>>() {
         firn_kits::build(kit, &|line| eprintln!("{line}"))?;
     }
-    // A carrier that counts instructions (QEMU 7.2) lets machines that run at once hang sooner or later: their locks
-    // stay taken.
+    // In a carrier that counts instructions, QEMU delivers some interrupts twice (tests/bench/README.md says why), which
+    // machines that run at once do not survive.
     let exact = args.machines.is_empty();
     match exact {
         true => {

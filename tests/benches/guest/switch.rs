@@ -15,9 +15,8 @@ use super::{Subject, Way};
 
 /// How many pairs send at once.
 const PAIRS: [usize; 3] = [1, 4, 8];
-const MOST: usize = PAIRS[2];
 /// What all that send at once have to share: in blocks of 256 KiB, and pings. On one processor more takes minutes.
-const BLOCKS: usize = 64;
+const BLOCKS: usize = 128;
 const PINGS: usize = 200;
 const MEMORY_MIB: u64 = 128;
 const VDE: &str = ", vde";
@@ -63,7 +62,7 @@ impl Subject for Pairs {
                     let port = std::sync::Arc::new(switch.add_port(number.to_string()));
                     Running::firn(guest, Parts { spec, net: Some(port), ..Parts::default() })
                 };
-                talk(&mut all(dir, &mut plug)?)
+                talk(dir, &mut plug)
             }
             Some(monitor) => {
                 let monitor = running::other(monitor)?;
@@ -74,7 +73,7 @@ impl Subject for Pairs {
                     let devices = Devices { net: Some(net), ..Devices::default() };
                     Running::other(monitor, guest, &devices, (dir, &number.to_string()))
                 };
-                let steps = talk(&mut all(dir, &mut plug)?);
+                let steps = talk(dir, &mut plug);
                 drop(switch);
                 steps
             }
@@ -85,29 +84,36 @@ impl Subject for Pairs {
 /// Who sends, and who receives.
 type Pair = [Running; 2];
 
-/// Starts all guests; the first of each pair is told where the second is.
-fn all(dir: &Path, start: &mut dyn FnMut(u8, &Guest) -> Result<Running>) -> Result<Vec<Pair>> {
+/// Starts a guest, by its number.
+type Start<'a> = dyn FnMut(u8, &Guest) -> Result<Running> + 'a;
+
+/// Starts one more pair; its first guest is told where the second is.
+fn pair(dir: &Path, start: &mut Start<'_>, first: u8) -> Result<Pair> {
     let mut one = |number: u8, more: &str| {
         let variables = format!("number={number} {more}");
         start(number, &running::guest(dir, MEMORY_MIB, &variables))
     };
-    let pair = |first: u8| {
-        let peer = first + 1;
-        Ok([one(first, &format!("peer=10.9.0.{peer}"))?, one(peer, "")?])
-    };
-    let firsts = (1..).step_by(2).take(MOST);
-    let pairs: Vec<Pair> = firsts.map(pair).collect::<Result<_>>()?;
-    for (number, guest) in (1..).zip(pairs.iter().flatten()) {
-        guest.until(&format!("{number} is ready"))?;
-    }
-    Ok(pairs)
+    let second = first + 1;
+    Ok([one(first, &format!("peer=10.9.0.{second}"))?, one(second, "")?])
 }
 
 /// Has more and more pairs talk, until the last is done.
-fn talk(pairs: &mut [Pair]) -> Result<Sample> {
+fn talk(dir: &Path, start: &mut Start<'_>) -> Result<Sample> {
     let mut steps = Sample::new();
+    let (mut pairs, mut numbers) = (Vec::<Pair>::new(), (1..).step_by(2));
     for count in PAIRS {
-        let pairs = &mut pairs[..count];
+        let before = pairs.len();
+        for first in numbers.by_ref().take(count - before) {
+            pairs.push(pair(dir, start, first)?);
+        }
+        for guest in pairs[before..].iter().flatten() {
+            guest.until("ready")?;
+        }
+        // Afterwards all have touched the memory that they need for it.
+        for [sender, receiver] in &mut pairs[before..] {
+            sender.say("stream 8")?;
+            receiver.until("received")?;
+        }
         let named = |what: &str| match count {
             1 => format!("{what}, 1 pair"),
             _ => format!("{what}, {count} pairs"),
@@ -117,7 +123,7 @@ fn talk(pairs: &mut [Pair]) -> Result<Sample> {
             ("pings", format!("ping {}", PINGS / count), 0, "answered"),
         ] {
             let began = Instant::now();
-            for [sender, _] in &mut *pairs {
+            for [sender, _] in &mut pairs {
                 sender.say(&say)?;
             }
             let ends = pairs.iter().map(|pair| pair[by].until(said));
