@@ -8,7 +8,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use firn::kit::Kit;
 use firn_bench::monitor::Devices;
 use firn_bench::{Guest, OtherMonitor, Sample};
 use firn_net_switch::NetPort;
@@ -50,13 +49,12 @@ pub(crate) fn prepare(script: &str, program: Option<&Path>, dir: &Path) -> Resul
 
 /// The guest of [`prepare`], with variables for its script.
 pub(crate) fn guest(dir: &Path, memory_mib: u64, variables: &str) -> Guest {
-    let Kit { manifest, .. } = &micro();
     let kit = micro();
     Guest {
         vmlinux: kit.vmlinux(),
         bzimage: kit.kernel(),
         initrd: dir.join(INITRD),
-        cmdline: format!("{} {variables}", manifest.cmdline),
+        cmdline: format!("{} {variables}", kit.manifest.cmdline),
         memory_mib,
         cores: 1,
     }
