@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::Result;
-use firn_bench::Sample;
 use firn_bench::monitor::Devices;
+use firn_bench::{OtherMonitor, Sample};
 use firn_tests::noise;
 
 use super::running::{self, Parts, Running};
@@ -24,8 +24,7 @@ impl Subject for Disk {
     }
 
     fn ways(&self) -> Vec<Way> {
-        let others = running::others().map(|monitor| Way::other(monitor.as_str()));
-        [Way::firn("firn")].into_iter().chain(others).collect()
+        running::ways(OtherMonitor::ALL)
     }
 
     fn prepare(&self, dir: &Path) -> Result<()> {

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::Result;
-use firn_bench::Sample;
 use firn_bench::monitor::Devices;
+use firn_bench::{OtherMonitor, Sample};
 
 use super::running::{self, Parts, Running};
 use super::{Subject, Way};
@@ -21,8 +21,7 @@ impl Subject for Memory {
     }
 
     fn ways(&self) -> Vec<Way> {
-        let others = running::others().map(|monitor| Way::other(monitor.as_str()));
-        [Way::firn("firn")].into_iter().chain(others).collect()
+        running::ways(OtherMonitor::ALL)
     }
 
     fn prepare(&self, dir: &Path) -> Result<()> {

@@ -29,10 +29,7 @@ impl Subject for Network {
     }
 
     fn ways(&self) -> Vec<Way> {
-        let qemu = [OtherMonitor::QemuQ35, OtherMonitor::QemuMicrovm];
-        let others = qemu.into_iter().filter(|monitor| monitor.find().is_some());
-        let others = others.map(|monitor| Way::other(monitor.as_str()));
-        [Way::firn("firn")].into_iter().chain(others).collect()
+        running::ways([OtherMonitor::QemuQ35, OtherMonitor::QemuMicrovm])
     }
 
     fn prepare(&self, dir: &Path) -> Result<()> {

@@ -17,7 +17,7 @@ use firn_vmm::spec::{MachineSpec, NetSpec};
 use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{Event, HostSide, Vm};
 
-use super::write;
+use super::{Way, write};
 
 /// A guest that says nothing for so long hangs. Each of 16 that boot at once on one processor takes minutes.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -60,9 +60,11 @@ pub(crate) fn guest(dir: &Path, memory_mib: u64, variables: &str) -> Guest {
     }
 }
 
-/// The other monitors that are installed.
-pub(crate) fn others() -> impl Iterator<Item = OtherMonitor> {
-    OtherMonitor::ALL.into_iter().filter(|monitor| monitor.find().is_some())
+/// By firn, and by each of these monitors that is installed.
+pub(crate) fn ways(monitors: impl IntoIterator<Item = OtherMonitor>) -> Vec<Way> {
+    let others = monitors.into_iter().filter(|monitor| monitor.find().is_some());
+    let others = others.map(|monitor| Way::other(monitor.as_str()));
+    [Way::firn("firn")].into_iter().chain(others).collect()
 }
 
 /// The monitor of a way, by its name.
