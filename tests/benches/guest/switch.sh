@@ -1,6 +1,8 @@
 # One of a pair of guests: the second of each serves, the first does what the host says.
-# What a busy host delays is no sign of a full queue.
+# What a busy host delays is no sign of a full queue, nor of a peer that is far away: to one within half a millisecond
+# Linux sends in segments as long as they can be (tcp_tso_rtt_log, 2 to its power of microseconds).
 echo 0 >/sys/module/tcp_cubic/parameters/hystart
+echo 20 >/proc/sys/net/ipv4/tcp_tso_rtt_log
 ip link set lo up
 ip link set eth0 up
 ip addr add "10.9.0.$number/24" dev eth0

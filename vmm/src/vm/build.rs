@@ -187,17 +187,16 @@ pub(super) fn attach_devices(
         Attached { transports: Vec::new(), announced: Vec::new(), handles: Vec::new() };
     let addresses = (0..).map(|index| layout::VIRTIO_MMIO_START + index * layout::VIRTIO_MMIO_SIZE);
     let lines: Vec<_> =
-        layout::VIRTIO_LINES.map(|line| SharedLine::new(vm.clone(), line)).collect();
+        layout::VIRTIO_LINES.map(|line| Arc::new(SharedLine::new(vm.clone(), line))).collect();
     for ((index, (device, handle)), address) in devices.into_iter().enumerate().zip(addresses) {
         let line = &lines[index % lines.len()];
-        let sharer = u8::try_from(index / lines.len()).unwrap_or(u8::MAX);
         let events = events.clone();
         let on_failure = Arc::new(move |device: &str, error: &crate::virtio::DeviceError| {
             let (device, reason) = (device.to_owned(), chain(error));
             tracing::warn!(device, reason, "device failed");
             events(Event::DeviceFailed { device, reason });
         });
-        let transport = MmioTransport::new(device, memory.clone(), line.pin(sharer), on_failure)
+        let transport = MmioTransport::new(device, memory.clone(), line.clone(), on_failure)
             .map_err(host("cannot make an eventfd"))?;
         let transport = Arc::new(transport);
         transport.connect(vm, address).map_err(kvm("KVM_IOEVENTFD"))?;

@@ -247,8 +247,8 @@ impl Aml for VirtioMmio {
                     "_CRS".into(),
                     &ResourceTemplate::new(vec![
                         &Memory32Fixed::new(true, self.device.address, VIRTIO_MMIO_SIZE),
-                        // Level-triggered and shared.
-                        &Interrupt::new(true, false, false, true, self.device.line),
+                        // Edge-triggered and shared.
+                        &Interrupt::new(true, true, false, true, self.device.line),
                     ]),
                 ),
             ],

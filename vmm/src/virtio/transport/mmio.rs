@@ -20,7 +20,7 @@ use virtio_bindings::virtio_mmio::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::slot::{OnFailure, QueueConfig, Slot, SlotState};
+use super::slot::{OnFailure, QueueConfig, Slot, SlotState, status};
 use crate::bus::BusDevice;
 use crate::event_loop::new_event;
 use crate::interrupt::Pin;
@@ -36,8 +36,8 @@ const VENDOR: u32 = u32::from_le_bytes(*b"firn");
 /// Where the event subscriber counts host descriptors from; queues count from 0.
 const HOST_EVENT: u32 = 0x1_0000;
 
-/// The interrupt status register and the pin that follows it. Reading takes no lock: the guest reads it on every
-/// interrupt.
+/// The interrupt status register and the pin that says that it has changed. Reading takes no lock: the guest reads it on
+/// every interrupt.
 struct Line {
     status: AtomicU32,
     generation: AtomicU32,
@@ -46,25 +46,21 @@ struct Line {
 
 impl Line {
     fn raise(&self, cause: u32) {
-        // If a cause was pending already, its setter updates the pin.
-        if self.status.fetch_or(cause, Ordering::SeqCst) == 0 {
-            self.update_pin();
+        // A driver acknowledges a cause before it looks for its reason: of one that is pending it has nothing to learn.
+        if self.status.fetch_or(cause, Ordering::SeqCst) & cause == 0 {
+            self.pin.pulse();
         }
     }
 
     fn acknowledge(&self, causes: u32) {
-        if self.status.fetch_and(!causes, Ordering::SeqCst) & !causes == 0 {
-            self.update_pin();
+        self.status.fetch_and(!causes, Ordering::SeqCst);
+    }
+
+    /// Says once more what is pending.
+    fn repeat(&self) {
+        if self.status.load(Ordering::SeqCst) != 0 {
+            self.pin.pulse();
         }
-    }
-
-    fn set_status(&self, status: u32) {
-        self.status.store(status, Ordering::SeqCst);
-        self.update_pin();
-    }
-
-    fn update_pin(&self) {
-        self.pin.follow(&|| self.status.load(Ordering::SeqCst) != 0);
     }
 }
 
@@ -169,7 +165,7 @@ impl MmioTransport {
         let mut registers = self.registers();
         registers.slot.reset();
         registers.selected = Selectors::default();
-        self.line.set_status(0);
+        self.line.status.store(0, Ordering::SeqCst);
     }
 
     /// The state of a paused device.
@@ -192,7 +188,8 @@ impl MmioTransport {
         registers.slot.restore(&state.slot)?;
         registers.selected = state.selected;
         self.line.generation.store(state.generation, Ordering::SeqCst);
-        self.line.set_status(state.interrupt_status);
+        self.line.status.store(state.interrupt_status, Ordering::SeqCst);
+        self.line.repeat();
         Ok(())
     }
 
@@ -251,7 +248,10 @@ impl MmioTransport {
             VIRTIO_MMIO_STATUS => {
                 slot.set_status(value.to_le_bytes()[0]);
                 if value == 0 {
-                    self.line.set_status(0);
+                    self.line.status.store(0, Ordering::SeqCst);
+                } else if value & u32::from(status::DRIVER_OK) != 0 {
+                    // What came before the driver listened is an edge lost.
+                    self.line.repeat();
                 }
             }
             _ => {
