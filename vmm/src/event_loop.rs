@@ -3,10 +3,12 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::thread;
 
 /// A new event: reading one that has not come does not block, and no program that this process starts inherits it.
 ///
@@ -68,7 +70,7 @@ impl EventLoop {
     /// The process can have no more threads.
     pub fn spawn(mut self, name: String) -> io::Result<EventThread> {
         let stop = self.stop.clone();
-        let thread = Builder::new().name(name).spawn(move || {
+        let thread = thread::spawn(name, move || {
             while !self.stop.requested.load(Ordering::SeqCst) {
                 if let Err(error) = self.manager.run() {
                     tracing::error!(?error, "the device thread cannot wait for events");

@@ -24,6 +24,7 @@ pub mod screen;
 mod skip;
 pub mod socket;
 pub mod spec;
+mod thread;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

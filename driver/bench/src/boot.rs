@@ -47,8 +47,9 @@ pub type Stages = BTreeMap<Stage, u64>;
 pub(super) const USER: &str = "user";
 pub(super) const SYSTEM: &str = "sys";
 pub(super) const TOTAL: &str = "total";
-/// The process's resident memory without the guest's.
-pub(super) const MEMORY: &str = "memory";
+/// The process's memory without the guest's: what is resident, what of that no other process has, and what of that was
+/// written to, so that no file has it either.
+pub(super) const MEMORY: [&str; 3] = ["memory", "private", "written"];
 
 /// What is measured, of machines one by one or also of several at once: it names files.
 #[must_use]
@@ -66,7 +67,8 @@ pub fn report(unit: Unit, runs: usize, measured: &[Measured]) -> Report {
     let parts: Vec<_> = [USER, SYSTEM].map(str::to_owned).into();
     let work = [USER, SYSTEM].map(|name| Column::new(name, unit));
     let total = Column { parts, ..Column::new(TOTAL, unit) };
-    let columns = stages.into_iter().chain(work).chain([total, Column::new(MEMORY, Unit::Kib)]);
+    let memory = MEMORY.map(|name| Column::new(name, Unit::Kib));
+    let columns = stages.into_iter().chain(work).chain([total]).chain(memory);
     let subject = subject(measured.iter().any(|of| of.machines > 1));
     let heading = (subject, "A boot from exec to exit");
     Report::new(heading, Summary::Median, columns.collect(), runs, measured)

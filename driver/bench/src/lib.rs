@@ -166,7 +166,8 @@ fn once(subject: &Subject, first: bool, limit: Duration) -> Result<Sample, Bench
                 false => None,
             };
             let mut sample = process::time(&subject.name, boot, limit)?;
-            sample.extend(memory.map(|kib| (boot::MEMORY.to_owned(), kib)));
+            let memory = memory.into_iter().flatten();
+            sample.extend(boot::MEMORY.into_iter().map(str::to_owned).zip(memory));
             Ok(sample)
         }
         Run::Sample(command) => process::sample(&subject.name, command, limit),

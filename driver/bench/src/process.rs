@@ -17,7 +17,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
-use super::boot::{SYSTEM, TOTAL, USER};
+use super::boot::{MEMORY, SYSTEM, TOTAL, USER};
 use super::guest::HERE;
 use super::monitor::Boot;
 use super::{BenchError, Sample, Stage, Stages};
@@ -60,15 +60,19 @@ pub(super) fn time(name: &str, boot: &Boot, limit: Duration) -> Result<Sample, B
     Ok(stages.chain(work).map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
-/// The resident memory of a process while its guest runs, without the guest's, in KiB.
-pub(super) fn memory(name: &str, boot: &Boot, limit: Duration) -> Result<Option<u64>, BenchError> {
+/// The [memory](MEMORY) of a process while its guest runs, without the guest's, in KiB.
+pub(super) fn memory(
+    name: &str,
+    boot: &Boot,
+    limit: Duration,
+) -> Result<Option<[u64; MEMORY.len()]>, BenchError> {
     let Some(command) = &boot.lingering else { return Ok(None) };
     let guest_kib = boot.memory_mib << 10;
     let mut found = None;
     watch(name, command, limit, |child, line| {
         if found.is_none() && is_here(line) {
             let maps = fs::read_to_string(format!("/proc/{child}/smaps")).ok();
-            found = Some(maps.map(|maps| resident_kib(&maps, guest_kib)));
+            found = Some(maps.map(|maps| memory_kib(&maps, guest_kib)));
         }
     })?;
     Ok(found.flatten())
@@ -208,19 +212,29 @@ fn used() -> (u64, u64) {
         .map_or((0, 0), |usage| (nanoseconds(usage.user_time()), nanoseconds(usage.system_time())))
 }
 
-/// The resident memory in a list of mappings (`man 5 proc_pid_smaps`), without mappings as large as the guest's memory
+/// The [memory](MEMORY) in a list of mappings (`man 5 proc_pid_smaps`), without mappings as large as the guest's memory
 /// or half of it, which may be split in two.
-fn resident_kib(maps: &str, guest_kib: u64) -> u64 {
-    let value = |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse().ok());
-    let (mut guest, mut sum) = (false, 0);
+fn memory_kib(maps: &str, guest_kib: u64) -> [u64; MEMORY.len()] {
+    let (mut guest, mut sums) = (false, [0; MEMORY.len()]);
     for line in maps.lines() {
-        if line.starts_with("Size:") {
-            guest = value(line).is_some_and(|size: u64| size >= guest_kib / 2);
-        } else if line.starts_with("Rss:") && !guest {
-            sum += value(line).unwrap_or(0);
+        let mut words = line.split_whitespace();
+        let key = words.next().unwrap_or_default();
+        let value: u64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
+        let counts = match key {
+            "Size:" => {
+                guest = value >= guest_kib / 2;
+                [false; 3]
+            }
+            "Rss:" => [true, false, false],
+            "Private_Clean:" => [false, true, false],
+            "Private_Dirty:" => [false, true, true],
+            _ => [false; 3],
+        };
+        for (sum, counts) in sums.iter_mut().zip(counts) {
+            *sum += if counts && !guest { value } else { 0 };
         }
     }
-    sum
+    sums
 }
 
 #[cfg(test)]
@@ -250,7 +264,9 @@ mod tests {
         assert_eq!(of("total"), of("user") + of("sys"));
         let memory = memory("a shell", &boot(&format!("echo '{HERE}'; sleep 0.2")), LIMIT)
             .expect("it ends well");
-        assert!(memory.is_some_and(|kib| (100..50_000).contains(&kib)), "{memory:?}");
+        let [all, private, written] = memory.unwrap();
+        assert!((100..50_000).contains(&all), "{memory:?}");
+        assert!(all >= private && private >= written && written > 0, "{memory:?}");
     }
 
     #[test]
@@ -297,8 +313,10 @@ mod tests {
 
     #[test]
     fn the_guests_memory_is_not_the_monitors() {
-        let maps = "00-01 rw-p\nSize:    524288 kB\nRss:   300000 kB\n02-03 r-xp\nSize:  4000 kB\nRss:  2000 kB\n\
-                    04-05 rw-p\nSize:  262144 kB\nRss:  100 kB\n06-07 rw-p\nSize:  132 kB\nRss: 24 kB\n";
-        assert_eq!(resident_kib(maps, 524_288), 2024);
+        let maps = "00-01 rw-p\nSize:    524288 kB\nRss:   300000 kB\nPrivate_Dirty: 300000 kB\n\
+                    02-03 r-xp\nSize:  4000 kB\nRss:  2000 kB\nPrivate_Clean:  1500 kB\nPrivate_Dirty: 0 kB\n\
+                    04-05 rw-p\nSize:  262144 kB\nRss:  100 kB\nPrivate_Clean: 100 kB\n\
+                    06-07 rw-p\nSize:  132 kB\nRss: 24 kB\nPrivate_Dirty: 20 kB\n";
+        assert_eq!(memory_kib(maps, 524_288), [2024, 1520, 20]);
     }
 }

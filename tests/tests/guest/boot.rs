@@ -1,7 +1,13 @@
 //! Kernels, processors and memory.
 
+use std::collections::BTreeMap;
+use std::fs;
+
 use firn_tests::{micro, only, output, with_machines};
 use firn_vmm::device::boot_timer::stage::{INIT, KERNEL, READY, RUN};
+
+/// As /proc has it (include/uapi/linux/sched.h).
+const SCHED_BATCH: &str = "3";
 
 #[test]
 fn a_bzimage_and_its_elf_payload_boot_alike() {
@@ -22,6 +28,23 @@ fn one_and_four_cores() {
             assert_eq!(online, if cores == 1 { "0" } else { "0-3" });
         });
     }
+}
+
+#[test]
+fn threads_that_are_woken_wait_for_their_turn() {
+    with_machines("[nodes.m]\ncores = 2", async |_driver| {
+        let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        let policies = tasks.filter_map(|task| {
+            let name = fs::read_to_string(task.join("comm")).ok()?;
+            // Field 41 (proc_pid_stat(5)); the second is the name.
+            let stat = fs::read_to_string(task.join("stat")).ok()?;
+            let policy = stat.split_whitespace().nth(40).map(str::to_owned);
+            name.starts_with("m-").then(|| (name.trim_end().to_owned(), policy))
+        });
+        let batch = |name: &str| (name.to_owned(), Some(SCHED_BATCH.to_owned()));
+        let expected = ["m-cpu0", "m-cpu1", "m-dev"].map(batch);
+        assert_eq!(policies.collect::<BTreeMap<_, _>>(), BTreeMap::from(expected));
+    });
 }
 
 #[test]

@@ -16,7 +16,7 @@ mod state;
 use std::error::Error;
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
@@ -35,6 +35,7 @@ use crate::memory::{self, Memory};
 use crate::screen::Screen;
 use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
+use crate::thread;
 use crate::vcpu::{Buses, Ending, Group, HaltWatch, Vcpu};
 use crate::virtio::RestoreError;
 use crate::virtio::balloon::BalloonHandle;
@@ -364,7 +365,7 @@ impl Vm {
     fn spawn_vcpu(&self, vcpu: Arc<Vcpu>) -> io::Result<JoinHandle<()>> {
         let events = self.events.clone();
         let group = self.group.clone();
-        Builder::new().name(format!("{}-cpu{}", self.spec.name, vcpu.index())).spawn(move || {
+        thread::spawn(format!("{}-cpu{}", self.spec.name, vcpu.index()), move || {
             let event = match vcpu.run() {
                 Ok(Ending::Stopped) => return,
                 Ok(Ending::Halted) => Event::Halted,
