@@ -128,9 +128,7 @@ impl Place {
 struct NoPin;
 
 impl Pin for NoPin {
-    fn follow(&self, level: &dyn Fn() -> bool) {
-        level();
-    }
+    fn pulse(&self) {}
 }
 
 /// A device and its driver.
