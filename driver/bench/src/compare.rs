@@ -234,7 +234,7 @@ worse: firn: memory 5.2 -> 10.4, +100.0 %; noise 0.5
 better: firn: 3 at once: total 1.860 -> 1.560, -16.1 %; noise 0.186
 not in the earlier report: another
 not measured: another <one>
-as before, within the noise: 9 figures
+as before, within the noise: 11 figures
 ";
         assert_eq!(found.text(), text);
         now.columns[0].unit = Unit::Nanoseconds;

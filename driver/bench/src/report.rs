@@ -328,7 +328,8 @@ pub(super) mod tests {
             .into()
         };
         let mut firn: Vec<_> = [450_000_000, 449_000_000, 480_000_000].map(sample).into();
-        firn[0].push(("memory".to_owned(), 5300));
+        let memory = [("memory", 5300), ("private", 4100), ("written", 900)];
+        firn[0].extend(memory.map(|(name, kib)| (name.to_owned(), kib)));
         let measured = [
             measured("firn", 1, firn),
             measured("firn: 3 at once", 3, vec![sample(1_710_000_000)]),
@@ -358,10 +359,10 @@ pub(super) mod tests {
     fn the_table_has_medians() {
         let expected = "\
 A boot from exec to exit: 1e9 instructions, median of 3
-                 first entry  kernel  init  agent    end   user    sys  total   memory  spread
-firn                   0.008       -     -      -  0.650  0.450  0.150  0.600  5.2 MiB   5.1 %
-firn: 3 at once        0.008       -     -      -  1.910  1.710  0.150  1.860        -   0.0 %
-another <one>          0.008       -     -      -  1.200  1.000  0.150  1.150        -   0.0 %
+                 first entry  kernel  init  agent    end   user    sys  total   memory  private  written  spread
+firn                   0.008       -     -      -  0.650  0.450  0.150  0.600  5.2 MiB  4.0 MiB  0.9 MiB   5.1 %
+firn: 3 at once        0.008       -     -      -  1.910  1.710  0.150  1.860        -        -        -   0.0 %
+another <one>          0.008       -     -      -  1.200  1.000  0.150  1.150        -        -        -   0.0 %
 firn: 3 at once: 3.10 times the work of one
 missing: none: it hangs:
     no output
