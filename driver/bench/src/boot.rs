@@ -47,8 +47,8 @@ pub type Stages = BTreeMap<Stage, u64>;
 pub(super) const USER: &str = "user";
 pub(super) const SYSTEM: &str = "sys";
 pub(super) const TOTAL: &str = "total";
-/// The process's memory without the guest's: what is resident, what of that no other process has, and what of that was
-/// written to, so that no file has it either.
+/// The process's memory without the guest's: what is resident, what of that no other process has, and what is in no
+/// file, so that the host could not drop it.
 pub(super) const MEMORY: [&str; 3] = ["memory", "private", "written"];
 
 /// What is measured, of machines one by one or also of several at once: it names files.

@@ -226,8 +226,9 @@ fn memory_kib(maps: &str, guest_kib: u64) -> [u64; MEMORY.len()] {
                 [false; 3]
             }
             "Rss:" => [true, false, false],
-            "Private_Clean:" => [false, true, false],
-            "Private_Dirty:" => [false, true, true],
+            "Private_Clean:" | "Private_Dirty:" => [false, true, false],
+            // Not what is dirty: that is each page of a file in a tmpfs, where programs and kernels have been copied.
+            "Anonymous:" => [false, false, true],
             _ => [false; 3],
         };
         for (sum, counts) in sums.iter_mut().zip(counts) {
@@ -314,9 +315,9 @@ mod tests {
     #[test]
     fn the_guests_memory_is_not_the_monitors() {
         let maps = "00-01 rw-p\nSize:    524288 kB\nRss:   300000 kB\nPrivate_Dirty: 300000 kB\n\
-                    02-03 r-xp\nSize:  4000 kB\nRss:  2000 kB\nPrivate_Clean:  1500 kB\nPrivate_Dirty: 0 kB\n\
-                    04-05 rw-p\nSize:  262144 kB\nRss:  100 kB\nPrivate_Clean: 100 kB\n\
-                    06-07 rw-p\nSize:  132 kB\nRss: 24 kB\nPrivate_Dirty: 20 kB\n";
+                    02-03 r-xp\nSize:  4000 kB\nRss:  2000 kB\nPrivate_Clean:  1000 kB\nPrivate_Dirty: 500 kB\n\
+                    04-05 rw-p\nSize:  262144 kB\nRss:  100 kB\nAnonymous: 100 kB\n\
+                    06-07 rw-p\nSize:  132 kB\nRss: 24 kB\nPrivate_Dirty: 20 kB\nAnonymous: 20 kB\n";
         assert_eq!(memory_kib(maps, 524_288), [2024, 1520, 20]);
     }
 }

@@ -32,7 +32,8 @@ fn one_and_four_cores() {
 
 #[test]
 fn threads_that_are_woken_wait_for_their_turn() {
-    with_machines("[nodes.m]\ncores = 2", async |_driver| {
+    with_machines("[nodes.m]\ncores = 2", async |driver| {
+        output(only(driver), "true").await;
         let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
         let policies = tasks.filter_map(|task| {
             let name = fs::read_to_string(task.join("comm")).ok()?;
