@@ -8,7 +8,7 @@ use std::process::Command;
 use firn::error::{End, Error, MachineError, chain};
 use firn::worlds::Worlds;
 use firn::{ExecOptions, Machine};
-use firn_tests::{micro, noise, only, output, with_machines};
+use firn_tests::{PATIENCE, micro, noise, only, output, with_machines};
 
 use crate::boot_once::run;
 use crate::shares::{CHANGES, tree};
@@ -253,6 +253,8 @@ fn what_is_mapped_of_an_image_is_not_for_devices() {
         \x20   print(os.strerror(error.errno))\n";
     with_machines(&nodes, async |driver| {
         let m = only(driver);
+        // The image is mounted before udev has looked at it, and a command may come in between, too.
+        m.wait_for_file("/dev/disk/by-label/image", PATIENCE).await.unwrap();
         output(m, "test /dev/disk/by-label/image -ef /dev/pmem0").await;
         output(m, &format!("cat >/tmp/script <<'END'\n{script}END")).await;
         let direct = nix::libc::O_DIRECT;
