@@ -36,10 +36,16 @@ impl SharedLine {
 impl Pin for SharedLine {
     fn pulse(&self) {
         let _pulsing = self.pulsing.lock().unwrap_or_else(PoisonError::into_inner);
-        for level in [true, false] {
-            if let Err(error) = self.vm.set_irq_line(self.number, level) {
-                tracing::error!(%error, line = self.number, "KVM_IRQ_LINE");
-            }
+        if let Err(error) = pulse(&self.vm, self.number) {
+            tracing::error!(%error, line = self.number, "KVM_IRQ_LINE");
         }
     }
+}
+
+/// Raises a line of `vm` for a moment.
+///
+/// # Errors
+/// KVM refuses.
+pub(crate) fn pulse(vm: &VmFd, number: u32) -> Result<(), kvm_ioctls::Error> {
+    [true, false].into_iter().try_for_each(|level| vm.set_irq_line(number, level))
 }

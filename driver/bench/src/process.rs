@@ -215,27 +215,22 @@ fn used() -> (u64, u64) {
 /// The [memory](MEMORY) in a list of mappings (`man 5 proc_pid_smaps`), without mappings as large as the guest's memory
 /// or half of it, which may be split in two.
 fn memory_kib(maps: &str, guest_kib: u64) -> [u64; MEMORY.len()] {
-    let (mut guest, mut sums) = (false, [0; MEMORY.len()]);
+    let (mut guest, mut resident, mut private, mut written) = (false, 0, 0, 0);
     for line in maps.lines() {
         let mut words = line.split_whitespace();
         let key = words.next().unwrap_or_default();
         let value: u64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
-        let counts = match key {
-            "Size:" => {
-                guest = value >= guest_kib / 2;
-                [false; 3]
-            }
-            "Rss:" => [true, false, false],
-            "Private_Clean:" | "Private_Dirty:" => [false, true, false],
+        match key {
+            "Size:" => guest = value >= guest_kib / 2,
+            _ if guest => {}
+            "Rss:" => resident += value,
+            "Private_Clean:" | "Private_Dirty:" => private += value,
             // Not what is dirty: that is each page of a file in a tmpfs, where programs and kernels have been copied.
-            "Anonymous:" => [false, false, true],
-            _ => [false; 3],
-        };
-        for (sum, counts) in sums.iter_mut().zip(counts) {
-            *sum += if counts && !guest { value } else { 0 };
+            "Anonymous:" => written += value,
+            _ => {}
         }
     }
-    sums
+    [resident, private, written]
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{console, pci, power};
 use crate::bus::{BusDevice, Overlap};
+use crate::interrupt;
 use crate::vcpu::Buses;
 
 pub use power::Request;
@@ -53,5 +54,5 @@ pub fn connect_console(vm: &VmFd, interrupt: &EventFd) -> Result<(), kvm_ioctls:
 /// # Errors
 /// KVM refuses.
 pub fn press_power_button(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
-    [true, false].into_iter().try_for_each(|level| vm.set_irq_line(power::BUTTON_GSI, level))
+    interrupt::pulse(vm, power::BUTTON_GSI)
 }

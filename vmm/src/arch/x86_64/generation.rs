@@ -10,6 +10,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout::GENERATION_ID;
+use crate::interrupt;
 use crate::memory::MemoryMap;
 
 /// The interrupt of the generic event device that says that it has changed.
@@ -39,7 +40,7 @@ pub fn write(memory: &MemoryMap) -> Result<(), GuestMemoryError> {
 /// # Errors
 /// KVM refuses.
 pub fn announce(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
-    [true, false].into_iter().try_for_each(|level| vm.set_irq_line(GSI, level))
+    interrupt::pulse(vm, GSI)
 }
 
 /// How the DSDT announces it, and the generic event device (ACPI 6.5, 5.6.9) that says that it has changed.
