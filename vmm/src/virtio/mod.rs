@@ -19,6 +19,7 @@ pub mod blk;
 pub mod build;
 mod config_space;
 pub mod console;
+mod file;
 pub mod fs;
 pub mod gpu;
 pub mod input;

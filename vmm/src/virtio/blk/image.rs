@@ -25,6 +25,7 @@ use super::lock::{self, Outcome};
 use crate::Cancel;
 use crate::extents::Extents;
 use crate::spec::{DiskFormat, DiskSpec};
+use crate::virtio::file::{in_memory, read_at, write_at};
 use crate::virtio::queue::GuestSlice;
 
 /// Longest chain of backing files; a longer one is a loop.
@@ -94,10 +95,22 @@ struct Base {
     access: RwLock<FormatAccess<File>>,
     /// The same open file, to sync without imago, which blocks reads and writes meanwhile.
     file: HostFile,
+    shortcut: Shortcut,
     size: u64,
     path: PathBuf,
     /// How many disks borrow it.
     borrowers: AtomicUsize,
+}
+
+/// What can be done at once, on the file itself.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shortcut {
+    /// Nothing: it takes the image's tables to know where in the file.
+    None,
+    /// Reads of what is in the host's page cache.
+    CachedReads,
+    /// Reads and writes, as the file is in memory.
+    All,
 }
 
 impl Image {
@@ -130,8 +143,13 @@ impl Image {
             let problem = format!("its size of {size} bytes is no multiple of {SECTOR} above 0");
             return Err(content(io::Error::new(io::ErrorKind::InvalidData, problem)));
         }
+        let shortcut = match format {
+            DiskFormat::Qcow2 => Shortcut::None,
+            DiskFormat::Raw if in_memory(&file) => Shortcut::All,
+            DiskFormat::Raw => Shortcut::CachedReads,
+        };
         let (access, path, borrowers) = (RwLock::new(access), path.clone(), AtomicUsize::new(0));
-        let base = Arc::new(Base { access, file, size, path, borrowers });
+        let base = Arc::new(Base { access, file, shortcut, size, path, borrowers });
         Ok(Image { base, layers: RwLock::default(), borrowed: false })
     }
 
@@ -237,6 +255,37 @@ impl Image {
 
     fn access(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
         self.base.access.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is worth trying to read or write at once.
+    pub(super) fn has_shortcut(&self) -> bool {
+        self.base.shortcut != Shortcut::None
+    }
+
+    /// Fills the guest's buffers, of `len` bytes in all, as [`Self::read`] does. False if that would have to wait for
+    /// something, or has failed.
+    pub(super) fn read_at_once(&self, buffers: &[GuestSlice<'_>], offset: u64, len: u64) -> bool {
+        self.at_once(len, |file| {
+            read_at(file, buffers, offset, self.base.shortcut == Shortcut::All)
+        })
+    }
+
+    /// Writes the guest's buffers, of `len` bytes in all, as [`Self::write`] does. False if that would have to wait for
+    /// something, or has failed: some of it may have been written.
+    pub(super) fn write_at_once(&self, buffers: &[GuestSlice<'_>], offset: u64, len: u64) -> bool {
+        self.base.shortcut == Shortcut::All
+            && self.at_once(len, |file| write_at(file, buffers, offset))
+    }
+
+    /// Moves `len` bytes to or from the file, unless that is not where the newest are, or somebody discards.
+    fn at_once(&self, len: u64, move_bytes: impl Fn(&HostFile) -> io::Result<usize>) -> bool {
+        let (Ok(layers), Ok(_access)) = (self.layers.try_read(), self.base.access.try_read())
+        else {
+            return false;
+        };
+        self.has_shortcut()
+            && layers.is_empty()
+            && move_bytes(&self.base.file).is_ok_and(|moved| u64::try_from(moved) == Ok(len))
     }
 
     /// Fills the guest's buffers from `offset` on, without a copy where the image stores the data unchanged.

@@ -6,6 +6,8 @@
 //!   +--- used chains ---+
 //! ```
 //!
+//! What need not wait for the host's disk, of a raw image, is done on the thread that rings, past the workers and imago.
+//!
 //! Data goes between the guest's memory and the host's file without a copy, but for compressed
 //! clusters and copies on write of qcow2. One request takes no memory of the host but lists of its
 //! buffers, and of clusters that it has to copy.
@@ -335,7 +337,7 @@ impl DeviceConfig for Blk {
     }
 
     fn inline_queues(&self) -> u64 {
-        // Taking chains off is all that the ringing thread does: by way of the event thread each
+        // The ringing thread takes chains off and does what takes no longer than that: by way of the event thread each
         // request would cost one more wake-up.
         (1 << self.queues) - 1
     }

@@ -16,6 +16,8 @@ use crate::virtio::queue::{Chain, GuestSlice, readable, writable};
 const HEADER: usize = 16;
 /// Length of one part of a discard or write-zeroes request: sector, count, flags.
 const SEGMENT: usize = 16;
+/// Most bytes that are copied on the ringing thread: what takes no longer than to wake a worker.
+const MAX_QUICK: u64 = 64 << 10;
 /// Most parts of such a request.
 pub(super) const MAX_RANGES: u32 = 32;
 
@@ -70,15 +72,17 @@ impl Server for Disk {
     fn serve(&self, chain: &Chain) -> Result<u32, DeviceError> {
         let request = Request::parse(chain, &self.memory)?;
         let (status, written) = self.execute(&request);
-        let written = u32::try_from(written).unwrap_or(u32::MAX - 1);
-        request
-            .status
-            .write_obj(status as u8, 0)
-            .map_err(|_| DeviceError::Request("the status is outside memory"))?;
-        // What counts is the part from the beginning on that is sure to be written: the status,
-        // which is at the very end, does only if all before it is.
-        let whole = total(&request.input) == u64::from(written);
-        Ok(written + u32::from(whole))
+        request.finish(status, written)
+    }
+
+    fn serve_quickly(&self, chain: &Chain) -> Result<Option<u32>, DeviceError> {
+        if !self.image.has_shortcut() {
+            return Ok(None);
+        }
+        let request = Request::parse(chain, &self.memory)?;
+        self.execute_quickly(&request)
+            .map(|written| request.finish(Status::Ok, written))
+            .transpose()
     }
 }
 
@@ -119,6 +123,19 @@ impl<'m> Request<'m> {
         let kind = le32(&header, 0);
         Ok(Request { kind, sector: le64(&header, 8), output, input, status, outside })
     }
+
+    /// Tells the guest how it went, and says how many bytes of the chain are written, `written` being those of its
+    /// input.
+    fn finish(&self, status: Status, written: u64) -> Result<u32, DeviceError> {
+        let written = u32::try_from(written).unwrap_or(u32::MAX - 1);
+        self.status
+            .write_obj(status as u8, 0)
+            .map_err(|_| DeviceError::Request("the status is outside memory"))?;
+        // What counts is the part from the beginning on that is sure to be written: the status,
+        // which is at the very end, does only if all before it is.
+        let whole = total(&self.input) == u64::from(written);
+        Ok(written + u32::from(whole))
+    }
 }
 
 impl Disk {
@@ -150,6 +167,26 @@ impl Disk {
             kind::GET_ID => (Status::Ok, scatter(&request.input, &self.serial)),
             kind::DISCARD | kind::WRITE_ZEROES => (self.ranges(request), 0),
             _ => (Status::Unsupported, 0),
+        }
+    }
+
+    /// The same for what can be done at once, and says how many bytes of the input are written. What goes wrong is left
+    /// undone, too: a worker does all of it again.
+    fn execute_quickly(&self, request: &Request<'_>) -> Option<u64> {
+        let range = |buffers| {
+            self.range(request.sector, total(buffers)).filter(|range| range.1 <= MAX_QUICK)
+        };
+        match request.kind {
+            _ if request.outside => None,
+            kind::IN => {
+                let (offset, len) = range(&request.input)?;
+                self.image.read_at_once(&request.input, offset, len).then_some(len)
+            }
+            kind::OUT if !self.read_only && !self.write_through => {
+                let (offset, len) = range(&request.output)?;
+                self.image.write_at_once(&request.output, offset, len).then_some(0)
+            }
+            _ => None,
         }
     }
 

@@ -8,6 +8,7 @@ mod trouble;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use tempfile::TempDir;
 
 use super::*;
@@ -30,6 +31,14 @@ fn fresh(format: DiskFormat, mib: u64) -> (TempDir, DiskSpec) {
     let mut spec = spec(&dir.path().join("disk"), format);
     spec.size = Some(mib.try_into().unwrap());
     (dir, spec)
+}
+
+/// A raw image of `mib` MiB in a file in memory.
+fn in_memory(mib: u64) -> (File, DiskSpec) {
+    let file = File::from(memfd_create(c"disk", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(mib << 20).unwrap();
+    let spec = spec(format!("/proc/self/fd/{}", file.as_raw_fd()).as_ref(), DiskFormat::Raw);
+    (file, spec)
 }
 
 /// A disk and its driver.

@@ -16,6 +16,28 @@ fn what_is_written_is_read_and_is_in_the_file() {
 }
 
 #[test]
+fn what_need_not_wait_is_done_at_once() {
+    let (file, spec) = in_memory(4);
+    let mut rig = Rig::new(&spec);
+    let data = pattern(4096, 6);
+    rig.offer(1, 8, &data, 0);
+    rig.device.notify(0).unwrap();
+    assert_eq!(rig.drivers[0].used().expect("no worker writes").data, [OK]);
+    rig.offer(0, 8, &[], data.len());
+    rig.device.notify(0).unwrap();
+    let used = rig.drivers[0].used().expect("no worker reads");
+    assert_eq!((&used.data[..4096], &used.data[4096..]), (&data[..], &[OK][..]));
+    // The rest is as ever: what is long, what a file that was cut short no longer has, what is not on the disk.
+    let long = pattern(256 << 10, 7);
+    assert_eq!(rig.write(100, &long), OK);
+    assert_eq!(rig.read(100, long.len()), long);
+    file.set_len(1 << 20).unwrap();
+    assert_eq!(rig.read(4096, 512), [0; 512]);
+    assert_eq!(rig.request(0, 8192, &[], 512).0, IOERR);
+    assert_eq!(rig.write(8192, &data), IOERR);
+}
+
+#[test]
 fn the_framing_is_the_drivers_affair() {
     let (_dir, spec) = fresh(DiskFormat::Raw, 1);
     let mut rig = Rig::new(&spec);

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use proptest::arbitrary::any;
 use proptest::proptest;
 
 use super::*;
@@ -303,9 +304,12 @@ fn a_request_that_is_too_large_fails() {
 
 proptest! {
     #[test]
-    fn hostile_chains_do_no_harm(ring in hostile_ring(), kind in 0..16_u32, sector in 0..4096_u64) {
-        let (_dir, spec) = fresh(DiskFormat::Qcow2, 1);
-        let blk = Blk::new(&spec, 1).unwrap();
+    fn hostile_chains_do_no_harm(
+        ring in hostile_ring(), kind in 0..16_u32, sector in 0..4096_u64, at_once in any::<bool>(),
+    ) {
+        let (_dir, qcow2) = fresh(DiskFormat::Qcow2, 1);
+        let (_file, raw) = in_memory(1);
+        let blk = Blk::new(if at_once { &raw } else { &qcow2 }, 1).unwrap();
         let guest = Guest::with_memory(HOSTILE_MEMORY);
         // So that many chains begin with a header that makes sense.
         guest.write(0, &header(kind, sector).repeat(HOSTILE_MEMORY / 16));

@@ -6,9 +6,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
-
 use super::tree::ROOT;
+use crate::virtio::file::in_memory;
 
 /// Most files that are kept open, whatever the machine may have.
 const MAX_OPEN: u64 = 512;
@@ -94,6 +93,5 @@ impl Generations {
 }
 
 fn open(file: File) -> Open {
-    let in_memory = fstatfs(&file).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
-    Open { file, in_memory }
+    Open { in_memory: in_memory(&file), file }
 }

@@ -4,9 +4,7 @@
 //! guest that was told `ENOSYS` for OPEN, OPENDIR, FLUSH or GETXATTR goes on without them.
 
 use std::ffi::CStr;
-use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use virtiofsd::fuse::{
@@ -15,10 +13,10 @@ use virtiofsd::fuse::{
     OutHeader, ReadIn, StatfsOut,
 };
 use vm_memory::ByteValued;
-use vm_memory::bitmap::Bitmap;
 
 use super::tree::{Node, ROOT, Tree, errno};
 use crate::memory::MemoryMap;
+use crate::virtio::file::read_at;
 use crate::virtio::fs::server::FOR_EVER;
 use crate::virtio::queue::{Chain, ChainReader, GuestSlice, QueueError, writable};
 
@@ -324,27 +322,4 @@ fn entry(tree: &Tree, node: &Node) -> io::Result<EntryOut> {
         attr: tree.attr(node)?,
         ..Default::default()
     })
-}
-
-/// Reads into guest memory; without waiting for a disk unless `waits`.
-fn read_at(file: &File, buffers: &[GuestSlice<'_>], at: u64, waits: bool) -> io::Result<usize> {
-    let at = i64::try_from(at).map_err(|_| errno(libc::EINVAL))?;
-    let guards: Vec<_> = buffers.iter().map(GuestSlice::ptr_guard_mut).collect();
-    let vectors: Vec<_> = guards
-        .iter()
-        .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-        .collect();
-    let count = i32::try_from(vectors.len()).map_err(|_| errno(libc::EINVAL))?;
-    let flags = if waits { 0 } else { libc::RWF_NOWAIT };
-    // SAFETY: the vectors lie in guest memory, which is mapped as long as the slices live, and which anybody may
-    // write at any time.
-    let read = unsafe { libc::preadv2(file.as_raw_fd(), vectors.as_ptr(), count, at, flags) };
-    let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
-    let mut left = read;
-    for buffer in buffers {
-        let written = left.min(buffer.len());
-        buffer.bitmap().mark_dirty(0, written);
-        left -= written;
-    }
-    Ok(read)
 }
