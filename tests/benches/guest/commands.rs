@@ -11,9 +11,8 @@ use firn_bench::monitor::find;
 use firn_tests::{firn, noise, start_script};
 use firn_vmm::device::boot_timer::now_ns;
 
-use super::{Subject, Way, write};
+use super::{FIRN, Subject, Way, write};
 
-const FIRN: &str = "firn";
 const QEMU: &str = "a start script's QEMU";
 /// The machine's, in a test of one.
 const NAME: &str = "machine";

@@ -37,16 +37,9 @@ impl Subject for Disk {
     fn round(&self, way: &str, dir: &Path) -> Result<Sample> {
         let image = dir.join(IMAGE);
         let guest = running::guest(dir, MEMORY_MIB, &format!("mib={DISK_MIB}"));
-        let guest = match way {
-            "firn" => {
-                let spec = serde_json::json!({ "disks": [{ "image": image }] });
-                Running::firn(&guest, Parts { spec, ..Parts::default() })?
-            }
-            other => {
-                let devices = Devices { disk: Some(image), ..Devices::default() };
-                Running::other(running::other(other)?, &guest, &devices, (dir, other))?
-            }
-        };
-        guest.steps()
+        let spec = serde_json::json!({ "disks": [{ "image": image }] });
+        let parts = Parts { spec, ..Parts::default() };
+        let devices = Devices { disk: Some(image), ..Devices::default() };
+        Running::start(way, &guest, parts, &devices, dir)?.steps()
     }
 }

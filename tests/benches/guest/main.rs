@@ -86,6 +86,9 @@ impl Name {
     }
 }
 
+/// firn's way, or the first of them.
+const FIRN: &str = "firn";
+
 /// One of the ways to do what a subject measures.
 #[derive(Clone, Debug)]
 struct Way {

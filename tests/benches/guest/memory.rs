@@ -31,13 +31,6 @@ impl Subject for Memory {
 
     fn round(&self, way: &str, dir: &Path) -> Result<Sample> {
         let guest = running::guest(dir, MEMORY_MIB, &format!("mib={USED_MIB}"));
-        let guest = match way {
-            "firn" => Running::firn(&guest, Parts::default())?,
-            other => {
-                let monitor = running::other(other)?;
-                Running::other(monitor, &guest, &Devices::default(), (dir, other))?
-            }
-        };
-        guest.steps()
+        Running::start(way, &guest, Parts::default(), &Devices::default(), dir)?.steps()
     }
 }

@@ -13,7 +13,7 @@ use firn_gateway::{CARD_MAC, Forward, GUEST_V4, Gateway, GatewaySpec, Protocol, 
 use firn_vmm::spec::{Mac, NetSpec};
 
 use super::running::{self, Parts, Running, nanoseconds};
-use super::{Subject, Way};
+use super::{FIRN, Subject, Way};
 
 /// What is sent each way.
 const TRANSFER_MIB: usize = 100;
@@ -43,21 +43,21 @@ impl Subject for Network {
         let guest = running::guest(dir, MEMORY_MIB, &variables);
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let (_running, forwarded) = match way {
-            "firn" => {
+        let (mut parts, mut devices) = (Parts::default(), Devices::default());
+        let forwarded = match way {
+            FIRN => {
                 let (gateway, forwarded) = runtime.block_on(gateway())?;
-                let card = NetSpec { mac: Mac(CARD_MAC) };
-                let spec = serde_json::json!({ "nets": [card] });
-                let parts = Parts { spec, net: Some(gateway), ..Parts::default() };
-                (Running::firn(&guest, parts)?, forwarded)
+                parts.spec = serde_json::json!({ "nets": [NetSpec { mac: Mac(CARD_MAC) }] });
+                parts.net = Some(gateway);
+                forwarded
             }
-            other => {
+            _ => {
                 let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-                let devices = Devices { net: Some(Net::User(free)), ..Devices::default() };
-                let monitor = running::other(other)?;
-                (Running::other(monitor, &guest, &devices, (dir, other))?, free)
+                devices.net = Some(Net::User(free));
+                free
             }
         };
+        let _running = Running::start(way, &guest, parts, &devices, dir)?;
         let to_guest = send(&host)?;
         // It connects again when it serves what it has.
         let _serves = host.accept().context("the guest connects again")?;

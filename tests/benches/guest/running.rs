@@ -17,7 +17,7 @@ use firn_vmm::spec::{MachineSpec, NetSpec};
 use firn_vmm::virtio::build::Connect;
 use firn_vmm::vm::{Event, HostSide, Vm};
 
-use super::{Way, write};
+use super::{FIRN, Way, write};
 
 /// A guest that says nothing for so long hangs. Each of 16 that boot at once on one processor takes minutes.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -64,7 +64,7 @@ pub(crate) fn guest(dir: &Path, memory_mib: u64, variables: &str) -> Guest {
 pub(crate) fn ways(monitors: impl IntoIterator<Item = OtherMonitor>) -> Vec<Way> {
     let others = monitors.into_iter().filter(|monitor| monitor.find().is_some());
     let others = others.map(|monitor| Way::other(monitor.as_str()));
-    [Way::firn("firn")].into_iter().chain(others).collect()
+    [Way::firn(FIRN)].into_iter().chain(others).collect()
 }
 
 /// The monitor of a way, by its name.
@@ -95,6 +95,20 @@ pub(crate) struct Parts {
 }
 
 impl Running {
+    /// Starts a guest by the way of this name among [`ways`]: firn's has `parts`, others have `devices`.
+    pub fn start(
+        way: &str,
+        guest: &Guest,
+        parts: Parts,
+        devices: &Devices,
+        dir: &Path,
+    ) -> Result<Self> {
+        match way {
+            FIRN => Self::firn(guest, parts),
+            monitor => Self::other(other(monitor)?, guest, devices, (dir, monitor)),
+        }
+    }
+
     /// Starts a guest by firn, in this process.
     pub fn firn(guest: &Guest, parts: Parts) -> Result<Self> {
         let initrd: Vec<_> = [guest.initrd.clone()].into_iter().chain(parts.initrd).collect();

@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::Uid;
 
 use super::running::{self, Parts, Running};
-use super::{Subject, Way};
+use super::{FIRN, Subject, Way};
 
 const MEMORY_MIB: u64 = 512;
 const TAG: &str = "store";
@@ -35,7 +35,7 @@ impl Subject for Store {
     }
 
     fn ways(&self) -> Vec<Way> {
-        let mut ways: Vec<_> = ["firn", IMAGE, IN_FIRN].map(Way::firn).into();
+        let mut ways: Vec<_> = [FIRN, IMAGE, IN_FIRN].map(Way::firn).into();
         let mut add = |monitor: OtherMonitor, server: &str| {
             if monitor.find().is_some() {
                 ways.push(Way::other(format!("{}{server}", monitor.as_str())));
@@ -74,7 +74,7 @@ impl Subject for Store {
         setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
         let socket = dir.join("share.sock");
         match (way, way.strip_suffix(PROGRAM), way.strip_suffix(LIBRARY)) {
-            ("firn", ..) => by_firn(&share(dir, true), dir),
+            (FIRN, ..) => by_firn(&share(dir, true), dir),
             (IMAGE, ..) => by_firn(&ShareSpec { image: true, ..share(dir, true) }, dir),
             // The store's own server is for what is read-only.
             (IN_FIRN, ..) => by_firn(&share(dir, false), dir),

@@ -11,7 +11,7 @@ use firn_net_switch::Switch;
 use firn_vmm::spec::{Mac, NetSpec};
 
 use super::running::{self, Parts, Running, nanoseconds};
-use super::{Subject, Way};
+use super::{FIRN, Subject, Way};
 
 /// How many pairs send at once.
 const PAIRS: [usize; 3] = [1, 4, 8];
@@ -33,7 +33,7 @@ impl Subject for Pairs {
     }
 
     fn ways(&self) -> Vec<Way> {
-        let mut ways = vec![Way::firn("firn")];
+        let mut ways = vec![Way::firn(FIRN)];
         if find(SWITCH).is_none() {
             eprintln!("{SWITCH} is not installed: QEMU is left out");
             return ways;
