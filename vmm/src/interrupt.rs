@@ -1,5 +1,6 @@
-//! Interrupt lines: edge-triggered. A guest need not tell the I/O APIC when it has handled an edge: two exits less for
-//! each interrupt than with levels, one to look up how the line is triggered and one for the end of interrupt.
+//! Interrupt lines: edge-triggered. A guest need not tell the I/O APIC when it has handled an edge, which without help
+//! from the processor (APICv, AVIC) are two exits less for each interrupt than with levels: one to look up how the line
+//! is triggered, one for the end of interrupt.
 //!
 //! The ioctl is cheaper than an eventfd, from which KVM raises the pin on a kernel thread that has to be woken first.
 
@@ -17,7 +18,7 @@ pub trait Pin: Send + Sync {
 pub struct SharedLine {
     vm: Arc<VmFd>,
     number: u32,
-    /// KVM drops an edge that comes while the pulse of another device has not ended.
+    /// Held during a pulse: KVM takes what another device does meanwhile for part of it.
     pulsing: Mutex<()>,
 }
 

@@ -3,12 +3,12 @@
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
-/// Starts a thread that, when it is woken, waits until a processor is free or its turn comes, unless this process has
-/// a policy of its own (SCHED_BATCH, sched(7)).
+/// Starts a thread that takes no processor from another when it is woken: it waits until one is free or its turn comes
+/// (SCHED_BATCH, sched(7)). A process that was given a policy keeps it.
 ///
-/// Where there are more threads than processors, the device thread would else take the processor from a guest that sends
-/// frames at the first one, and the guest that gets them from both. Each time all that a guest has in the processor's
-/// caches is lost.
+/// Where there are more threads than processors, a guest that sends frames would otherwise lose its processor to the
+/// device thread at the first of them, and both to the guest that gets them. Each time all that a guest has in the
+/// processor's caches is lost.
 ///
 /// # Errors
 /// The process can have no more threads.

@@ -222,28 +222,30 @@ impl Drop for Membership<'_> {
     }
 }
 
-/// Checks the vCPUs periodically; see [`Group::check`]. There is no event for a guest that halts.
-pub struct HaltWatch {
+/// Looks after a machine periodically, for what there is no event for: a guest that halts, see [`Group::check`], and
+/// whatever `also` does.
+pub struct Watch<F> {
     timer: TimerFd,
     group: Arc<Group>,
+    also: F,
 }
 
 /// How often vCPUs are checked: it costs each of them an exit.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
-impl HaltWatch {
+impl<F: FnMut() + Send> Watch<F> {
     /// A watch on the vCPUs of `group`.
     ///
     /// # Errors
     /// The process has no file descriptors left.
-    pub fn new(group: Arc<Group>) -> io::Result<HaltWatch> {
+    pub fn new(group: Arc<Group>, also: F) -> io::Result<Watch<F>> {
         let mut timer = TimerFd::new()?;
         timer.reset(CHECK_INTERVAL, Some(CHECK_INTERVAL))?;
-        Ok(HaltWatch { timer, group })
+        Ok(Watch { timer, group, also })
     }
 }
 
-impl MutEventSubscriber for HaltWatch {
+impl<F: FnMut() + Send> MutEventSubscriber for Watch<F> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         if let Err(error) = ops.add(Events::new(&self.timer, EventSet::IN)) {
             tracing::error!(?error, "cannot watch a timer");
@@ -254,6 +256,7 @@ impl MutEventSubscriber for HaltWatch {
         // How many times it has run out does not matter.
         let _ = self.timer.wait();
         self.group.check();
+        (self.also)();
     }
 }
 

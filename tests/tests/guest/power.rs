@@ -25,6 +25,16 @@ fn the_power_button_reaches_the_guest() {
 }
 
 #[test]
+fn a_press_that_the_kernel_cannot_hear_yet_does_no_harm() {
+    with_machines("[nodes.m]", async |driver| {
+        let machine = &driver.machines()[0];
+        machine.start(false).await.unwrap();
+        machine.press_power_button().await.unwrap();
+        assert_eq!(output(machine, "echo up").await, "up");
+    });
+}
+
+#[test]
 fn a_guest_reboots_in_the_same_machine() {
     with_machines("[nodes.m]\ncores = 2\ndisks = [{ size = 8 }]\nballoon = true", async |driver| {
         let machine = &driver.machines()[0];

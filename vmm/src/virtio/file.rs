@@ -10,9 +10,9 @@ use vm_memory::bitmap::Bitmap;
 
 use super::queue::GuestSlice;
 
-/// Whether reading and writing a file never waits for a disk.
+/// Whether a file is in memory: reading and writing it waits for no disk, but for what was swapped out.
 pub fn in_memory(file: &File) -> bool {
-    // A disk's node is in a file system in memory, too.
+    // The device node of a disk lies in such a file system, too.
     fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC)
         && file.metadata().is_ok_and(|meta| meta.is_file())
 }

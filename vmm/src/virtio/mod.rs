@@ -187,8 +187,8 @@ pub trait DeviceConfig: Send {
     fn host_fds(&self) -> Vec<RawFd> {
         Vec::new()
     }
-    /// A bit for each queue that is served on the vCPU's own thread, inside the exit that rang it,
-    /// because the guest's driver spins until the buffer is back.
+    /// A bit for each queue that is served on the vCPU's own thread, inside the exit that rang it: where that takes no
+    /// longer than to wake the event thread, or the guest's driver spins until the buffer is back.
     fn inline_queues(&self) -> u64 {
         0
     }

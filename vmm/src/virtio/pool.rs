@@ -10,12 +10,13 @@ use std::io;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Chain, Position, QueueError, VirtQueue};
 use super::{ActiveDevice, DeviceConfig, DeviceError, SavedState, VirtioDevice};
+use crate::thread;
 
 /// Most workers of a device: enough that a slow `fsync` or cold read does not hold up the rest.
 pub(super) const MAX_WORKERS: usize = 4;
@@ -38,8 +39,8 @@ pub(super) trait Server: Send + Sync {
     /// What costs the guest the device.
     fn serve(&self, chain: &Chain) -> Result<u32, DeviceError>;
 
-    /// The same if the request can be done on any thread, and at once, so that it is not worth waking a worker for;
-    /// otherwise nothing is done.
+    /// The same if the request can be done on any thread, and so quickly that waking a worker is not worth it; otherwise
+    /// it is left to a worker.
     ///
     /// # Errors
     /// As [`Self::serve`].
@@ -277,7 +278,7 @@ impl Pool {
 
     fn hire(&self) -> io::Result<JoinHandle<()>> {
         let shared = Arc::clone(&self.shared);
-        thread::Builder::new().name(self.name.clone()).spawn(move || shared.worker())
+        thread::spawn(self.name.clone(), move || shared.worker())
     }
 
     /// Finishes what has been taken off the queues and takes no more until [`Pool::run`].

@@ -27,8 +27,7 @@ use crate::virtio::blk::DiskCheckpoint;
 use crate::virtio::build::{BuildError, Built, Connect, Handle, Host, device_specs};
 use crate::virtio::transport::mmio::MmioTransport;
 
-/// Most virtio devices. KVM takes 1,000 doorbells, of which a device has at most seven; no known test needs half as
-/// many.
+/// Most virtio devices: no known test needs half as many.
 const MAX_DEVICES: usize = 128;
 
 /// Loads kernel, initrd and boot parameters into fresh memory; the kernel's entry point.
@@ -186,8 +185,7 @@ pub(super) fn attach_devices(
     let mut attached =
         Attached { transports: Vec::new(), announced: Vec::new(), handles: Vec::new() };
     let addresses = (0..).map(|index| layout::VIRTIO_MMIO_START + index * layout::VIRTIO_MMIO_SIZE);
-    let lines: Vec<_> =
-        layout::VIRTIO_LINES.map(|line| Arc::new(SharedLine::new(vm.clone(), line))).collect();
+    let lines = layout::VIRTIO_LINES.map(|line| Arc::new(SharedLine::new(vm.clone(), line)));
     for ((index, (device, handle)), address) in devices.into_iter().enumerate().zip(addresses) {
         let line = &lines[index % lines.len()];
         let events = events.clone();

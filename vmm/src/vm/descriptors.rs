@@ -7,7 +7,7 @@ use crate::virtio::vsock;
 const BASE: u64 = 32;
 /// What a vCPU has.
 const VCPU: u64 = 2;
-/// What a device has at most: an event for each queue, its interrupt, its own file or socket.
+/// What a device has at most: an event for each queue and for acknowledged interrupts, its own file or socket.
 const DEVICE: u64 = 16;
 /// What the threads of a share open temporarily.
 const SHARE: u64 = 32;

@@ -36,7 +36,7 @@ use crate::screen::Screen;
 use crate::screen::plain::FrameBuffer;
 use crate::spec::MachineSpec;
 use crate::thread;
-use crate::vcpu::{Buses, Ending, Group, HaltWatch, Vcpu};
+use crate::vcpu::{Buses, Ending, Group, Vcpu, Watch};
 use crate::virtio::RestoreError;
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::blk::DiskCheckpoint;
@@ -286,8 +286,10 @@ impl Vm {
             .transports
             .iter()
             .map(|transport| Box::new(MmioEvents(transport.clone())) as Subscriber);
-        let halt_watch = HaltWatch::new(group.clone()).map_err(host("cannot make a timer"))?;
-        let subscribers = subscribers.chain([Box::new(halt_watch) as Subscriber]);
+        let transports = attached.transports.clone();
+        let remind = move || transports.iter().for_each(|transport| transport.remind());
+        let watch = Watch::new(group.clone(), remind).map_err(host("cannot make a timer"))?;
+        let subscribers = subscribers.chain([Box::new(watch) as Subscriber]);
         let event_loop = EventLoop::new(subscribers).map_err(host("cannot watch devices"))?;
         let buses = Arc::new(buses);
         let vcpus = (0..)

@@ -16,7 +16,7 @@ use crate::spec::{MachineSpec, ScreenSpec};
 use crate::virtio::transport::mmio::MmioState;
 
 /// Layout version of [`VmState`].
-pub(super) const VERSION: u16 = 3;
+pub(super) const VERSION: u16 = 4;
 
 /// A paused machine without its memory, as plain data for serde.
 #[derive(Serialize, Deserialize)]

@@ -49,15 +49,17 @@ pub const LAPIC_START: u32 = 0xfee0_0000;
 /// Three pages that KVM on Intel needs for itself (`KVM_SET_TSS_ADDR`).
 pub const KVM_TSS_START: usize = 0xfffb_d000;
 
-/// The interrupt lines that virtio devices share: the pins of the IOAPIC after those of the PC's own devices. It ends at
-/// pin 23.
+/// The interrupt lines that virtio devices share: the pins of the IOAPIC after those of the PC's own devices, the best
+/// first. Those below 16 KVM passes to a PIC, too. Pin 8 is left out: KVM takes it for a PC's clock, of which it has to
+/// know when each interrupt ends, so that every end is an exit.
 ///
 /// KVM's IOAPIC has 24 pins, and a machine may have three dozen devices. Two other ways were
 /// weighed: PCI with MSI-X makes the kernel walk a bus and program tables at each boot, and an
 /// IOAPIC of our own with more pins makes each of the kernel's thousand accesses to it an exit.
-/// Shared lines cost nothing at boot; later an interrupt costs one more read of a status register
+/// Shared lines cost nothing at boot; later an interrupt costs one more read and write of registers
 /// for each device that shares its line, which is two where there are all of 37.
-pub const VIRTIO_LINES: std::ops::RangeInclusive<u32> = 6..=23;
+pub const VIRTIO_LINES: [u32; 17] =
+    [16, 17, 18, 19, 20, 21, 22, 23, 6, 7, 9, 10, 11, 12, 13, 14, 15];
 
 /// Where memory lies in a guest that has `bytes` of it.
 pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {

@@ -1,6 +1,8 @@
 //! Machines and vCPUs as they are after power-on.
 
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, kvm_irqchip,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::cpuid::{self, Place};
@@ -12,7 +14,21 @@ pub(crate) fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, ArchError> {
     let vm = kvm_fd.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
     vm.set_tss_address(layout::KVM_TSS_START).map_err(kvm("KVM_SET_TSS_ADDR"))?;
     vm.create_irq_chip().map_err(kvm("KVM_CREATE_IRQCHIP"))?;
+    mask_pics(&vm)?;
     Ok(vm)
+}
+
+/// Masks all inputs of the PICs, as firmware would that hands a PC over without them. KVM begins with all open, and a
+/// guest that is told that there are none never touches them: a line that is raised before it has set its local APIC up
+/// would become an exception, whose vector the number of the line is.
+fn mask_pics(vm: &VmFd) -> Result<(), ArchError> {
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
+        chip.chip.pic.imr = u8::MAX;
+        vm.set_irqchip(&chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
+    }
+    Ok(())
 }
 
 /// Makes the vCPUs as they are after power-on.

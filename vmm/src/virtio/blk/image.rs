@@ -257,9 +257,10 @@ impl Image {
         self.base.access.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it is worth trying to read or write at once.
+    /// Whether it is worth trying to read or write at once: the newest is in the file, where the disk has it.
     pub(super) fn has_shortcut(&self) -> bool {
         self.base.shortcut != Shortcut::None
+            && self.layers.try_read().is_ok_and(|layers| layers.is_empty())
     }
 
     /// Fills the guest's buffers, of `len` bytes in all, as [`Self::read`] does. False if that would have to wait for
@@ -283,7 +284,7 @@ impl Image {
         else {
             return false;
         };
-        self.has_shortcut()
+        self.base.shortcut != Shortcut::None
             && layers.is_empty()
             && move_bytes(&self.base.file).is_ok_and(|moved| u64::try_from(moved) == Ok(len))
     }

@@ -170,8 +170,8 @@ impl Disk {
         }
     }
 
-    /// The same for what can be done at once, and says how many bytes of the input are written. What goes wrong is left
-    /// undone, too: a worker does all of it again.
+    /// The same for what can be done at once, and says how many bytes of the input are written. What fails may be half
+    /// done: a worker does all of it again.
     fn execute_quickly(&self, request: &Request<'_>) -> Option<u64> {
         let range = |buffers| {
             self.range(request.sector, total(buffers)).filter(|range| range.1 <= MAX_QUICK)

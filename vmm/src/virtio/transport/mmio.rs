@@ -36,29 +36,56 @@ const VENDOR: u32 = u32::from_le_bytes(*b"firn");
 /// Where the event subscriber counts host descriptors from; queues count from 0.
 const HOST_EVENT: u32 = 0x1_0000;
 
-/// The interrupt status register and the pin that says that it has changed. Reading takes no lock: the guest reads it on
-/// every interrupt.
+/// The interrupt status register and the pin that says that it has changed.
 struct Line {
-    status: AtomicU32,
+    /// What is pending, but for what was acknowledged since.
+    status: Mutex<u32>,
+    /// Rung by KVM when the guest acknowledges queues alone, as it all but always does: an exit less for each interrupt.
+    acknowledged: EventFd,
     generation: AtomicU32,
     pin: Arc<dyn Pin>,
 }
 
 impl Line {
+    fn new(pin: Arc<dyn Pin>) -> io::Result<Line> {
+        let (status, generation) = (Mutex::new(0), AtomicU32::new(0));
+        Ok(Line { status, acknowledged: new_event()?, generation, pin })
+    }
+
+    /// What is pending.
+    fn status(&self) -> MutexGuard<'_, u32> {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if *status & VIRTIO_MMIO_INT_VRING != 0 && self.acknowledged.read().is_ok() {
+            *status &= !VIRTIO_MMIO_INT_VRING;
+        }
+        status
+    }
+
+    fn set(&self, pending: u32) {
+        let mut status = self.status();
+        // A driver may acknowledge what was not pending: that must not count later.
+        drop(self.acknowledged.read());
+        *status = pending;
+    }
+
     fn raise(&self, cause: u32) {
-        // A driver acknowledges a cause before it looks for its reason: of one that is pending it has nothing to learn.
-        if self.status.fetch_or(cause, Ordering::SeqCst) & cause == 0 {
+        let mut status = self.status();
+        // A driver acknowledges first and looks afterwards: one that has not acknowledged yet will see this, too.
+        let is_new = *status & cause == 0;
+        *status |= cause;
+        drop(status);
+        if is_new {
             self.pin.pulse();
         }
     }
 
     fn acknowledge(&self, causes: u32) {
-        self.status.fetch_and(!causes, Ordering::SeqCst);
+        *self.status() &= !causes;
     }
 
-    /// Says once more what is pending.
+    /// Interrupts again for what is pending.
     fn repeat(&self) {
-        if self.status.load(Ordering::SeqCst) != 0 {
+        if *self.status() != 0 {
             self.pin.pulse();
         }
     }
@@ -117,7 +144,7 @@ impl MmioTransport {
         pin: Arc<dyn Pin>,
         on_failure: OnFailure,
     ) -> io::Result<MmioTransport> {
-        let line = Arc::new(Line { status: AtomicU32::new(0), generation: AtomicU32::new(0), pin });
+        let line = Arc::new(Line::new(pin)?);
         let inline = device.inline_queues();
         let kicks = (0..device.queue_sizes().len())
             .map(|index| match inline >> index & 1 {
@@ -131,18 +158,27 @@ impl MmioTransport {
         Ok(MmioTransport { registers, line, kicks, host_fds })
     }
 
-    /// Connects the queues' doorbells at `address`.
+    /// Connects at `address` what the guest tells the device without an exit to the monitor.
     ///
     /// # Errors
     /// KVM refuses.
     pub fn connect(&self, vm: &VmFd, address: u32) -> Result<(), kvm_ioctls::Error> {
-        let doorbell = IoEventAddress::Mmio(u64::from(address + VIRTIO_MMIO_QUEUE_NOTIFY));
+        let register = |offset| IoEventAddress::Mmio(u64::from(address + offset));
+        let acknowledge = register(VIRTIO_MMIO_INTERRUPT_ACK);
+        vm.register_ioevent(&self.line.acknowledged, &acknowledge, VIRTIO_MMIO_INT_VRING)?;
+        let doorbell = register(VIRTIO_MMIO_QUEUE_NOTIFY);
         for (queue, kick) in (0_u32..).zip(&self.kicks) {
             if let Some(kick) = kick {
                 vm.register_ioevent(kick, &doorbell, queue)?;
             }
         }
         Ok(())
+    }
+
+    /// What KVM rings in the guest's stead.
+    #[cfg(test)]
+    pub(super) fn acknowledged(&self) -> &EventFd {
+        &self.line.acknowledged
     }
 
     /// The device's name.
@@ -160,12 +196,17 @@ impl MmioTransport {
         self.registers().slot.resume();
     }
 
+    /// Interrupts again for what is pending: a guest may lose an edge, as Linux does while it takes a processor offline.
+    pub fn remind(&self) {
+        self.line.repeat();
+    }
+
     /// Back to the state after power-on.
     pub fn reset(&self) {
         let mut registers = self.registers();
         registers.slot.reset();
         registers.selected = Selectors::default();
-        self.line.status.store(0, Ordering::SeqCst);
+        self.line.set(0);
     }
 
     /// The state of a paused device.
@@ -174,7 +215,7 @@ impl MmioTransport {
         MmioState {
             slot: registers.slot.save(),
             selected: registers.selected,
-            interrupt_status: self.line.status.load(Ordering::SeqCst),
+            interrupt_status: *self.line.status(),
             generation: self.line.generation.load(Ordering::SeqCst),
         }
     }
@@ -188,7 +229,7 @@ impl MmioTransport {
         registers.slot.restore(&state.slot)?;
         registers.selected = state.selected;
         self.line.generation.store(state.generation, Ordering::SeqCst);
-        self.line.status.store(state.interrupt_status, Ordering::SeqCst);
+        self.line.set(state.interrupt_status);
         self.line.repeat();
         Ok(())
     }
@@ -203,7 +244,7 @@ impl MmioTransport {
             VIRTIO_MMIO_MAGIC_VALUE => return MAGIC,
             VIRTIO_MMIO_VERSION => return VERSION,
             VIRTIO_MMIO_VENDOR_ID => return VENDOR,
-            VIRTIO_MMIO_INTERRUPT_STATUS => return self.line.status.load(Ordering::SeqCst),
+            VIRTIO_MMIO_INTERRUPT_STATUS => return *self.line.status(),
             VIRTIO_MMIO_CONFIG_GENERATION => return self.line.generation.load(Ordering::SeqCst),
             _ => {}
         }
@@ -248,9 +289,9 @@ impl MmioTransport {
             VIRTIO_MMIO_STATUS => {
                 slot.set_status(value.to_le_bytes()[0]);
                 if value == 0 {
-                    self.line.status.store(0, Ordering::SeqCst);
+                    self.line.set(0);
                 } else if value & u32::from(status::DRIVER_OK) != 0 {
-                    // What came before the driver listened is an edge lost.
+                    // An edge from before the driver listened would be lost.
                     self.line.repeat();
                 }
             }

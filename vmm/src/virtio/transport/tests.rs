@@ -152,7 +152,11 @@ fn a_cause_interrupts_once_until_it_is_acknowledged() {
     queue.add(&[Part::Write(8)]);
     fixture.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
     assert_eq!(fixture.pulses(), 0, "another cause was acknowledged");
+    fixture.transport.remind();
+    assert_eq!(fixture.pulses(), 1, "the edge may be lost");
     fixture.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+    fixture.transport.remind();
+    assert_eq!(fixture.pulses(), 0);
     queue.add(&[Part::Write(8)]);
     fixture.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
     assert_eq!(fixture.pulses(), 1);
@@ -162,6 +166,36 @@ fn a_cause_interrupts_once_until_it_is_acknowledged() {
     assert_eq!(fixture.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0, "a reset takes it back");
     fixture.running();
     assert_eq!(fixture.pulses(), 0);
+}
+
+#[test]
+fn what_kvm_hears_is_acknowledged_too() {
+    let fixture = Fixture::new();
+    let mut queue = fixture.running();
+    let mut interrupt = |pulses| {
+        queue.add(&[Part::Write(8)]);
+        fixture.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        assert_eq!(fixture.pulses(), pulses);
+    };
+    interrupt(1);
+    interrupt(0);
+    fixture.transport.acknowledged().write(1).unwrap();
+    assert_eq!(fixture.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    interrupt(1);
+    assert_eq!(fixture.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+    // Nobody asks meanwhile.
+    fixture.transport.acknowledged().write(1).unwrap();
+    interrupt(1);
+    interrupt(0);
+    // What a driver said before a reset is about what was before.
+    fixture.transport.acknowledged().write(1).unwrap();
+    fixture.running();
+    fixture.transport.acknowledged().write(1).unwrap();
+    fixture.write(VIRTIO_MMIO_STATUS, 0);
+    let mut queue = fixture.running();
+    queue.add(&[Part::Write(8)]);
+    fixture.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+    assert_eq!(fixture.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
 }
 
 #[test]

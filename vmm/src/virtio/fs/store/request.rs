@@ -23,6 +23,9 @@ use crate::virtio::queue::{Chain, ChainReader, GuestSlice, QueueError, writable}
 /// Most that is read at once. It is also told to the guest, in pages.
 const MAX_READ: u32 = 1 << 20;
 const MAX_PAGES: u16 = 256;
+/// Directories of more bytes are read by a worker: each of their files has to be looked at. It is some hundred names in
+/// most file systems.
+const MAX_QUICK_DIRECTORY: u64 = 16 << 10;
 /// Longest name that Linux sends (linux/fuse.h: `FUSE_NAME_MAX`).
 const MAX_NAME: usize = 1024;
 
@@ -37,7 +40,7 @@ const WANTED: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::ZERO_MESSAGE_OPENDIR)
     .union(FsOptions::INIT_EXT);
 
-/// Whether a request may wait for a disk.
+/// Whether a request may take its time, or wait for a disk.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Patience {
     /// It is rather left undone.
@@ -51,7 +54,7 @@ enum Answer {
     Bytes(Vec<u8>),
     /// So many, which are where the guest wants them.
     InPlace(usize),
-    /// It would have to wait.
+    /// It would take too long.
     Later,
 }
 
@@ -66,7 +69,7 @@ struct Request<'m> {
     patience: Patience,
 }
 
-/// Serves one request and gives the number of bytes written into its chain; none if it would have to wait.
+/// Serves one request and gives the number of bytes written into its chain; none if it would take too long.
 pub(super) fn serve(tree: &Tree, chain: &Chain, patience: Patience) -> Option<u32> {
     let memory: &MemoryMap = chain.memory();
     let Ok((header, body, buffers)) = parse(chain, memory) else {
@@ -270,6 +273,12 @@ impl Request<'_> {
     fn list(&mut self, plus: bool) -> io::Result<Answer> {
         let ReadIn { offset, size, .. } = self.body()?;
         let directory = self.node()?;
+        if self.patience == Patience::None
+            && !self.tree.has_entries(&directory)
+            && self.tree.attr(&directory)?.size > MAX_QUICK_DIRECTORY
+        {
+            return Ok(Answer::Later);
+        }
         let entries = self.tree.entries(&directory)?;
         let room = self.room.min(usize::try_from(size.min(MAX_READ)).unwrap_or(0));
         let mut listing = Vec::with_capacity(room);

@@ -176,6 +176,11 @@ impl Tree {
         self.enter(directory, name)
     }
 
+    /// Whether what a directory holds is known.
+    pub(super) fn has_entries(&self, directory: &Node) -> bool {
+        directory.contents.get().is_some()
+    }
+
     /// What a directory holds.
     pub(super) fn entries(&self, directory: &Node) -> io::Result<Entries> {
         self.expect_kind(directory, libc::S_IFDIR, libc::ENOTDIR)?;

@@ -11,12 +11,15 @@ use std::path::Path;
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{geteuid, mkfifo};
 use tempfile::TempDir;
-use virtiofsd::fuse::{EntryOut, FsOptions, Opcode, WriteIn};
+use virtiofsd::fuse::{EntryOut, FsOptions, InHeader, Opcode, ReadIn, WriteIn};
 use vm_memory::ByteValued;
 
+use super::super::server::Fuse;
+use super::super::store::{Filter, Store};
 use super::client::{Mount, ROOT, Reply, c_string, dirent, object};
 use super::{Fs, refuses_changes, share, spec};
 use crate::spec::{CachePolicy, ShareSpec};
+use crate::virtio::testing::{Guest, Part};
 use crate::virtio::{DeviceConfig, VirtioDevice};
 
 /// A share that is served as a store.
@@ -98,6 +101,27 @@ fn the_guest_is_told_not_to_ask_again() {
     assert_eq!(mount.lookup(ROOT, "new").err(), Some(libc::ENOENT));
     fs::write(directory.path().join("new"), "here").unwrap();
     assert_eq!(cat(&mut mount, "new").unwrap(), b"here");
+}
+
+#[test]
+fn a_large_directory_is_looked_through_by_a_worker() {
+    let (directory, spec) = store();
+    for n in 0..2000 {
+        let name = format!("the-name-of-a-package-in-a-store-{n}");
+        File::create(directory.path().join(name)).unwrap();
+    }
+    let root = File::open(directory.path()).unwrap();
+    let store = Store::new(&spec, &root, &Filter::default(), 100).unwrap();
+    let (mut driver, mut queue) = Guest::new().queue(0, 16);
+    let list = ReadIn { size: 4096, ..Default::default() };
+    let opcode = Opcode::Readdirplus as u32;
+    let header = InHeader { len: 80, opcode, unique: 1, nodeid: ROOT, ..Default::default() };
+    let parts = [header.as_slice(), list.as_slice()].map(Part::Read);
+    driver.add(&[parts[0], parts[1], Part::Write(4112)]);
+    let chain = queue.pop().unwrap().unwrap();
+    assert_eq!(store.serve_quickly(&chain), None);
+    assert!(store.serve(&chain) > 3000);
+    assert!(store.serve_quickly(&chain) > Some(3000), "it is known now");
 }
 
 #[test]
